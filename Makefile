@@ -1,0 +1,57 @@
+# The commands of the README. Each does all of its set-up: a machine needs Python >= 3.10 with venv, a C++17 compiler and make.
+#   make demo        train, quantize and compare a small model (examples/digits.py)
+#   make test        build and run the tests
+#   make bench       time the operators against torch's
+#   make lint        formatting, static checks
+#   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
+#   make gpu-check   on a machine with a GPU: build, test, measure, write JSON
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard cpp/* cpp/isa/* cuda/*)
+
+.PHONY: demo test bench lint format cuda-build gpu-check clean
+
+demo: $(VENV)/built
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
+
+format: $(VENV)/built
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
+
+# The compiler is looked for when this runs; without one cmake says what is missing.
+cuda-build: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+# Two steps, so that an edit of the C++ does not reinstall torch. Ranges and pins are in pyproject.toml; torch is pinned here because
+# a bare "torch" may bring gigabytes of CUDA libraries.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet scikit-build-core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,139 @@
+// The op library: schemas and CPU kernels of torch.ops.quant_ops, on torch's stable ABI, and a few C functions for
+// python/quant_ops/_library.py. Fake kernels and autograd formulas are in python/quant_ops/ops.py; checks and allocation in
+// bindings_quantize.h and bindings_int8.h.
+#include <cstring>
+
+#include "bindings_int8.h"
+#include "parallel.h"
+
+namespace quant_ops {
+
+// torch's own threads: at::parallel_for's pool, its nesting rules and torch.set_num_threads.
+void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  struct Call {
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+  } call{body, context};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context, begin, end); }, &call));
+}
+
+int64_t parallel_threads() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+struct Cpu {
+  static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
+  static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
+  static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
+  static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
+  static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
+
+  static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
+    const bool floating = is_floating(t.scalar_type());
+    Tensor wide = to_type(t, floating ? ScalarType::Double : ScalarType::Long);
+    wide = torch::stable::contiguous(wide);
+    Tensor z = torch::stable::new_empty(t, t.sizes(), ScalarType::Int);
+    int32_t* out = z.mutable_data_ptr<int32_t>();
+    bool small = true;
+    for (int64_t i = 0; i < z.numel(); ++i) {
+      int64_t value = floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i];
+      value = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : value;
+      small = small && value >= -(1 << 23) && value <= (1 << 23);
+      out[i] = static_cast<int32_t>(value);
+    }
+    return {z, small};
+  }
+};
+
+}  // namespace
+}  // namespace quant_ops
+
+STABLE_TORCH_LIBRARY(quant_ops, m) {
+  m.def(
+      "quant_tensor_forward(Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, bool asymmetric=False, "
+      "bool simulate=True, *, int[]? block_size=None) -> Tensor");
+  m.def(
+      "quant_tensor_backward(Tensor grad, Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
+      "bool asymmetric=False, *, int[]? block_size=None) -> (Tensor grad_tensor, Tensor grad_scale, Tensor grad_zero_point)");
+  m.def(
+      "dequant_tensor(Tensor tensor, Tensor scale, Tensor? zero_point=None, ScalarType dtype=float32, *, "
+      "int[]? block_size=None) -> Tensor");
+  m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor scale, Tensor zero_point)");
+  m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
+  m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
+      "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False) -> Tensor");
+  m.def(
+      "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
+      "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
+      "bool relu=False) -> Tensor");
+  m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
+  using namespace quant_ops;
+  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Cpu>));
+  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Cpu>));
+  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cpu>));
+  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cpu>));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cpu>));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+}
+
+// ---- plain C, called through ctypes
+// -----------------------------------------------------------------------------------------------
+
+#define QO_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Each returns a text that stays valid until the thread's next call; one that starts with "quant_ops" is an error.
+namespace {
+const char* keep(std::string text) {
+  thread_local std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+template <class F>
+const char* guarded(const F& f) {
+  try {
+    return keep(f());
+  } catch (const std::exception& e) {
+    return keep(e.what());
+  }
+}
+}  // namespace
+
+// The instruction set in use.
+QO_EXPORT const char* quant_ops_isa() {
+  return guarded([] { return std::string(quant_ops::kernels().isa); });
+}
+
+// Chooses another one; "" = automatic.
+QO_EXPORT const char* quant_ops_set_isa(const char* name) {
+  return guarded([&] {
+    quant_ops::set_isa(name);
+    return std::string(quant_ops::kernels().isa);
+  });
+}
+
+// All that this machine runs, worst first, separated by commas.
+QO_EXPORT const char* quant_ops_isas() {
+  return guarded([] {
+    const quant_ops::KernelTable* tables[8];
+    std::string names;
+    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
+    return names;
+  });
+}
+
+// The micro-kernel that int8_gemm, int8_linear and int8_conv2d call.
+QO_EXPORT const char* quant_ops_gemm_kernel() {
+  return guarded([] { return std::string(quant_ops::kernels().gemm_name); });
+}

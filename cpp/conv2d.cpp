@@ -1,0 +1,261 @@
+// int8_conv2d on the CPU: the GEMM kernels over an indirection, never an im2col matrix.
+//
+//   y[n,o,oh,ow] = epilogue(sum_{c,r,s} a[n, c, oh*stride - pad + r*dilation, ...] b[o,c,r,s])
+//
+// A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four. An output pixel is
+// then R * S rows of codes, named by their offsets; a tap in the padding names a row filled with the zero point, so that borders
+// need no special case and the plain column-sum correction is right everywhere. Depthwise convolutions have their own kernel.
+#include <algorithm>
+#include <cstring>
+
+#include "igemm.h"
+#include "parallel.h"
+
+namespace quant_ops {
+namespace {
+
+constexpr int64_t kPassBytes = int64_t{64} << 20;    // codes of the samples in flight; at least one sample
+constexpr int64_t kOffsetBytes = int64_t{48} << 10;  // indirection table of one block of pixels: stays in the L1/L2 cache
+constexpr int64_t kBlockRows = 8 * kGemmRows;
+constexpr int64_t kMacsPerTask = int64_t{1} << 20;
+
+struct Plan {
+  PackedLayout layout;
+  int64_t group_channels;  // padded channels of one group in the codes
+  int64_t pixel;           // bytes of one pixel in the codes
+  int64_t sample;          // bytes of one sample, zero-point row included
+  int64_t block;           // output pixels of one task
+  bool nhwc_input;
+};
+
+Plan make_plan(const Int8Conv2dParams& p) {
+  Plan plan;
+  const int64_t channels = p.C / p.groups;
+  plan.layout = packed_layout(p.O, channels, p.R, p.S, p.groups);
+  plan.group_channels = plan.layout.depthwise ? 1 : plan.layout.k4 * kGroupK;
+  plan.pixel = plan.layout.depthwise ? plan.layout.padded_n : p.groups * plan.group_channels;
+  plan.sample = std::max<int64_t>(64, round_up((p.H * p.W + 1) * plan.pixel, 64));
+  plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / kGemmRows * kGemmRows, kGemmRows, kBlockRows);
+  plan.nhwc_input = p.x_stride[1] == 1;
+  return plan;
+}
+
+// One input row (sample n, height h) into codes; `line` holds W (NCHW) or W * C (NHWC) bytes.
+void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, const RowCodes& row,
+                   uint8_t* codes, uint8_t* line) {
+  const int64_t base = n * p.x_stride[0] + h * p.x_stride[2], channels = p.C / p.groups;
+  const bool dense = plan.nhwc_input && p.x_stride[3] == p.C;
+  if (dense && plan.pixel == p.C) return write_codes(table, p.in, base, p.W * p.C, row, codes);
+  if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(p.W * plan.pixel));
+  if (plan.nhwc_input) {
+    if (dense) write_codes(table, p.in, base, p.W * p.C, row, line);
+    for (int64_t w = 0; w < p.W; ++w) {
+      if (!dense) write_codes(table, p.in, base + w * p.x_stride[3], p.C, row, line);
+      const uint8_t* from = dense ? line + w * p.C : line;
+      for (int64_t g = 0; g < p.groups; ++g)
+        for (int64_t c = 0; c < channels; ++c) codes[w * plan.pixel + g * plan.group_channels + c] = from[g * channels + c];
+    }
+  } else {
+    for (int64_t c = 0; c < p.C; ++c) {
+      write_codes(table, p.in, base + c * p.x_stride[1], p.W, row, line);
+      uint8_t* to = codes + c / channels * plan.group_channels + c % channels;
+      for (int64_t w = 0; w < p.W; ++w) to[w * plan.pixel] = line[w];
+    }
+  }
+}
+
+void line_range(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, Range* range) {
+  const int64_t element = dtype_bytes(p.in.dtype);
+  const char* x = static_cast<const char*>(p.in.x) + (n * p.x_stride[0] + h * p.x_stride[2]) * element;
+  if (plan.nhwc_input && p.x_stride[3] == p.C) {
+    table.range(x, p.in.dtype, p.W * p.C, range);
+  } else if (plan.nhwc_input) {
+    for (int64_t w = 0; w < p.W; ++w) table.range(x + w * p.x_stride[3] * element, p.in.dtype, p.C, range);
+  } else {
+    for (int64_t c = 0; c < p.C; ++c) table.range(x + c * p.x_stride[1] * element, p.in.dtype, p.W, range);
+  }
+}
+
+// The offsets of `rows` output pixels from `first` on, in tiles of kGemmRows: [tile][taps][rows of the tile].
+void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
+  const int64_t padding = p.H * p.W * plan.pixel;  // the zero-point row
+  for (int64_t tile = 0; tile < rows; tile += kGemmRows) {
+    const int64_t count = std::min<int64_t>(kGemmRows, rows - tile);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t oh = (first + tile + i) / p.OW, ow = (first + tile + i) % p.OW;
+      for (int64_t r = 0; r < p.R; ++r) {
+        const int64_t h = oh * p.stride[0] - p.pad[0] + r * p.dilation[0];
+        for (int64_t s = 0; s < p.S; ++s) {
+          const int64_t w = ow * p.stride[1] - p.pad[1] + s * p.dilation[1];
+          const bool inside = h >= 0 && h < p.H && w >= 0 && w < p.W;
+          offsets[tile * plan.layout.taps + (r * p.S + s) * count + i] = inside ? (h * p.W + w) * plan.pixel : padding;
+        }
+      }
+    }
+  }
+}
+
+// NCHW output: a block of [rows][columns] in memory becomes `columns` runs of `rows` pixels.
+template <class T>
+void transpose_store(const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y, int64_t y_stride) {
+  const T* from = static_cast<const T*>(block);
+  T* to = static_cast<T*>(y);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[c * y_stride + r] = from[r * block_stride + c];
+}
+
+void transpose_store(int64_t bytes, const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y,
+                     int64_t y_stride) {
+  if (bytes == 4) return transpose_store<uint32_t>(block, rows, columns, block_stride, y, y_stride);
+  if (bytes == 2) return transpose_store<uint16_t>(block, rows, columns, block_stride, y, y_stride);
+  transpose_store<uint8_t>(block, rows, columns, block_stride, y, y_stride);
+}
+
+// One block of output pixels of one sample, output columns [column, column + tile.columns) of the layer, by `multiply(tile output,
+// y stride)`: straight into y when it is channels_last, through `block_y` and a transposition when it is not.
+struct BlockOutput {
+  const Int8Conv2dParams& p;
+  int64_t n, first, rows;
+  char* block_y;
+
+  template <class Multiply>
+  void store(int64_t channel, int64_t columns, const Multiply& multiply) const {
+    const int64_t bytes = dtype_bytes(p.out.dtype), pixels = p.OH * p.OW;
+    char* y = static_cast<char*>(p.out.y);
+    if (p.y_channels_last) return multiply(y + ((n * pixels + first) * p.O + channel) * bytes, p.O);
+    multiply(block_y, columns);
+    transpose_store(bytes, block_y, rows, columns, columns, y + ((n * p.O + channel) * pixels + first) * bytes, pixels);
+  }
+};
+
+}  // namespace
+
+void int8_conv2d_cpu(const Int8Conv2dParams& p) {
+  const int64_t pixels = p.OH * p.OW;
+  if (p.N == 0 || p.O == 0 || pixels == 0) return;
+  const KernelTable& table = kernels();
+  const Plan plan = make_plan(p);
+  const PackedLayout& layout = plan.layout;
+  const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
+  const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = layout.depthwise ? p.O : std::min<int64_t>(kPanel, layout.n);
+
+  Scratch scratch;
+  Columns columns(p.out, layout, &scratch);
+  const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
+  const int64_t codes_at = scratch.add(samples * plan.sample), range_at = scratch.add(samples * p.H * int64_t{sizeof(Range)});
+  const int64_t scale_at = scratch.add(samples * 4), zero_at = scratch.add(samples * 4);
+  const int64_t line = round_up(p.W * (plan.nhwc_input ? p.C : 1), 64), lines_at = scratch.add(threads * line);
+  const int64_t table_bytes = round_up(plan.block * layout.taps * 8, 64), tables_at = scratch.add(threads * table_bytes);
+  const int64_t y_bytes = p.y_channels_last ? 0 : round_up(plan.block * block_columns * out_bytes, 64);
+  const int64_t blocks_at = scratch.add(threads * y_bytes);
+  scratch.allocate();
+  columns.fill(p.out, layout, scratch);
+  const int8_t* packed = p.packed;
+  if (packed == nullptr) {
+    pack_weight_cpu(p.weight, layout, scratch.at<int8_t>(packed_at));
+    packed = scratch.at<int8_t>(packed_at);
+  }
+  uint8_t* codes = scratch.at<uint8_t>(codes_at);
+  float* sample_scale = scratch.at<float>(scale_at);
+  int32_t* sample_zero = scratch.at<int32_t>(zero_at);
+
+  // Work is cut into `threads` shares by hand, so that a share knows its own piece of scratch.
+  const auto shares = [&](int64_t tasks, int64_t work_per_task, const auto& run) {
+    const int64_t workers = std::clamp<int64_t>(tasks * work_per_task / kMacsPerTask, 1, std::min(threads, tasks));
+    parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t task = worker * tasks / workers; task < (worker + 1) * tasks / workers; ++task) run(worker, task);
+    });
+  };
+
+  for (int64_t n0 = 0; n0 < p.N; n0 += samples) {
+    const int64_t count = std::min(samples, p.N - n0);
+
+    // 1. scales of the samples
+    Range* ranges = scratch.at<Range>(range_at);
+    if (is_dynamic(p.in) && p.H > 0)
+      shares(count * p.H, p.W * p.C * 16, [&](int64_t, int64_t task) {
+        ranges[task] = Range{0.0f, 0.0f, 0};
+        line_range(table, p, plan, n0 + task / p.H, task % p.H, &ranges[task]);
+      });
+    for (int64_t n = 0; n < count; ++n) {
+      Range range{0.0f, 0.0f, 0};
+      if (is_dynamic(p.in))
+        for (int64_t h = 0; h < p.H; ++h) {
+          const Range& r = ranges[n * p.H + h];
+          range = {std::min(range.min, r.min), std::max(range.max, r.max), std::max(range.abs_bits, r.abs_bits)};
+        }
+      const RowCodes row = row_codes(p.in, n0 + n, range);
+      sample_scale[n] = row.scale;
+      sample_zero[n] = row.zero_point;
+      std::memset(codes + n * plan.sample + p.H * p.W * plan.pixel, row.zero_point, static_cast<size_t>(plan.pixel));
+    }
+
+    // 2. samples -> codes
+    if (p.H > 0)
+      shares(count * p.H, p.W * p.C * 32, [&](int64_t worker, int64_t task) {
+        const int64_t n = task / p.H, h = task % p.H;
+        quantize_line(table, p, plan, n0 + n, h, {sample_scale[n], sample_zero[n]}, codes + n * plan.sample + h * p.W * plan.pixel,
+                      scratch.at<uint8_t>(lines_at + worker * line));
+      });
+
+    // 3. blocks of output pixels
+    const int64_t blocks = ceil_div(pixels, plan.block);
+    shares(count * blocks, std::min(plan.block, pixels) * p.O * layout.k * layout.taps, [&](int64_t worker, int64_t task) {
+      const int64_t n = task / blocks, first = task % blocks * plan.block, rows = std::min(plan.block, pixels - first);
+      int64_t* offsets = scratch.at<int64_t>(tables_at + worker * table_bytes);
+      fill_offsets(p, plan, first, rows, offsets);
+      const BlockOutput block{p, n0 + n, first, rows, scratch.at<char>(blocks_at + worker * y_bytes)};
+      const uint8_t* a = codes + n * plan.sample;
+
+      if (layout.depthwise) {
+        block.store(0, p.O, [&](char* y, int64_t y_stride) {
+          DepthwisePixel pixel;
+          pixel.taps = layout.taps;
+          pixel.a = a;
+          pixel.b = packed + layout.panels_offset;
+          pixel.b_stride = layout.padded_n;
+          pixel.out = columns.output(p.out, layout.column_sum(packed, 0), 0);
+          pixel.out.columns = p.O;
+          pixel.out.y_stride = y_stride;
+          pixel.out.row_scale = sample_scale + n;
+          pixel.out.row_zero = sample_zero + n;
+          pixel.out.row_step = 0;
+          for (int64_t i = 0; i < rows; ++i) {
+            const int64_t tile = i / kGemmRows * kGemmRows;
+            pixel.a_offset = offsets + tile * layout.taps + i % kGemmRows;
+            pixel.a_step = std::min<int64_t>(kGemmRows, rows - tile);
+            pixel.out.y = y + i * y_stride * out_bytes;
+            table.depthwise(pixel);
+          }
+        });
+        return;
+      }
+      for (int64_t g = 0; g < p.groups; ++g)
+        for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+          const int64_t column = panel * kPanel, width = layout.width(panel), valid = std::min(width, layout.n - column);
+          block.store(g * layout.n + column, valid, [&](char* y, int64_t y_stride) {
+            GemmTile tile;
+            tile.taps = layout.taps;
+            tile.k4 = layout.k4;
+            tile.a = a + g * plan.group_channels;
+            tile.b = layout.panel(packed, g, panel);
+            tile.out = columns.output(p.out, layout.column_sum(packed, g) + column, g * layout.padded_n + column);
+            tile.out.columns = valid;
+            tile.out.y_stride = y_stride;
+            tile.out.row_scale = sample_scale + n;
+            tile.out.row_zero = sample_zero + n;
+            tile.out.row_step = 0;
+            for (int64_t m = 0; m < rows; m += kGemmRows) {
+              const int64_t tile_rows = std::min<int64_t>(kGemmRows, rows - m);
+              tile.a_offset = offsets + m * layout.taps;
+              tile.out.y = y + m * y_stride * out_bytes;
+              table.gemm[tile_rows - 1][width / kPanelStep - 1](tile);
+            }
+          });
+        }
+    });
+  }
+}
+
+}  // namespace quant_ops

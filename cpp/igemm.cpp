@@ -1,0 +1,193 @@
+// int8_linear and int8_gemm on the CPU: start reading here.
+//
+//   y[m,n] = fma(float(sum_k a[m,k] b[n,k] - z[m] sum_k b[n,k]), scale_a[m] * scale_b[n], bias[n])
+//
+// Rows of x are quantized into a bounded scratch, then 6 x 64 tiles are multiplied, corrected, scaled and stored from registers.
+// Blocking, threads and edges live here; the inner loops are the table's (isa/kernels.h); the weight layout is pack.h's.
+#include "igemm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace quant_ops {
+namespace {
+
+// Codes of one pass over the rows: bounds the scratch, whatever M is.
+constexpr int64_t kPassBytes = int64_t{8} << 20;
+// Rows multiplied against one weight panel before the next panel is fetched: with the panel (64 K bytes) they stay in the L2 cache.
+constexpr int64_t kBlockBytes = int64_t{384} << 10;
+// Multiply-accumulates worth a thread of their own; below, a fork costs more than it brings.
+constexpr int64_t kMacsPerTask = int64_t{1} << 20;
+
+}  // namespace
+
+int64_t dtype_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16: return 2;
+    default: return 1;
+  }
+}
+
+RowCodes row_codes(const InputParams& in, int64_t i, const Range& range) {
+  if (is_dynamic(in)) {
+    const bool asymmetric = in.mode == Activation::kDynamicAsymmetric, finite = range.abs_bits < 0x7f800000u;
+    const float absmax = bits_float(range.abs_bits);
+    const auto p = asymmetric ? choose_qparams_of(range.min, range.max, finite, -128, 127, true)
+                              : choose_qparams_of(-absmax, absmax, finite, -127, 127, false);
+    return {p.scale, p.zero_point + kSignedOffset};
+  }
+  const int32_t offset = in.dtype == DType::kUInt8 ? 0 : kSignedOffset;
+  return {in.scale ? in.scale[i * in.scale_stride] : 1.0f, offset + (in.zero_point ? in.zero_point[i * in.zero_point_stride] : 0)};
+}
+
+void write_codes(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, const RowCodes& row, uint8_t* codes) {
+  if (in.dtype == DType::kUInt8) {
+    std::memcpy(codes, static_cast<const uint8_t*>(in.x) + offset, static_cast<size_t>(n));
+  } else if (in.dtype == DType::kInt8) {
+    const int8_t* x = static_cast<const int8_t*>(in.x) + offset;
+    for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(x[k]) ^ 0x80u;
+  } else {
+    QuantizeRun run;
+    run.x = static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype);
+    run.y = codes;
+    run.n = n;
+    run.scale = &row.scale;
+    run.zero_point = &row.zero_point;
+    run.scale_step = run.zero_step = 0;
+    run.qmin = in.mode == Activation::kDynamic ? 1 : 0;  // -127 and -128, as unsigned codes
+    run.qmax = 255;
+    run.x_dtype = in.dtype;
+    run.y_dtype = DType::kUInt8;
+    run.simulate = false;
+    table.quantize(run);
+  }
+}
+
+Columns::Columns(const OutputParams& out, const PackedLayout& l, Scratch* scratch) {
+  const int64_t columns = l.depthwise ? l.padded_n : l.groups * l.padded_n;
+  const bool whole = columns == l.groups * l.n;
+  if (whole && out.weight_scale_stride == 1) {
+    scale_ = out.weight_scale;
+  } else {
+    scale_offset_ = scratch->add(columns * 4);
+  }
+  if (whole && out.bias != nullptr) {
+    bias_ = out.bias;
+  } else {
+    bias_offset_ = scratch->add(columns * 4);
+  }
+}
+
+void Columns::fill(const OutputParams& out, const PackedLayout& l, const Scratch& scratch) {
+  const int64_t groups = l.depthwise ? 1 : l.groups, n = l.depthwise ? l.groups : l.n;
+  const auto spread = [&](int64_t offset, const float* from, int64_t stride, float missing) {
+    float* to = scratch.at<float>(offset);
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t j = 0; j < l.padded_n; ++j) to[g * l.padded_n + j] = j < n && from ? from[(g * n + j) * stride] : missing;
+    return to;
+  };
+  if (scale_offset_ >= 0) scale_ = spread(scale_offset_, out.weight_scale, out.weight_scale_stride, 0.0f);
+  if (bias_offset_ >= 0) bias_ = spread(bias_offset_, out.bias, 1, -0.0f);  // adding -0 changes nothing
+}
+
+TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {
+  TileOutput o;
+  o.dtype = out.dtype;
+  o.column_sum = column_sum;
+  o.column_scale = scale_ + column;
+  o.bias = bias_ + column;
+  o.floor = out.relu ? 0.0f : -INFINITY;
+  o.out_scale = out.out_scale;
+  o.out_zero_point = out.out_zero_point;
+  return o;
+}
+
+void int8_linear_cpu(const Int8LinearParams& p) {
+  if (p.M == 0 || p.N == 0) return;
+  const KernelTable& table = kernels();
+  const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
+  const int64_t row_bytes = layout.k4 * kGroupK;
+  const int64_t pass_rows = std::min(p.M, std::max<int64_t>(kGemmRows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
+
+  Scratch scratch;
+  Columns columns(p.out, layout, &scratch);
+  const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
+  const int64_t codes_at = scratch.add(pass_rows * row_bytes);
+  const int64_t scale_at = scratch.add(pass_rows * 4), zero_at = scratch.add(pass_rows * 4);
+  scratch.allocate();
+  columns.fill(p.out, layout, scratch);
+  const int8_t* packed = p.packed;
+  if (packed == nullptr) {
+    pack_weight_cpu(p.weight, layout, scratch.at<int8_t>(packed_at));
+    packed = scratch.at<int8_t>(packed_at);
+  }
+  uint8_t* codes = scratch.at<uint8_t>(codes_at);
+  float* row_scale = scratch.at<float>(scale_at);
+  int32_t* row_zero = scratch.at<int32_t>(zero_at);
+
+  const int64_t element = dtype_bytes(p.in.dtype), panels = layout.panels(), threads = parallel_threads();
+  const int64_t block =
+      std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / kGemmRows * kGemmRows, kGemmRows, 32 * kGemmRows);
+
+  for (int64_t m0 = 0; m0 < p.M; m0 += pass_rows) {
+    const int64_t rows = std::min(pass_rows, p.M - m0);
+
+    // rows of x -> unsigned codes, each row read once from memory
+    parallel_for(rows, std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(p.K, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const int64_t offset = (m0 + m) * p.x_stride;
+        Range range{0.0f, 0.0f, 0};
+        if (is_dynamic(p.in)) table.range(static_cast<const char*>(p.in.x) + offset * element, p.in.dtype, p.K, &range);
+        const RowCodes row = row_codes(p.in, m0 + m, range);
+        uint8_t* out = codes + m * row_bytes;
+        write_codes(table, p.in, offset, p.K, row, out);
+        std::memset(out + p.K, 0, static_cast<size_t>(row_bytes - p.K));  // meets the zeros of the packed weight
+        row_scale[m] = row.scale;
+        row_zero[m] = row.zero_point;
+      }
+    });
+
+    // tiles: blocks of rows x ranges of panels, at least a few tasks a thread, none smaller than kMacsPerTask
+    const int64_t blocks = ceil_div(rows, block);
+    const int64_t wanted = threads == 1 ? 1 : std::min(threads * 4, 1 + rows * p.N * p.K / kMacsPerTask);
+    const int64_t ranges = std::clamp<int64_t>(ceil_div(wanted, blocks), 1, panels);
+    parallel_for(blocks * ranges, std::max<int64_t>(1, blocks * ranges / wanted), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / ranges * block, last = std::min(first + block, rows);
+        const int64_t from = task % ranges * panels / ranges, to = (task % ranges + 1) * panels / ranges;
+        for (int64_t panel = from; panel < to; ++panel) {
+          const int64_t column = panel * kPanel, width = layout.width(panel);
+          GemmTile tile;
+          tile.taps = 1;
+          tile.k4 = layout.k4;
+          tile.a = codes;
+          tile.b = layout.panel(packed, 0, panel);
+          tile.out = columns.output(p.out, layout.column_sum(packed, 0) + column, column);
+          tile.out.columns = std::min(width, p.N - column);
+          tile.out.y_stride = p.y_stride;
+          tile.out.row_step = 1;
+          for (int64_t m = first; m < last; m += kGemmRows) {
+            const int64_t count = std::min<int64_t>(kGemmRows, last - m);
+            int64_t a_offset[kGemmRows];
+            for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
+            tile.a_offset = a_offset;
+            tile.out.row_scale = row_scale + m;
+            tile.out.row_zero = row_zero + m;
+            tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
+            table.gemm[count - 1][width / kPanelStep - 1](tile);
+          }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace quant_ops

@@ -1,0 +1,46 @@
+// What the integer GEMM and the convolution share: activations to unsigned codes, and the columns' epilogue data.
+#pragma once
+
+#include "isa/kernels.h"
+#include "ops.h"
+#include "pack.h"
+#include "scratch.h"
+
+namespace quant_ops {
+
+// Activations are multiplied as unsigned bytes: a signed code q becomes q + 128, its zero point z becomes z + 128, and the epilogue
+// subtracts (z + 128) * column_sum. So one u8 x s8 product serves signed and unsigned, symmetric and asymmetric activations.
+constexpr int32_t kSignedOffset = 128;
+
+// How one row (Linear) or sample (Conv2d) is turned into unsigned codes.
+struct RowCodes {
+  float scale;
+  int32_t zero_point;  // of the unsigned codes
+};
+
+// The scale and zero point of row i: from the range of its data when dynamic, else as given.
+RowCodes row_codes(const InputParams& in, int64_t i, const Range& range);
+
+inline bool is_dynamic(const InputParams& in) {
+  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
+}
+
+// n contiguous elements starting at element `offset` of x, as unsigned codes.
+void write_codes(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, const RowCodes& row, uint8_t* codes);
+
+// Per-column scale and bias with `padded_n` readable elements a group; the caller's own arrays where they are long enough.
+class Columns {
+ public:
+  Columns(const OutputParams& out, const PackedLayout& layout, Scratch* scratch);
+  void fill(const OutputParams& out, const PackedLayout& layout, const Scratch& scratch);
+  TileOutput output(const OutputParams& out, const int32_t* column_sum, int64_t column) const;
+
+ private:
+  int64_t scale_offset_ = -1, bias_offset_ = -1;
+  const float* scale_ = nullptr;
+  const float* bias_ = nullptr;
+};
+
+int64_t dtype_bytes(DType dtype);
+
+}  // namespace quant_ops

@@ -1,0 +1,77 @@
+// Chooses the kernel table at run time: the widest instruction set that the processor and the operating system offer, or the one
+// that QUANT_OPS_ISA names. An unknown or unrunnable name is an error, never ignored.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace quant_ops {
+namespace {
+
+struct Candidate {
+  const KernelTable* table;
+  bool runs;
+};
+
+// Worst first. __builtin_cpu_supports asks cpuid and xgetbv: a vector state that the system does not save counts as absent.
+int candidates(Candidate out[8]) {
+  int n = 0;
+  out[n++] = {&kScalarKernels, true};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  out[n++] = {&kAvx2Kernels, avx2};
+  out[n++] = {&kAvx512VnniKernels, avx512 && __builtin_cpu_supports("avx512vnni")};
+#endif
+  return n;
+}
+
+const KernelTable* choose(const char* name, const char* source) {
+  Candidate all[8];
+  const int n = candidates(all);
+  std::string known;
+  const KernelTable* best = nullptr;
+  for (int i = 0; i < n; ++i) {
+    if (!all[i].runs) continue;
+    best = all[i].table;
+    known += (known.empty() ? "" : ", ") + std::string(best->isa);
+    if (name && std::strcmp(name, best->isa) == 0) return best;
+  }
+  if (!name || !*name) return best;
+  throw std::runtime_error(std::string("quant_ops: expected ") + source + " to be one of " + known + " on this machine, got '" +
+                           name + "'. Unset it to choose automatically.");
+}
+
+std::atomic<const KernelTable*> current{nullptr};
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const KernelTable* table = current.load(std::memory_order_acquire);
+  if (table == nullptr) {  // racing first uses agree: the choice depends on the machine and the environment only
+    table = choose(std::getenv("QUANT_OPS_ISA"), "QUANT_OPS_ISA");
+    current.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+void set_isa(const char* name) {
+  current.store(*name ? choose(name, "the instruction set") : choose(std::getenv("QUANT_OPS_ISA"), "QUANT_OPS_ISA"),
+                std::memory_order_release);
+}
+
+int runnable_kernels(const KernelTable* tables[8]) {
+  Candidate all[8];
+  const int n = candidates(all);
+  int count = 0;
+  for (int i = 0; i < n; ++i)
+    if (all[i].runs) tables[count++] = all[i].table;
+  return count;
+}
+
+}  // namespace quant_ops

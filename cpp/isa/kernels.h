@@ -1,0 +1,138 @@
+// The micro-kernels: one table per instruction set, every entry a plain function on plain pointers. dispatch.cpp picks a table at
+// run time; drivers only ever call through it; kernels_module.cpp shows every table to the tests. All tables give the same bits.
+//
+// To add a kernel: a function in the .inl (written once against simd_*.h) or in one isa/*.cpp, a field here.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace quant_ops {
+
+constexpr int kGemmRows = 6;  // rows of a register tile: 6 x 64 int32 = 24 of 32 zmm, + 4 weights + 1 activation
+constexpr int kPanel = 64;    // columns of a packed weight panel; the last one is rounded up to kPanelStep only
+constexpr int kPanelStep = 16;
+constexpr int kGroupK = 4;  // consecutive k of one column: the four bytes of a vpdpbusd lane
+
+// The epilogue of one tile. Arrays over columns have `width` readable elements.
+struct TileOutput {
+  void* y;           // first element of the tile
+  int64_t y_stride;  // between rows; columns are contiguous
+  DType dtype;
+  int64_t columns;            // valid ones, 1 .. width
+  const int32_t* column_sum;  // sum_k b[n,k]
+  const float* column_scale;
+  const float* bias;        // -0 where there is none
+  const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
+  const float* row_scale;
+  int64_t row_step;  // 0 or 1
+  float floor;       // 0 for ReLU, else -inf
+  float out_scale;   // int8 / uint8 output
+  int32_t out_zero_point;
+
+  // The same tile from column n on.
+  __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
+    TileOutput o = *this;
+    const int64_t bytes = dtype == DType::kInt8 || dtype == DType::kUInt8         ? 1
+                          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
+                                                                                  : 4;
+    o.y = static_cast<char*>(y) + n * bytes;
+    o.columns -= n;
+    o.column_sum += n;
+    o.column_scale += n;
+    o.bias += n;
+    return o;
+  }
+};
+
+// acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
+// acc -= row_zero[r] * column_sum[n] and the epilogue. A GEMM has one tap; a convolution one per kernel position.
+// b is one packed panel: [taps * k4][width][4].
+struct GemmTile {
+  int64_t taps;
+  int64_t k4;  // groups of four k per tap
+  const uint8_t* a;
+  const int64_t* a_offset;  // [taps][rows]
+  const int8_t* b;
+  TileOutput out;
+};
+
+// One output pixel of a depthwise convolution: acc[c] = sum_t a[a_offset[t * a_step] + c] * b[t * b_stride + c].
+struct DepthwisePixel {
+  int64_t taps;
+  const uint8_t* a;
+  const int64_t* a_offset;
+  int64_t a_step;
+  const int8_t* b;  // [taps][b_stride]
+  int64_t b_stride;
+  TileOutput out;  // one row, `columns` channels
+};
+
+// A contiguous run of n elements; scale and zero point step by 0 (one for all) or 1. Needs |qmin - zero_point| <= 2^24.
+struct QuantizeRun {
+  const void* x;
+  void* y;
+  int64_t n;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+  int32_t qmin, qmax;
+  DType x_dtype, y_dtype;
+  bool simulate;
+};
+
+struct DequantizeRun {
+  const void* q;
+  void* y;
+  int64_t n;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+  DType q_dtype, y_dtype;  // q_dtype int8 or uint8
+};
+
+// The straight-through gradient of a contiguous run: dx = grad where qmin <= rne(x / scale) + zero_point <= qmax, else 0.
+struct StraightThroughRun {
+  const void* x;
+  const void* grad;
+  void* dx;
+  int64_t n;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+  int32_t qmin, qmax;
+  DType dtype;  // of x, grad and dx
+};
+
+// Minimum and maximum of a run (NaN ignored) and whether all of it is finite; folded into what `range` holds already.
+struct Range {
+  float min, max;
+  uint32_t abs_bits;  // bits of the largest magnitude, as an integer; >= 0x7f800000 if any element is Inf or NaN
+};
+
+struct KernelTable {
+  const char* isa;
+  const char* gemm_name;                                          // of the full tile
+  void (*gemm[kGemmRows][kPanel / kPanelStep])(const GemmTile&);  // [rows - 1][width / 16 - 1]
+  void (*depthwise)(const DepthwisePixel&);
+  void (*quantize)(const QuantizeRun&);
+  void (*dequantize)(const DequantizeRun&);
+  void (*straight_through)(const StraightThroughRun&);
+  void (*range)(const void* x, DType dtype, int64_t n, Range* range);
+  int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512VnniKernels;
+#endif
+
+// The table in use: the best this machine runs, or what QUANT_OPS_ISA or set_isa names.
+// Throws std::runtime_error for a name that is unknown or that this machine cannot run.
+const KernelTable& kernels();
+void set_isa(const char* name);                      // "" = automatic again
+int runnable_kernels(const KernelTable* tables[8]);  // all tables this machine runs, worst first
+
+}  // namespace quant_ops

@@ -1,0 +1,100 @@
+// Plain C++ kernels: the reference that every other table must match bit for bit, and the fallback of machines without AVX2.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+#include "target.h"
+
+namespace quant_ops {
+namespace {
+
+struct Simd {
+  static constexpr int N = 1;
+  using F = float;
+  using I = int32_t;
+
+  static F set(float v) { return v; }
+  static I set_int(int32_t v) { return v; }
+  template <class T>
+  static F load(const T* p) {
+    return to_compute(*p);
+  }
+  template <class T>
+  static I load_int(const T* p) {
+    return *p;
+  }
+  template <class T>
+  static void store(T* p, F v) {
+    from_compute(v, p);
+  }
+  template <class T>
+  static void store(T* p, I v) {
+    *p = static_cast<T>(v);
+  }
+
+  static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F round_even(F a) { return quant_ops::round_even(a); }
+  static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
+  static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
+  static I abs_bits(F a) { return static_cast<I>(float_bits(a) & 0x7fffffffu); }
+
+  // wrap around modulo 2^32, as the vector instructions do
+  static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+  static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
+  static I mul(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
+  static I min(I a, I b) { return a < b ? a : b; }
+  static I max(I a, I b) { return a > b ? a : b; }
+  static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
+  static F to_float(I a) { return static_cast<float>(a); }
+  static I to_int(F a) { return static_cast<I>(a); }
+};
+
+#include "unroll.inl"
+//
+#include "elementwise.inl"
+
+template <int kRows>
+void gemm_u8s8_6x64_scalar(const GemmTile& t, int64_t width) {
+  uint32_t acc[kRows][kPanel] = {};
+  const int8_t* b = t.b;
+  const int64_t* offset = t.a_offset;
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows)
+    for (int64_t k = 0; k < t.k4; ++k, b += width * kGroupK)
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* a = t.a + offset[r] + k * kGroupK;
+        for (int64_t n = 0; n < width; ++n)
+          for (int i = 0; i < kGroupK; ++i) acc[r][n] += static_cast<uint32_t>(int32_t{a[i]} * b[n * kGroupK + i]);
+      }
+  for (int64_t n = 0; n < t.out.columns; ++n)
+    finish_tile<kRows, 1>(t.out.from_column(n), [&](auto r, auto) { return static_cast<int32_t>(acc[r.value][n]); });
+}
+
+template <int kRows, int kWidth>
+void gemm_tile(const GemmTile& t) {
+  gemm_u8s8_6x64_scalar<kRows>(t, kWidth);
+}
+
+int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
+
+}  // namespace
+
+#define QO_TILES(rows) {gemm_tile<rows, 16>, gemm_tile<rows, 32>, gemm_tile<rows, 48>, gemm_tile<rows, 64>}
+const KernelTable kScalarKernels = {
+    "scalar",
+    "gemm_u8s8_6x64_scalar",
+    {QO_TILES(1), QO_TILES(2), QO_TILES(3), QO_TILES(4), QO_TILES(5), QO_TILES(6)},
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    peak,
+};
+
+}  // namespace quant_ops

@@ -1,0 +1,225 @@
+// quant_ops._kernels: every micro-kernel callable by instruction set on numpy arrays, without torch, for tests and
+// micro-benchmarks. Outputs are written into arrays that the caller passes, so that he can surround them with guards.
+// float16 is numpy's; bfloat16 travels as uint16 bits with dtype="bfloat16".
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "isa/kernels.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace quant_ops {
+
+// One thread: the module tests kernels, not drivers.
+void parallel_run(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }
+int64_t parallel_threads() { return 1; }
+
+namespace {
+
+const KernelTable& table_of(const std::string& isa) {
+  const KernelTable* tables[8];
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
+    if (isa == tables[i]->isa) return *tables[i];
+  throw py::value_error("this machine does not run the instruction set '" + isa + "'");
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "int8") return DType::kInt8;
+  if (name == "uint8") return DType::kUInt8;
+  if (name == "int16") return DType::kInt16;
+  if (name == "int32") return DType::kInt32;
+  throw py::value_error("unknown dtype '" + name + "'");
+}
+
+std::vector<std::string> isas() {
+  const KernelTable* tables[8];
+  std::vector<std::string> names;
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i) names.push_back(tables[i]->isa);
+  return names;
+}
+
+py::array_t<int8_t> pack_weight(const py::array_t<int8_t, py::array::c_style>& w, int64_t groups) {
+  const PackedLayout layout =
+      packed_layout(w.shape(0), w.shape(1), w.ndim() == 4 ? w.shape(2) : 1, w.ndim() == 4 ? w.shape(3) : 1, groups);
+  py::array_t<int8_t> packed(layout.bytes);
+  pack_weight_cpu(w.data(), layout, packed.mutable_data());
+  return packed;
+}
+
+template <class T>
+using Vector = py::array_t<T, py::array::c_style>;
+
+// y[M, N] from codes a[taps][M, 4 k4] and weights w[N, k, taps], in tiles of `rows` rows.
+void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
+          const Vector<int32_t>& row_zero, const Vector<float>& row_scale, const Vector<float>& column_scale,
+          const Vector<float>& bias, bool relu, float out_scale, int32_t out_zero_point, int64_t rows) {
+  const KernelTable& table = table_of(isa);
+  const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
+  const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
+  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 || rows > kGemmRows ||
+      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
+      row_scale.size() != m_count)
+    throw py::value_error("inconsistent shapes");
+  std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
+  pack_weight_cpu(w.data(), layout, packed.data());
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    const int64_t column = panel * kPanel, width = layout.width(panel);
+    for (int64_t m = 0; m < m_count; m += rows) {
+      const int64_t count = std::min(rows, m_count - m);
+      std::vector<int64_t> offsets;
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t r = 0; r < count; ++r) offsets.push_back((t * m_count + m + r) * row_bytes);
+      GemmTile tile;
+      tile.taps = taps;
+      tile.k4 = layout.k4;
+      tile.a = a.data();
+      tile.a_offset = offsets.data();
+      tile.b = layout.panel(packed.data(), 0, panel);
+      tile.out.dtype = dtype_of(dtype);
+      tile.out.y = static_cast<char*>(y.mutable_data()) + m * y.strides(0) + column * y.itemsize();
+      tile.out.y_stride = y.strides(0) / y.itemsize();
+      tile.out.columns = std::min(width, n_count - column);
+      tile.out.column_sum = layout.column_sum(packed.data(), 0) + column;
+      tile.out.column_scale = column_scale.data() + column;
+      tile.out.bias = bias.data() + column;
+      tile.out.row_zero = row_zero.data() + m;
+      tile.out.row_scale = row_scale.data() + m;
+      tile.out.row_step = 1;
+      tile.out.floor = relu ? 0.0f : -INFINITY;
+      tile.out.out_scale = out_scale;
+      tile.out.out_zero_point = out_zero_point;
+      table.gemm[count - 1][width / kPanelStep - 1](tile);
+    }
+  }
+}
+
+// y[C] of one output pixel from codes a[taps, >= C rounded up to 16] and weights w[C, 1, taps, 1].
+void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
+               int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias) {
+  const KernelTable& table = table_of(isa);
+  const int64_t channels = w.shape(0), taps = w.shape(2);
+  const PackedLayout layout = packed_layout(channels, 1, taps, 1, channels);
+  if (!layout.depthwise || a.shape(0) != taps || a.shape(1) < layout.padded_n || column_scale.size() < layout.padded_n ||
+      bias.size() < layout.padded_n)
+    throw py::value_error("inconsistent shapes");
+  std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
+  pack_weight_cpu(w.data(), layout, packed.data());
+  std::vector<int64_t> offsets;
+  for (int64_t t = 0; t < taps; ++t) offsets.push_back(t * a.shape(1));
+  DepthwisePixel pixel;
+  pixel.taps = taps;
+  pixel.a = a.data();
+  pixel.a_offset = offsets.data();
+  pixel.a_step = 1;
+  pixel.b = packed.data() + layout.panels_offset;
+  pixel.b_stride = layout.padded_n;
+  pixel.out.y = y.mutable_data();
+  pixel.out.y_stride = 0;
+  pixel.out.dtype = dtype_of(dtype);
+  pixel.out.columns = channels;
+  pixel.out.column_sum = layout.column_sum(packed.data(), 0);
+  pixel.out.column_scale = column_scale.data();
+  pixel.out.bias = bias.data();
+  pixel.out.row_zero = &row_zero;
+  pixel.out.row_scale = &row_scale;
+  pixel.out.row_step = 0;
+  pixel.out.floor = -INFINITY;
+  pixel.out.out_scale = 1.0f;
+  pixel.out.out_zero_point = 0;
+  table.depthwise(pixel);
+}
+
+// scale and zero_point hold one element or one per element of x.
+void quantize(const std::string& isa, const py::array& x, const std::string& x_dtype, py::array y, const std::string& y_dtype,
+              const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax, bool simulate) {
+  QuantizeRun run;
+  run.x = x.data();
+  run.y = y.mutable_data();
+  run.n = x.size();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.x_dtype = dtype_of(x_dtype);
+  run.y_dtype = dtype_of(y_dtype);
+  run.simulate = simulate;
+  table_of(isa).quantize(run);
+}
+
+void dequantize(const std::string& isa, const py::array& q, const std::string& q_dtype, py::array y, const std::string& y_dtype,
+                const Vector<float>& scale, const Vector<int32_t>& zero_point) {
+  DequantizeRun run;
+  run.q = q.data();
+  run.y = y.mutable_data();
+  run.n = q.size();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.q_dtype = dtype_of(q_dtype);
+  run.y_dtype = dtype_of(y_dtype);
+  table_of(isa).dequantize(run);
+}
+
+void straight_through_run(const std::string& isa, const py::array& x, const py::array& grad, py::array dx, const std::string& dtype,
+                          const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax) {
+  StraightThroughRun run;
+  run.x = x.data();
+  run.grad = grad.data();
+  run.dx = dx.mutable_data();
+  run.n = x.size();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.dtype = dtype_of(dtype);
+  table_of(isa).straight_through(run);
+}
+
+py::tuple range(const std::string& isa, const py::array& x, const std::string& dtype) {
+  Range r{INFINITY, -INFINITY, 0};
+  table_of(isa).range(x.data(), dtype_of(dtype), x.size(), &r);
+  return py::make_tuple(r.min, r.max, r.abs_bits);
+}
+
+int64_t peak(const std::string& isa, int64_t iterations) {
+  const KernelTable& table = table_of(isa);
+  py::gil_scoped_release release;
+  return table.peak(iterations);
+}
+
+}  // namespace
+}  // namespace quant_ops
+
+PYBIND11_MODULE(_kernels, m) {
+  namespace q = quant_ops;
+  using namespace py::literals;
+  m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
+  m.attr("GEMM_ROWS") = q::kGemmRows;
+  m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
+  m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
+  m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
+        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = q::kGemmRows);
+  m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
+        "bias"_a);
+  m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,
+        "simulate"_a);
+  m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a);
+  m.def("straight_through", &q::straight_through_run, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a, "zero_point"_a,
+        "qmin"_a, "qmax"_a);
+  m.def("range", &q::range, "isa"_a, "x"_a, "dtype"_a, "(min, max, bits of the largest magnitude) of x.");
+  m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
+}

@@ -1,0 +1,92 @@
+// pack_weight: plain int8 weights into the layout of pack.h. One pass, parallel over panels.
+#include "pack.h"
+
+#include <cstring>
+
+#include "parallel.h"
+
+namespace quant_ops {
+namespace {
+
+struct Header {
+  char magic[8];  // "qopack1": the last character is the version of the layout
+  int64_t groups, n, k, r, s;
+};
+static_assert(sizeof(Header) <= 64, "the header is one cache line");
+
+Header header_of(const PackedLayout& l) { return {{'q', 'o', 'p', 'a', 'c', 'k', '1', 0}, l.groups, l.n, l.k, l.r, l.s}; }
+
+void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int64_t panel, int8_t* packed) {
+  const int64_t width = l.width(panel);
+  int8_t* b = const_cast<int8_t*>(l.panel(packed, group, panel));
+  int32_t* column_sum = const_cast<int32_t*>(l.column_sum(packed, group)) + panel * kPanel;
+  for (int64_t j = 0; j < width; ++j) {
+    const int64_t n = panel * kPanel + j;
+    const int8_t* w = weight + (group * l.n + n) * l.k * l.taps;
+    uint32_t sum = 0;
+    for (int64_t t = 0; t < l.taps; ++t)
+      for (int64_t k4 = 0; k4 < l.k4; ++k4) {
+        int8_t four[kGroupK] = {};
+        if (n < l.n)
+          for (int64_t i = 0; i < kGroupK && k4 * kGroupK + i < l.k; ++i) {
+            four[i] = w[(k4 * kGroupK + i) * l.taps + t];
+            sum += static_cast<uint32_t>(int32_t{four[i]});
+          }
+        std::memcpy(b + ((t * l.k4 + k4) * width + j) * kGroupK, four, kGroupK);
+      }
+    column_sum[j] = static_cast<int32_t>(sum);
+  }
+}
+
+void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
+  int8_t* b = packed + l.panels_offset;
+  int32_t* column_sum = reinterpret_cast<int32_t*>(packed + l.column_sum_offset);
+  for (int64_t c = 0; c < l.padded_n; ++c) {
+    int32_t sum = 0;
+    for (int64_t t = 0; t < l.taps; ++t) {
+      const int8_t w = c < l.groups ? weight[c * l.taps + t] : 0;
+      b[t * l.padded_n + c] = w;
+      sum += w;
+    }
+    column_sum[c] = sum;
+  }
+}
+
+}  // namespace
+
+PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups) {
+  PackedLayout l;
+  l.groups = groups;
+  l.n = out_channels / groups;
+  l.k = in_channels_per_group;
+  l.r = r;
+  l.s = s;
+  l.taps = r * s;
+  l.depthwise = groups > 1 && l.n == 1 && l.k == 1;
+  l.k4 = ceil_div(l.k, kGroupK);
+  l.padded_n = round_up(l.depthwise ? groups : l.n, kPanelStep);
+  const int64_t sums = l.depthwise ? l.padded_n : groups * l.padded_n;
+  l.column_sum_offset = 64;
+  l.panels_offset = round_up(l.column_sum_offset + sums * 4, 64);
+  l.group_bytes = l.padded_n * l.taps * l.k4 * kGroupK;
+  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * l.taps : groups * l.group_bytes);
+  return l;
+}
+
+void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
+  std::memset(packed, 0, static_cast<size_t>(l.panels_offset));
+  const Header header = header_of(l);
+  std::memcpy(packed, &header, sizeof(header));
+  if (l.depthwise) return pack_depthwise(weight, l, packed);
+  const int64_t panels = l.panels();
+  parallel_for(l.groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack_panel(weight, l, i / panels, i % panels, packed);
+  });
+}
+
+bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& l) {
+  const Header header = header_of(l);
+  return bytes == l.bytes && reinterpret_cast<uintptr_t>(packed) % 4 == 0 && std::memcmp(packed, &header, sizeof(header)) == 0;
+}
+
+}  // namespace quant_ops

@@ -1,0 +1,41 @@
+// The packed weight: what the micro-kernels read, the same bytes for every instruction set.
+//
+//   header     64 bytes that name the shape it was made for
+//   column sum int32 [groups][padded columns]                 sum over k of the weight, for the zero-point correction
+//   panels     int8  [groups][columns / 64][taps][k / 4][width][4]   width 64, the last panel rounded up to 16; k padded with zeros
+//
+// A linear weight [N, K] has one group and one tap; a convolution weight [O, C/groups, R, S] has R * S taps. A depthwise weight
+// (one input and one output channel a group) is kept as [taps][channels rounded up to 16]. Derived, never saved.
+#pragma once
+
+#include <cstdint>
+
+#include "isa/kernels.h"
+
+namespace quant_ops {
+
+struct PackedLayout {
+  int64_t groups, n, k, r, s;  // n columns and k inputs of one group
+  bool depthwise;
+  int64_t taps, k4, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
+
+  int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+  int64_t width(int64_t panel) const { return panel * kPanel + kPanel <= padded_n ? kPanel : padded_n - panel * kPanel; }
+
+  const int32_t* column_sum(const int8_t* packed, int64_t group) const {
+    return reinterpret_cast<const int32_t*>(packed + column_sum_offset) + group * padded_n;
+  }
+  const int8_t* panel(const int8_t* packed, int64_t group, int64_t panel) const {
+    return packed + panels_offset + group * group_bytes + panel * kPanel * taps * k4 * kGroupK;
+  }
+};
+
+PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups);
+
+// weight: contiguous [out_channels, in_channels_per_group, r, s].
+void pack_weight_cpu(const int8_t* weight, const PackedLayout& layout, int8_t* packed);
+
+// Whether a buffer of `bytes` bytes was made by pack_weight_cpu for this layout (its shape; contents cannot be told).
+bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& layout);
+
+}  // namespace quant_ops

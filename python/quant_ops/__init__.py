@@ -1,0 +1,44 @@
+"""Fast, exact int8 and simulated low-precision operators for PyTorch, on CPU and CUDA.
+
+The operators are ``torch.ops.quant_ops.*``; the functions of the same names here check their arguments with Python exceptions.
+Start with :func:`quantize_` for a whole model or :class:`QuantLinear` and :class:`QuantConv2d` for one layer.
+"""
+
+from . import _library
+
+_library.load()
+
+from .config import Int8Dynamic  # noqa: E402
+from .nn import QuantConv2d, QuantLinear  # noqa: E402
+from .ops import (  # noqa: E402
+    choose_qparams,
+    dequant_tensor,
+    int8_conv2d,
+    int8_gemm,
+    int8_linear,
+    pack_weight,
+    quant_tensor_backward,
+    quant_tensor_forward,
+    quantize_rows,
+)
+from .workflow import ConversionResult, quantize_  # noqa: E402
+
+__version__ = _library.VERSION
+
+__all__ = [
+    "ConversionResult",
+    "Int8Dynamic",
+    "QuantConv2d",
+    "QuantLinear",
+    "__version__",
+    "choose_qparams",
+    "dequant_tensor",
+    "int8_conv2d",
+    "int8_gemm",
+    "int8_linear",
+    "pack_weight",
+    "quant_tensor_backward",
+    "quant_tensor_forward",
+    "quantize_",
+    "quantize_rows",
+]

@@ -1,0 +1,111 @@
+"""Finds and opens the compiled libraries, and talks to their plain C functions.
+
+Opening them registers the operators with torch; nothing is printed. A failure names its cause and the command that mends it.
+QUANT_OPS_LIBRARY_DIR names another folder to take the libraries from.
+"""
+
+import ctypes
+import os
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+try:
+    VERSION = metadata.version("quant_ops")
+except metadata.PackageNotFoundError:  # used from a source tree with QUANT_OPS_LIBRARY_DIR
+    VERSION = "0.0.0+source"
+
+_CPU_LIBRARY = "libquant_ops.so"
+_CUDA_LIBRARY = "libquant_ops_cuda.so"
+_BUILD = "pip install --no-build-isolation ."
+
+_c: ctypes.CDLL | None = None
+cpu_library: Path | None = None
+cuda_library: Path | None = None
+cuda_reason = ""  # why the CUDA operators are not loaded; empty when they are
+
+
+def _find(name: str) -> Path | None:
+    override = os.environ.get("QUANT_OPS_LIBRARY_DIR")
+    # an editable install has two folders: the sources and the one where the build put the libraries
+    folders = [override] if override else list(__import__("quant_ops").__path__)
+    for folder in folders:
+        path = Path(folder) / name
+        if path.is_file():
+            return path.resolve()
+    return None
+
+
+def load() -> None:
+    """Registers the operators: the CPU library always, the CUDA library where torch itself has CUDA."""
+    global _c, cpu_library, cuda_library, cuda_reason  # noqa: PLW0603  one state per process, as the operators are
+    if _c is not None:
+        return
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        raise ImportError(f"quant_ops: expected torch >= 2.10, got {torch.__version__}. Upgrade with: pip install 'torch>=2.10'")
+    path = _find(_CPU_LIBRARY)
+    if path is None:
+        raise ImportError(
+            f"quant_ops: expected {_CPU_LIBRARY} beside the package, found none in "
+            f"{os.environ.get('QUANT_OPS_LIBRARY_DIR') or ', '.join(__import__('quant_ops').__path__)}. Build it with: {_BUILD}"
+        )
+    try:
+        torch.ops.load_library(path)
+        _c = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"quant_ops: {path} does not load under torch {torch.__version__}: {error}. Rebuild it with: {_BUILD}"
+        ) from error
+    for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_gemm_kernel):
+        function.restype = ctypes.c_char_p
+    _c.quant_ops_set_isa.argtypes = [ctypes.c_char_p]
+    cpu_library = path
+
+    cuda_path = _find(_CUDA_LIBRARY)
+    if torch.version.cuda is None:
+        cuda_reason = "this torch is built without CUDA"
+    elif cuda_path is None:
+        cuda_reason = f"{_CUDA_LIBRARY} was not built. Build it where nvcc is found with: {_BUILD}"
+    else:
+        try:
+            torch.ops.load_library(cuda_path)
+            cuda_library = cuda_path
+        except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
+            cuda_reason = f"{_CUDA_LIBRARY} does not load: {error}. Rebuild it with: {_BUILD}"
+
+
+def _text(value: bytes) -> str:
+    text = value.decode()
+    if text.startswith("quant_ops"):
+        raise RuntimeError(text)
+    return text
+
+
+def _library() -> ctypes.CDLL:
+    assert _c is not None
+    return _c
+
+
+def isa() -> str:
+    """The instruction set whose kernels are in use, e.g. ``"avx512vnni"``.
+
+    Raises RuntimeError if QUANT_OPS_ISA names one that is unknown or that this machine does not run.
+    """
+    return _text(_library().quant_ops_isa())
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine runs, worst first."""
+    return _text(_library().quant_ops_isas()).split(",")
+
+
+def set_isa(name: str | None) -> str:
+    """Uses another instruction set from now on, for tests and bug reports; None chooses automatically. Returns its name."""
+    return _text(_library().quant_ops_set_isa((name or "").encode()))
+
+
+def gemm_kernel() -> str:
+    """The micro-kernel that the int8 operators call on the CPU."""
+    return _text(_library().quant_ops_gemm_kernel())

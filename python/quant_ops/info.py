@@ -1,0 +1,78 @@
+"""What this installation is and which kernels it will use, as a dict and as text."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _library, ops
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _self_check() -> str:
+    """Runs the operators on small data against int64; empty when all is well."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (7, 130), generator=generator, dtype=torch.int8)
+    b = torch.randint(-128, 128, (70, 130), generator=generator, dtype=torch.int8)
+    if not torch.equal(ops.int8_gemm(a, b).long(), a.long() @ b.long().T):
+        return "int8_gemm disagrees with int64 arithmetic"
+    x = torch.randn(7, 130, generator=generator)
+    q, scale, _ = ops.quantize_rows(x)
+    expected = (q.long() @ b.long().T).float() * (scale * 0.01)
+    if not torch.equal(ops.int8_linear(x, b, torch.tensor(0.01)), expected):
+        return "int8_linear disagrees with quantize_rows and int64 arithmetic"
+    return ""
+
+
+def collect() -> dict[str, Any]:
+    """Version, libraries, instruction set, kernel per operator, and a self-check; ``"status"`` is ``"OK"`` or one reason."""
+    report: dict[str, Any] = {
+        "quant_ops": _library.VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "library": str(_library.cpu_library),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "isa_available": _library.isas(),
+        "isa_override": os.environ.get("QUANT_OPS_ISA"),
+        "cuda": str(_library.cuda_library) if _library.cuda_library else f"off: {_library.cuda_reason}",
+    }
+    try:
+        report["isa"] = _library.isa()
+        kernel = _library.gemm_kernel()
+        report["kernels"] = {
+            "int8_gemm": kernel,
+            "int8_linear": kernel,
+            "int8_conv2d": f"{kernel} (depthwise: depthwise_pixel_{report['isa']})",
+            "quant_tensor_forward": f"quantize_run_{report['isa']}",
+            "quant_tensor_backward": f"ste_run_{report['isa']}",
+            "dequant_tensor": f"dequantize_run_{report['isa']}",
+            "choose_qparams": f"range_run_{report['isa']}",
+            "quantize_rows": f"range_run_{report['isa']}, quantize_run_{report['isa']}",
+        }
+        report["status"] = _self_check() or "OK"
+    except RuntimeError as error:
+        report["status"] = str(error)
+    return report
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{key}:"] + [f"  {name:<22}{kernel}" for name, kernel in value.items()]
+        elif key != "status":
+            shown = ", ".join(value) if isinstance(value, list) else value
+            lines.append(f"{key + ':':<16}{shown}")
+    return "\n".join([*lines, str(report["status"])])

@@ -1,0 +1,378 @@
+"""Drop-in int8 layers. Plain buffers, so that state_dict, deepcopy, pickle, DDP and .to() work by themselves.
+
+``weight`` (int8), ``weight_scale`` (float32), ``bias`` (float32), and for static quantization ``input_scale`` and
+``input_zero_point``. The packed copy of the weight is derived: rebuilt when weights arrive or move, never saved, never made in
+forward. ``forward`` is one operator call.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _library
+from .ops import choose_qparams, dequant_tensor, pack_weight, quant_tensor_forward
+
+_linear = torch.ops.quant_ops.int8_linear.default
+_conv2d = torch.ops.quant_ops.int8_conv2d.default
+
+
+def quantize_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes in ±(2^(bits-1) - 1) and one float32 scale per output channel (dimension 0).
+
+    Raises:
+        ValueError: bits outside 2..8, or a weight that holds NaN or Inf.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quant_ops.quantize_weight: expected 2 <= bits <= 8, got {bits}")
+    qmax = 2 ** (bits - 1) - 1
+    weight = weight.detach()
+    if weight.numel() and not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError("quant_ops.quantize_weight: expected finite weights, got NaN or Inf")
+    scale, _ = choose_qparams(weight, list(range(1, weight.dim())), -qmax, qmax)
+    codes = quant_tensor_forward(weight, scale, None, -qmax, qmax, simulate=False)
+    return codes.contiguous(), scale.reshape(-1).float()
+
+
+class _QuantModule(nn.Module):
+    """What the int8 layers share: buffers, checks, packing."""
+
+    _version = 1
+    _float_class: ClassVar[type[nn.Module]]
+    _OPTIONAL = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
+    packed_weight: Tensor | None
+
+    def __init__(self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.asymmetric = False
+        self.relu = False
+        self.weight_bits = 8
+        self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(weight_shape[0], dtype=torch.float32, device=device))
+        for name in self._OPTIONAL:
+            self.register_buffer(name, None)
+        if bias:
+            self.bias = torch.zeros(weight_shape[0], dtype=torch.float32, device=device)
+        self.register_buffer("packed_weight", None, persistent=False)
+        self._pack()
+
+    @property
+    def _groups(self) -> int:
+        return 1
+
+    def _pack(self) -> None:
+        """Derives the packed copy; only the CPU kernels want one."""
+        self.packed_weight = pack_weight(self.weight, self._groups) if self.weight.device.type == "cpu" else None
+
+    def _check_scales(self) -> None:
+        """Scales must be positive and finite; looked at once, when they arrive, not in forward."""
+        for name in ("weight_scale", "input_scale", "output_scale"):
+            scale = self._buffers[name]
+            if scale is None or scale.is_meta:
+                continue
+            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+                raise ValueError(f"quant_ops.{type(self).__name__}: expected {name} > 0 and finite, got {scale.tolist()}")
+
+    def _take(
+        self,
+        module: nn.Module,
+        weight_bits: int,
+        input_scale: Tensor | float | None,
+        input_zero_point: Tensor | int | None,
+        asymmetric: bool,
+        output_scale: Tensor | float | None,
+        output_zero_point: Tensor | int | None,
+        relu: bool,
+    ) -> None:
+        """Takes over the weights of a float module and the quantization settings."""
+        name = type(self).__name__
+        if input_zero_point is not None and input_scale is None:
+            raise ValueError(f"quant_ops.{name}: expected input_zero_point only together with input_scale")
+        if output_zero_point is not None and output_scale is None:
+            raise ValueError(f"quant_ops.{name}: expected output_zero_point only together with output_scale")
+        if asymmetric and input_scale is not None:
+            raise ValueError(f"quant_ops.{name}: expected asymmetric only for dynamic quantization. Pass input_zero_point instead.")
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        device = weight.device
+
+        def scalar(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+            return None if value is None else torch.as_tensor(value, device=device).detach().to(dtype).reshape(())
+
+        self.weight, self.weight_scale = quantize_weight(weight, weight_bits)
+        self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
+        self.input_scale = scalar(input_scale, torch.float32)
+        self.input_zero_point = scalar(input_zero_point, torch.int32)
+        self.output_scale = scalar(output_scale, torch.float32)
+        self.output_zero_point = scalar(output_zero_point, torch.int32)
+        self.asymmetric, self.relu, self.weight_bits = asymmetric, relu, weight_bits
+        self._check_scales()
+        self._pack()
+        self.train(module.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_QuantModule":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
+        if before["weight"] is not self.weight and before["weight"].device != self.weight.device:  # type: ignore[union-attr]
+            self._pack()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._OPTIONAL:  # a checkpoint says whether the layer is static and has a bias
+            stored = state_dict.get(prefix + name)
+            if stored is not None and self._buffers[name] is None and name != "bias":
+                setattr(self, name, torch.empty_like(stored, device=self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._check_scales()
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**state["_buffers"], "packed_weight": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()
+
+    def _float_weight(self) -> Tensor:
+        shape = (-1,) + (1,) * (self.weight.dim() - 1)
+        return dequant_tensor(self.weight, self.weight_scale.reshape(shape))
+
+    def _describe(self) -> str:
+        mode = "static" if self.input_scale is not None else f"dynamic {self._granularity}"
+        zero = "asymmetric" if self.asymmetric or self.input_zero_point is not None else "symmetric"
+        kernel = _library.gemm_kernel() if self.weight.device.type == "cpu" else self.weight.device.type
+        output = "" if self.output_scale is None else ", output=int8"
+        relu = ", relu=True" if self.relu else ""
+        return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{relu}, kernel={kernel}"
+
+    _granularity = ""
+
+
+class QuantLinear(_QuantModule):
+    """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
+
+    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``.
+
+    Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
+    static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
+    """
+
+    _float_class = nn.Linear
+    _granularity = "per row"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        super().__init__((out_features, in_features), bias, device)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Linear,
+        *,
+        weight_bits: int = 8,
+        input_scale: Tensor | float | None = None,
+        input_zero_point: Tensor | int | None = None,
+        asymmetric: bool = False,
+        output_scale: Tensor | float | None = None,
+        output_zero_point: Tensor | int | None = None,
+        relu: bool = False,
+    ) -> "QuantLinear":
+        """The int8 layer of a float one, which is left as it is.
+
+        Args:
+            module: an nn.Linear.
+            weight_bits: 2 to 8.
+            input_scale, input_zero_point: static quantization of the input; without them every row is quantized from its data.
+            asymmetric: dynamic quantization with a zero point.
+            output_scale, output_zero_point: int8 output for the next layer.
+            relu: fuse a ReLU.
+
+        Raises:
+            TypeError: module is not an nn.Linear.
+            ValueError: NaN or Inf in the weights, a scale that is not positive and finite, or settings that exclude each other.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"quant_ops.QuantLinear.from_float: expected an nn.Linear, got {type(module).__name__}")
+        layer = cls(module.in_features, module.out_features, bias=False, device="meta")
+        layer._take(module, weight_bits, input_scale, input_zero_point, asymmetric, output_scale, output_zero_point, relu)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self._buffers  # a dict lookup each; attribute access would cost more than the call
+        result: Tensor = _linear(
+            x,
+            b["weight"],
+            b["weight_scale"],
+            b["bias"],
+            b["input_scale"],
+            b["input_zero_point"],
+            packed_weight=b["packed_weight"],
+            asymmetric=self.asymmetric,
+            out_scale=b["output_scale"],
+            out_zero_point=b["output_zero_point"],
+            relu=self.relu,
+        )
+        return result
+
+    def dequantize(self) -> nn.Linear:
+        """A float32 nn.Linear with the weights that this layer computes with."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
+        with torch.no_grad():
+            linear.weight.copy_(self._float_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self._describe()}"
+
+
+class QuantConv2d(_QuantModule):
+    """int8 nn.Conv2d for inference: any channels, stride, padding, dilation and groups; see :class:`QuantLinear`.
+
+    Dynamic quantization is per sample. channels_last input gives channels_last output without a copy.
+    """
+
+    _float_class = nn.Conv2d
+    _granularity = "per sample"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+    ) -> None:
+        # nn.Conv2d knows how to read these arguments; on the meta device it costs no memory
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, padding_mode
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        self._pad_input = [left, right, top, bottom] if padding_mode != "zeros" else None
+        self._pad = [0] if padding_mode != "zeros" else [top, bottom, left, right]
+        super().__init__(tuple(conv.weight.shape), bias, device)
+
+    @property
+    def _groups(self) -> int:
+        return self.groups
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Conv2d,
+        *,
+        weight_bits: int = 8,
+        input_scale: Tensor | float | None = None,
+        input_zero_point: Tensor | int | None = None,
+        asymmetric: bool = False,
+        output_scale: Tensor | float | None = None,
+        output_zero_point: Tensor | int | None = None,
+        relu: bool = False,
+    ) -> "QuantConv2d":
+        """The int8 layer of a float nn.Conv2d; arguments and errors as in :meth:`QuantLinear.from_float`."""
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"quant_ops.QuantConv2d.from_float: expected an nn.Conv2d, got {type(module).__name__}")
+        layer = cls(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            False,
+            module.padding_mode,
+            device="meta",
+        )
+        layer._take(module, weight_bits, input_scale, input_zero_point, asymmetric, output_scale, output_zero_point, relu)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self._buffers
+        if self._pad_input is not None:
+            x = F.pad(x, self._pad_input, self.padding_mode)
+        result: Tensor = _conv2d(
+            x,
+            b["weight"],
+            b["weight_scale"],
+            b["bias"],
+            self.stride,
+            self._pad,
+            self.dilation,
+            self.groups,
+            b["input_scale"],
+            b["input_zero_point"],
+            packed_weight=b["packed_weight"],
+            asymmetric=self.asymmetric,
+            out_scale=b["output_scale"],
+            out_zero_point=b["output_zero_point"],
+            relu=self.relu,
+        )
+        return result
+
+    def dequantize(self) -> nn.Conv2d:
+        """A float32 nn.Conv2d with the weights that this layer computes with."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,  # type: ignore[arg-type]
+            device=self.weight.device,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(self._float_weight())
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if any(p != 0 for p in (self._pad_input or self._pad)):
+            parts.append(f"padding={self.padding!r}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        return ", ".join([*parts, f"bias={self.bias is not None}", self._describe()])

@@ -1,0 +1,300 @@
+"""Every micro-kernel of every instruction set, against int64 or the scalar formulas, bit for bit, with guarded outputs."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+kernels = pytest.importorskip("quant_ops._kernels", reason="built for development only: pip install --no-build-isolation -e .")
+
+ISAS = kernels.isas()
+DTYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "int32": np.int32,
+}
+NEAR_K = [*range(1, 21), 31, 32, 33, 63, 64, 65]
+
+
+def codes(fill: str, shape, low: int, high: int, rng) -> np.ndarray:
+    """Integers in [low, high], as adverse as `fill` says."""
+    if fill == "random":
+        return rng.integers(low, high + 1, shape)
+    if fill == "max":
+        return np.full(shape, high)
+    if fill == "min":
+        return np.full(shape, low)
+    if fill == "alternating":
+        return np.where(np.indices(shape).sum(0) % 2, low, high)
+    return (rng.random(shape) < 0.05).astype(np.int64)  # sparse
+
+
+class Guarded:
+    """An output array inside a larger one that is full of a pattern."""
+
+    def __init__(self, shape, dtype):
+        self.whole = np.frombuffer(np.random.default_rng(1).bytes(4096 + np.prod(shape) * 16 * 4), np.uint8).view(dtype).copy()
+        rows, columns = shape
+        self.stride = columns + 7
+        self.whole = self.whole[: (rows + 2) * self.stride + 8].copy()
+        self.before = self.whole.copy()
+        start = self.stride + 3
+        self.view = self.whole[start : start + rows * self.stride].reshape(rows, self.stride)[:, :columns]
+
+    def check(self):
+        outside = np.ones(self.whole.shape, bool)
+        rows, columns = self.view.shape
+        start = self.stride + 3
+        outside[start : start + rows * self.stride].reshape(rows, self.stride)[:, :columns] = False
+        assert np.array_equal(self.whole[outside].view(np.uint8), self.before[outside].view(np.uint8)), "wrote outside"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fill", ["random", "max", "min", "alternating", "sparse"])
+def test_gemm_is_exact_for_all_small_shapes(isa, fill):
+    """All rows of a tile, 1 to 80 columns, K around every multiple of four: int32 sums equal int64's, nothing else is written."""
+    rng = np.random.default_rng(0)
+    n_max, k_max, m_max = 80, max(NEAR_K), 13
+    a = codes(fill, (m_max, k_max), 0, 255, rng)
+    b = codes("min" if fill == "max" else fill, (n_max, k_max), -128, 127, rng)
+    ones, zeros = np.ones(96, np.float32), np.zeros(96, np.float32)
+    for k in NEAR_K:
+        padded = np.full((1, m_max, (k + 3) // 4 * 4), 77, np.uint8)  # padding meets zero weights
+        padded[0, :, :k] = a[:, :k]
+        product = a[:, :k] @ b[:, :k].T
+        zero = rng.integers(0, 256, m_max).astype(np.int32)
+        expected = product - zero[:, None] * b[:, :k].sum(1)
+        for n, (m, rows) in itertools.product(range(1, n_max + 1), [*((r, r) for r in range(1, 7)), (m_max, 6), (5, 2)]):
+            y = Guarded((m, n), np.int32)
+            kernels.gemm(
+                isa, padded[:, :m], b[:n, :k, None].astype(np.int8), y.view, "int32", zero[:m], ones[:m], ones, zeros, rows=rows
+            )
+            assert np.array_equal(y.view, expected[:m, :n]), (m, n, k)
+            y.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gemm_sums_wrap_and_come_back_at_the_largest_k(isa):
+    """Unsigned codes of signed activations may pass 2^31 on the way; the corrected sum is exact up to K = 131071."""
+    for k, a, zero, b in [
+        (131071, 0, 128, -128),
+        (131071, 255, 128, -128),
+        (65793, 255, 0, -128),
+        (65793, 0, 255, -128),
+        (65793, 255, 0, 127),
+    ]:
+        padded = np.full((1, 1, (k + 3) // 4 * 4), a, np.uint8)
+        y = np.zeros((1, 1), np.int32)
+        one = np.ones(16, np.float32)
+        kernels.gemm(isa, padded, np.full((1, k, 1), b, np.int8), y, "int32", np.array([zero], np.int32), one[:1], one, one)
+        assert y[0, 0] == k * (a - zero) * b
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gemm_taps_are_summed_over_the_indirection(isa):
+    rng = np.random.default_rng(2)
+    for taps, m, n, k in [(2, 1, 1, 1), (9, 7, 33, 5), (25, 6, 70, 16), (49, 4, 64, 3)]:
+        a, b = (
+            rng.integers(0, 256, (taps, m, (k + 3) // 4 * 4)).astype(np.uint8),
+            rng.integers(-128, 128, (n, k, taps)).astype(np.int8),
+        )
+        y = Guarded((m, n), np.int32)
+        zero = np.zeros(m, np.int32)
+        kernels.gemm(isa, a, b, y.view, "int32", zero, np.ones(m, np.float32), np.ones(96, np.float32), np.zeros(96, np.float32))
+        assert np.array_equal(y.view, np.einsum("tmk,nkt->mn", a[:, :, :k].astype(np.int64), b.astype(np.int64)))
+        y.check()
+
+
+def stored(y: torch.Tensor, dtype: str) -> np.ndarray:
+    """A float32 result in an output dtype, converted by torch, as the bits that the kernels write."""
+    if dtype == "bfloat16":
+        return y.to(torch.bfloat16).view(torch.uint16).numpy()
+    return y.to(getattr(torch, dtype)).numpy()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "uint8"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
+    """One product of scales, one fused multiply-add, one rounding: equal to numpy and torch for huge, tiny and odd values."""
+    rng = np.random.default_rng(3)
+    m, k = 6, 64
+    for n, magnitude in itertools.product([1, 15, 16, 17, 40, 63, 64, 80], [1e-30, 1e-6, 1.0, 1e20]):
+        a, b = rng.integers(0, 256, (1, m, k)).astype(np.uint8), rng.integers(-128, 128, (n, k, 1)).astype(np.int8)
+        zero = rng.integers(0, 256, m).astype(np.int32)
+        row_scale = (rng.random(m) * magnitude).astype(np.float32)
+        row_scale[2] = np.nan
+        column_scale = rng.random(96).astype(np.float32)
+        bias = (rng.standard_normal(96) * magnitude).astype(np.float32) if with_bias else np.full(96, -0.0, np.float32)
+        acc = a[0].astype(np.int64) @ b[:, :, 0].astype(np.int64).T - zero[:, None] * b[:, :, 0].astype(np.int64).sum(1)
+        y = Guarded((m, n), DTYPES[dtype])
+        out_scale, out_zero = magnitude * 30, 5
+        kernels.gemm(
+            isa, a, b, y.view, dtype, zero, row_scale, column_scale, bias, relu=relu, out_scale=out_scale, out_zero_point=out_zero
+        )
+        with np.errstate(over="ignore"):
+            real = reference.epilogue(acc, row_scale[:, None], column_scale[:n], bias[:n] if with_bias else None, relu)
+        if dtype in ("int8", "uint8"):
+            expected = reference.requantize(real, out_scale, out_zero, getattr(torch, dtype)).numpy()
+        else:
+            expected = stored(real, dtype)
+        nan = np.isnan(real.numpy())
+        assert np.array_equal(y.view[~nan], expected[~nan])
+        if dtype in ("int8", "uint8"):
+            assert (y.view[nan] == out_zero).all()
+        else:
+            got = y.view.astype(np.float32) if dtype != "bfloat16" else (y.view.astype(np.uint32) << 16).view(np.float32)
+            assert np.isnan(got[nan]).all()
+        y.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_depthwise_is_exact(isa):
+    rng = np.random.default_rng(4)
+    for channels, taps in itertools.product([2, 3, 15, 16, 17, 31, 32, 100], [1, 2, 9, 25, 49]):
+        a = rng.integers(0, 256, (taps, (channels + 15) // 16 * 16)).astype(np.uint8)
+        b = rng.integers(-128, 128, (channels, 1, taps, 1)).astype(np.int8)
+        y = Guarded((1, channels), np.int32)
+        kernels.depthwise(isa, a, b, y.view, "int32", 9, 1.0, np.ones(112, np.float32), np.zeros(112, np.float32))
+        weights = b[:, 0, :, 0].astype(np.int64)
+        assert np.array_equal(y.view[0], ((a[:, :channels].astype(np.int64).T - 9) * weights).sum(1))
+        y.check()
+
+
+# ---- elementwise ------------------------------------------------------------------------------------------------------------
+
+
+def all_16_bit(dtype: str) -> torch.Tensor:
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    return bits.view(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+
+
+def as_numpy(t: torch.Tensor) -> np.ndarray:
+    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
+
+
+SCALES = [2.0**-149, 2.0**-126, 1e-30, 1e-7, 0.0117, 0.1, 1 / 3, 1.0, 7.3, 65504.0, 1e20, 3.4e38]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_quantize_of_all_16_bit_values(isa, dtype):
+    x = all_16_bit(dtype)
+    for scale, zero, (qmin, qmax, y_dtype) in itertools.product(
+        SCALES, [0, 7, -128], [(-128, 127, "int8"), (0, 255, "uint8"), (-8, 7, "int8"), (-32768, 32767, "int16")]
+    ):
+        s, z = torch.tensor(scale), torch.tensor(zero)
+        y = np.empty(65536, y_dtype)
+        arguments = (np.array([scale], np.float32), np.array([zero], np.int32), qmin, qmax)
+        kernels.quantize(isa, as_numpy(x), dtype, y, y_dtype, *arguments, False)
+        assert np.array_equal(y, reference.quantize(x, s, z, qmin, qmax, False).numpy()), (scale, zero)
+        simulated = np.empty_like(as_numpy(x))
+        kernels.quantize(isa, as_numpy(x), dtype, simulated, dtype, *arguments, True)
+        got = torch.from_numpy(simulated).view(x.dtype)
+        assert reference.same_bits(got, reference.quantize(x, s, z, qmin, qmax, True)), (scale, zero)
+
+
+def adverse_floats() -> torch.Tensor:
+    """Random bit patterns, ties n + 1/2 and their neighbours, extremes."""
+    random = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    ties = torch.arange(-300, 301, dtype=torch.float32) + 0.5
+    near = torch.cat([ties, torch.nextafter(ties, torch.tensor(1e9)), torch.nextafter(ties, torch.tensor(-1e9))])
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45, -1e-45, 8388607.5, 8388609.0, 4194304.5]
+    )
+    return torch.cat([random, near, special, torch.randn(100_000) * 100])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantize_of_adverse_float32(isa):
+    x = adverse_floats()
+    for scale in SCALES:
+        s = torch.tensor(scale)
+        for n in (len(x), 1, 7, 17, 33):
+            y = np.empty(n, np.int8)
+            kernels.quantize(
+                isa, x[-n:].numpy(), "float32", y, "int8", np.array([scale], np.float32), np.array([3], np.int32), -128, 127, False
+            )
+            assert np.array_equal(y, reference.quantize(x[-n:], s, torch.tensor(3), -128, 127, False).numpy())
+    simulated = np.empty(len(x), np.float32)
+    kernels.quantize(
+        isa, x.numpy(), "float32", simulated, "float32", np.array([0.1], np.float32), np.array([3], np.int32), -128, 127, True
+    )
+    expected = reference.quantize(x, torch.tensor(0.1), torch.tensor(3), -128, 127, True)
+    assert reference.same_bits(torch.from_numpy(simulated), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantize_takes_a_scale_and_zero_point_per_element(isa):
+    rng = np.random.default_rng(5)
+    for n in [1, 5, 16, 31, 100]:
+        x, scale = rng.standard_normal(n).astype(np.float32), rng.random(n).astype(np.float32) + 0.01
+        zero = rng.integers(-300, 300, n).astype(np.int32)  # also outside the codes' range
+        y = np.empty(n, np.int8)
+        kernels.quantize(isa, x, "float32", y, "int8", scale, zero, -100, 90, False)
+        expected = reference.quantize(torch.from_numpy(x), torch.from_numpy(scale), torch.from_numpy(zero), -100, 90, False)
+        assert np.array_equal(y, expected.numpy())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("q_dtype", ["int8", "uint8"])
+def test_dequantize_of_all_codes(isa, dtype, q_dtype):
+    q = np.arange(256).astype(np.uint8).view(q_dtype)
+    for scale, zero in itertools.product(SCALES, [0, 1, -128, 127, 255, 1000]):
+        y = np.empty(256, DTYPES[dtype])
+        kernels.dequantize(isa, q, q_dtype, y, dtype, np.array([scale], np.float32), np.array([zero], np.int32))
+        expected = stored((torch.from_numpy(q.astype(np.int64)) - zero).float() * torch.tensor(scale), dtype)
+        assert np.array_equal(y, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_straight_through_passes_exactly_the_codes_in_range(isa):
+    x = adverse_floats()
+    grad = torch.randn(len(x))
+    for scale, zero, qmin, qmax in [(0.1, 3, -128, 127), (7.3, 0, 0, 15), (1.0, -8, -8, 7)]:
+        dx = np.empty(len(x), np.float32)
+        kernels.straight_through(
+            isa, x.numpy(), grad.numpy(), dx, "float32", np.array([scale], np.float32), np.array([zero], np.int32), qmin, qmax
+        )
+        v = reference.steps_of(x, torch.tensor(scale)) + zero
+        assert np.array_equal(dx, torch.where((v >= qmin) & (v <= qmax), grad, 0.0).numpy())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_range_ignores_nan_but_reports_it(isa, dtype):
+    torch_dtype = getattr(torch, dtype)
+    for n in [1, 2, 15, 16, 17, 63, 64, 65, 130, 1000]:
+        x = torch.randn(n).to(torch_dtype)
+        low, high, bits = kernels.range(isa, as_numpy(x), dtype)
+        assert (low, high) == (x.min().item(), x.max().item())
+        assert bits == x.abs().max().float().view(torch.int32).item()
+        for special in (torch.nan, torch.inf, -torch.inf):
+            bad = x.clone()
+            bad[n // 2] = special
+            assert kernels.range(isa, as_numpy(bad), dtype)[2] >= 0x7F800000
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_packed_weight_layout(isa):
+    """The packed bytes are the weight, rearranged, and its column sums; the same for every instruction set."""
+    del isa  # packing has no instruction set: this is the point
+    w = np.random.default_rng(6).integers(-128, 128, (70, 13)).astype(np.int8)
+    packed = kernels.pack_weight(w)
+    assert packed[:8].tobytes() == b"qopack1\0"
+    sums = packed[64 : 64 + 80 * 4].view(np.int32)
+    assert np.array_equal(sums[:70], w.astype(np.int64).sum(1))
+    assert not sums[70:].any()
+    panels = packed[(64 + 80 * 4 + 63) // 64 * 64 :]
+    first, second = panels[: 64 * 16].reshape(4, 64, 4), panels[64 * 16 :].reshape(4, 16, 4)
+    unpacked = np.concatenate([first, second], 1).transpose(1, 0, 2).reshape(80, 16)
+    assert np.array_equal(unpacked[:70, :13], w)
+    assert not unpacked[70:].any()
+    assert not unpacked[:, 13:].any()

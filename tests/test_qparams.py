@@ -1,0 +1,99 @@
+"""choose_qparams and quantize_rows: scales, zero points, degenerate slices."""
+
+import pytest
+import reference
+import torch
+
+import quant_ops as qo
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def expected_qparams(x, dim, qmin, qmax, asymmetric):
+    """NUMERICS section 2 in torch operations, for finite data without degenerate slices."""
+    dims = dim or list(range(x.dim()))
+    low, high = x.float().amin(dims, keepdim=True).clamp(max=0), x.float().amax(dims, keepdim=True).clamp(min=0)
+    if not asymmetric:
+        return torch.maximum(-low, high) / qmax, torch.zeros_like(low, dtype=torch.int32)
+    scale = (high - low) / (qmax - qmin)
+    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax).int()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("dim", [[], [0], [1], [-1], [0, 2], [1, 2, 3], [0, 1, 2, 3]])
+def test_reduces_over_any_dimensions(isa, dtype, asymmetric, dim):
+    x = (torch.randn(3, 5, 7, 40) * 5).to(dtype)
+    for shift in (0.0, 100.0, -100.0):  # one-sided data: the range is widened to contain 0
+        for view in (x + shift, (x + shift).permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), (x + shift)[:, :, ::2, 1::3]):
+            scale, zero = qo.choose_qparams(view, dim, -128, 127, asymmetric)
+            expected = expected_qparams(view, dim, -128, 127, asymmetric)
+            assert torch.equal(scale, expected[0])
+            assert torch.equal(zero, expected[1])
+
+
+def test_float64_stays_float64():
+    x = torch.randn(4, 100, dtype=torch.float64)
+    scale, _ = qo.choose_qparams(x, [1], -127, 127)
+    assert torch.equal(scale, x.abs().amax(1, keepdim=True) / 127)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_degenerate_slices(asymmetric):
+    rows = torch.zeros(6, 33)
+    rows[1, 3] = 1e-44  # its scale would be subnormal
+    rows[2, 32] = torch.nan
+    rows[3, 0] = torch.inf
+    rows[4] = 7.0
+    rows[5, 1:3] = torch.tensor([3e38, -3e38])  # max - min overflows
+    scale, zero = qo.choose_qparams(rows, [1], -128, 127, asymmetric)
+    assert scale[0] == 1
+    assert scale[1] == TINY
+    assert torch.isfinite(1 / scale[1])
+    assert scale[2].isnan()
+    assert scale[3].isnan()
+    assert torch.isfinite(scale[4:]).all()
+    assert (scale[4:] > 0).all()
+    q, row_scale, row_zero = qo.quantize_rows(rows, asymmetric)
+    assert torch.equal(
+        row_scale.nan_to_num(9.0), (scale if asymmetric else qo.choose_qparams(rows, [1], -127, 127)[0]).nan_to_num(9.0)
+    )
+    assert (q[0] == row_zero[0]).all()  # all zeros: its codes are the zero point
+    assert (q[2] == row_zero[2]).all()
+    if asymmetric:
+        assert torch.equal(row_zero, zero)
+        assert zero[0] == -128
+
+
+def test_empty_reductions_have_scale_one():
+    assert qo.choose_qparams(torch.empty(3, 0), [1], -128, 127)[0].tolist() == [[1], [1], [1]]
+    scale, zero = qo.choose_qparams(torch.empty(0, 4), [1], -128, 127)
+    assert scale.shape == zero.shape == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_quantize_rows_is_choose_and_quantize(isa, dtype, asymmetric):
+    for shape in [(1,), (5, 1), (4, 17), (2, 3, 64), (2, 3, 1000), (0, 5), (3, 0)]:
+        base = (torch.randn(*shape[:-1], shape[-1] + 3) * 4 + 1).to(dtype)
+        for x in (base[..., 3:], base[..., 3:].contiguous()):
+            q, scale, zero = qo.quantize_rows(x, asymmetric)
+            qmin = -128 if asymmetric else -127
+            expected_scale, expected_zero = qo.choose_qparams(x, [-1], qmin, 127, asymmetric)
+            assert torch.equal(scale, expected_scale)
+            assert torch.equal(zero, expected_zero)
+            assert torch.equal(q.long(), reference.quantize(x, scale, zero, qmin, 127, False))
+            if not asymmetric and x.numel():
+                assert q.min() >= -127
+
+
+def test_same_for_any_number_of_threads(threads):
+    x = torch.randn(3, 400_000)
+    results = []
+    for n in (1, 2, 5):
+        threads(n)
+        results.append(
+            (*qo.choose_qparams(x, [], -128, 127, True), *qo.choose_qparams(x, [0], -128, 127, True), *qo.quantize_rows(x))
+        )
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
