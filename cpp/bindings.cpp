@@ -88,8 +88,7 @@ STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
 }
 
-// ---- plain C, called through ctypes
-// -----------------------------------------------------------------------------------------------
+// ---- plain C, called through ctypes ---------------------------------------------------------------------------------
 
 #define QO_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -106,8 +106,13 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   const Parameters q = quantization_parameters<Backend>(op, tensor, scale, zero_point, asymmetric, qmin, qmax, compute);
 
   Tensor dx = empty_like(tensor, type);
-  Tensor dscale = torch::stable::new_zeros(tensor, scale.sizes(), compute);
-  Tensor dzero = torch::stable::new_zeros(tensor, asymmetric ? zero_point->sizes() : scale.sizes(), compute);
+  // every element of a gradient is written, unless there is nothing to sum
+  const auto gradient = [&](const Tensor& parameter, bool written) {
+    return written ? torch::stable::new_empty(tensor, parameter.sizes(), compute)
+                   : torch::stable::new_zeros(tensor, parameter.sizes(), compute);
+  };
+  Tensor dscale = gradient(scale, tensor.numel() > 0);
+  Tensor dzero = gradient(asymmetric ? *zero_point : scale, asymmetric && tensor.numel() > 0);
 
   if (tensor.numel() > 0) {
     Space elements(op, tensor, block_size), slices = elements;

@@ -14,8 +14,7 @@ namespace quant_ops {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt8, kUInt8, kInt16, kInt32 };
 
-// ---- iteration spaces (strided.h makes them)
-// -------------------------------------------------------------------------------------
+// ---- iteration spaces (strided.h makes them) ------------------------------------------------------------------------
 
 constexpr int kMaxDims = 32;     // a blocked dimension counts twice
 constexpr int kMaxOperands = 5;  // tensors walked together
@@ -33,8 +32,7 @@ struct Reduction {
   Iteration kept, reduced;
 };
 
-// ---- elementwise quantization (quantize.cpp, cuda/quantize.cu)
-// -------------------------------------------------------------------
+// ---- elementwise quantization (quantize.cpp, cuda/quantize.cu) ------------------------------------------------------
 
 // quant_tensor_forward: q = clamp(rne(x / scale) + zero_point, qmin, qmax);  y = simulate ? (q - zero_point) * scale : q
 struct QuantizeParams {
@@ -111,8 +109,7 @@ void dequantize_cpu(const DequantizeParams& p);
 void choose_qparams_cpu(const ChooseQParams& p);
 void quantize_rows_cpu(const QuantizeRowsParams& p);
 
-// ---- integer GEMM and convolution (igemm.cpp, conv2d.cpp)
-// -------------------------------------------------------------------------
+// ---- integer GEMM and convolution (igemm.cpp, conv2d.cpp) -----------------------------------------------------------
 
 // How activations become integer codes.
 enum class Activation : int32_t {

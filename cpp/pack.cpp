@@ -1,6 +1,7 @@
 // pack_weight: plain int8 weights into the layout of pack.h. One pass, parallel over panels.
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "parallel.h"
@@ -16,26 +17,35 @@ static_assert(sizeof(Header) <= 64, "the header is one cache line");
 
 Header header_of(const PackedLayout& l) { return {{'q', 'o', 'p', 'a', 'c', 'k', '1', 0}, l.groups, l.n, l.k, l.r, l.s}; }
 
+// Sixteen groups of k at a time: one cache line of every column is read, sixteen rows of the panel are written.
 void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int64_t panel, int8_t* packed) {
-  const int64_t width = l.width(panel);
+  constexpr int64_t kGroups = 16;
+  const int64_t width = l.width(panel), columns = std::min(width, l.n - panel * kPanel), row = width * kGroupK;
+  const int8_t* w = weight + (group * l.n + panel * kPanel) * l.k * l.taps;
   int8_t* b = const_cast<int8_t*>(l.panel(packed, group, panel));
   int32_t* column_sum = const_cast<int32_t*>(l.column_sum(packed, group)) + panel * kPanel;
-  for (int64_t j = 0; j < width; ++j) {
-    const int64_t n = panel * kPanel + j;
-    const int8_t* w = weight + (group * l.n + n) * l.k * l.taps;
-    uint32_t sum = 0;
-    for (int64_t t = 0; t < l.taps; ++t)
-      for (int64_t k4 = 0; k4 < l.k4; ++k4) {
-        int8_t four[kGroupK] = {};
-        if (n < l.n)
-          for (int64_t i = 0; i < kGroupK && k4 * kGroupK + i < l.k; ++i) {
-            four[i] = w[(k4 * kGroupK + i) * l.taps + t];
-            sum += static_cast<uint32_t>(int32_t{four[i]});
-          }
-        std::memcpy(b + ((t * l.k4 + k4) * width + j) * kGroupK, four, kGroupK);
-      }
-    column_sum[j] = static_cast<int32_t>(sum);
+  for (int64_t j = 0; j < columns; ++j) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < l.k * l.taps; ++i) sum += w[j * l.k * l.taps + i];
+    column_sum[j] = sum;
   }
+  for (int64_t t = 0; t < l.taps; ++t)
+    for (int64_t first = 0; first < l.k4; first += kGroups) {
+      const int64_t last = std::min(first + kGroups, l.k4);
+      int8_t* to = b + (t * l.k4 + first) * row;
+      if (columns < width) std::memset(to, 0, static_cast<size_t>((last - first) * row));
+      for (int64_t j = 0; j < columns; ++j) {
+        const int8_t* from = w + j * l.k * l.taps + t;
+        for (int64_t k4 = first; k4 < last; ++k4) {
+          int8_t four[kGroupK] = {};
+          if (l.taps == 1 && (k4 + 1) * kGroupK <= l.k)
+            std::memcpy(four, from + k4 * kGroupK, kGroupK);
+          else
+            for (int64_t i = 0; i < kGroupK && k4 * kGroupK + i < l.k; ++i) four[i] = from[(k4 * kGroupK + i) * l.taps];
+          std::memcpy(to + (k4 - first) * row + j * kGroupK, four, kGroupK);
+        }
+      }
+    }
 }
 
 void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed) {

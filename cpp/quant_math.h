@@ -40,7 +40,7 @@ QO_HD float bits_float(uint32_t u) {
   return x;
 }
 
-// ---- storage types <-> compute types ------------------------------------------------------------------------------------------
+// ---- storage types <-> compute types --------------------------------------------------------------------------------
 
 QO_HD float to_compute(float x) { return x; }
 QO_HD double to_compute(double x) { return x; }
@@ -89,7 +89,7 @@ QO_HD void from_compute(float x, Half* y) {
   y->bits = static_cast<uint16_t>(sign | h);
 }
 
-// ---- quantization --------------------------------------------------------------------------------------------------------------
+// ---- quantization ---------------------------------------------------------------------------------------------------
 
 // Round to nearest, ties to even. Adding and removing 2^23 (2^52) rounds in hardware, without the library call that rintf is where
 // the baseline has no rounding instruction; larger values are integers already, NaN fails the comparison.
@@ -151,7 +151,7 @@ QO_HD T dequantize_code(int64_t q, int64_t zero_point, T scale) {
   return static_cast<T>(q - zero_point) * scale;
 }
 
-// ---- straight-through gradients (NaN inputs contribute nothing) ----------------------------------------------------------------
+// ---- straight-through gradients (NaN inputs contribute nothing) -----------------------------------------------------
 
 // LSQ factors of one element (arXiv 1902.08153): dscale += g * scale_factor, dzero_point += g * zero_factor.
 // `steps` is the rounded, unclamped quotient; both branches are evaluated in T.
@@ -189,7 +189,7 @@ QO_HD StraightThrough<T> straight_through(T x, T scale, T lo, T hi) {
   return r;
 }
 
-// ---- choosing scales -----------------------------------------------------------------------------------------------------------
+// ---- choosing scales ------------------------------------------------------------------------------------------------
 
 template <class T>
 struct QParams {
@@ -235,7 +235,7 @@ QO_HD QParams<T> choose_qparams_of(T min, T max, bool finite, int32_t qmin, int3
   return p;
 }
 
-// ---- integer GEMM epilogue ------------------------------------------------------------------------------------------------------
+// ---- integer GEMM epilogue ------------------------------------------------------------------------------------------
 
 // y = fma(acc, scale_a * scale_b, bias): the product of the scales is rounded once, then one fused multiply-add.
 // "No bias" is bias = -0: adding -0 changes no value and no sign.

@@ -54,8 +54,7 @@ bool is_vector_run(const Iteration& it, int data_operands) {
   return true;
 }
 
-// ---- one strided run, element by element
-// -------------------------------------------------------------------------------------------
+// ---- one strided run, element by element ----------------------------------------------------------------------------
 
 template <class X, class Y>
 void quantize_strided(const QuantizeParams& p, const Iteration& it, const int64_t* offset, int64_t n) {
@@ -96,8 +95,7 @@ void straight_through_strided(const QuantizeBackwardParams& p, const Iteration& 
   }
 }
 
-// ---- gradient of the scale or of the zero point
-// ------------------------------------------------------------------------------------
+// ---- gradient of the scale or of the zero point ---------------------------------------------------------------------
 
 // The sum of one chunk of a slice, in the order that ops.h fixes.
 template <class X, bool kZeroPoint>

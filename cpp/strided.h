@@ -81,7 +81,7 @@ void for_each_run(const Iteration& it, int64_t begin, int64_t end, const Run& ru
   int64_t skip = begin % length;
   while (begin < end) {
     int64_t n = length - skip < end - begin ? length - skip : end - begin;
-    int64_t offset[kMaxOperands];
+    int64_t offset[kMaxOperands] = {};
     for (int o = 0; o < it.operands; ++o) offset[o] = walk.offset[o] + (it.ndim > 0 ? skip * it.stride[o][outer] : 0);
     run(offset, n);
     begin += n;

@@ -22,8 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
-// ---- messages: "quant_ops.<op>: expected <relation>, got <values>. <remedy>"
-// --------------------------------------------------------
+// ---- messages: "quant_ops.<op>: expected <relation>, got <values>. <remedy>" ----------------------------------------
 
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
@@ -66,8 +65,7 @@ inline std::string list_text(const Ints& list) {
   return shape_text(torch::headeronly::IntHeaderOnlyArrayRef(list.data(), list.size()));
 }
 
-// ---- dtypes
-// --------------------------------------------------------------------------------------------------------------------------
+// ---- dtypes ---------------------------------------------------------------------------------------------------------
 
 inline bool is_one_of(ScalarType t, std::initializer_list<ScalarType> list) {
   for (ScalarType u : list)
@@ -91,8 +89,7 @@ inline DType to_dtype(ScalarType t) {
   }
 }
 
-// ---- tensors
-// -------------------------------------------------------------------------------------------------------------------------
+// ---- tensors --------------------------------------------------------------------------------------------------------
 
 inline Tensor to_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
@@ -124,8 +121,7 @@ inline Ints sizes_of(const Tensor& t) {
   return Ints(s.begin(), s.end());
 }
 
-// ---- iteration spaces
-// ----------------------------------------------------------------------------------------------------------------
+// ---- iteration spaces -----------------------------------------------------------------------------------------------
 
 // The dimensions of a tensor, blocked ones split in two, and how other tensors broadcast over them.
 class Space {

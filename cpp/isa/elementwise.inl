@@ -2,7 +2,7 @@
 // namespace. `Simd` gives N lanes of float32 (F) and int32 (I) and the operations below; all are IEEE or integer operations, so
 // every instruction set gives the same bits. min/max return the second operand if either is NaN, as x86 does.
 
-// ---- partial vectors: through a full one on the stack, so that nothing outside [p, p + n) is touched ---------------------------
+// ---- partial vectors: through a full one on the stack, so that nothing outside [p, p + n) is touched ----------------
 
 template <class T>
 QO_INLINE typename Simd::F load_part(const T* p, int64_t n) {
@@ -31,7 +31,7 @@ QO_INLINE void store_part(T* p, V v, int64_t n) {
   __builtin_memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
-// ---- quantize ------------------------------------------------------------------------------------------------------------------
+// ---- quantize -------------------------------------------------------------------------------------------------------
 
 template <class X, class Y, bool kSimulate, bool kVector>
 void quantize_typed(const QuantizeRun& r) {
@@ -89,7 +89,7 @@ void quantize_run(const QuantizeRun& r) {
   }
 }
 
-// ---- dequantize ----------------------------------------------------------------------------------------------------------------
+// ---- dequantize -----------------------------------------------------------------------------------------------------
 
 template <class Q, class Y>
 void dequantize_typed(const DequantizeRun& r) {
@@ -119,8 +119,7 @@ void dequantize_run(const DequantizeRun& r) {
   dequantize_to<uint8_t>(r);
 }
 
-// ---- straight-through gradient
-// -----------------------------------------------------------------------------------------------------
+// ---- straight-through gradient --------------------------------------------------------------------------------------
 
 template <class X>
 void ste_typed(const StraightThroughRun& r) {
@@ -148,8 +147,7 @@ void ste_run(const StraightThroughRun& r) {
   }
 }
 
-// ---- range
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- range ----------------------------------------------------------------------------------------------------------
 
 template <class X>
 void range_typed(const X* x, int64_t count, Range* range) {
@@ -208,8 +206,7 @@ void range_run(const void* x, DType dtype, int64_t n, Range* range) {
   }
 }
 
-// ---- integer epilogue: N columns of one row, from registers
-// ----------------------------------------------------------------------
+// ---- integer epilogue: N columns of one row, from registers ---------------------------------------------------------
 
 // Columns [column, column + N) of row `row`; kWhole says that all N are valid.
 template <bool kWhole, class Y>
@@ -279,8 +276,7 @@ QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
   });
 }
 
-// ---- depthwise convolution: one output pixel
-// -------------------------------------------------------------------------------------
+// ---- depthwise convolution: one output pixel ------------------------------------------------------------------------
 
 // Reads channels up to the next multiple of N: the driver pads both operands.
 template <class Y>

@@ -1,7 +1,7 @@
 // The micro-kernels: one table per instruction set, every entry a plain function on plain pointers. dispatch.cpp picks a table at
 // run time; drivers only ever call through it; kernels_module.cpp shows every table to the tests. All tables give the same bits.
 //
-// To add a kernel: a function in the .inl (written once against simd_*.h) or in one isa/*.cpp, a field here.
+// To add a kernel: a function in elementwise.inl (written once, against each file's Simd) or in the isa/*.cpp, and a field here.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,129 @@
+"""int8_conv2d against torch's float and int8 convolutions. Results are checked before anything is timed.
+
+int8 contenders quantize float activations, convolve, scale and add a bias within the timed call, as a model would.
+"""
+
+import functools
+
+import pytest
+import shapes
+import torch
+from conftest import cases, sqnr
+
+import quant_ops as qo
+
+
+class Problem:
+    """One layer's data: float x and convolution, and the int8 layer."""
+
+    def __init__(self, shape):
+        generator = torch.Generator().manual_seed(0)
+        self.shape = shape
+        self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, generator=generator)
+        conv = torch.nn.Conv2d(shape.C, shape.O, shape.k, shape.s, shape.p, groups=shape.groups)
+        with torch.no_grad():
+            fan_in = conv.weight[0].numel()
+            conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) / fan_in**0.5)
+            conv.bias.copy_(torch.randn(shape.O, generator=generator))
+        self.conv = conv.requires_grad_(False)
+        self.layer = qo.QuantConv2d.from_float(conv)
+        self.scale = self.x.abs().max().reshape(()) / 127
+        self.reference = conv(self.x)
+
+    def exact(self, scale):
+        """The epilogue of ops.h on exact sums. float64 holds the sums and the product of a sum and a scale exactly."""
+        codes = qo.quant_tensor_forward(self.x, scale, None, -127, 127, simulate=False)
+        s = self.shape
+        sums = torch.nn.functional.conv2d(codes.double(), self.layer.weight.double(), None, s.s, s.p, 1, s.groups)
+        scales = (scale * self.layer.weight_scale.reshape(-1, 1, 1)).double()
+        return (sums.float().double() * scales + self.layer.bias.double().reshape(-1, 1, 1)).float()
+
+
+problem = functools.lru_cache(maxsize=1)(Problem)
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# Each contender: from a problem to (the call, and the exact result or the least SQNR in dB against float32).
+
+
+def ours_dynamic(p):
+    scale, _ = qo.choose_qparams(p.x, [1, 2, 3], -127, 127)
+    return lambda: p.layer(p.x), p.exact(scale)
+
+
+def ours_dynamic_nhwc(p):
+    x = _channels_last(p.x)
+    return lambda: p.layer(x), ours_dynamic(p)[1]
+
+
+def ours_static_nhwc(p):
+    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.scale), _channels_last(p.x)
+    return lambda: layer(x), p.exact(p.scale)
+
+
+def fp32(p):
+    return lambda: p.conv(p.x), 100.0
+
+
+def _like(p, dtype):
+    conv = torch.nn.utils.skip_init(type(p.conv), *_arguments(p.shape)).to(dtype).requires_grad_(False)
+    conv.load_state_dict(p.conv.state_dict())
+    return conv.to(memory_format=torch.channels_last), _channels_last(p.x.to(dtype))
+
+
+def _arguments(s):
+    return s.C, s.O, s.k, s.s, s.p, 1, s.groups
+
+
+def fp32_nhwc(p):
+    conv, x = _like(p, torch.float32)
+    return lambda: conv(x), 100.0
+
+
+def bf16_nhwc(p):
+    conv, x = _like(p, torch.bfloat16)
+    return lambda: conv(x), 35.0
+
+
+def _torch_ao(engine, layout):
+    def contender(p):
+        if engine not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.quantized, "conv2d_dynamic"):
+            pytest.skip(f"torch {torch.__version__} has no torch.ops.quantized.conv2d_dynamic for the engine {engine}")
+        torch.backends.quantized.engine = engine
+        s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
+        weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [1, 1], s.groups)
+        x = layout(p.x)
+        return lambda: torch.ops.quantized.conv2d_dynamic(x, packed), 20.0  # it rounds its result to 8 bits as well
+
+    return contender
+
+
+CONTENDERS = {
+    "ours dynamic": ours_dynamic,
+    "ours dynamic NHWC": ours_dynamic_nhwc,
+    "ours static NHWC": ours_static_nhwc,
+    "fp32": fp32,
+    "fp32 NHWC": fp32_nhwc,
+    "bf16 NHWC": bf16_nhwc,
+    "torch.ao x86": _torch_ao("x86", torch.Tensor.contiguous),
+    "torch.ao x86 NHWC": _torch_ao("x86", _channels_last),  # searches the range of such an input slowly
+    "torch.ao onednn": _torch_ao("onednn", torch.Tensor.contiguous),
+}
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@cases(shapes.CONV)
+def bench_int8_conv2d(measure, case, contender):
+    p = problem(case[1])
+    call, expected = CONTENDERS[contender](p)
+    result = call()
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(result, expected)
+    else:
+        assert sqnr(p.reference, result) >= expected
+    is_int8 = contender.startswith(("ours", "torch.ao"))
+    measure(call, stem="int8_conv2d", case=case, contender=contender, macs=case[1].macs, share=is_int8)

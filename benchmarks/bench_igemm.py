@@ -1,0 +1,136 @@
+"""int8_gemm and int8_linear against torch's float and int8 products. Results are checked before anything is timed.
+
+int8 contenders quantize float activations, multiply, scale and add a bias within the timed call, as a model would.
+"""
+
+import functools
+
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from conftest import cases, sqnr
+
+import quant_ops as qo
+
+
+class Problem:
+    """One layer's data: float x, weight and bias, and the weight in int8."""
+
+    def __init__(self, shape):
+        generator = torch.Generator().manual_seed(0)
+        M, N, K = shape
+        self.x = torch.randn(M, K, generator=generator)
+        linear = torch.nn.Linear(K, N)
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(N, K, generator=generator) / K**0.5)
+            linear.bias.copy_(torch.randn(N, generator=generator))
+        self.linear = linear.requires_grad_(False)
+        self.layer = qo.QuantLinear.from_float(linear)
+        self.scale = self.x.abs().max().reshape(()) / 127
+        self.codes = qo.quant_tensor_forward(self.x, self.scale, None, -127, 127, simulate=False)
+        self.reference = F.linear(self.x, linear.weight, linear.bias)
+
+    def exact_sums(self, codes):
+        # float64 holds these integer sums exactly: they stay below 2^53
+        return codes.double() @ self.layer.weight.double().T
+
+    def exact(self, codes, scale):
+        """The epilogue of ops.h: one product of scales, one fused multiply-add (float64 holds the product exactly)."""
+        scales = (scale * self.layer.weight_scale).double()
+        return (self.exact_sums(codes).float().double() * scales + self.layer.bias.double()).float()
+
+
+problem = functools.lru_cache(maxsize=1)(Problem)
+
+
+# Each contender: from a problem to (the call, and the exact result or the least SQNR in dB against float32).
+
+
+def ours_dynamic(p):
+    q, scale, _ = qo.quantize_rows(p.x)
+    return lambda: p.layer(p.x), p.exact(q, scale)
+
+
+def ours_dynamic_bf16(p):
+    x = p.x.bfloat16()
+    return lambda: p.layer(x), 30.0
+
+
+def ours_static(p):
+    layer = qo.QuantLinear.from_float(p.linear, input_scale=p.scale)
+    return lambda: layer(p.x), p.exact(p.codes, p.scale)
+
+
+def fp32(p):
+    return lambda: F.linear(p.x, p.linear.weight, p.linear.bias), 100.0
+
+
+def bf16(p):
+    x, weight, bias = p.x.bfloat16(), p.linear.weight.bfloat16(), p.linear.bias.bfloat16()
+    return lambda: F.linear(x, weight, bias), 35.0
+
+
+def _torch_ao(engine):
+    def contender(p):
+        if engine not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.quantized, "linear_dynamic"):
+            pytest.skip(f"torch {torch.__version__} has no torch.ops.quantized.linear_dynamic for the engine {engine}")
+        torch.backends.quantized.engine = engine
+        zeros = torch.zeros(p.linear.out_features, dtype=torch.long)
+        weight = torch.quantize_per_channel(p.linear.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, p.linear.bias)
+        return lambda: torch.ops.quantized.linear_dynamic(p.x, packed), 30.0
+
+    return contender
+
+
+LINEAR_CONTENDERS = {
+    "ours dynamic": ours_dynamic,
+    "ours static": ours_static,
+    "ours dynamic bf16": ours_dynamic_bf16,
+    "fp32": fp32,
+    "bf16": bf16,
+    "torch.ao x86": _torch_ao("x86"),
+    "torch.ao onednn": _torch_ao("onednn"),
+}
+
+
+def check(result, expected, reference):
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(result, expected)
+    else:
+        assert sqnr(reference, result) >= expected
+
+
+@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
+@cases(shapes.LINEAR)
+def bench_int8_linear(measure, case, contender):
+    p = problem(case[1])
+    call, expected = LINEAR_CONTENDERS[contender](p)
+    check(call(), expected, p.reference)
+    is_int8 = contender.startswith(("ours", "torch.ao"))
+    measure(call, stem="int8_linear", case=case, contender=contender, macs=case[1].macs, share=is_int8)
+
+
+def gemm_ours(p):
+    return lambda: qo.int8_gemm(p.codes, p.layer.weight)
+
+
+def gemm_torch(p):
+    if not hasattr(torch, "_int_mm"):
+        pytest.skip(f"torch {torch.__version__} has no torch._int_mm")
+    weight = p.layer.weight.T
+    return lambda: torch._int_mm(p.codes, weight)
+
+
+GEMM_CONTENDERS = {"ours": gemm_ours, "torch._int_mm": gemm_torch}
+
+
+@pytest.mark.parametrize("contender", GEMM_CONTENDERS)
+@cases(shapes.LINEAR)
+def bench_int8_gemm(measure, case, contender):
+    """int8 in, int32 out; both read the weight as [N, K] and arrange it within the call."""
+    p = problem(case[1])
+    call = GEMM_CONTENDERS[contender](p)
+    assert torch.equal(call().double(), p.exact_sums(p.codes))
+    measure(call, stem="int8_gemm", case=case, contender=contender, macs=case[1].macs, share=True)

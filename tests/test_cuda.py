@@ -1,0 +1,298 @@
+"""The CUDA operators against the CPU operators, bit for bit: dtypes, granularities, strides, special values, streams, graphs.
+
+``KernelCases`` needs no GPU by itself: test_cuda_build.py runs the same cases on the emulated kernels.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import quant_ops as qo
+from quant_ops import _library
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+CODES = [torch.int8, torch.uint8, torch.int16, torch.int32]
+RANGES = [(-128, 127), (0, 255), (-32768, 32767), (0, 65535), (-(2**31), 2**31 - 1)]
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-45, 3.3e38, -3.3e38, 0.5, 1.5, -0.5, 2.5, 1e-30, -(2.0**60)]
+
+# Shapes of tensor, scale and block_size: each kernel's ways to find a scale, with rows that are and are not whole vectors.
+GRANULARITIES = [
+    ((), (), None),
+    ((1,), (1,), None),
+    ((4099,), (), None),
+    ((3, 5, 4, 6), (3, 5, 4, 6), None),
+    ((3, 5, 4, 6), (1, 5, 1, 6), None),
+    ((2, 16, 12, 12), (1, 16, 1, 1), None),
+    ((3, 16, 7, 7), (16, 1, 1), None),  # runs of 49 elements
+    ((3, 4, 3, 1), (1, 4, 1, 1), None),  # runs shorter than a vector
+    ((40, 64), (40, 1), None),
+    ((9, 1031), (9, 1), None),
+    ((200, 64), (64,), None),
+    ((200, 51), (51,), None),  # rows that are not whole vectors
+    ((3, 520), (520,), None),
+    ((4, 6, 32), (4, 1, 32), None),
+    ((4, 6, 32), (1, 6, 32), None),
+    ((16, 96), (16, 3), (1, 32)),
+    ((16, 96), (4, 6), (4, 16)),
+    ((6, 4, 10), (2, 1, 5), (3, 4, 2)),
+    ((2100, 24), (1, 24), None),  # several chunks a slice, neighbouring slices
+    ((3, 500, 20), (1, 1, 20), None),
+    ((2, 3, 5000), (1, 3, 1), None),
+]
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Same dtype, shape, strides and bits; any NaN equals any other."""
+    assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride())
+    actual = actual.cpu()
+    if expected.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
+        actual, expected = actual.nan_to_num(nan=0.0, posinf=None), expected.nan_to_num(nan=0.0, posinf=None)
+    assert torch.equal(actual, expected)
+
+
+def strided_copy(t: torch.Tensor, device: str) -> torch.Tensor:
+    """The same values on a device, with the same strides and offset."""
+    storage = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    return storage.to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+class Subject:
+    """The kernels under test: a set of operators and the device of their tensors."""
+
+    def __init__(self, ops, device: str):
+        self.ops, self.device = ops, device
+
+    def move(self, value):
+        return strided_copy(value, self.device) if isinstance(value, torch.Tensor) else value
+
+    def check(self, op: str, *args, **kwargs) -> None:
+        expected = getattr(torch.ops.quant_ops, op)(*args, **kwargs)
+        actual = getattr(self.ops, op)(*(self.move(a) for a in args), **kwargs)
+        pairs = [(actual, expected)] if isinstance(expected, torch.Tensor) else zip(actual, expected, strict=True)
+        for a, e in pairs:
+            assert_same(a, e)
+
+
+def tensor_of(shape, dtype, spread=60.0) -> torch.Tensor:
+    """Random values around the clamping points, ties, and every special value that fits."""
+    x = torch.randn(shape, dtype=torch.float64) * spread
+    flat = x.view(-1)
+    flat[::7] = (flat[::7] * 2).round() / 2
+    flat[1 : 1 + len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64)[: max(flat.numel() - 1, 0)]
+    return x.to(dtype)
+
+
+def layouts(x: torch.Tensor):
+    """The same values under other strides and offsets."""
+    yield x
+    if x.dim() < 1 or x.numel() == 0:
+        return
+    offset = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)  # dense, but no vector is aligned
+    yield offset.copy_(x)
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] * 2 + 3, dtype=x.dtype)[..., 3::2]
+    yield wide.copy_(x)
+    if x.dim() == 4:
+        yield x.contiguous(memory_format=torch.channels_last)
+
+
+class KernelCases:
+    """Every case takes a fixture ``subject``."""
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("case", range(len(GRANULARITIES)))
+    def test_forward(self, subject, dtype, case):
+        shape, parameter, block = GRANULARITIES[case]
+        x = tensor_of(shape, dtype)
+        scale = torch.rand(parameter) * 2 + 0.05
+        zero = torch.randint(-200, 200, parameter, dtype=torch.int32)
+        for view, simulate, (qmin, qmax) in itertools.product(layouts(x), (True, False), RANGES):
+            asymmetric = qmin % 2 == 0
+            subject.check("quant_tensor_forward", view, scale, zero, qmin, qmax, asymmetric, simulate, block_size=block)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("case", range(len(GRANULARITIES)))
+    def test_backward(self, subject, dtype, case):
+        shape, parameter, block = GRANULARITIES[case]
+        x = tensor_of(shape, dtype).nan_to_num(nan=0.25, posinf=9.0, neginf=-9.0)
+        scale = torch.rand(parameter) * 2 + 0.05
+        zero = torch.randint(-20, 20, parameter, dtype=torch.int32)
+        grad = torch.randn(shape).to(dtype)
+        for view in layouts(x):
+            subject.check("quant_tensor_backward", grad, view, scale, zero, -128, 127, True, block_size=block)
+        for qmin, qmax in [(0, 15), (-(2**31), 2**31 - 1)]:
+            subject.check(
+                "quant_tensor_backward",
+                grad[:1].expand(shape) if shape else grad,
+                x,
+                scale,
+                zero,
+                qmin,
+                qmax,
+                qmin < 0,
+                block_size=block,
+            )
+
+    def test_backward_with_scale_and_zero_point_of_different_shapes(self, subject):
+        x, grad = tensor_of((4, 3, 40), torch.float32), torch.randn(4, 3, 40)
+        shapes = [(), (4, 1, 1), (3, 1), (40,), (1, 3, 40), (4, 3, 40)]
+        for s, z in itertools.product(shapes, shapes):
+            scale, zero = torch.rand(s) + 0.1, torch.randn(z) * 9
+            subject.check("quant_tensor_backward", grad, x, scale, zero, -20, 20, True)
+
+    def test_backward_keeps_special_values_apart(self, subject):
+        x = tensor_of((64, 40), torch.float32)
+        grad = torch.randn(64, 40)
+        grad.view(-1)[[0, 3, 100]] = torch.tensor([torch.inf, torch.nan, -0.0])
+        for shape in [(), (64, 1), (40,)]:
+            subject.check("quant_tensor_backward", grad, x, torch.full(shape, 0.5), None, -128, 127)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("codes", CODES, ids=str)
+    def test_dequant(self, subject, dtype, codes):
+        info = torch.iinfo(codes)
+        for (shape, parameter, block), zeros in itertools.product(GRANULARITIES, ["none", "small", "any"]):
+            q = torch.randint(info.min, info.max, shape, dtype=torch.int64).to(codes)
+            scale = torch.rand(parameter) + 0.01
+            bound = 200 if zeros == "small" else 2**31 - 1
+            zero = None if zeros == "none" else torch.randint(-bound, bound, parameter, dtype=torch.int32)
+            for view in layouts(q):
+                subject.check("dequant_tensor", view, scale, zero, dtype, block_size=block)
+
+    @pytest.mark.parametrize(
+        "zero_dtype",
+        [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS],
+        ids=str,
+    )
+    def test_zero_points_of_every_dtype(self, subject, zero_dtype):
+        x = tensor_of((8, 64), torch.float32)
+        values = torch.tensor([0.0, 1.5, 2.5, 100.0, 7.0, 3.0, 300.0, 127.0], dtype=torch.float64)
+        if zero_dtype.is_floating_point:
+            values[:6] = torch.tensor([-0.5, torch.nan, torch.inf, -torch.inf, 1e30, -2.5])
+        if zero_dtype in (torch.int32, torch.int64):
+            values[:3] = torch.tensor([2.0**31 - 1, -(2.0**31), 2.0**24 + 1])
+        zero = values.to(zero_dtype).view(8, 1)
+        if zero_dtype == torch.int64:
+            zero[3], zero[4] = 2**40, -(2**40)
+        strided = torch.zeros(8, 3, dtype=zero_dtype)[:, 1:2].copy_(zero)
+        for z, (qmin, qmax), simulate in itertools.product((zero, strided), RANGES, (True, False)):
+            subject.check("quant_tensor_forward", x, torch.full((8, 1), 0.3), z, qmin, qmax, True, simulate)
+
+    def test_scales_of_every_size(self, subject):
+        """Zero, NaN, infinite, negative and extreme scales give what the formula gives."""
+        scales = [0.0, torch.nan, torch.inf, -0.5, 1e-45, 1e-38, 2.0**-61, 2.0**-60, 1e-10, 1 / 3, 3e10, 2.0**60, 2.0**61, 3e38]
+        scale = torch.tensor(scales).view(-1, 1)
+        x = (tensor_of((len(scales), 64), torch.float32) * scale.nan_to_num(1.0, 1.0).clamp(-1e36, 1e36)).float()
+        for simulate, (qmin, qmax) in itertools.product((True, False), RANGES):
+            subject.check("quant_tensor_forward", x, scale, None, qmin, qmax, False, simulate)
+            columns = x.t().contiguous()[:, :8].contiguous()
+            subject.check("quant_tensor_forward", columns, scale.view(-1)[:8], None, qmin, qmax, False, simulate)
+
+    def test_quotients_next_to_ties(self, subject):
+        """x within a few units in the last place of (k + 1/2) * scale: where a product with 1 / scale goes wrong."""
+        scale = torch.rand(64, 1) * 10 ** torch.linspace(-6, 6, 64).view(-1, 1)
+        ties = (torch.randint(-130, 130, (64, 512)) + 0.5).double() * scale.double()
+        x = ties.float()
+        x = (x.view(torch.int32) + torch.randint(-2, 3, x.shape, dtype=torch.int32)).view(torch.float32)
+        for simulate in (True, False):
+            subject.check("quant_tensor_forward", x, scale, None, -128, 127, False, simulate)
+            subject.check("quant_tensor_forward", x.t().contiguous(), scale.view(1, -1), None, -128, 127, False, simulate)
+
+    @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
+    def test_empty(self, subject, shape):
+        x, scale, zero = torch.zeros(shape), torch.ones(()), torch.ones((), dtype=torch.int64)
+        subject.check("quant_tensor_forward", x, scale, zero, -128, 127, True, False)
+        subject.check("quant_tensor_backward", x, x, scale, zero, -128, 127, True)
+        subject.check("dequant_tensor", x.to(torch.int8), scale, zero, torch.bfloat16)
+
+
+@pytest.mark.cuda
+class TestCuda(KernelCases):
+    @pytest.fixture
+    def subject(self):
+        if _library.cuda_library is None:
+            pytest.skip(_library.cuda_reason)
+        return Subject(torch.ops.quant_ops, "cuda")
+
+    @pytest.fixture
+    def example(self, subject):
+        x = tensor_of((8, 16, 28, 28), torch.float32).cuda()
+        return x, torch.rand(1, 16, 1, 1).cuda() + 0.1, torch.randint(-9, 9, (1, 16, 1, 1)).cuda()
+
+    def test_runs_on_the_current_stream(self, example):
+        x, scale, zero = example
+        expected = qo.quant_tensor_forward(x, scale, zero, -128, 127, True)
+        late = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # a kernel on any other stream would read the zeros
+            late.copy_(x)
+            y = qo.quant_tensor_forward(late, scale, zero, -128, 127, True)
+        stream.synchronize()
+        assert_same(y, expected.cpu())
+
+    def test_captured_graph_sees_new_inputs(self, example):
+        x, scale, zero = example
+        grad = torch.randn_like(x)
+
+        def step():
+            q = qo.quant_tensor_forward(x, scale, zero, -128, 127, True, False)
+            return q, qo.dequant_tensor(q, scale, zero), *qo.quant_tensor_backward(grad, x, scale, zero, -128, 127, True)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        for _ in range(3):
+            x.copy_(torch.randn_like(x) * 20)
+            scale.uniform_(0.1, 2.0)
+            zero.random_(-9, 9)
+            graph.replay()
+            for r, e in zip(results, step(), strict=True):
+                assert_same(r, e.cpu())
+
+    def test_same_bits_every_time(self, example):
+        x, scale, zero = example
+        grad = torch.randn_like(x)
+        first = qo.quant_tensor_backward(grad, x, scale, zero, -128, 127, True)
+        for _ in range(5):
+            for a, e in zip(qo.quant_tensor_backward(grad, x, scale, zero, -128, 127, True), first, strict=True):
+                assert_same(a, e.cpu())
+
+    def test_writes_only_its_own_memory(self, subject):
+        """Results lie between sentinels of the caching allocator's neighbours."""
+        before = [torch.full((513,), 77, dtype=torch.int8, device="cuda") for _ in range(64)]
+        freed = before.pop(31)
+        del freed
+        y = qo.quant_tensor_forward(torch.randn(513, device="cuda"), torch.ones((), device="cuda"), None, -128, 127, False, False)
+        assert y.shape == (513,)
+        assert all(bool((b == 77).all()) for b in before)
+
+    def test_tensors_on_two_devices_are_refused(self, subject):
+        with pytest.raises(ValueError, match=r"scale\.device"):
+            qo.quant_tensor_forward(torch.randn(4, device="cuda"), torch.ones(4), None, -128, 127)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("parameter", ["tensor", "rows", "columns"])
+    def test_more_than_two_to_the_31_elements(self, subject, parameter):
+        rows, columns = 2**16 + 8, 2**15 + 16
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(0, 40)
+        shape = {"tensor": (), "rows": (rows, 1), "columns": (columns,)}[parameter]
+        scale = torch.rand(shape, device="cuda") + 0.1
+        q = qo.quant_tensor_forward(x, scale, None, -128, 127, False, False)
+        y = qo.quant_tensor_forward(x, scale, None, -128, 127)
+        dx, _, _ = qo.quant_tensor_backward(torch.ones_like(x), x, scale, None, -128, 127)
+        for part in (slice(0, 3), slice(rows // 2 - 2, rows // 2 + 2), slice(rows - 3, rows)):
+            s = scale[part] if parameter == "rows" else scale
+            assert_same(q[part], qo.quant_tensor_forward(x[part].cpu(), s.cpu(), None, -128, 127, False, False))
+            assert_same(y[part], qo.quant_tensor_forward(x[part].cpu(), s.cpu(), None, -128, 127))
+            ones = torch.ones_like(x[part]).cpu()
+            assert_same(dx[part], qo.quant_tensor_backward(ones, x[part].cpu(), s.cpu(), None, -128, 127)[0])

@@ -1,0 +1,186 @@
+"""What can be checked of the CUDA operators without a GPU.
+
+* The kernels run on the host (cuda/host_emulation.h) over all cases of test_cuda.py: addresses, arithmetic and summation order.
+* The address arithmetic and the division-free quotient, exhaustively where that is possible.
+* The library that ``make cuda-build`` makes loads beside a torch for the CPU, registers its operators, and spills no registers.
+* Fake kernels describe CUDA tensors as the operators make them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cuda import KernelCases, Subject
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import quant_ops as qo
+from quant_ops import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cuda"
+BUILT = BUILD / "libquant_ops_cuda.so"
+OPERATORS = ["quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"]
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+needs_library = pytest.mark.skipif(not BUILT.is_file(), reason=f"{BUILT.relative_to(ROOT)} is not built: make cuda-build")
+
+
+def compile_cpp(sources, output: Path, *flags: str) -> Path:
+    command = [CXX, "-std=c++17", "-O1", "-ffp-contract=off", "-w", f"-I{ROOT / 'cpp'}", f"-I{ROOT / 'cuda'}", *flags]
+    command += ["-x", "c++", *map(str, sources), "-x", "none", "-o", str(output)]
+    folder = Path(torch.__file__).parent
+    if "-shared" in flags:
+        libraries = [str(folder / "lib" / f"lib{name}.so") for name in ("torch", "torch_cpu", "c10")]
+        command += [
+            "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+            "-isystem",
+            str(folder / "include"),
+            "-Wl,--no-as-needed",
+            *libraries,
+        ]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    sources = [ROOT / "cuda" / name for name in ("quantize.cu", "quantize_backward.cu", "bindings_cuda.cpp")]
+    library = tmp_path_factory.mktemp("emulation") / "libquant_ops_emulated.so"
+    torch.ops.load_library(compile_cpp(sources, library, "-shared", "-fPIC", "-fvisibility=hidden", "-DQUANT_OPS_EMULATION"))
+    return Subject(torch.ops.quant_ops_emulated, "cpu")
+
+
+@needs_compiler
+class TestEmulated(KernelCases):
+    @pytest.fixture
+    def subject(self, emulated):
+        return emulated
+
+
+ARITHMETIC = r"""
+#include <cstdio>
+#include <random>
+#include "layout.cuh"
+#include "quotient.cuh"
+using namespace quant_ops;
+
+static int fail(const char* what) { std::printf("%s\n", what); return 1; }
+static bool same_code(float x, float s, float r) {
+  const double lo = -16777216.0, hi = 16777216.0;  // the widest bounds that take this path
+  const double a = clamp_steps<double>(quantize_steps(x, s), lo, hi);
+  const double b = clamp_steps<double>(round_even(mended_quotient(x, s, r)) + 0.0f, lo, hi);
+  return a == b || (a != a && b != b);
+}
+
+int main() {
+  std::mt19937_64 random(1);
+  // FastDiv: around multiples of divisors of every size
+  for (int i = 0; i < 2000000; ++i) {
+    const int64_t d = static_cast<int64_t>(random() >> (1 + random() % 63)) + 1;
+    const int64_t n = static_cast<int64_t>(random() >> (1 + random() % 63));
+    const FastDiv div(d);
+    const int64_t multiple = n / d * d;
+    for (int64_t m : {n, multiple, multiple - 1})
+      if (m >= 0 && div.quotient(m) != m / d) return fail("FastDiv");
+  }
+  // every bfloat16 over random scales
+  for (int i = 0; i < 200; ++i) {
+    const float s = bits_float(static_cast<uint32_t>(random()) & 0x7fffffffu), r = safe_reciprocal(s);
+    if (r == 0.0f) continue;
+    for (uint32_t b = 0; b < 65536; ++b)
+      if (!same_code(bits_float(b << 16), s, r)) return fail("quotient of bfloat16");
+  }
+  // floats next to ties, for scales with long and short significands
+  for (int i = 0; i < 4000000; ++i) {
+    uint32_t bits = (static_cast<uint32_t>(random()) & 0x7fffffu) | static_cast<uint32_t>(68 + random() % 119) << 23;
+    if (random() % 4 == 0) bits |= 0x7ffff0u;
+    const float s = bits_float(bits), r = safe_reciprocal(s);
+    if (r == 0.0f) return fail("scales within 2^-59 .. 2^59 have a safe reciprocal");
+    const double k = static_cast<double>(static_cast<int64_t>(random() >> (40 + random() % 23))) + 0.5;
+    const float tie = static_cast<float>(k * s);
+    for (int32_t ulp = -3; ulp <= 3; ++ulp) {
+      const float x = bits_float(float_bits(tie) + static_cast<uint32_t>(ulp));
+      if (!same_code(x, s, r) || !same_code(-x, s, r)) return fail("quotient next to a tie");
+    }
+  }
+  for (float s : {8.67361737988403547e-19f, 1.15292150460684698e18f, 1.0f, 3.0f})
+    for (uint32_t b = 0; b < 0xffffff00u; b += 251)
+      if (!same_code(bits_float(b), s, safe_reciprocal(s))) return fail("quotient over all exponents");
+  for (float s : {0.0f, -1.0f, 1e-38f, 1e-45f, 3e38f, bits_float(0x7f800000u), bits_float(0x7fc00000u)})
+    if (safe_reciprocal(s) != 0.0f) return fail("unsafe scales are divided by");
+  return 0;
+}
+"""
+
+
+@needs_compiler
+def test_fast_division_and_mended_quotient(tmp_path):
+    source = tmp_path / "arithmetic.cc"
+    source.write_text(ARITHMETIC)
+    done = subprocess.run([compile_cpp([source], tmp_path / "arithmetic", "-O2")], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@needs_library
+def test_library_loads_and_registers_operators():
+    output = run_python(
+        f"import torch; [torch.ops.load_library(p) for p in ({str(_library.cpu_library)!r}, {str(BUILT)!r})]\n"
+        f"for name in {OPERATORS}: print(torch._C._dispatch_has_kernel_for_dispatch_key('quant_ops::' + name, 'CUDA'))"
+    )
+    assert output.split() == ["True"] * len(OPERATORS)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_library_needs_no_cuda_library():
+    output = subprocess.run(["nm", "-D", "--undefined-only", str(BUILT)], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split() for line in output.splitlines()]
+    of_cuda = {
+        name: kind for kind, name in symbols if re.match(r"cuda[A-Z]|cu[A-Z]|__cuda|.*_cuda_(stream|guard|check|blas)", name)
+    }
+    assert of_cuda == {"aoti_torch_get_current_cuda_stream": "w"}
+
+
+@needs_library
+def test_no_kernel_spills_registers():
+    logs = list(BUILD.glob("ptxas-*.log"))
+    assert logs, "the build keeps the words of ptxas"
+    for log in logs:
+        usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.read_text())
+        assert usage, log
+        assert set(usage) == {("0", "0", "0")}, log
+
+
+# ---- fake kernels ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fakes_describe_cuda_tensors(simulate, layout):
+    real = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
+    expected = torch.ops.quant_ops.quant_tensor_forward(real, torch.ones(3, 1, 1), None, 0, 255, False, simulate)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 5, device="cuda", memory_format=layout)
+        scale = torch.empty(3, 1, 1, device="cuda")
+        y = torch.ops.quant_ops.quant_tensor_forward(x, scale, None, 0, 255, False, simulate)
+        assert (y.device.type, y.dtype, y.shape, y.stride()) == ("cuda", expected.dtype, expected.shape, expected.stride())
+        z = torch.empty(3, 1, 1, device="cuda", dtype=torch.int32)
+        dx, ds, dz = torch.ops.quant_ops.quant_tensor_backward(x, x, scale, z, 0, 255, True)
+        assert (dx.device.type, dx.dtype, dx.stride()) == ("cuda", x.dtype, x.stride())
+        assert (ds.device.type, ds.shape, dz.shape, dz.dtype) == ("cuda", scale.shape, z.shape, torch.float32)
+        codes = torch.empty(2, 3, 4, 5, device="cuda", dtype=torch.int8)
+        back = qo.dequant_tensor(codes, scale, None, torch.bfloat16)
+        assert (back.device.type, back.dtype, back.stride()) == ("cuda", torch.bfloat16, codes.stride())

@@ -1,0 +1,335 @@
+"""Every sentence that the operators refuse an argument with, in one table.
+
+The raw operator raises RuntimeError, the wrapper TypeError or ValueError with the same words, and the fake kernel, where it checks
+the same thing, RuntimeError with the same words: an error in a compiled or exported model reads as it does in eager mode.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import quant_ops as qo
+
+ops = torch.ops.quant_ops
+
+
+@dataclasses.dataclass
+class Case:
+    op: str
+    sentence: str  # after "quant_ops.<op>: expected "
+    change: dict[str, Any]  # arguments other than those of a call that works
+    kind: type = ValueError  # what the wrapper raises
+    fake: bool = True  # the fake kernel says so too
+
+    def __str__(self):
+        return f"{self.op}-{self.sentence[:48]}"
+
+
+def f32(*shape):
+    return torch.full(shape, 0.5)
+
+
+def i8(*shape):
+    return torch.ones(shape, dtype=torch.int8)
+
+
+def good(op):
+    """The arguments of a call that works."""
+    quantize = {"tensor": f32(2, 4, 3, 6), "scale": f32(), "zero_point": None, "qmin": -128, "qmax": 127}
+    return {
+        "quant_tensor_forward": quantize,
+        "quant_tensor_backward": {"grad": f32(2, 4, 3, 6), **quantize},
+        "dequant_tensor": {"tensor": i8(2, 4, 3, 6), "scale": f32(), "zero_point": None},
+        "choose_qparams": {"tensor": f32(2, 4), "dim": [1], "qmin": -127, "qmax": 127},
+        "quantize_rows": {"x": f32(2, 4)},
+        "int8_gemm": {"a": i8(2, 4), "b": i8(3, 4)},
+        "int8_linear": {"x": f32(2, 4), "weight": i8(3, 4), "weight_scale": f32(3)},
+        "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
+        "pack_weight": {"weight": i8(6, 4, 3, 3)},
+    }[op]
+
+
+FLOATING = r"(float32, float16, bfloat16, float64)"
+FIRST = "Quantize it first, e.g. with quant_tensor_forward(simulate=False)."
+Z_BIG = torch.tensor(200)
+CASES = []
+
+
+def add(op_names, sentence, kind=ValueError, fake=True, **change):
+    CASES.extend(Case(op, sentence, change, kind, fake) for op in op_names.split())
+
+
+# ---- the quantize family ----------------------------------------------------------------------------------------------------
+
+_BOTH = "quant_tensor_forward quant_tensor_backward"
+_ALL = f"{_BOTH} dequant_tensor"
+_RANGED = f"{_BOTH} choose_qparams"
+
+add(_BOTH, f"tensor.dtype in {FLOATING}, got int32", TypeError, tensor=torch.ones(2, 4, 3, 6, dtype=torch.int32))
+add("choose_qparams", f"tensor.dtype in {FLOATING}, got int8", TypeError, tensor=i8(2, 4))
+add(_BOTH, f"tensor.dtype in {FLOATING}, got complex64", TypeError, tensor=f32(2, 4, 3, 6).to(torch.complex64))
+add(_BOTH, f"tensor.dtype in {FLOATING}, got float8_e4m3fn", TypeError, tensor=f32(2, 4, 3, 6).to(torch.float8_e4m3fn))
+add(_ALL, f"scale.dtype in {FLOATING}, got int64", TypeError, scale=torch.tensor(1))
+add(_RANGED, "qmin < qmax, got 7 and 7", qmin=7, qmax=7)
+add(_RANGED, "qmin < qmax, got 7 and -8", qmin=7, qmax=-8)
+add(_RANGED, "qmin and qmax to fit int32, got -2147483649 and 127", qmin=-(2**31) - 1)
+add(_RANGED, "qmin and qmax to fit int32, got -100 and 2147483648", qmin=-100, qmax=2**31)
+add(_BOTH, "a zero_point with asymmetric=True, got None", asymmetric=True)
+for _dtype, _text in ((torch.bool, "bool"), (torch.complex64, "complex64")):
+    _zero = torch.ones((), dtype=_dtype)
+    _sentence = f"zero_point.dtype integer or floating, got {_text}"
+    add(_BOTH, _sentence, TypeError, fake=False, zero_point=_zero, asymmetric=True)
+    add("dequant_tensor", _sentence, TypeError, fake=False, zero_point=_zero)
+add("quant_tensor_backward", "grad.shape == tensor.shape, got (4, 3, 6) and (2, 4, 3, 6)", grad=f32(4, 3, 6))
+add("quant_tensor_backward", "grad.shape == tensor.shape, got (1,) and ()", grad=f32(1), tensor=f32())
+
+_CHANNEL = "For one {0} per channel of dimension 1 use the shape (1, C, 1, 1)."
+_BROADCAST = "{0} to have one element or to broadcast to {1}, got {0}.shape {2} and tensor.shape (2, 4, 3, 6). " + _CHANNEL
+add(_ALL, _BROADCAST.format("scale", "tensor.shape", "(4,)"), scale=f32(4))
+add(_ALL, _BROADCAST.format("scale", "tensor.shape", "(1, 2, 4, 3, 6)"), scale=f32(1, 2, 4, 3, 6))
+add(_ALL, _BROADCAST.format("scale", "tensor.shape", "(0,)"), scale=f32(0))
+_sentence = _BROADCAST.format("zero_point", "tensor.shape", "(4, 1)")
+add(_BOTH, _sentence, zero_point=i8(4, 1), asymmetric=True)
+add("dequant_tensor", _sentence, zero_point=i8(4, 1))
+add(_ALL, _BROADCAST.format("scale", "tensor.shape / block_size", "(4, 3, 6)"), scale=f32(4, 3, 6), block_size=[1, 1, 1, 3])
+_sentence = "one block_size entry per dimension of tensor, got block_size {} and tensor.shape (2, 4, 3, 6)"
+add(_ALL, _sentence.format("(4,)"), block_size=[4])
+add(_ALL, _sentence.format("()"), block_size=[])
+_sentence = "block_size to divide tensor.shape, got block_size {} and tensor.shape (2, 4, 3, 6)"
+add(_ALL, _sentence.format("(1, 1, 1, 4)"), block_size=[1, 1, 1, 4])
+add(_ALL, _sentence.format("(1, 0, 1, 1)"), block_size=[1, 0, 1, 1])
+add(_ALL, _sentence.format("(1, 1, -3, 1)"), block_size=[1, 1, -3, 1])
+_sentence = "scale to have one element or to broadcast to tensor.shape, got scale.shape (5,) and tensor.shape (0, 4). "
+add("quant_tensor_forward", _sentence + _CHANNEL.format("scale"), tensor=f32(0, 4), scale=f32(5))
+add("quant_tensor_backward", _sentence + _CHANNEL.format("scale"), grad=f32(0, 4), tensor=f32(0, 4), scale=f32(5))
+add("dequant_tensor", _sentence + _CHANNEL.format("scale"), tensor=i8(0, 4), scale=f32(5))
+_MERGE = "Merge dimensions with reshape first."
+add("quant_tensor_forward", f"at most 32 dimensions, got 33. {_MERGE}", fake=False, tensor=f32(*[1] * 33))
+add("dequant_tensor", f"at most 16 dimensions, got 17. {_MERGE}", fake=False, tensor=i8(*[1] * 17), block_size=[1] * 17)
+add("choose_qparams", f"at most 32 dimensions, got 33. {_MERGE}", fake=False, tensor=f32(*[1] * 33))
+
+_sentence = "tensor.dtype in (int8, uint8, int16, int32), got "
+add("dequant_tensor", _sentence + "float32", TypeError, tensor=f32(2, 4, 3, 6))
+add("dequant_tensor", _sentence + "int64", TypeError, tensor=torch.ones(2, 4, 3, 6, dtype=torch.int64))
+add("dequant_tensor", f"the result's dtype in {FLOATING}, got int8", TypeError, dtype=torch.int8)
+add("choose_qparams", "qmax > 0 for a symmetric range, got 0. Use asymmetric=True.", qmin=-255, qmax=0)
+add("choose_qparams", "dim in [-2, 1], got 2", dim=[0, 2])
+add("choose_qparams", "dim in [-2, 1], got -3", dim=[-3])
+add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 4).double())
+add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got int8", TypeError, x=i8(2, 4))
+add("quantize_rows", "x to have at least one dimension, got shape ()", x=f32())
+
+# ---- int8_gemm and pack_weight --------------------------------------------------------------------------------------------------
+
+_SPLIT = "Split the sum into parts."
+_UNSIGNED = "Symmetric int8 activations reach 131071; else split the sum."
+_EXACT = "so that the int32 sum is exact, got"
+_REMEDY = "b is [N, K], as nn.Linear keeps its weight."
+
+add("int8_gemm", "a.dtype in (int8, uint8), got float32", TypeError, a=f32(2, 4))
+add("int8_gemm", "a.dtype in (int8, uint8), got int32", TypeError, a=torch.ones(2, 4, dtype=torch.int32))
+add("int8_gemm", "b.dtype int8, got uint8", TypeError, b=torch.ones(3, 4, dtype=torch.uint8))
+add("int8_gemm", f"b.dtype int8, got float32. {FIRST}", TypeError, b=f32(3, 4))
+add("int8_gemm", "b.dtype int8, got float8_e5m2", TypeError, b=f32(3, 4).to(torch.float8_e5m2))
+add("int8_gemm", "a.shape (M, K) and b.shape (N, K), got (4,) and (3, 4)", a=i8(4))
+add("int8_gemm", "a.shape (M, K) and b.shape (N, K), got (2, 4) and (1, 3, 4)", b=i8(1, 3, 4))
+add("int8_gemm", f"a.shape[1] == b.shape[1], got 4 and 3. {_REMEDY}", b=i8(4, 3))
+add("int8_gemm", f"K <= 131071 {_EXACT} 131072. {_SPLIT}", a=i8(1, 131072), b=i8(1, 131072))
+add("int8_gemm", f"K <= 65793 {_EXACT} 65794. {_UNSIGNED}", a=i8(1, 65794).to(torch.uint8), b=i8(1, 65794))
+
+add("pack_weight", f"weight.dtype int8, got float32. {FIRST}", TypeError, weight=f32(6, 4))
+add("pack_weight", "weight.dtype int8, got int32", TypeError, weight=torch.ones(6, 4, dtype=torch.int32))
+add("pack_weight", "weight.shape (N, K) or (O, C/groups, R, S), got (6, 4, 3)", weight=i8(6, 4, 3))
+_sentence = "groups to divide the output channels of a convolution, got groups {} and weight.shape {}"
+add("pack_weight", _sentence.format(4, "(6, 4, 3, 3)"), groups=4)
+add("pack_weight", _sentence.format(0, "(6, 4, 3, 3)"), groups=0)
+add("pack_weight", _sentence.format(2, "(6, 4)"), weight=i8(6, 4), groups=2)
+
+# ---- int8_linear and int8_conv2d: what they share ----------------------------------------------------------------------------
+
+_INT8 = "int8_linear int8_conv2d"
+_ONLY = "x.dtype in (float32, float16, bfloat16, int8, uint8), got"
+
+add(_INT8, f"weight.dtype int8, got float32. {FIRST}", TypeError, weight=f32(3, 4))
+add(_INT8, "weight.dtype int8, got uint8", TypeError, weight=torch.ones(3, 4, dtype=torch.uint8))
+for _dtype, _text in ((torch.float64, "float64"), (torch.int32, "int32"), (torch.float8_e4m3fn, "float8_e4m3fn")):
+    add("int8_linear", f"{_ONLY} {_text}", TypeError, x=f32(2, 4).to(_dtype))
+    add("int8_conv2d", f"{_ONLY} {_text}", TypeError, x=f32(2, 4, 5, 5).to(_dtype))
+_sentence = "x_scale with a quantized x, got x.dtype {} and no x_scale. Pass the scale that x was quantized with."
+add("int8_linear", _sentence.format("int8"), x=i8(2, 4))
+add("int8_conv2d", _sentence.format("uint8"), x=i8(2, 4, 5, 5).to(torch.uint8))
+add(_INT8, "x_zero_point only together with x_scale, got x_zero_point alone", fake=False, x_zero_point=torch.tensor(3))
+_sentence = "asymmetric=True only for dynamic quantization, got it with x_scale. Pass x_zero_point instead."
+add(_INT8, _sentence, fake=False, asymmetric=True, x_scale=f32())
+add(_INT8, f"x_scale.dtype in {FLOATING}, got int32", TypeError, fake=False, x_scale=torch.ones((), dtype=torch.int32))
+_sentence = "x_zero_point.dtype integer or floating, got bool"
+add(_INT8, _sentence, TypeError, fake=False, x_scale=f32(), x_zero_point=torch.tensor(True))
+add(_INT8, "x_zero_point in [-128, 127], got 200", fake=False, x_scale=f32(), x_zero_point=Z_BIG)
+add(_INT8, "x_zero_point in [-128, 127], got -129", fake=False, x_scale=f32(), x_zero_point=torch.tensor(-129))
+_unsigned = {"x_scale": f32(), "x_zero_point": torch.tensor(-1)}
+add("int8_linear", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4).to(torch.uint8), **_unsigned)
+add("int8_conv2d", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4, 5, 5).to(torch.uint8), **_unsigned)
+
+_sentence = "{} to have one element or the shape {}, got {}"
+add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(2,)"), fake=False, x_scale=f32(2))
+add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(4,)"), fake=False, x_scale=f32(4))
+_sentence_zero = _sentence.format("x_zero_point", "(2, 1)", "(1, 2)")
+add("int8_linear", _sentence_zero, fake=False, x_scale=f32(2, 1), x_zero_point=i8(1, 2))
+add("int8_conv2d", _sentence.format("x_scale", "(2, 1, 1, 1)", "(2,)"), fake=False, x_scale=f32(2))
+add("int8_conv2d", _sentence.format("x_scale", "(1, 1, 1)", "(4, 1, 1)"), fake=False, x=f32(4, 5, 5), x_scale=f32(4, 1, 1))
+
+_sentence = "weight_scale to have one element or one per output channel ({}), got shape {}"
+add("int8_linear", _sentence.format(3, "(4,)"), fake=False, weight_scale=f32(4))
+add("int8_linear", _sentence.format(3, "(1, 3)"), fake=False, weight_scale=f32(1, 3))
+add("int8_linear", _sentence.format(3, "(0,)"), fake=False, weight_scale=f32(0))
+add("int8_conv2d", _sentence.format(6, "(1, 6, 1, 1)"), fake=False, weight_scale=f32(1, 6, 1, 1))
+add(_INT8, f"weight_scale.dtype in {FLOATING}, got int8", TypeError, fake=False, weight_scale=i8())
+add("int8_linear", "bias.shape == (3,), got (4,)", fake=False, bias=f32(4))
+add("int8_linear", "bias.shape == (3,), got ()", fake=False, bias=f32())
+add("int8_conv2d", "bias.shape == (6,), got (6, 1, 1)", fake=False, bias=f32(6, 1, 1))
+add("int8_linear", f"bias.dtype in {FLOATING}, got int32", TypeError, fake=False, bias=torch.ones(3, dtype=torch.int32))
+add("int8_conv2d", f"bias.dtype in {FLOATING}, got int8", TypeError, fake=False, bias=i8(6))
+
+_sentence = "out_dtype in (float32, float16, bfloat16), got "
+add(_INT8, _sentence + "int8. Integer output needs out_scale.", TypeError, out_dtype=torch.int8)
+add(_INT8, _sentence + "uint8. Integer output needs out_scale.", TypeError, out_dtype=torch.uint8)
+add(_INT8, _sentence + "float64", TypeError, out_dtype=torch.float64)
+add(_INT8, "out_dtype int8 or uint8 with out_scale, got float32", TypeError, out_scale=f32(), out_dtype=torch.float32)
+add(_INT8, f"out_scale.dtype in {FLOATING}, got int8", TypeError, fake=False, out_scale=i8())
+add(_INT8, "out_scale to have one element, got shape (3,)", fake=False, out_scale=f32(3))
+add(_INT8, "out_zero_point only together with out_scale, got out_zero_point alone", fake=False, out_zero_point=i8())
+add(_INT8, "out_zero_point to have one element, got shape (2,)", fake=False, out_scale=f32(), out_zero_point=i8(2))
+_sentence = "out_zero_point.dtype integer or floating, got bool"
+add(_INT8, _sentence, TypeError, fake=False, out_scale=f32(), out_zero_point=torch.tensor(True))
+add(_INT8, "out_zero_point in [-128, 127], got 200", fake=False, out_scale=f32(), out_zero_point=Z_BIG)
+_unsigned = {"out_scale": f32(), "out_dtype": torch.uint8}
+add(_INT8, "out_zero_point in [0, 255], got -1", fake=False, out_zero_point=torch.tensor(-1), **_unsigned)
+
+add(_INT8, f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, fake=False, packed_weight=f32(64))
+_sentence = "packed_weight made by pack_weight from this weight, got another one. Call pack_weight(weight, groups) again."
+for _other in (i8(0), i8(5), qo.pack_weight(i8(7, 4)), qo.pack_weight(i8(3, 4))[:-1], qo.pack_weight(i8(6, 4, 3, 3), 2)):
+    add(_INT8, _sentence, fake=False, packed_weight=_other)
+_strided = torch.zeros(2 * qo.pack_weight(i8(3, 4)).numel(), dtype=torch.int8)[::2]
+add("int8_linear", _sentence, fake=False, packed_weight=_strided.copy_(qo.pack_weight(i8(3, 4))))
+add("int8_conv2d", _sentence, fake=False, packed_weight=qo.pack_weight(i8(6, 4, 1, 9)))
+
+# ---- shapes of int8_linear -----------------------------------------------------------------------------------------------------
+
+add("int8_linear", "weight.shape (N, K), got (3, 4, 1, 1)", weight=i8(3, 4, 1, 1))
+add("int8_linear", "x to have at least one dimension, got shape ()", x=f32())
+add("int8_linear", "x.shape[-1] == weight.shape[1], got 5 and 4", x=f32(2, 5))
+_wide = {"weight": i8(1, 131072), "weight_scale": f32()}
+add("int8_linear", f"in_features <= 131071 {_EXACT} 131072. {_SPLIT}", x=f32(1, 131072), **_wide)
+_wide = {"weight": i8(1, 65794), "weight_scale": f32()}
+_sentence = f"in_features <= 65793 {_EXACT} 65794. {_UNSIGNED}"
+add("int8_linear", _sentence, x=f32(1, 65794), asymmetric=True, **_wide)
+add("int8_linear", _sentence, x=f32(1, 65794), x_scale=f32(), x_zero_point=i8(), **_wide)
+add("int8_linear", _sentence, x=i8(1, 65794).to(torch.uint8), x_scale=f32(), **_wide)
+
+# ---- shapes of int8_conv2d -----------------------------------------------------------------------------------------------------
+
+add("int8_conv2d", "weight.shape (O, C/groups, R, S), got (6, 4)", weight=i8(6, 4))
+add("int8_conv2d", "x.shape (N, C, H, W) or (C, H, W), got (4, 5)", x=f32(4, 5))
+add("int8_conv2d", "x.shape (N, C, H, W) or (C, H, W), got (1, 2, 4, 5, 5)", x=f32(1, 2, 4, 5, 5))
+_sentence = "groups to divide the input and output channels, got groups {}, 4 input and 6 output channels"
+for _groups in (0, -1, 3, 4):
+    add("int8_conv2d", _sentence.format(_groups), groups=_groups)
+add("int8_conv2d", "x.shape[-3] == weight.shape[1] * groups, got 4 and 4 * 2", groups=2)
+add("int8_conv2d", "x.shape[-3] == weight.shape[1] * groups, got 5 and 4 * 1", x=f32(2, 5, 5, 5))
+add("int8_conv2d", "a kernel of at least 1 x 1, got 0 x 3", weight=i8(6, 4, 0, 3))
+for _name, _least in (("stride", 1), ("dilation", 1), ("padding", 0)):
+    add("int8_conv2d", f"{_name} to be one or two numbers, got (1, 1, 1)", **{_name: [1, 1, 1]})
+    add("int8_conv2d", f"{_name} to be one or two numbers, got ()", **{_name: []})
+    add("int8_conv2d", f"{_name} >= {_least}, got ({_least}, {_least - 1})", **{_name: [_least, _least - 1]})
+add("int8_conv2d", "padding >= 0, got (0, 0, -1, 0)", padding=[0, 0, -1, 0])
+_sentence = "an output of at least 1 x 1, got an input of {}, padding {}, dilation {} and a kernel of 3 x 3"
+add("int8_conv2d", _sentence.format("2 x 5", "(0, 1)", "(1, 1)"), x=f32(2, 4, 2, 5), padding=[0, 1], dilation=[1, 1])
+add("int8_conv2d", _sentence.format("5 x 5", "(0, 0, 0, 1)", "(1, 3)"), padding=[0, 0, 0, 1], dilation=[1, 3])
+add("int8_conv2d", _sentence.format("0 x 5", "(0, 0)", "(1, 1)"), x=f32(2, 4, 0, 5), padding=[0, 0], dilation=[1, 1])
+_wide = {"weight": i8(1, 14564, 3, 3), "weight_scale": f32()}
+add("int8_conv2d", f"C/groups * R * S <= 131071 {_EXACT} 131076. {_SPLIT}", x=f32(1, 14564, 3, 3), **_wide)
+_wide = {"weight": i8(1, 7311, 3, 3), "weight_scale": f32()}
+_sentence = f"C/groups * R * S <= 65793 {_EXACT} 65799. {_UNSIGNED}"
+add("int8_conv2d", _sentence, x=f32(1, 7311, 3, 3), asymmetric=True, **_wide)
+add("int8_conv2d", _sentence, x=f32(1, 7311, 3, 3), x_scale=f32(), x_zero_point=i8(), **_wide)
+add("int8_conv2d", _sentence, x=i8(1, 7311, 3, 3).to(torch.uint8), x_scale=f32(), **_wide)
+
+
+# ---- the tests ---------------------------------------------------------------------------------------------------------------
+
+
+def pattern(case):
+    return "^" + re.escape(f"quant_ops.{case.op}: expected {case.sentence}") + "$"
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every_case
+def test_operator(case):
+    arguments = good(case.op) | case.change
+    with pytest.raises(RuntimeError) as caught:
+        getattr(ops, case.op)(**arguments)
+    assert type(caught.value) is RuntimeError
+    assert re.match(pattern(case), str(caught.value).split("\n")[0]), str(caught.value)
+
+
+@every_case
+def test_wrapper(case):
+    with pytest.raises((TypeError, ValueError), match=pattern(case)) as caught:
+        getattr(qo, case.op)(**good(case.op) | case.change)
+    assert caught.type is case.kind
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.fake], ids=str)
+def test_fake_kernel(case):
+    mode = FakeTensorMode()
+    arguments = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in (good(case.op) | case.change).items()}
+    with mode, pytest.raises(RuntimeError) as caught:
+        getattr(ops, case.op)(**arguments)
+    assert re.match(pattern(case), str(caught.value).split("\n")[0]), str(caught.value)
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
+def test_the_unchanged_arguments_work(op):
+    """So that every case above fails for its own reason only."""
+    getattr(ops, op)(**good(op))
+    getattr(qo, op)(**good(op))
+
+
+@every_case
+def test_the_style_of_the_sentence(case):
+    """What was expected, then what was got; a remedy is a sentence with a full stop."""
+    assert re.fullmatch(r"\w.*, got [^.]*(\.\w[^.]*)*(\. \w.*\.)?", case.sentence)
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("quant_tensor_forward", {"scale": 0.5}),
+        ("quant_tensor_forward", {"qmin": None}),
+        ("int8_linear", {"weight_scale": 0.5}),
+        ("int8_conv2d", {"x": [1.0]}),
+        ("int8_conv2d", {"stride": 1.5}),
+        ("choose_qparams", {"dim": "rows"}),
+    ],
+    ids=str,
+)
+def test_wrappers_raise_typeerror_for_another_python_type(op, change):
+    with pytest.raises(TypeError, match=next(iter(change))):
+        getattr(qo, op)(**good(op) | change)
+
+
+def test_the_bounds_are_reached():
+    """The largest K that is allowed works and is exact where every product has the largest magnitude."""
+    for k, a, b in ((131071, -128, -128), (65793, 255, -128), (65793, 255, 127)):
+        dtype = torch.uint8 if a > 127 else torch.int8
+        result = qo.int8_gemm(torch.full((2, k), a, dtype=dtype), torch.full((3, k), b, dtype=torch.int8))
+        assert torch.equal(result, torch.full((2, 3), k * a * b, dtype=torch.int32))

@@ -1,0 +1,201 @@
+"""``python -m quant_ops info``, the environment variables, and what importing does: each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quant_ops as qo
+from quant_ops import _library, info
+
+ISAS = _library.isas()
+
+
+def python(*arguments, **environment):
+    """Runs Python with the variables of quant_ops set to exactly these."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("QUANT_OPS_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+# ---- info --------------------------------------------------------------------------------------------------------------------
+
+
+def test_info():
+    done = python("-m", "quant_ops", "info")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "OK"
+    assert any(line.split() == ["quant_ops:", qo.__version__] for line in lines)
+    assert any(line.split() == ["torch:", torch.__version__] for line in lines)
+    assert f"isa_available:  {', '.join(ISAS)}" in lines
+    kernels = dict(line.split(None, 1) for line in lines[lines.index("kernels:") + 1 : -1])
+    assert kernels["int8_gemm"] == kernels["int8_linear"]
+    assert kernels["int8_gemm"].startswith("gemm_")
+    assert kernels["int8_gemm"].endswith(ISAS[-1])
+    names = (name.removeprefix("quant_ops::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("quant_ops::"))
+    assert set(kernels) == {name for name in names if not name.startswith("_")} - {"pack_weight"}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_info_json_honours_the_instruction_set(isa):
+    done = python("-m", "quant_ops", "info", "--json", QUANT_OPS_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["status"] == "OK"
+    assert report["isa"] == report["isa_override"] == isa
+    assert report["isa_available"] == ISAS
+    assert report["library"] == str(_library.cpu_library)
+    assert all(isa in kernel for kernel in report["kernels"].values())
+
+
+def test_info_says_what_is_wrong():
+    for arguments in (["info"], ["info", "--json"]):
+        done = python("-m", "quant_ops", *arguments, QUANT_OPS_ISA="sse9")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        reason = json.loads(done.stdout)["status"] if "--json" in arguments else done.stdout.splitlines()[-1]
+        expected = f"quant_ops: expected QUANT_OPS_ISA to be one of {', '.join(ISAS)} on this machine, got 'sse9'. "
+        assert reason == expected + "Unset it to choose automatically."
+
+
+def test_info_reports_a_failed_check(monkeypatch):
+    """The self-check can fail: it compares with int64 arithmetic, not with itself."""
+    right = qo.ops.int8_gemm
+    monkeypatch.setattr(info.ops, "int8_gemm", lambda a, b: right(a, b) + 1)
+    assert info.collect()["status"] == "int8_gemm disagrees with int64 arithmetic"
+    monkeypatch.undo()
+    linear = qo.ops.int8_linear
+    monkeypatch.setattr(info.ops, "int8_linear", lambda *a: torch.nextafter(linear(*a), torch.tensor(torch.inf)))
+    report = info.collect()
+    assert report["status"].startswith("int8_linear disagrees")
+    assert info.text(report).splitlines()[-1] == report["status"]
+    monkeypatch.undo()
+    assert info.collect()["status"] == "OK"
+
+
+def test_command_line_without_a_command():
+    done = python("-m", "quant_ops")
+    assert done.returncode == 2
+    assert "usage: python -m quant_ops" in done.stderr
+
+
+# ---- import ------------------------------------------------------------------------------------------------------------------
+
+
+def test_import_prints_nothing():
+    done = python("-W", "error::DeprecationWarning:quant_ops", "-c", "import quant_ops")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_leaves_torch_as_it_was():
+    """No global setting changes: threads, default dtype, grad mode, deterministic mode."""
+    script = """
+import torch
+state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),
+                 torch.are_deterministic_algorithms_enabled(), torch.initial_seed(), torch.random.get_rng_state().sum().item())
+torch.manual_seed(3)
+before = state()
+import quant_ops
+from quant_ops import _library
+_library.load()
+assert state() == before
+"""
+    done = python("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_missing_libraries(tmp_path):
+    done = python("-c", "import quant_ops", QUANT_OPS_LIBRARY_DIR=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: quant_ops: expected libquant_ops.so beside the package, found none in {tmp_path}. ")
+    assert last.endswith("Build it with: pip install --no-build-isolation .")
+
+
+def test_a_broken_library(tmp_path):
+    (tmp_path / "libquant_ops.so").write_bytes(b"not a library")
+    done = python("-c", "import quant_ops", QUANT_OPS_LIBRARY_DIR=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"ImportError: quant_ops: {tmp_path / 'libquant_ops.so'} does not load under torch {torch.__version__}: "
+    )
+    assert last.endswith("Rebuild it with: pip install --no-build-isolation .")
+
+
+def test_libraries_from_another_folder():
+    done = python("-c", "import quant_ops", QUANT_OPS_LIBRARY_DIR=str(_library.cpu_library.parent))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- instruction sets --------------------------------------------------------------------------------------------------------
+
+_EVERY_OPERATOR = """
+import torch, quant_ops as qo
+x, q, s = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.int8), torch.tensor(0.5)
+image, kernel = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1, dtype=torch.int8)
+calls = {
+    "quant_tensor_forward": lambda: qo.quant_tensor_forward(x, s, None, -8, 7),
+    "quant_tensor_backward": lambda: qo.quant_tensor_backward(x, x, s, None, -8, 7),
+    "dequant_tensor": lambda: qo.dequant_tensor(q, s),
+    "choose_qparams": lambda: qo.choose_qparams(x, [], -127, 127),
+    "quantize_rows": lambda: qo.quantize_rows(x),
+    "int8_gemm": lambda: qo.int8_gemm(q, q),
+    "int8_linear": lambda: qo.int8_linear(x, q, s),
+    "int8_conv2d": lambda: qo.int8_conv2d(image, kernel, s),
+    "raw": lambda: torch.ops.quant_ops.int8_linear(x, q, s),
+}
+for name, call in calls.items():
+    try:
+        call()
+        print(name, "ran")
+    except RuntimeError as error:
+        print(name, str(error).split("\\n")[0])
+"""
+
+
+def test_operators_refuse_an_unknown_instruction_set():
+    done = python("-c", _EVERY_OPERATOR, QUANT_OPS_ISA="avx1024")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9
+    for line in lines:
+        reason = line.split(" ", 1)[1]
+        assert reason.startswith("quant_ops: expected QUANT_OPS_ISA to be one of scalar"), line
+        assert reason.endswith("got 'avx1024'. Unset it to choose automatically."), line
+
+
+def test_empty_means_automatic():
+    done = python("-c", "from quant_ops import _library; print(_library.isa(), _library.isas()[-1])", QUANT_OPS_ISA="")
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 1
+
+
+def test_set_isa_round_trip():
+    automatic = _library.isa()
+    try:
+        for name in ISAS:
+            assert _library.set_isa(name) == name
+            assert _library.isa() == name
+            assert _library.gemm_kernel().endswith(name)
+        with pytest.raises(RuntimeError, match=r"^quant_ops: expected the instruction set to be one of .*, got 'mmx'\."):
+            _library.set_isa("mmx")
+        assert _library.isa() == ISAS[-1]  # the refused name changed nothing
+    finally:
+        assert _library.set_isa(None) == automatic
+
+
+def test_set_isa_none_goes_back_to_the_environment():
+    script = "from quant_ops import _library as l; print(l.isa(), l.set_isa('scalar'), l.set_isa(None))"
+    done = python("-c", script, QUANT_OPS_ISA=ISAS[len(ISAS) // 2])
+    assert done.stdout.split() == [ISAS[len(ISAS) // 2], "scalar", ISAS[len(ISAS) // 2]]
+
+
+def test_isas_begin_with_scalar():
+    assert ISAS[0] == "scalar"
+    assert len(set(ISAS)) == len(ISAS)
