@@ -285,8 +285,9 @@ inline Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& w
                asymmetric || x_zero_point.has_value() || x.scalar_type() == ScalarType::Byte);
 
   // NHWC (channels step by 1) and NCHW (columns step by 1) are read where they are, anything else is copied once.
+  // The result has x's memory format: channels_last if x's channels step by 1 and x is not plainly contiguous.
   Holder holder;
-  const bool contiguous = x.is_contiguous();
+  p.y_channels_last = batched && !x.is_contiguous() && x_stride[1] == 1;
   Tensor source = x;
   if (x_stride[1] != 1 && x_stride[3] != 1) {
     source = torch::stable::contiguous(x);
@@ -299,8 +300,6 @@ inline Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& w
   weight_params(op, weight, packed_weight, packed_layout(p.O, weight.size(1), p.R, p.S, groups), x, &p.weight, &p.packed, &holder);
   for (int d = 0; d < 4; ++d) p.x_stride[d] = x_stride[static_cast<size_t>(d)];
 
-  // The result has x's memory format: channels_last if x's channels step by 1 and x is not plainly contiguous.
-  p.y_channels_last = batched && !contiguous && x_stride[1] == 1;
   Ints y_shape = {p.N, p.O, p.OH, p.OW};
   if (!batched) y_shape.erase(y_shape.begin());
   Tensor y =

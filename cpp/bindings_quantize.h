@@ -114,18 +114,17 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   Tensor dscale = gradient(scale, tensor.numel() > 0);
   Tensor dzero = gradient(asymmetric ? *zero_point : scale, asymmetric && tensor.numel() > 0);
 
+  Space elements(op, tensor, block_size), slices = elements;
+  elements.add(tensor);
+  elements.add(g);
+  elements.add(dx);
+  elements.add_parameter("scale", q.scale);
+  elements.add_parameter("zero_point", q.zero_point);
+  slices.add(tensor);
+  slices.add(g);
+  slices.add_parameter("scale", q.scale);
+  slices.add_parameter("zero_point", q.zero_point);
   if (tensor.numel() > 0) {
-    Space elements(op, tensor, block_size), slices = elements;
-    elements.add(tensor);
-    elements.add(g);
-    elements.add(dx);
-    elements.add_parameter("scale", q.scale);
-    elements.add_parameter("zero_point", q.zero_point);
-    slices.add(tensor);
-    slices.add(g);
-    slices.add_parameter("scale", q.scale);
-    slices.add_parameter("zero_point", q.zero_point);
-
     QuantizeBackwardParams p;
     p.it = elements.iteration();
     p.x = tensor.const_data_ptr();

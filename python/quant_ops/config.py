@@ -20,7 +20,7 @@ class Int8Dynamic:
     weight_bits: int = 8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.weight_bits <= 8:
+        if not (isinstance(self.weight_bits, int) and 2 <= self.weight_bits <= 8):
             raise ValueError(f"quant_ops.Int8Dynamic: expected 2 <= weight_bits <= 8, got {self.weight_bits}")
 
     def to_json(self) -> str:
@@ -31,6 +31,8 @@ class Int8Dynamic:
 def from_json(text: str) -> Int8Dynamic:
     """The config that :meth:`Int8Dynamic.to_json` wrote. Raises ValueError for another name or field."""
     fields: dict[str, Any] = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"quant_ops: expected a JSON object with a config, got {text}")
     name = fields.pop("config", None)
     if name != "Int8Dynamic":
         raise ValueError(f"quant_ops: expected a config named Int8Dynamic, got {name}")

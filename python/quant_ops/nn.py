@@ -51,10 +51,12 @@ class _QuantModule(nn.Module):
     output_zero_point: Tensor | None
     packed_weight: Tensor | None
 
-    def __init__(self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None) -> None:
+    def __init__(
+        self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None, asymmetric: bool, relu: bool
+    ) -> None:
         super().__init__()
-        self.asymmetric = False
-        self.relu = False
+        self.asymmetric = asymmetric
+        self.relu = relu
         self.weight_bits = 8
         self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(weight_shape[0], dtype=torch.float32, device=device))
@@ -105,15 +107,22 @@ class _QuantModule(nn.Module):
         assert isinstance(weight, Tensor)
         device = weight.device
 
-        def scalar(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
-            return None if value is None else torch.as_tensor(value, device=device).detach().to(dtype).reshape(())
+        def scalar(setting: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+            if value is None:
+                return None
+            tensor = torch.as_tensor(value, device=device).detach()
+            if tensor.numel() != 1:
+                raise ValueError(f"quant_ops.{name}: expected {setting} to have one element, got shape {tuple(tensor.shape)}")
+            if tensor.is_floating_point() and not dtype.is_floating_point:
+                tensor = tensor.round().clamp(-128, 127)  # a learned zero point
+            return tensor.to(dtype).reshape(())
 
         self.weight, self.weight_scale = quantize_weight(weight, weight_bits)
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
-        self.input_scale = scalar(input_scale, torch.float32)
-        self.input_zero_point = scalar(input_zero_point, torch.int32)
-        self.output_scale = scalar(output_scale, torch.float32)
-        self.output_zero_point = scalar(output_zero_point, torch.int32)
+        self.input_scale = scalar("input_scale", input_scale, torch.float32)
+        self.input_zero_point = scalar("input_zero_point", input_zero_point, torch.int32)
+        self.output_scale = scalar("output_scale", output_scale, torch.float32)
+        self.output_zero_point = scalar("output_zero_point", output_zero_point, torch.int32)
         self.asymmetric, self.relu, self.weight_bits = asymmetric, relu, weight_bits
         self._check_scales()
         self._pack()
@@ -166,7 +175,9 @@ class _QuantModule(nn.Module):
 class QuantLinear(_QuantModule):
     """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
 
-    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``.
+    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
+    with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
+    ``load_state_dict``; writing into ``weight`` in place would leave the packed copy behind.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
@@ -175,10 +186,19 @@ class QuantLinear(_QuantModule):
     _float_class = nn.Linear
     _granularity = "per row"
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        *,
+        asymmetric: bool = False,
+        relu: bool = False,
+    ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        super().__init__((out_features, in_features), bias, device)
+        super().__init__((out_features, in_features), bias, device, asymmetric, relu)
 
     @classmethod
     def from_float(
@@ -265,6 +285,9 @@ class QuantConv2d(_QuantModule):
         bias: bool = True,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
+        *,
+        asymmetric: bool = False,
+        relu: bool = False,
     ) -> None:
         # nn.Conv2d knows how to read these arguments; on the meta device it costs no memory
         conv = nn.Conv2d(
@@ -285,7 +308,7 @@ class QuantConv2d(_QuantModule):
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         self._pad_input = [left, right, top, bottom] if padding_mode != "zeros" else None
         self._pad = [0] if padding_mode != "zeros" else [top, bottom, left, right]
-        super().__init__(tuple(conv.weight.shape), bias, device)
+        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu)
 
     @property
     def _groups(self) -> int:

@@ -24,6 +24,8 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except RuntimeError as error:
         text = str(error).split("\n")[0]
+        if text.startswith("quant_ops::"):  # the dispatcher: an argument that is no Tensor, int, ...
+            raise TypeError(text) from None
         if not text.startswith("quant_ops."):
             raise
         kind = TypeError if re.match(r"quant_ops\.\w+: expected (\w+\.dtype|out_dtype|the result's dtype)", text) else ValueError
@@ -375,7 +377,7 @@ _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.
 
 
 def _expect_int8(op: str, name: str, tensor: Tensor) -> None:
-    remedy = ". Quantize it first, e.g. with quant_tensor_forward(simulate=False)." if tensor.is_floating_point() else ""
+    remedy = ". Quantize it first, e.g. with quant_tensor_forward(simulate=False)." if tensor.dtype in _FLOATING else ""
     _expect(tensor.dtype == torch.int8, op, f"{name}.dtype int8, got {_name(tensor.dtype)}{remedy}")
 
 
@@ -411,17 +413,30 @@ class _Inference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, kwargs: dict[str, Any], *args: Any) -> Tensor:
         ctx.name = op._schema.name.replace("::", ".")
+        ctx.like = [(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in args]
         result: Tensor = op(*args, **kwargs)
         if not result.is_floating_point():
             ctx.mark_non_differentiable(result)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.name}: expected no gradient to be asked for, got a backward pass through an int8 operator, which is for "
-            "inference. Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
-        )
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needed = zip(ctx.needs_input_grad[2:], ctx.like, strict=True)
+        return None, None, *(_no_gradient(grad, *like, ctx.name) if needs and like else None for needs, like in needed)
+
+
+# An operator, so that tracing (torch.compile with gradients enabled) meets the fake kernel and only a real backward pass raises.
+@torch.library.custom_op("quant_ops::_no_gradient", mutates_args=())
+def _no_gradient(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
+    raise RuntimeError(
+        f"{op}: expected no gradient to be asked for, got a backward pass through an int8 operator, which is for "
+        "inference. Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
+    )
+
+
+@_no_gradient.register_fake
+def _(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
+    return grad.new_empty(shape, dtype=dtype)
 
 
 def _inference_only(op: Any) -> None:
@@ -625,7 +640,7 @@ def int8_conv2d(
 
 
 def _list(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
+    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
 
 
 def _pair(op: str, name: str, value: Sequence[int], at_least: int) -> tuple[int, int]:
@@ -650,9 +665,9 @@ def _(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     x_scale: Tensor | None = None,
     x_zero_point: Tensor | None = None,

@@ -5,6 +5,7 @@ import fnmatch
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .config import Int8Dynamic
@@ -37,18 +38,20 @@ def _matches(name: str, patterns: Sequence[str]) -> str | None:
 
 
 def _skip_reason(name: str, module: nn.Module, parent: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    if isinstance(module, QuantLinear | QuantConv2d):
+        return "int8 already"
     if pattern := _matches(name, exclude):
         return f"excluded by {pattern!r}"
     if not _matches(name, include):
         return f"not included by {list(include)}"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself and never calls the layer"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} is a subclass whose forward may differ"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "it has hooks, which a replacement would lose"
     if "parametrizations" in module._modules:
         return "its weight is parametrized. Remove the parametrization first"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} is a subclass whose forward may differ"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a replacement would lose"
     return None
 
 
@@ -91,8 +94,8 @@ def quantize_(
     layers = [
         (name, module, parent, attribute)
         for prefix, parent in model.named_modules(remove_duplicate=False)
-        for attribute, module in parent.named_children()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        for attribute, module in parent._modules.items()  # named_children would name a repeated module once
+        if isinstance(module, nn.Linear | nn.Conv2d | QuantLinear | QuantConv2d)
         for name in [f"{prefix}.{attribute}" if prefix else attribute]
     ]
     for pattern in (*(p for p in include if p != "*"), *exclude):
@@ -103,24 +106,31 @@ def quantize_(
             )
 
     result = ConversionResult()
-    replacements: dict[nn.Module, nn.Module] = {}
+    places: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}  # of every layer to be replaced
     for name, module, parent, attribute in layers:
         if reason := _skip_reason(name, module, parent, include, exclude):
             result.skipped.append((name, reason))
             continue
-        if module not in replacements:
-            kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-            try:
-                replacements[module] = kind.from_float(
-                    module,  # type: ignore[arg-type]
-                    weight_bits=config.weight_bits,
-                    asymmetric=config.asymmetric,
-                )
-            except ValueError as error:
-                raise ValueError(f"{error}, in layer {name!r}. Exclude it, or mend it first.") from None
-        setattr(parent, attribute, replacements[module])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # its fused inference path would read float weights
+        if module not in places and not (module.weight.is_meta or torch.isfinite(module.weight).all()):
+            raise ValueError(
+                f"quant_ops.quantize_: expected finite weights, got NaN or Inf, in layer {name!r}. Exclude it, or mend it first."
+            )
+        places.setdefault(module, []).append((name, parent, attribute))
         result.converted.append(name)
+
+    module = None  # type: ignore[assignment]  # so that only `places` holds the last layer
+    layers.clear()
+    while places:
+        module = next(iter(places))  # type: ignore[assignment]
+        kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
+        layer = kind.from_float(module, weight_bits=config.weight_bits, asymmetric=config.asymmetric)  # type: ignore[arg-type]
+        for _, parent, attribute in places.pop(module):
+            setattr(parent, attribute, layer)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                parent.activation_relu_or_gelu = 0  # its fused inference path would read float weights
+        del module  # the last reference: the float weight is freed here
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, QuantLinear) for m in encoder.modules()):
+            encoder.use_nested_tensor = False  # nested tensors are for the fused path
     _log.info("%s", result)
     return result
