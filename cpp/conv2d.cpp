@@ -19,6 +19,8 @@ constexpr int64_t kOffsetBytes = int64_t{48} << 10;  // indirection table of one
 constexpr int64_t kBlockRows = 8 * kGemmRows;
 constexpr int64_t kMacsPerTask = int64_t{1} << 20;
 
+constexpr int64_t kLinePixels = 256;  // pixels quantized together: their codes stay in the L1 cache
+
 struct Plan {
   PackedLayout layout;
   int64_t group_channels;  // padded channels of one group in the codes
@@ -26,6 +28,9 @@ struct Plan {
   int64_t sample;          // bytes of one sample, zero-point row included
   int64_t block;           // output pixels of one task
   bool nhwc_input;
+  bool merged;    // the rows of an image follow each other: pixels can be taken across them
+  int64_t line;   // pixels of a line, the unit of quantization: a piece of the image if merged, else a row
+  int64_t lines;  // of a sample
 };
 
 Plan make_plan(const Int8Conv2dParams& p) {
@@ -37,43 +42,54 @@ Plan make_plan(const Int8Conv2dParams& p) {
   plan.sample = std::max<int64_t>(64, round_up((p.H * p.W + 1) * plan.pixel, 64));
   plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / kGemmRows * kGemmRows, kGemmRows, kBlockRows);
   plan.nhwc_input = p.x_stride[1] == 1;
+  plan.merged = p.x_stride[2] == p.W * p.x_stride[3];
+  plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
+  plan.lines = plan.line == 0 ? 0 : ceil_div(p.H * p.W, plan.line);
   return plan;
 }
 
-// One input row (sample n, height h) into codes; `line` holds W (NCHW) or W * C (NHWC) bytes.
-void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, const RowCodes& row,
-                   uint8_t* codes, uint8_t* line) {
-  const int64_t base = n * p.x_stride[0] + h * p.x_stride[2], channels = p.C / p.groups;
-  const bool dense = plan.nhwc_input && p.x_stride[3] == p.C;
-  if (dense && plan.pixel == p.C) return write_codes(table, p.in, base, p.W * p.C, row, codes);
-  if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(p.W * plan.pixel));
+struct Line {
+  int64_t offset;  // of its first pixel in x
+  int64_t first, pixels;
+};
+
+Line line_of(const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t i) {
+  const int64_t first = i * plan.line;
+  return {n * p.x_stride[0] + (plan.merged ? first * p.x_stride[3] : i * p.x_stride[2]), first,
+          std::min(plan.line, p.H * p.W - first)};
+}
+
+// Calls run(offset in x, elements, place in [pixels][C] or [C][pixels]) for the contiguous runs of a line.
+template <class Run>
+void for_each_piece(const Int8Conv2dParams& p, const Plan& plan, const Line& line, const Run& run) {
+  if (plan.nhwc_input && p.x_stride[3] == p.C) return run(line.offset, line.pixels * p.C, int64_t{0});
   if (plan.nhwc_input) {
-    if (dense) write_codes(table, p.in, base, p.W * p.C, row, line);
-    for (int64_t w = 0; w < p.W; ++w) {
-      if (!dense) write_codes(table, p.in, base + w * p.x_stride[3], p.C, row, line);
-      const uint8_t* from = dense ? line + w * p.C : line;
-      for (int64_t g = 0; g < p.groups; ++g)
-        for (int64_t c = 0; c < channels; ++c) codes[w * plan.pixel + g * plan.group_channels + c] = from[g * channels + c];
-    }
+    for (int64_t w = 0; w < line.pixels; ++w) run(line.offset + w * p.x_stride[3], p.C, w * p.C);
+  } else if (p.x_stride[1] == line.pixels && p.x_stride[3] == 1) {  // the whole sample is one run
+    run(line.offset, p.C * line.pixels, int64_t{0});
   } else {
-    for (int64_t c = 0; c < p.C; ++c) {
-      write_codes(table, p.in, base + c * p.x_stride[1], p.W, row, line);
-      uint8_t* to = codes + c / channels * plan.group_channels + c % channels;
-      for (int64_t w = 0; w < p.W; ++w) to[w * plan.pixel] = line[w];
-    }
+    for (int64_t c = 0; c < p.C; ++c) run(line.offset + c * p.x_stride[1], line.pixels, c * line.pixels);
   }
 }
 
-void line_range(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, Range* range) {
-  const int64_t element = dtype_bytes(p.in.dtype);
-  const char* x = static_cast<const char*>(p.in.x) + (n * p.x_stride[0] + h * p.x_stride[2]) * element;
-  if (plan.nhwc_input && p.x_stride[3] == p.C) {
-    table.range(x, p.in.dtype, p.W * p.C, range);
-  } else if (plan.nhwc_input) {
-    for (int64_t w = 0; w < p.W; ++w) table.range(x + w * p.x_stride[3] * element, p.in.dtype, p.C, range);
-  } else {
-    for (int64_t c = 0; c < p.C; ++c) table.range(x + c * p.x_stride[1] * element, p.in.dtype, p.W, range);
-  }
+// One line of x into the codes of its sample; `buffer` holds line * C bytes.
+void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, const Line& line, const RowCodes& row,
+                   uint8_t* sample_codes, uint8_t* buffer) {
+  uint8_t* codes = sample_codes + line.first * plan.pixel;
+  const bool in_place = plan.nhwc_input && plan.pixel == p.C;
+  for_each_piece(p, plan, line, [&](int64_t offset, int64_t n, int64_t place) {
+    write_codes(table, p.in, offset, n, row, (in_place ? codes : buffer) + place);
+  });
+  if (in_place) return;
+  if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(line.pixels * plan.pixel));
+  const int64_t channels = plan.layout.depthwise ? p.C : p.C / p.groups, groups = p.C / channels;
+  const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
+  for (int64_t w = 0; w < line.pixels; ++w)
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint8_t* from = buffer + w * pixel_step + g * channels * channel_step;
+      uint8_t* to = codes + w * plan.pixel + g * plan.group_channels;
+      for (int64_t c = 0; c < channels; ++c) to[c] = from[c * channel_step];
+    }
 }
 
 // The offsets of `rows` output pixels from `first` on, in tiles of kGemmRows: [tile][taps][rows of the tile].
@@ -142,9 +158,10 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
   const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
-  const int64_t codes_at = scratch.add(samples * plan.sample), range_at = scratch.add(samples * p.H * int64_t{sizeof(Range)});
+  const int64_t codes_at = scratch.add(samples * plan.sample),
+                range_at = scratch.add(samples * plan.lines * int64_t{sizeof(Range)});
   const int64_t scale_at = scratch.add(samples * 4), zero_at = scratch.add(samples * 4);
-  const int64_t line = round_up(p.W * (plan.nhwc_input ? p.C : 1), 64), lines_at = scratch.add(threads * line);
+  const int64_t buffer_bytes = round_up(plan.line * p.C, 64), buffers_at = scratch.add(threads * buffer_bytes);
   const int64_t table_bytes = round_up(plan.block * layout.taps * 8, 64), tables_at = scratch.add(threads * table_bytes);
   const int64_t y_bytes = p.y_channels_last ? 0 : round_up(plan.block * block_columns * out_bytes, 64);
   const int64_t blocks_at = scratch.add(threads * y_bytes);
@@ -173,16 +190,19 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
 
     // 1. scales of the samples
     Range* ranges = scratch.at<Range>(range_at);
-    if (is_dynamic(p.in) && p.H > 0)
-      shares(count * p.H, p.W * p.C * 16, [&](int64_t, int64_t task) {
+    if (is_dynamic(p.in) && plan.lines > 0)
+      shares(count * plan.lines, plan.line * p.C * 16, [&](int64_t, int64_t task) {
         ranges[task] = Range{0.0f, 0.0f, 0};
-        line_range(table, p, plan, n0 + task / p.H, task % p.H, &ranges[task]);
+        const Line line = line_of(p, plan, n0 + task / plan.lines, task % plan.lines);
+        for_each_piece(p, plan, line, [&](int64_t offset, int64_t n, int64_t) {
+          table.range(static_cast<const char*>(p.in.x) + offset * dtype_bytes(p.in.dtype), p.in.dtype, n, &ranges[task]);
+        });
       });
     for (int64_t n = 0; n < count; ++n) {
       Range range{0.0f, 0.0f, 0};
       if (is_dynamic(p.in))
-        for (int64_t h = 0; h < p.H; ++h) {
-          const Range& r = ranges[n * p.H + h];
+        for (int64_t i = 0; i < plan.lines; ++i) {
+          const Range& r = ranges[n * plan.lines + i];
           range = {std::min(range.min, r.min), std::max(range.max, r.max), std::max(range.abs_bits, r.abs_bits)};
         }
       const RowCodes row = row_codes(p.in, n0 + n, range);
@@ -192,11 +212,11 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
     }
 
     // 2. samples -> codes
-    if (p.H > 0)
-      shares(count * p.H, p.W * p.C * 32, [&](int64_t worker, int64_t task) {
-        const int64_t n = task / p.H, h = task % p.H;
-        quantize_line(table, p, plan, n0 + n, h, {sample_scale[n], sample_zero[n]}, codes + n * plan.sample + h * p.W * plan.pixel,
-                      scratch.at<uint8_t>(lines_at + worker * line));
+    if (plan.lines > 0)
+      shares(count * plan.lines, plan.line * p.C * 32, [&](int64_t worker, int64_t task) {
+        const int64_t n = task / plan.lines;
+        quantize_line(table, p, plan, line_of(p, plan, n0 + n, task % plan.lines), {sample_scale[n], sample_zero[n]},
+                      codes + n * plan.sample, scratch.at<uint8_t>(buffers_at + worker * buffer_bytes));
       });
 
     // 3. blocks of output pixels
