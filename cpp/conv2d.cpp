@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kPassBytes = int64_t{64} << 20;    // codes of the samples in flight; at least one sample
 constexpr int64_t kOffsetBytes = int64_t{48} << 10;  // indirection table of one block of pixels: stays in the L1/L2 cache
-constexpr int64_t kBlockRows = 8 * kGemmRows;
+constexpr int64_t kBlockTiles = 8;
 constexpr int64_t kMacsPerTask = int64_t{1} << 20;
 
 constexpr int64_t kLinePixels = 256;  // pixels quantized together: their codes stay in the L1 cache
@@ -26,6 +26,7 @@ struct Plan {
   int64_t group_channels;  // padded channels of one group in the codes
   int64_t pixel;           // bytes of one pixel in the codes
   int64_t sample;          // bytes of one sample, zero-point row included
+  int64_t tile_rows;       // output pixels of one tile of the micro-kernel
   int64_t block;           // output pixels of one task
   bool nhwc_input;
   bool merged;    // the rows of an image follow each other: pixels can be taken across them
@@ -33,14 +34,15 @@ struct Plan {
   int64_t lines;  // of a sample
 };
 
-Plan make_plan(const Int8Conv2dParams& p) {
+Plan make_plan(const Int8Conv2dParams& p, int64_t tile_rows) {
   Plan plan;
+  plan.tile_rows = tile_rows;
   const int64_t channels = p.C / p.groups;
   plan.layout = packed_layout(p.O, channels, p.R, p.S, p.groups);
   plan.group_channels = plan.layout.depthwise ? 1 : plan.layout.k4 * kGroupK;
   plan.pixel = plan.layout.depthwise ? plan.layout.padded_n : p.groups * plan.group_channels;
   plan.sample = std::max<int64_t>(64, round_up((p.H * p.W + 1) * plan.pixel, 64));
-  plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / kGemmRows * kGemmRows, kGemmRows, kBlockRows);
+  plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
   plan.nhwc_input = p.x_stride[1] == 1;
   plan.merged = p.x_stride[2] == p.W * p.x_stride[3];
   plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
@@ -92,11 +94,11 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
     }
 }
 
-// The offsets of `rows` output pixels from `first` on, in tiles of kGemmRows: [tile][taps][rows of the tile].
+// The offsets of `rows` output pixels from `first` on, in tiles of plan.tile_rows: [tile][taps][rows of the tile].
 void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
   const int64_t padding = p.H * p.W * plan.pixel;  // the zero-point row
-  for (int64_t tile = 0; tile < rows; tile += kGemmRows) {
-    const int64_t count = std::min<int64_t>(kGemmRows, rows - tile);
+  for (int64_t tile = 0; tile < rows; tile += plan.tile_rows) {
+    const int64_t count = std::min(plan.tile_rows, rows - tile);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t oh = (first + tile + i) / p.OW, ow = (first + tile + i) % p.OW;
       for (int64_t r = 0; r < p.R; ++r) {
@@ -150,7 +152,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const int64_t pixels = p.OH * p.OW;
   if (p.N == 0 || p.O == 0 || pixels == 0) return;
   const KernelTable& table = kernels();
-  const Plan plan = make_plan(p);
+  const Plan plan = make_plan(p, table.gemm_rows);
   const PackedLayout& layout = plan.layout;
   const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
   const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = layout.depthwise ? p.O : std::min<int64_t>(kPanel, layout.n);
@@ -242,9 +244,9 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
           pixel.out.row_zero = sample_zero + n;
           pixel.out.row_step = 0;
           for (int64_t i = 0; i < rows; ++i) {
-            const int64_t tile = i / kGemmRows * kGemmRows;
-            pixel.a_offset = offsets + tile * layout.taps + i % kGemmRows;
-            pixel.a_step = std::min<int64_t>(kGemmRows, rows - tile);
+            const int64_t tile = i / plan.tile_rows * plan.tile_rows;
+            pixel.a_offset = offsets + tile * layout.taps + i % plan.tile_rows;
+            pixel.a_step = std::min(plan.tile_rows, rows - tile);
             pixel.out.y = y + i * y_stride * out_bytes;
             table.depthwise(pixel);
           }
@@ -266,11 +268,11 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
             tile.out.row_scale = sample_scale + n;
             tile.out.row_zero = sample_zero + n;
             tile.out.row_step = 0;
-            for (int64_t m = 0; m < rows; m += kGemmRows) {
-              const int64_t tile_rows = std::min<int64_t>(kGemmRows, rows - m);
+            for (int64_t m = 0; m < rows; m += plan.tile_rows) {
+              const int64_t tile_rows = std::min(plan.tile_rows, rows - m);
               tile.a_offset = offsets + m * layout.taps;
               tile.out.y = y + m * y_stride * out_bytes;
-              table.gemm[tile_rows - 1][width / kPanelStep - 1](tile);
+              table.gemm(tile, tile_rows, width);
             }
           });
         }

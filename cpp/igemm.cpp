@@ -115,7 +115,7 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   const KernelTable& table = kernels();
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
   const int64_t row_bytes = layout.k4 * kGroupK;
-  const int64_t pass_rows = std::min(p.M, std::max<int64_t>(kGemmRows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
+  const int64_t pass_rows = std::min(p.M, std::max(table.gemm_rows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
@@ -134,8 +134,8 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   int32_t* row_zero = scratch.at<int32_t>(zero_at);
 
   const int64_t element = dtype_bytes(p.in.dtype), panels = layout.panels(), threads = parallel_threads();
-  const int64_t block =
-      std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / kGemmRows * kGemmRows, kGemmRows, 32 * kGemmRows);
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / table.gemm_rows * table.gemm_rows,
+                                            table.gemm_rows, 32 * table.gemm_rows);
 
   for (int64_t m0 = 0; m0 < p.M; m0 += pass_rows) {
     const int64_t rows = std::min(pass_rows, p.M - m0);
@@ -174,15 +174,15 @@ void int8_linear_cpu(const Int8LinearParams& p) {
           tile.out.columns = std::min(width, p.N - column);
           tile.out.y_stride = p.y_stride;
           tile.out.row_step = 1;
-          for (int64_t m = first; m < last; m += kGemmRows) {
-            const int64_t count = std::min<int64_t>(kGemmRows, last - m);
-            int64_t a_offset[kGemmRows];
+          for (int64_t m = first; m < last; m += table.gemm_rows) {
+            const int64_t count = std::min(table.gemm_rows, last - m);
+            int64_t a_offset[kMaxGemmRows];
             for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
             tile.a_offset = a_offset;
             tile.out.row_scale = row_scale + m;
             tile.out.row_zero = row_zero + m;
             tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
-            table.gemm[count - 1][width / kPanelStep - 1](tile);
+            table.gemm(tile, count, width);
           }
         }
       }

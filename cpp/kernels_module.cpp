@@ -65,7 +65,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
   const KernelTable& table = table_of(isa);
   const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
   const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
-  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 || rows > kGemmRows ||
+  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 || rows > table.gemm_rows ||
       column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
       row_scale.size() != m_count)
     throw py::value_error("inconsistent shapes");
@@ -97,7 +97,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
       tile.out.floor = relu ? 0.0f : -INFINITY;
       tile.out.out_scale = out_scale;
       tile.out.out_zero_point = out_zero_point;
-      table.gemm[count - 1][width / kPanelStep - 1](tile);
+      table.gemm(tile, count, width);
     }
   }
 }
@@ -208,11 +208,11 @@ PYBIND11_MODULE(_kernels, m) {
   namespace q = quant_ops;
   using namespace py::literals;
   m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
-  m.attr("GEMM_ROWS") = q::kGemmRows;
+  m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
   m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
   m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
-        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = q::kGemmRows);
+        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1);
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
         "bias"_a);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,

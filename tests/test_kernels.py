@@ -59,7 +59,8 @@ class Guarded:
 def test_gemm_is_exact_for_all_small_shapes(isa, fill):
     """All rows of a tile, 1 to 80 columns, K around every multiple of four: int32 sums equal int64's, nothing else is written."""
     rng = np.random.default_rng(0)
-    n_max, k_max, m_max = 80, max(NEAR_K), 13
+    full = kernels.gemm_rows(isa)
+    n_max, k_max, m_max = 80, max(NEAR_K), 2 * full + 1
     a = codes(fill, (m_max, k_max), 0, 255, rng)
     b = codes("min" if fill == "max" else fill, (n_max, k_max), -128, 127, rng)
     ones, zeros = np.ones(96, np.float32), np.zeros(96, np.float32)
@@ -69,7 +70,7 @@ def test_gemm_is_exact_for_all_small_shapes(isa, fill):
         product = a[:, :k] @ b[:, :k].T
         zero = rng.integers(0, 256, m_max).astype(np.int32)
         expected = product - zero[:, None] * b[:, :k].sum(1)
-        for n, (m, rows) in itertools.product(range(1, n_max + 1), [*((r, r) for r in range(1, 7)), (m_max, 6), (5, 2)]):
+        for n, (m, rows) in itertools.product(range(1, n_max + 1), [*((r, r) for r in range(1, full + 1)), (m_max, full), (5, 2)]):
             y = Guarded((m, n), np.int32)
             kernels.gemm(
                 isa, padded[:, :m], b[:n, :k, None].astype(np.int8), y.view, "int32", zero[:m], ones[:m], ones, zeros, rows=rows
@@ -136,7 +137,7 @@ def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
         y = Guarded((m, n), DTYPES[dtype])
         out_scale, out_zero = magnitude * 30, 5
         kernels.gemm(
-            isa, a, b, y.view, dtype, zero, row_scale, column_scale, bias, relu=relu, out_scale=out_scale, out_zero_point=out_zero
+            isa, a, b, y.view, dtype, zero, row_scale, column_scale, bias, relu=relu, rows=m, out_scale=out_scale, out_zero_point=out_zero
         )
         with np.errstate(over="ignore"):
             real = reference.epilogue(acc, row_scale[:, None], column_scale[:n], bias[:n] if with_bias else None, relu)

@@ -116,6 +116,12 @@ void gemm_u8s8_6x8_avx2(const GemmTile& t) {
   }
 }
 
+constexpr int64_t kRows = 6;
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x8_avx2<r.value, w.value>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 12;
   __m256i acc[kChains];
@@ -133,18 +139,8 @@ int64_t peak(int64_t iterations) {
 
 }  // namespace
 
-#define QO_TILES(rows) \
-  {gemm_u8s8_6x8_avx2<rows, 16>, gemm_u8s8_6x8_avx2<rows, 32>, gemm_u8s8_6x8_avx2<rows, 48>, gemm_u8s8_6x8_avx2<rows, 64>}
 const KernelTable kAvx2Kernels = {
-    "avx2",
-    "gemm_u8s8_6x8_avx2",
-    {QO_TILES(1), QO_TILES(2), QO_TILES(3), QO_TILES(4), QO_TILES(5), QO_TILES(6)},
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    peak,
+    "avx2", "gemm_u8s8_6x8_avx2", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, peak,
 };
 
 }  // namespace quant_ops

@@ -107,6 +107,12 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
   finish_tile<kRows, kVectors>(t.out, [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
 }
 
+constexpr int64_t kRows = 6;
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x64_avx512vnni<r.value, w.value>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 24;
   __m512i acc[kChains];
@@ -122,19 +128,8 @@ int64_t peak(int64_t iterations) {
 
 }  // namespace
 
-#define QO_TILES(rows)                                                                                            \
-  {gemm_u8s8_6x64_avx512vnni<rows, 16>, gemm_u8s8_6x64_avx512vnni<rows, 32>, gemm_u8s8_6x64_avx512vnni<rows, 48>, \
-   gemm_u8s8_6x64_avx512vnni<rows, 64>}
 const KernelTable kAvx512VnniKernels = {
-    "avx512vnni",
-    "gemm_u8s8_6x64_avx512vnni",
-    {QO_TILES(1), QO_TILES(2), QO_TILES(3), QO_TILES(4), QO_TILES(5), QO_TILES(6)},
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    peak,
+    "avx512vnni", "gemm_u8s8_6x64_avx512vnni", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, peak,
 };
 
 }  // namespace quant_ops

@@ -10,8 +10,8 @@
 
 namespace quant_ops {
 
-constexpr int kGemmRows = 6;  // rows of a register tile: 6 x 64 int32 = 24 of 32 zmm, + 4 weights + 1 activation
-constexpr int kPanel = 64;    // columns of a packed weight panel; the last one is rounded up to kPanelStep only
+constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
+constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
 constexpr int kGroupK = 4;  // consecutive k of one column: the four bytes of a vpdpbusd lane
 
@@ -113,8 +113,9 @@ struct Range {
 
 struct KernelTable {
   const char* isa;
-  const char* gemm_name;                                          // of the full tile
-  void (*gemm[kGemmRows][kPanel / kPanelStep])(const GemmTile&);  // [rows - 1][width / 16 - 1]
+  const char* gemm_name;                                            // of the full tile
+  int64_t gemm_rows;                                                // of the full tile, at most kMaxGemmRows
+  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);  // 1 <= rows <= gemm_rows; width 16, 32, 48 or 64
   void (*depthwise)(const DepthwisePixel&);
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);

@@ -59,42 +59,34 @@ struct Simd {
 //
 #include "elementwise.inl"
 
-template <int kRows>
-void gemm_u8s8_6x64_scalar(const GemmTile& t, int64_t width) {
+template <int kRows, int kWidth>
+void gemm_u8s8_6x64_scalar(const GemmTile& t) {
   uint32_t acc[kRows][kPanel] = {};
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows)
-    for (int64_t k = 0; k < t.k4; ++k, b += width * kGroupK)
+    for (int64_t k = 0; k < t.k4; ++k, b += kWidth * kGroupK)
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* a = t.a + offset[r] + k * kGroupK;
-        for (int64_t n = 0; n < width; ++n)
+        for (int64_t n = 0; n < kWidth; ++n)
           for (int i = 0; i < kGroupK; ++i) acc[r][n] += static_cast<uint32_t>(int32_t{a[i]} * b[n * kGroupK + i]);
       }
   for (int64_t n = 0; n < t.out.columns; ++n)
     finish_tile<kRows, 1>(t.out.from_column(n), [&](auto r, auto) { return static_cast<int32_t>(acc[r.value][n]); });
 }
 
-template <int kRows, int kWidth>
-void gemm_tile(const GemmTile& t) {
-  gemm_u8s8_6x64_scalar<kRows>(t, kWidth);
+constexpr int64_t kRows = 6;
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  with_tile<kRows>(rows, width, [&](auto r, auto w) { gemm_u8s8_6x64_scalar<r.value, w.value>(tile); });
 }
 
 int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 
 }  // namespace
 
-#define QO_TILES(rows) {gemm_tile<rows, 16>, gemm_tile<rows, 32>, gemm_tile<rows, 48>, gemm_tile<rows, 64>}
 const KernelTable kScalarKernels = {
-    "scalar",
-    "gemm_u8s8_6x64_scalar",
-    {QO_TILES(1), QO_TILES(2), QO_TILES(3), QO_TILES(4), QO_TILES(5), QO_TILES(6)},
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    peak,
+    "scalar", "gemm_u8s8_6x64_scalar", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, peak,
 };
 
 }  // namespace quant_ops
