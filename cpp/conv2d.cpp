@@ -197,7 +197,8 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
         ranges[task] = Range{0.0f, 0.0f, 0};
         const Line line = line_of(p, plan, n0 + task / plan.lines, task % plan.lines);
         for_each_piece(p, plan, line, [&](int64_t offset, int64_t n, int64_t) {
-          table.range(static_cast<const char*>(p.in.x) + offset * dtype_bytes(p.in.dtype), p.in.dtype, n, &ranges[task]);
+          table.range(static_cast<const char*>(p.in.x) + offset * dtype_bytes(p.in.dtype), p.in.dtype, n, only_magnitude(p.in),
+                      &ranges[task]);
         });
       });
     for (int64_t n = 0; n < count; ++n) {
@@ -268,6 +269,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
             tile.out.row_scale = sample_scale + n;
             tile.out.row_zero = sample_zero + n;
             tile.out.row_step = 0;
+            tile.ahead = tile.b;
             for (int64_t m = 0; m < rows; m += plan.tile_rows) {
               const int64_t tile_rows = std::min(plan.tile_rows, rows - m);
               tile.a_offset = offsets + m * layout.taps;

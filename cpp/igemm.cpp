@@ -18,7 +18,7 @@ namespace {
 // Codes of one pass over the rows: bounds the scratch, whatever M is.
 constexpr int64_t kPassBytes = int64_t{8} << 20;
 // Rows multiplied against one weight panel before the next panel is fetched: with the panel (64 K bytes) they stay in the L2 cache.
-constexpr int64_t kBlockBytes = int64_t{384} << 10;
+constexpr int64_t kBlockBytes = int64_t{256} << 10;
 // Multiply-accumulates worth a thread of their own; below, a fork costs more than it brings.
 constexpr int64_t kMacsPerTask = int64_t{1} << 20;
 
@@ -55,19 +55,8 @@ void write_codes(const KernelTable& table, const InputParams& in, int64_t offset
     const int8_t* x = static_cast<const int8_t*>(in.x) + offset;
     for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(x[k]) ^ 0x80u;
   } else {
-    QuantizeRun run;
-    run.x = static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype);
-    run.y = codes;
-    run.n = n;
-    run.scale = &row.scale;
-    run.zero_point = &row.zero_point;
-    run.scale_step = run.zero_step = 0;
-    run.qmin = in.mode == Activation::kDynamic ? 1 : 0;  // -127 and -128, as unsigned codes
-    run.qmax = 255;
-    run.x_dtype = in.dtype;
-    run.y_dtype = DType::kUInt8;
-    run.simulate = false;
-    table.quantize(run);
+    // symmetric codes need no clamp to [1, 255]: |x| <= absmax, so none is 0
+    table.codes(static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype), in.dtype, n, row.scale, row.zero_point, codes);
   }
 }
 
@@ -145,7 +134,8 @@ void int8_linear_cpu(const Int8LinearParams& p) {
       for (int64_t m = begin; m < end; ++m) {
         const int64_t offset = (m0 + m) * p.x_stride;
         Range range{0.0f, 0.0f, 0};
-        if (is_dynamic(p.in)) table.range(static_cast<const char*>(p.in.x) + offset * element, p.in.dtype, p.K, &range);
+        if (is_dynamic(p.in))
+          table.range(static_cast<const char*>(p.in.x) + offset * element, p.in.dtype, p.K, only_magnitude(p.in), &range);
         const RowCodes row = row_codes(p.in, m0 + m, range);
         uint8_t* out = codes + m * row_bytes;
         write_codes(table, p.in, offset, p.K, row, out);
@@ -174,11 +164,15 @@ void int8_linear_cpu(const Int8LinearParams& p) {
           tile.out.columns = std::min(width, p.N - column);
           tile.out.y_stride = p.y_stride;
           tile.out.row_step = 1;
-          for (int64_t m = first; m < last; m += table.gemm_rows) {
-            const int64_t count = std::min(table.gemm_rows, last - m);
+          // the next panel is fetched while this one is used, a quarter by each of the first four tiles
+          const int8_t* ahead = panel + 1 < to ? tile.b + width * row_bytes : tile.b;
+          const int64_t quarter = width * row_bytes / kGroupK;
+          for (int64_t m = first, count; m < last; m += count) {
+            count = tile_rows(last - m, table.gemm_rows);
             int64_t a_offset[kMaxGemmRows];
             for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
             tile.a_offset = a_offset;
+            tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
             tile.out.row_scale = row_scale + m;
             tile.out.row_zero = row_zero + m;
             tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);

@@ -25,6 +25,12 @@ inline bool is_dynamic(const InputParams& in) {
   return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
 }
 
+// Symmetric quantization asks for the largest magnitude alone.
+inline bool only_magnitude(const InputParams& in) { return in.mode == Activation::kDynamic; }
+
+// Rows of the next tile of `left`: full ones, except that the last two share what is left evenly, since narrow tiles are slow.
+inline int64_t tile_rows(int64_t left, int64_t full) { return left <= full ? left : left < 2 * full ? (left + 1) / 2 : full; }
+
 // n contiguous elements starting at element `offset` of x, as unsigned codes.
 void write_codes(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, const RowCodes& row, uint8_t* codes);
 

@@ -83,7 +83,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
       tile.k4 = layout.k4;
       tile.a = a.data();
       tile.a_offset = offsets.data();
-      tile.b = layout.panel(packed.data(), 0, panel);
+      tile.b = tile.ahead = layout.panel(packed.data(), 0, panel);
       tile.out.dtype = dtype_of(dtype);
       tile.out.y = static_cast<char*>(y.mutable_data()) + m * y.strides(0) + column * y.itemsize();
       tile.out.y_stride = y.strides(0) / y.itemsize();
@@ -191,8 +191,12 @@ void straight_through_run(const std::string& isa, const py::array& x, const py::
 
 py::tuple range(const std::string& isa, const py::array& x, const std::string& dtype) {
   Range r{INFINITY, -INFINITY, 0};
-  table_of(isa).range(x.data(), dtype_of(dtype), x.size(), &r);
+  table_of(isa).range(x.data(), dtype_of(dtype), x.size(), false, &r);
   return py::make_tuple(r.min, r.max, r.abs_bits);
+}
+
+void codes(const std::string& isa, const py::array& x, const std::string& dtype, float scale, int32_t zero_point, py::array y) {
+  table_of(isa).codes(x.data(), dtype_of(dtype), x.size(), scale, zero_point, static_cast<uint8_t*>(y.mutable_data()));
 }
 
 int64_t peak(const std::string& isa, int64_t iterations) {
@@ -221,5 +225,6 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("straight_through", &q::straight_through_run, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a, "zero_point"_a,
         "qmin"_a, "qmax"_a);
   m.def("range", &q::range, "isa"_a, "x"_a, "dtype"_a, "(min, max, bits of the largest magnitude) of x.");
+  m.def("codes", &q::codes, "isa"_a, "x"_a, "dtype"_a, "scale"_a, "zero_point"_a, "y"_a, "Activations for the GEMM, as bytes.");
   m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
 }

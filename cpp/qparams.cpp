@@ -42,7 +42,7 @@ SliceRange<decltype(to_compute(X{}))> part_range(const ChooseQParams& p, const I
     if constexpr (!std::is_same_v<X, double>) {
       if (inner_stride(reduced, 0) == 1) {
         Range range{INFINITY, -INFINITY, 0};
-        kernels().range(x, p.x_dtype, n, &range);
+        kernels().range(x, p.x_dtype, n, false, &range);
         return include(range.min, range.max, range.abs_bits < 0x7f800000u);
       }
     }
@@ -103,7 +103,7 @@ void quantize_rows_cpu(const QuantizeRowsParams& p) {
     for (int64_t row = begin; row < end; ++row) {
       const char* x = static_cast<const char*>(p.x) + row * p.x_stride * dtype_bytes(p.x_dtype);
       Range range{0.0f, 0.0f, 0};
-      table.range(x, p.x_dtype, p.columns, &range);
+      table.range(x, p.x_dtype, p.columns, only_magnitude(in), &range);
       const RowCodes codes = row_codes(in, row, range);
       p.scale[row] = codes.scale;
       p.zero_point[row] = codes.zero_point - kSignedOffset;

@@ -137,7 +137,19 @@ def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
         y = Guarded((m, n), DTYPES[dtype])
         out_scale, out_zero = magnitude * 30, 5
         kernels.gemm(
-            isa, a, b, y.view, dtype, zero, row_scale, column_scale, bias, relu=relu, rows=m, out_scale=out_scale, out_zero_point=out_zero
+            isa,
+            a,
+            b,
+            y.view,
+            dtype,
+            zero,
+            row_scale,
+            column_scale,
+            bias,
+            relu=relu,
+            rows=m,
+            out_scale=out_scale,
+            out_zero_point=out_zero,
         )
         with np.errstate(over="ignore"):
             real = reference.epilogue(acc, row_scale[:, None], column_scale[:n], bias[:n] if with_bias else None, relu)
@@ -229,6 +241,22 @@ def test_quantize_of_adverse_float32(isa):
     )
     expected = reference.quantize(x, torch.tensor(0.1), torch.tensor(3), -128, 127, True)
     assert reference.same_bits(torch.from_numpy(simulated), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_activation_codes_are_those_of_the_quotient(isa, dtype):
+    """A product with the reciprocal is only a first guess: near ties the codes must still be the quotient's."""
+    x = adverse_floats() if dtype == "float32" else all_16_bit(dtype)
+    for scale, zero in itertools.product([*SCALES, 0.0, -0.5, torch.nan, torch.inf], [0, 128, 255]):
+        multiples = (torch.arange(-700, 701) * 0.5 * scale).to(x.dtype)  # ties, as near as the dtype allows
+        values = torch.cat([x, multiples, torch.nextafter(multiples, multiples * 2), torch.nextafter(multiples, multiples * 0)])
+        expected = reference.quantize(values, torch.tensor(scale), torch.tensor(zero), 0, 255, False).numpy()
+        for n in (len(values), 1, 63, 65, 200):
+            y = Guarded((1, n), np.uint8)
+            kernels.codes(isa, as_numpy(values[-n:]), dtype, scale, zero, y.view[0])
+            assert np.array_equal(y.view[0], expected[-n:]), (scale, zero, n)
+            y.check()
 
 
 @pytest.mark.parametrize("isa", ISAS)

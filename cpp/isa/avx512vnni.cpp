@@ -77,6 +77,8 @@ struct Simd {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
+//
+#include "codes_avx512.inl"
 
 // 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
 // or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
@@ -87,6 +89,7 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
   unroll<kRows>([&](auto r)
                     QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm512_setzero_si512(); }); });
   const int8_t* b = t.b;
+  const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
   const int64_t k_end = t.k4 * kGroupK;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows) {
@@ -94,6 +97,8 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
     unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
     for (int64_t k = 0; k < k_end; k += kGroupK, b += kWidth * kGroupK) {
       __m512i bv[kVectors];
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      ahead += kWidth;
       unroll<kVectors>([&](auto v) QO_LAMBDA { bv[v.value] = _mm512_loadu_si512(b + v.value * 64); });
       unroll<kRows>([&](auto r) QO_LAMBDA {
         int32_t four;
@@ -129,7 +134,17 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512VnniKernels = {
-    "avx512vnni", "gemm_u8s8_6x64_avx512vnni", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, peak,
+    "avx512vnni",
+    "gemm_u8s8_6x64_avx512vnni",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_avx512,
+    peak,
 };
 
 }  // namespace quant_ops

@@ -89,6 +89,22 @@ void quantize_run(const QuantizeRun& r) {
   }
 }
 
+void codes_run(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes) {
+  QuantizeRun run;
+  run.x = x;
+  run.y = codes;
+  run.n = n;
+  run.scale = &scale;
+  run.zero_point = &zero_point;
+  run.scale_step = run.zero_step = 0;
+  run.qmin = 0;
+  run.qmax = 255;
+  run.x_dtype = dtype;
+  run.y_dtype = DType::kUInt8;
+  run.simulate = false;
+  quantize_run(run);
+}
+
 // ---- dequantize -----------------------------------------------------------------------------------------------------
 
 template <class Q, class Y>
@@ -149,7 +165,7 @@ void ste_run(const StraightThroughRun& r) {
 
 // ---- range ----------------------------------------------------------------------------------------------------------
 
-template <class X>
+template <bool kOnlyMagnitude, class X>
 void range_typed(const X* x, int64_t count, Range* range) {
   constexpr int kChains = 4;  // independent chains hide the latency of min and max
   typename Simd::F lo[kChains], hi[kChains];
@@ -163,8 +179,10 @@ void range_typed(const X* x, int64_t count, Range* range) {
   for (; i + kChains * Simd::N <= count; i += kChains * Simd::N) {
     unroll<kChains>([&](auto c) QO_LAMBDA {
       const auto v = Simd::load(x + i + c.value * Simd::N);
-      lo[c.value] = Simd::min(v, lo[c.value]);
-      hi[c.value] = Simd::max(v, hi[c.value]);
+      if constexpr (!kOnlyMagnitude) {
+        lo[c.value] = Simd::min(v, lo[c.value]);
+        hi[c.value] = Simd::max(v, hi[c.value]);
+      }
       magnitude[c.value] = Simd::max_unsigned(magnitude[c.value], Simd::abs_bits(v));
     });
   }
@@ -198,28 +216,33 @@ void range_typed(const X* x, int64_t count, Range* range) {
   });
 }
 
-void range_run(const void* x, DType dtype, int64_t n, Range* range) {
+template <bool kOnlyMagnitude>
+void range_of(const void* x, DType dtype, int64_t n, Range* range) {
   switch (dtype) {
-    case DType::kFloat32: return range_typed(static_cast<const float*>(x), n, range);
-    case DType::kFloat16: return range_typed(static_cast<const Half*>(x), n, range);
-    default: return range_typed(static_cast<const BFloat16*>(x), n, range);
+    case DType::kFloat32: return range_typed<kOnlyMagnitude>(static_cast<const float*>(x), n, range);
+    case DType::kFloat16: return range_typed<kOnlyMagnitude>(static_cast<const Half*>(x), n, range);
+    default: return range_typed<kOnlyMagnitude>(static_cast<const BFloat16*>(x), n, range);
   }
+}
+
+void range_run(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range) {
+  only_magnitude ? range_of<true>(x, dtype, n, range) : range_of<false>(x, dtype, n, range);
 }
 
 // ---- integer epilogue: N columns of one row, from registers ---------------------------------------------------------
 
-// Columns [column, column + N) of row `row`; kWhole says that all N are valid.
+// Columns [column, column + N) of row `row`: the correction of the zero point is subtracted, the rest is quant_math.h's epilogue.
+// kWhole says that all N are valid.
 template <bool kWhole, class Y>
-QO_INLINE void finish_typed(const TileOutput& o, int64_t row, int64_t column, typename Simd::I acc, typename Simd::F row_scale,
-                            typename Simd::I row_zero) {
+QO_INLINE void finish_typed(const TileOutput& o, int64_t row, int64_t column, typename Simd::I acc, typename Simd::I correction,
+                            typename Simd::F row_scale, typename Simd::F column_scale, typename Simd::F bias) {
   Y* y = static_cast<Y*>(o.y) + row * o.y_stride + column;
   const int64_t n = kWhole ? Simd::N : o.columns - column;
-  acc = Simd::sub(acc, Simd::mul(row_zero, Simd::load_int(o.column_sum + column)));
+  acc = Simd::sub(acc, correction);
   if constexpr (std::is_same_v<Y, int32_t>) {  // the accumulator itself
     kWhole ? Simd::store(y, acc) : store_part(y, acc, n);
   } else {
-    const auto scale = Simd::mul(row_scale, Simd::load(o.column_scale + column));
-    auto v = Simd::fma(Simd::to_float(acc), scale, Simd::load(o.bias + column));
+    auto v = Simd::fma(Simd::to_float(acc), Simd::mul(row_scale, column_scale), bias);
     v = Simd::max(Simd::set(o.floor), v);  // a NaN passes
     if constexpr (sizeof(Y) == 1) {
       const int32_t qmin = Y(-1) < Y(0) ? -128 : 0, qmax = Y(-1) < Y(0) ? 127 : 255, zero = o.out_zero_point;
@@ -231,6 +254,14 @@ QO_INLINE void finish_typed(const TileOutput& o, int64_t row, int64_t column, ty
       kWhole ? Simd::store(y, v) : store_part(y, v, n);
     }
   }
+}
+
+// The same with the data of the row and the columns from memory.
+template <class Y>
+QO_INLINE void finish_from(const TileOutput& o, int64_t row, int64_t column, typename Simd::I acc) {
+  const auto correction = Simd::mul(Simd::set_int(o.row_zero[row * o.row_step]), Simd::load_int(o.column_sum + column));
+  finish_typed<false, Y>(o, row, column, acc, correction, Simd::set(o.row_scale[row * o.row_step]),
+                         Simd::load(o.column_scale + column), Simd::load(o.bias + column));
 }
 
 // Calls f with a null pointer of the output's type.
@@ -250,9 +281,7 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
 template <class Y>
 void finish_part(const TileOutput& o, const int32_t* acc, int64_t rows, int64_t acc_stride) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < o.columns; n += Simd::N)
-      finish_typed<false, Y>(o, r, n, Simd::load_int(acc + r * acc_stride + n), Simd::set(o.row_scale[r * o.row_step]),
-                             Simd::set_int(o.row_zero[r * o.row_step]));
+    for (int64_t n = 0; n < o.columns; n += Simd::N) finish_from<Y>(o, r, n, Simd::load_int(acc + r * acc_stride + n));
 }
 
 // acc(row, v) gives the accumulators of columns [v * N, v * N + N) of a row; both arguments are Int<>.
@@ -267,11 +296,19 @@ QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
       });
       return finish_part<Y>(o, &part[0][0], kRows, kVectors * Simd::N);
     }
-    unroll<kRows>([&](auto r) QO_LAMBDA {
-      const auto row_scale = Simd::set(o.row_scale[r.value * o.row_step]);
-      const auto row_zero = Simd::set_int(o.row_zero[r.value * o.row_step]);
-      unroll<kVectors>([&](auto v)
-                           QO_LAMBDA { finish_typed<true, Y>(o, r.value, v.value * Simd::N, acc(r, v), row_scale, row_zero); });
+    // Columns outside, rows inside: what belongs to the columns is loaded once. Symmetric activations have one zero point for all
+    // rows, so its correction is too.
+    bool one_zero = true;
+    for (int r = 1; r < kRows; ++r) one_zero = one_zero && o.row_zero[r * o.row_step] == o.row_zero[0];
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      constexpr int64_t column = v.value * Simd::N;
+      const auto sum = Simd::load_int(o.column_sum + column);
+      const auto scale = Simd::load(o.column_scale + column), bias = Simd::load(o.bias + column);
+      const auto shared = Simd::mul(Simd::set_int(o.row_zero[0]), sum);
+      unroll<kRows>([&](auto r) QO_LAMBDA {
+        const auto own = one_zero ? shared : Simd::mul(Simd::set_int(o.row_zero[r.value * o.row_step]), sum);
+        finish_typed<true, Y>(o, r.value, column, acc(r, v), own, Simd::set(o.row_scale[r.value * o.row_step]), scale, bias);
+      });
     });
   });
 }
@@ -281,13 +318,11 @@ QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
 // Reads channels up to the next multiple of N: the driver pads both operands.
 template <class Y>
 void depthwise_typed(const DepthwisePixel& d) {
-  const auto row_scale = Simd::set(*d.out.row_scale);
-  const auto row_zero = Simd::set_int(*d.out.row_zero);
   for (int64_t c = 0; c < d.out.columns; c += Simd::N) {
     auto acc = Simd::set_int(0);
     for (int64_t t = 0; t < d.taps; ++t)
       acc = Simd::add(acc, Simd::mul(Simd::load_int(d.a + d.a_offset[t * d.a_step] + c), Simd::load_int(d.b + t * d.b_stride + c)));
-    finish_typed<false, Y>(d.out, 0, c, acc, row_scale, row_zero);
+    finish_from<Y>(d.out, 0, c, acc);
   }
 }
 

@@ -55,6 +55,7 @@ struct GemmTile {
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
   const int8_t* b;
+  const int8_t* ahead;  // 16 bytes per column group of b that follow here are fetched meanwhile: a share of the next panel
   TileOutput out;
 };
 
@@ -120,7 +121,9 @@ struct KernelTable {
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);
   void (*straight_through)(const StraightThroughRun&);
-  void (*range)(const void* x, DType dtype, int64_t n, Range* range);
+  void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);  // then min and max are not touched
+  // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
+  void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
 };
 

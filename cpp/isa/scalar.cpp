@@ -86,7 +86,8 @@ int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    "scalar", "gemm_u8s8_6x64_scalar", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, peak,
+    "scalar", "gemm_u8s8_6x64_scalar", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, codes_run,
+    peak,
 };
 
 }  // namespace quant_ops
