@@ -53,6 +53,26 @@ LINEAR = {
     "torch_quantizer": [Linear(512, 960, 960)],  # the row of its README
 }
 
+# Of linear.py, which compares with other packages: one row at a time to whole batches, small to large weights.
+PEERS = {
+    "tiny": [Linear(1, 64, 64)],
+    "minilm": [Linear(1, 384, 384), Linear(128, 384, 384), Linear(128, 1536, 384), Linear(128, 384, 1536)],
+    "bert-base": [
+        Linear(1, 768, 768),
+        Linear(8, 3072, 768),
+        Linear(128, 768, 768),
+        Linear(128, 3072, 768),
+        Linear(128, 768, 3072),
+    ],
+    "vit-b": [Linear(197, 3072, 768), Linear(197, 768, 3072)],
+    "llama-7b": [
+        *(Linear(M, 4096, 4096) for M in (1, 4, 16, 64, 512)),
+        Linear(1, 11008, 4096),
+        Linear(1, 4096, 11008),
+    ],
+    "torch_quantizer": [Linear(512, 960, 960)],
+}
+
 CONV = {
     "tiny": [Conv(1, 8, 8, 16, 3, 1), Conv(2, 8, 8, 8, 3, 1, groups=8)],
     "resnet-50": [

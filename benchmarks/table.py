@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON to a small results file, and from that to Markdown tables.
+"""From pytest-benchmark's JSON to a small results file, and from that, or from a file of linear.py or bench_model.py, to tables.
 
 python benchmarks/table.py compact out.json benchmarks/results/2026-11-cpu-zen5-1-thread.json
 python benchmarks/table.py show benchmarks/results/2026-11-cpu-zen5-1-thread.json              all shapes
@@ -7,10 +7,11 @@ python benchmarks/table.py readme benchmarks/results/2026-11-cpu-zen5-1-thread.j
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
+PLACES = {"operators": "benchmark table", "linear": "peers table", "model": "model table"}  # of the README, by kind of results
 
 _MACHINE = ("cpu", "isa", "threads", "torch", "quant_ops")
 _FIGURES = ("gops", "percent_of_peak", "gbs")
@@ -68,14 +69,100 @@ def heading(machine):
     )
 
 
-def show(data):
+def _line(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _is_peer(name):
+    return not name.startswith("ours")
+
+
+def peers(data):
+    """linear.py's table: minima in microseconds; our share of the limit and the best other contender are those of ours dynamic."""
+    machine, rows, ratios = data["machine"], {}, []
+    for r in data["results"]:
+        rows.setdefault((r["set"], r["shape"]), {})[r["contender"]] = r
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    head = ["Linear M x N x K", *names, "% of limit", "best other", "best other / ours"]
+    lines = [_line(head), "|---" + "|--:" * (len(head) - 1) + "|"]
+    for (group, shape), row in rows.items():
+        ours, best = row["ours dynamic"], min((r for name, r in row.items() if _is_peer(name)), key=lambda r: r["min_us"])
+        ratios.append(best["min_us"] / ours["min_us"])
+        limit = f"{ours['percent_of_limit']:.0f}" if "percent_of_limit" in ours else ""
+        times = [_time(row[name]["min_us"]) if name in row else "" for name in names]
+        lines.append(_line([f"{group} {shape}", *times, limit, best["contender"], f"{ratios[-1]:.2f}"]))
+    packages = "".join(f", {name} {version}" for name, version in machine["packages"].items() if version and name != "transformers")
+    return "\n".join(
+        [
+            heading(machine | {"torch": machine["torch"] + packages}),
+            "",
+            *lines,
+            "",
+            f"Geometric mean of the last column: {statistics.geometric_mean(ratios):.2f}; {sum(r < 1 for r in ratios)} of "
+            f"{len(ratios)} below 1. The limit is the larger of all products at the peak and one read of the int8 weight at the "
+            "bandwidth measured in the same process for its size.",
+            *_missing(data),
+        ]
+    )
+
+
+def model(data):
+    """bench_model.py's table: minima in milliseconds."""
+    machine, rows = data["machine"], {}
+    for r in data["results"]:
+        rows.setdefault((r["threads"], r["shape"]), {})[r["contender"]] = r
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    head = ["threads", "batch x tokens", *names, "fp32 / ours", "bf16 / ours", "best torch.ao / ours"]
+    lines = [_line(head), "|--:" * len(head) + "|"]
+    for (threads, shape), row in rows.items():
+        milliseconds = {name: r["min_us"] / 1e3 for name, r in row.items()}
+        ours = milliseconds["ours dynamic"]
+        others = [milliseconds.get("fp32"), milliseconds.get("bf16")]
+        others.append(min((ms for name, ms in milliseconds.items() if name.startswith("torch.ao")), default=None))
+        times = [f"{milliseconds[name]:.1f}" if name in row else "" for name in names]
+        lines.append(_line([str(threads), shape, *times, *(f"{other / ours:.2f}" if other else "" for other in others)]))
+    first = next(iter(rows.values()))
+    distances = ", ".join(f"{name} {r['sqnr_db']:.0f}" for name, r in first.items() if name != "fp32")
+    return "\n".join(
+        [
+            f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, transformers {machine['packages']['transformers']}, "
+            f"{machine['date']}. Times are minima in milliseconds, of the whole encoder. A figure below 1 is a loss.",
+            "",
+            *lines,
+            "",
+            f"Signal to noise of the last hidden state against fp32, in dB: {distances}.",
+            *_missing(data),
+        ]
+    )
+
+
+def _missing(data):
+    """A line per contender that was not timed everywhere."""
+    lines = []
+    for contender, reasons in data["missing"].items():
+        for reason in dict.fromkeys(reasons.values()):
+            lines.append(f"* Not timed: {contender} on {', '.join(s for s, r in reasons.items() if r == reason)}: {reason}")
+    return ["", *lines] if lines else []
+
+
+def operators(data):
     results = data["results"]
     stems = dict.fromkeys(r["stem"] for r in results)
     return "\n\n".join([heading(data["machine"]), *(table(results, stem) for stem in stems)])
 
 
+def _kind(data):
+    return data.get("kind", "operators")
+
+
+def show(data):
+    return {"operators": operators, "linear": peers, "model": model}[_kind(data)](data)
+
+
 def readme(data):
-    """The README's part: the products, and the tensors of torch_quant_ext's table."""
+    """The README's part. Of the operators: the products, and the tensors of torch_quant_ext's table."""
+    if _kind(data) != "operators":
+        return show(data)
     results = [r for r in data["results"] if r["set"] != "tiny"]
     parts = [
         heading(data["machine"]),
@@ -89,8 +176,18 @@ def readme(data):
 
 def with_tables(text, data):
     """The README's text with its marked place filled."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{readme(data)}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {PLACES[_kind(data)]} -->", f"<!-- end of {PLACES[_kind(data)]} -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"expected the lines {begin} and {end} in {README}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{readme(data)}\n{end}{rest.split(end)[1]}"
+
+
+def text(data):
+    """Results as JSON, one line each: readable, and a diff shows what changed."""
+    rows = ",\n    ".join(json.dumps(row) for row in data["results"])
+    before = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in data.items() if key != "results")
+    return f'{{\n{before}  "results": [\n    {rows}\n  ]\n}}\n'
 
 
 def main():
@@ -102,10 +199,7 @@ def main():
     options = parser.parse_args()
     data = json.loads(options.source.read_text())
     if options.command == "compact":
-        data = compact(data, options.cpu)
-        rows = ",\n    ".join(json.dumps(row) for row in data["results"])  # one line each: readable, and a diff shows what changed
-        machine = json.dumps(data["machine"])
-        options.target.write_text(f'{{\n  "machine": {machine},\n  "results": [\n    {rows}\n  ]\n}}\n')
+        options.target.write_text(text(compact(data, options.cpu)))
     elif options.command == "readme":
         README.write_text(with_tables(README.read_text(), data))
     else:
