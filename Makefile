@@ -1,7 +1,7 @@
 # The commands of the README. Each does all of its set-up: a machine needs Python >= 3.10 with venv, a C++17 compiler and make.
 #   make demo        train, quantize and compare a small model (examples/digits.py)
 #   make test        build and run the tests
-#   make bench       time the operators against torch's
+#   make bench       time the operators and whole layers against torch's and other packages', where installed
 #   make lint        formatting, static checks
 #   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
 #   make gpu-check   on a machine with a GPU: build, test, measure, write JSON
@@ -21,6 +21,8 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/bench_model.py
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -73,6 +73,7 @@ STABLE_TORCH_LIBRARY(quant_ops, m) {
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
       "bool relu=False) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
+  m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
@@ -86,6 +87,7 @@ STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d));
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
 }
 
 // ---- plain C, called through ctypes ---------------------------------------------------------------------------------

@@ -324,4 +324,20 @@ inline Tensor pack_weight(const Tensor& weight, int64_t groups) {
   return packed;
 }
 
+inline Tensor unpack_weight(const Tensor& packed_weight, const Ints& shape, int64_t groups) {
+  const char* op = "unpack_weight";
+  expect_int8(op, "packed_weight", packed_weight);
+  const bool conv = shape.size() == 4;
+  QO_EXPECT(shape.size() == 2 || conv, op, "shape (N, K) or (O, C/groups, R, S), got ", list_text(shape));
+  QO_EXPECT(groups >= 1 && shape[0] % groups == 0 && (groups == 1 || conv), op,
+            "groups to divide the output channels of a convolution, got groups ", groups, " and shape ", list_text(shape));
+  const PackedLayout layout = packed_layout(shape[0], shape[1], conv ? shape[2] : 1, conv ? shape[3] : 1, groups);
+  const int8_t* packed = packed_weight.const_data_ptr<int8_t>();
+  QO_EXPECT(packed_weight.is_contiguous() && is_packed_for(packed, packed_weight.numel(), layout), op,
+            "packed_weight made by pack_weight from a weight of this shape, got another one");
+  Tensor weight = empty(shape, ScalarType::Char, packed_weight);
+  unpack_weight_cpu(packed, layout, weight.mutable_data_ptr<int8_t>());
+  return weight;
+}
+
 }  // namespace quant_ops

@@ -22,10 +22,28 @@ int64_t parallel_threads() { return 1; }
 
 namespace {
 
+bool runs(const std::string& isa) {
+  const KernelTable* tables[8];
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
+    if (isa == tables[i]->isa) return true;
+  return false;
+}
+
+// Tables whose instructions are emulated; never chosen at run time.
+std::vector<std::string> emulated_isas() {
+#if defined(__x86_64__)
+  if (runs("avx2")) return {kAmxEmulatedKernels.isa};
+#endif
+  return {};
+}
+
 const KernelTable& table_of(const std::string& isa) {
   const KernelTable* tables[8];
   for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
     if (isa == tables[i]->isa) return *tables[i];
+#if defined(__x86_64__)
+  if (isa == kAmxEmulatedKernels.isa && runs("avx2")) return kAmxEmulatedKernels;
+#endif
   throw py::value_error("this machine does not run the instruction set '" + isa + "'");
 }
 
@@ -214,6 +232,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
   m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
   m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
+  m.def("emulated_isas", &q::emulated_isas, "Names of kernels whose instructions are emulated, for tests only.");
   m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
         "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1);

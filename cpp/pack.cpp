@@ -134,6 +134,17 @@ void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed
   });
 }
 
+void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weight) {
+  for (int64_t o = 0; o < l.groups * l.n; ++o) {
+    const int64_t group = o / l.n, n = o % l.n, panel = n / kPanel, row = l.width(panel) * kGroupK;
+    for (int64_t k = 0; k < l.k; ++k)
+      for (int64_t t = 0; t < l.taps; ++t)
+        weight[(o * l.k + k) * l.taps + t] =
+            l.depthwise ? packed[l.panels_offset + t * l.padded_n + o]
+                        : l.panel(packed, group, panel)[(t * l.k4 + k / kGroupK) * row + n % kPanel * kGroupK + k % kGroupK];
+  }
+}
+
 bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& l) {
   const Header header = header_of(l);
   return bytes == l.bytes && reinterpret_cast<uintptr_t>(packed) % 4 == 0 && std::memcmp(packed, &header, sizeof(header)) == 0;

@@ -35,6 +35,9 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
 // weight: contiguous [out_channels, in_channels_per_group, r, s].
 void pack_weight_cpu(const int8_t* weight, const PackedLayout& layout, int8_t* packed);
 
+// The plain weight again.
+void unpack_weight_cpu(const int8_t* packed, const PackedLayout& layout, int8_t* weight);
+
 // Whether a buffer of `bytes` bytes was made by pack_weight_cpu for this layout (its shape; contents cannot be told).
 bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& layout);
 

@@ -51,6 +51,7 @@ def good(op):
         "int8_linear": {"x": f32(2, 4), "weight": i8(3, 4), "weight_scale": f32(3)},
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
         "pack_weight": {"weight": i8(6, 4, 3, 3)},
+        "unpack_weight": {"packed_weight": qo.pack_weight(i8(6, 4, 3, 3)), "shape": [6, 4, 3, 3]},
     }[op]
 
 
@@ -149,6 +150,17 @@ _sentence = "groups to divide the output channels of a convolution, got groups {
 add("pack_weight", _sentence.format(4, "(6, 4, 3, 3)"), groups=4)
 add("pack_weight", _sentence.format(0, "(6, 4, 3, 3)"), groups=0)
 add("pack_weight", _sentence.format(2, "(6, 4)"), weight=i8(6, 4), groups=2)
+
+# ---- unpack_weight -------------------------------------------------------------------------------------------------------
+
+add("unpack_weight", f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(9))
+add("unpack_weight", "shape (N, K) or (O, C/groups, R, S), got (6,)", shape=[6])
+_sentence = "groups to divide the output channels of a convolution, got groups {} and shape {}"
+add("unpack_weight", _sentence.format(4, "(6, 4, 3, 3)"), groups=4)
+add("unpack_weight", _sentence.format(2, "(6, 36)"), shape=[6, 36], groups=2)
+_sentence = "packed_weight made by pack_weight from a weight of this shape, got another one"
+add("unpack_weight", _sentence, fake=False, groups=2)
+add("unpack_weight", _sentence, fake=False, packed_weight=i8(5))
 
 # ---- int8_linear and int8_conv2d: what they share ----------------------------------------------------------------------------
 

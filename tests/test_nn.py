@@ -1,6 +1,8 @@
 """QuantLinear and QuantConv2d against the formulas, computed from a layer's own buffers in integers and float64, with ``==``."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -575,3 +577,46 @@ def test_from_float_of_something_else(layer):
     name = layer.__name__.removeprefix("Quant")
     with pytest.raises(TypeError, match=rf"^quant_ops\.Quant{name}\.from_float: expected an nn\.{name}, got ReLU"):
         layer.from_float(nn.ReLU())
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: qo.QuantLinear.from_float(nn.Linear(70, 130)),
+        lambda: qo.QuantConv2d.from_float(nn.Conv2d(6, 9, 3, groups=3)),
+        lambda: qo.QuantConv2d.from_float(nn.Conv2d(20, 20, (3, 5), groups=20)),
+    ],
+)
+def test_keep_packed_only_changes_nothing_but_memory(layer):
+    plain = layer()
+    packed = copy.deepcopy(plain).keep_packed_only()
+    x = torch.randn(2, 70) if isinstance(plain, qo.QuantLinear) else torch.randn(2, plain.in_channels, 8, 9)
+    expected, state = plain(x), plain.state_dict()
+    assert packed.weight.untyped_storage().nbytes() == 1
+    variants = [
+        packed,
+        copy.deepcopy(packed),
+        pickle.loads(pickle.dumps(packed)),
+        copy.deepcopy(packed).half().float(),
+        copy.deepcopy(packed).to("meta").to_empty(device="cpu"),
+    ]
+    variants[-1].load_state_dict(state)
+    for variant in variants:
+        assert torch.equal(variant(x), expected)
+        saved = variant.state_dict()
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(saved[name], state[name]) for name in state)
+    assert all(variant.is_packed_only for variant in variants[:-1])
+    other = layer()
+    packed.load_state_dict(other.state_dict())  # loading keeps the choice
+    assert packed.is_packed_only
+    assert torch.equal(packed(x), other(x))
+    assert torch.equal(packed.dequantize().weight, other.dequantize().weight)
+
+
+def test_keep_packed_only_needs_a_packed_copy():
+    with pytest.raises(RuntimeError, match=r"expected a layer on the CPU, got one on meta"):
+        qo.QuantLinear(4, 4, device="meta").keep_packed_only()

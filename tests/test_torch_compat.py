@@ -212,6 +212,9 @@ SAMPLES = {
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
     "pack_weight": _PACK,
+    "unpack_weight": {
+        name: call(ops.pack_weight(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK.items() if args[0].numel()
+    },
 }
 
 
@@ -239,6 +242,13 @@ def test_fake_strides(op, sample):
 def test_every_operator_is_checked():
     names = {name.removeprefix("quant_ops::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("quant_ops::")}
     assert {name for name in names if not name.startswith("_")} == set(SAMPLES)
+
+
+@pytest.mark.parametrize("sample", SAMPLES["unpack_weight"])
+def test_unpacking_gives_the_packed_weight(sample):
+    args, _ = _PACK[sample]
+    packed, shape, *groups = SAMPLES["unpack_weight"][sample][0]
+    assert torch.equal(ops.unpack_weight(packed, shape, *groups), args[0])
 
 
 # ---- models --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Chooses the kernel table at run time: the widest instruction set that the processor and the operating system offer, or the one
+// Chooses the kernel table at run time: the fastest instruction set that the processor and the operating system offer, or the one
 // that QUANT_OPS_ISA names. An unknown or unrunnable name is an error, never ignored.
 #include <atomic>
 #include <cstdlib>
@@ -8,8 +8,44 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace quant_ops {
 namespace {
+
+#if defined(__x86_64__)
+
+// By cpuid: compilers differ in which of these names __builtin_cpu_supports knows.
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+// AMX needs the instructions (cpuid), tile registers that the system saves (xgetbv) and, on Linux, its permission for this process,
+// which a container may refuse. Without all three the first tile instruction would be a fault.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // xgetbv
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // amx-tile, amx-int8
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 struct Candidate {
   const KernelTable* table;
@@ -26,7 +62,12 @@ int candidates(Candidate out[8]) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   out[n++] = {&kAvx2Kernels, avx2};
-  out[n++] = {&kAvx512VnniKernels, avx512 && __builtin_cpu_supports("avx512vnni")};
+  out[n++] = {&kAvx512Kernels, avx512};
+  out[n++] = {&kAvxVnniKernels, avx2 && has_avxvnni()};
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  // Tested with emulated tiles only, never yet on a processor that has them: until then QUANT_OPS_ISA=amx must ask for it.
+  out[n++] = {&kAmxKernels, avx512vnni && has_amx()};
+  out[n++] = {&kAvx512VnniKernels, avx512vnni};
 #endif
   return n;
 }

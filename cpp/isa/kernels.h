@@ -130,7 +130,11 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;  // in _kernels only
 #endif
 
 // The table in use: the best this machine runs, or what QUANT_OPS_ISA or set_isa names.

@@ -20,6 +20,7 @@ from .ops import (  # noqa: E402
     quant_tensor_backward,
     quant_tensor_forward,
     quantize_rows,
+    unpack_weight,
 )
 from .workflow import ConversionResult, quantize_  # noqa: E402
 
@@ -41,4 +42,5 @@ __all__ = [
     "quant_tensor_forward",
     "quantize_",
     "quantize_rows",
+    "unpack_weight",
 ]

@@ -758,5 +758,37 @@ def _(weight: Tensor, groups: int = 1) -> Tensor:
     return weight.new_empty(((sums + 63) // 64 * 64 + values,))
 
 
-for _op in (_ops.int8_gemm.default, _ops.int8_linear.default, _ops.int8_conv2d.default, _ops.pack_weight.default):
+# ---- unpack_weight -----------------------------------------------------------------------------------------------
+
+
+def unpack_weight(packed_weight: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
+    """The plain int8 weight of ``shape`` that ``packed_weight = pack_weight(weight, groups)`` was made from.
+
+    Raises:
+        TypeError: packed_weight is not int8.
+        ValueError: it was made from a weight of another shape or number of groups.
+    """
+    return _call(_ops.unpack_weight.default, packed_weight, shape, groups)
+
+
+@torch.library.register_fake("quant_ops::unpack_weight")
+def _(packed_weight: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
+    op = "unpack_weight"
+    _expect_int8(op, "packed_weight", packed_weight)
+    _expect(len(shape) in (2, 4), op, f"shape (N, K) or (O, C/groups, R, S), got {_shape(shape)}")
+    _expect(
+        groups >= 1 and shape[0] % groups == 0 and (groups == 1 or len(shape) == 4),
+        op,
+        f"groups to divide the output channels of a convolution, got groups {groups} and shape {_shape(shape)}",
+    )
+    return packed_weight.new_empty(shape)
+
+
+for _op in (
+    _ops.int8_gemm.default,
+    _ops.int8_linear.default,
+    _ops.int8_conv2d.default,
+    _ops.pack_weight.default,
+    _ops.unpack_weight.default,
+):
     _inference_only(_op)

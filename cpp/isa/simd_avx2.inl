@@ -1,0 +1,68 @@
+// Simd of elementwise.inl by AVX2, FMA and F16C. Included inside a target region and an unnamed namespace.
+struct Simd {
+  static constexpr int N = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static QO_INLINE F set(float v) { return _mm256_set1_ps(v); }
+  static QO_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
+
+  static QO_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static QO_INLINE __m128i load64(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+  static QO_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static QO_INLINE F load(const Half* p) { return _mm256_cvtph_ps(load128(p)); }
+  static QO_INLINE F load(const BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+  }
+  static QO_INLINE I load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static QO_INLINE I load_int(const int8_t* p) { return _mm256_cvtepi8_epi32(load64(p)); }
+  static QO_INLINE I load_int(const uint8_t* p) { return _mm256_cvtepu8_epi32(load64(p)); }
+
+  static QO_INLINE __m128i narrow16(I v) {  // values fit: packing does not saturate
+    return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  }
+  static QO_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static QO_INLINE void store(Half* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static QO_INLINE void store(BFloat16* p, F v) {  // by integers: the same bits as from_compute, subnormals kept
+    const I u = _mm256_castps_si256(v), top = _mm256_srli_epi32(u, 16);
+    const I odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I q = _mm256_blendv_epi8(rounded, _mm256_or_si256(top, _mm256_set1_epi32(0x40)), nan);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
+  }
+  static QO_INLINE void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static QO_INLINE void store(int16_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow16(v)); }
+  static QO_INLINE void store(int8_t* p, I v) {
+    const __m128i h = narrow16(v);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
+  }
+  static QO_INLINE void store(uint8_t* p, I v) {
+    const __m128i h = narrow16(v);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(h, h));
+  }
+
+  static QO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static QO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static QO_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static QO_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static QO_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static QO_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static QO_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
+    return _mm256_and_ps(v, _mm256_and_ps(_mm256_cmp_ps(steps, lo, _CMP_GE_OQ), _mm256_cmp_ps(steps, hi, _CMP_LE_OQ)));
+  }
+  static QO_INLINE F nan_to_zero(F a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+  static QO_INLINE I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+
+  static QO_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static QO_INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static QO_INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static QO_INLINE I min(I a, I b) { return _mm256_min_epi32(a, b); }
+  static QO_INLINE I max(I a, I b) { return _mm256_max_epi32(a, b); }
+  static QO_INLINE I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+  static QO_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static QO_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
+};

@@ -1,0 +1,60 @@
+// Simd of elementwise.inl by AVX-512 F, BW, DQ and VL. Included inside a target region and an unnamed namespace.
+struct Simd {
+  static constexpr int N = 16;
+  using F = __m512;
+  using I = __m512i;
+
+  static QO_INLINE F set(float v) { return _mm512_set1_ps(v); }
+  static QO_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+
+  static QO_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static QO_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static QO_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static QO_INLINE F load(const Half* p) { return _mm512_cvtph_ps(load256(p)); }
+  static QO_INLINE F load(const BFloat16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+  }
+  static QO_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE I load_int(const int8_t* p) { return _mm512_cvtepi8_epi32(load128(p)); }
+  static QO_INLINE I load_int(const uint8_t* p) { return _mm512_cvtepu8_epi32(load128(p)); }
+
+  static QO_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static QO_INLINE void store(Half* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static QO_INLINE void store(BFloat16* p, F v) {  // by integers: vcvtneps2bf16 flushes subnormals
+    const I u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16);
+    const I odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I q = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
+  }
+  static QO_INLINE void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static QO_INLINE void store(int16_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
+  static QO_INLINE void store(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static QO_INLINE void store(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+
+  static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static QO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static QO_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static QO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static QO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static QO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static QO_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
+    const __mmask16 above = _mm512_cmp_ps_mask(steps, lo, _CMP_GE_OQ);
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, steps, hi, _CMP_LE_OQ), v);
+  }
+  static QO_INLINE F nan_to_zero(F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+  static QO_INLINE I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+
+  static QO_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static QO_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static QO_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static QO_INLINE I min(I a, I b) { return _mm512_min_epi32(a, b); }
+  static QO_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static QO_INLINE I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  static QO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static QO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
+};
