@@ -24,18 +24,6 @@ constexpr int64_t kMacsPerTask = int64_t{1} << 20;
 
 }  // namespace
 
-int64_t dtype_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32:
-    case DType::kInt32: return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-    case DType::kInt16: return 2;
-    default: return 1;
-  }
-}
-
 RowCodes row_codes(const InputParams& in, int64_t i, const Range& range) {
   if (is_dynamic(in)) {
     const bool asymmetric = in.mode == Activation::kDynamicAsymmetric, finite = range.abs_bits < 0x7f800000u;

@@ -1,6 +1,7 @@
 // What the integer GEMM and the convolution share: activations to unsigned codes, and the columns' epilogue data.
 #pragma once
 
+#include "dtypes.h"
 #include "isa/kernels.h"
 #include "ops.h"
 #include "pack.h"
@@ -46,7 +47,5 @@ class Columns {
   const float* scale_ = nullptr;
   const float* bias_ = nullptr;
 };
-
-int64_t dtype_bytes(DType dtype);
 
 }  // namespace quant_ops

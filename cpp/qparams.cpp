@@ -26,9 +26,8 @@ struct SliceRange {
 };
 
 template <class X>
-SliceRange<decltype(to_compute(X{}))> part_range(const ChooseQParams& p, const Iteration& reduced, int64_t slice, int64_t begin,
-                                                 int64_t end) {
-  using T = decltype(to_compute(X{}));
+SliceRange<Compute<X>> part_range(const ChooseQParams& p, const Iteration& reduced, int64_t slice, int64_t begin, int64_t end) {
+  using T = Compute<X>;
   SliceRange<T> r{T(0), T(0), true};
   bool first = true;
   const auto include = [&](T low, T high, bool finite) {
@@ -56,7 +55,7 @@ SliceRange<decltype(to_compute(X{}))> part_range(const ChooseQParams& p, const I
 
 template <class X>
 void choose_qparams_typed(const ChooseQParams& p) {
-  using T = decltype(to_compute(X{}));
+  using T = Compute<X>;
   Reduction r = p.range;
   coalesce(&r.kept);
   sort_and_coalesce(&r.reduced, 0);

@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "igemm.h"
+#include "dtypes.h"
+#include "isa/kernels.h"
 #include "parallel.h"
 #include "strided.h"
 
@@ -20,30 +21,6 @@ const void* element(const void* p, DType dtype, int64_t offset) {
   return static_cast<const char*>(p) + offset * dtype_bytes(dtype);
 }
 void* element(void* p, DType dtype, int64_t offset) { return static_cast<char*>(p) + offset * dtype_bytes(dtype); }
-
-// Calls f with a null pointer of the element type.
-template <class F>
-void with_float_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-    default: return f(static_cast<double*>(nullptr));
-  }
-}
-
-template <class F>
-void with_integer_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kInt8: return f(static_cast<int8_t*>(nullptr));
-    case DType::kUInt8: return f(static_cast<uint8_t*>(nullptr));
-    case DType::kInt16: return f(static_cast<int16_t*>(nullptr));
-    default: return f(static_cast<int32_t*>(nullptr));
-  }
-}
-
-template <class X>
-using Compute = decltype(to_compute(X{}));
 
 // Vector kernels take runs whose data is contiguous and whose scale and zero point step by 0 or 1.
 bool is_vector_run(const Iteration& it, int data_operands) {

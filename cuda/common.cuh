@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "dtypes.h"
 #include "layout.cuh"
 #include "quotient.cuh"
 
@@ -21,9 +22,6 @@
 namespace quant_ops {
 
 constexpr int kWarp = 32;
-
-template <class X>
-using Compute = decltype(to_compute(X{}));
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
@@ -156,17 +154,6 @@ __device__ __forceinline__ void store_code(void* p, DType dtype, int64_t i, int6
     case DType::kUInt8: static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(q); break;
     case DType::kInt16: static_cast<int16_t*>(p)[i] = static_cast<int16_t>(q); break;
     default: static_cast<int32_t*>(p)[i] = static_cast<int32_t>(q);
-  }
-}
-
-// Calls f with a null pointer of the element type.
-template <class F>
-void with_float_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-    default: return f(static_cast<double*>(nullptr));
   }
 }
 
