@@ -22,6 +22,26 @@ constexpr int64_t kBlockBytes = int64_t{256} << 10;
 // Multiply-accumulates worth a thread of their own; below, a fork costs more than it brings.
 constexpr int64_t kMacsPerTask = int64_t{1} << 20;
 
+struct Split {
+  int64_t rows, panels;  // parts of each; their product is the number of workers
+};
+
+// At most `workers` parts with the least work for the busiest, in tiles; more parts of panels where that is equal, since every part
+// reads its panels once.
+Split split_work(int64_t tiles, int64_t panels, int64_t workers) {
+  Split best{1, 1};
+  int64_t least = tiles * panels;
+  for (int64_t parts = 1; parts <= std::min(workers, panels); ++parts) {
+    const int64_t row_parts = std::min(workers / parts, tiles);
+    const int64_t busiest = ceil_div(panels, parts) * ceil_div(tiles, row_parts);
+    if (busiest <= least) {
+      best = {row_parts, parts};
+      least = busiest;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 RowCodes row_codes(const InputParams& in, int64_t i, const Range& range) {
@@ -133,38 +153,41 @@ void int8_linear_cpu(const Int8LinearParams& p) {
       }
     });
 
-    // tiles: blocks of rows x ranges of panels, at least a few tasks a thread, none smaller than kMacsPerTask
-    const int64_t blocks = ceil_div(rows, block);
-    const int64_t wanted = threads == 1 ? 1 : std::min(threads * 4, 1 + rows * p.N * p.K / kMacsPerTask);
-    const int64_t ranges = std::clamp<int64_t>(ceil_div(wanted, blocks), 1, panels);
-    parallel_for(blocks * ranges, std::max<int64_t>(1, blocks * ranges / wanted), [&](int64_t begin, int64_t end) {
+    // tiles: every worker has a range of rows and a range of panels, and takes its rows in blocks that fit the cache
+    const Split split = split_work(ceil_div(rows, table.gemm_rows), panels, std::min(threads, 1 + rows * p.N * p.K / kMacsPerTask));
+    parallel_for(split.rows * split.panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / ranges * block, last = std::min(first + block, rows);
-        const int64_t from = task % ranges * panels / ranges, to = (task % ranges + 1) * panels / ranges;
-        for (int64_t panel = from; panel < to; ++panel) {
-          const int64_t column = panel * kPanel, width = layout.width(panel);
-          GemmTile tile;
-          tile.taps = 1;
-          tile.k4 = layout.k4;
-          tile.a = codes;
-          tile.b = layout.panel(packed, 0, panel);
-          tile.out = columns.output(p.out, layout.column_sum(packed, 0) + column, column);
-          tile.out.columns = std::min(width, p.N - column);
-          tile.out.y_stride = p.y_stride;
-          tile.out.row_step = 1;
-          // the next panel is fetched while this one is used, a quarter by each of the first four tiles
-          const int8_t* ahead = panel + 1 < to ? tile.b + width * row_bytes : tile.b;
-          const int64_t quarter = width * row_bytes / kGroupK;
-          for (int64_t m = first, count; m < last; m += count) {
-            count = tile_rows(last - m, table.gemm_rows);
-            int64_t a_offset[kMaxGemmRows];
-            for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
-            tile.a_offset = a_offset;
-            tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
-            tile.out.row_scale = row_scale + m;
-            tile.out.row_zero = row_zero + m;
-            tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
-            table.gemm(tile, count, width);
+        const int64_t row = task / split.panels, column_range = task % split.panels;
+        const int64_t row_from = row * rows / split.rows, row_to = (row + 1) * rows / split.rows;
+        const int64_t from = column_range * panels / split.panels, to = (column_range + 1) * panels / split.panels;
+        const int64_t even = round_up(ceil_div(row_to - row_from, ceil_div(row_to - row_from, block)), table.gemm_rows);
+        for (int64_t first = row_from, last; first < row_to; first = last) {
+          last = std::min(first + even, row_to);
+          for (int64_t panel = from; panel < to; ++panel) {
+            const int64_t column = panel * kPanel, width = layout.width(panel);
+            GemmTile tile;
+            tile.taps = 1;
+            tile.k4 = layout.k4;
+            tile.a = codes;
+            tile.b = layout.panel(packed, 0, panel);
+            tile.out = columns.output(p.out, layout.column_sum(packed, 0) + column, column);
+            tile.out.columns = std::min(width, p.N - column);
+            tile.out.y_stride = p.y_stride;
+            tile.out.row_step = 1;
+            // the next panel is fetched while this one is used, a quarter by each of the first four tiles
+            const int8_t* ahead = panel + 1 < to ? tile.b + width * row_bytes : tile.b;
+            const int64_t quarter = width * row_bytes / kGroupK;
+            for (int64_t m = first, count; m < last; m += count) {
+              count = tile_rows(last - m, table.gemm_rows);
+              int64_t a_offset[kMaxGemmRows];
+              for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
+              tile.a_offset = a_offset;
+              tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
+              tile.out.row_scale = row_scale + m;
+              tile.out.row_zero = row_zero + m;
+              tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
+              table.gemm(tile, count, width);
+            }
           }
         }
       }

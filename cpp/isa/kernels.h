@@ -55,7 +55,7 @@ struct GemmTile {
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
   const int8_t* b;
-  const int8_t* ahead;  // 16 bytes per column group of b that follow here are fetched meanwhile: a share of the next panel
+  const int8_t* ahead;  // fetched into the cache meanwhile: a quarter as many bytes as are read of b, of the next panel
   TileOutput out;
 };
 
