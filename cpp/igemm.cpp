@@ -113,24 +113,24 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
   const int64_t row_bytes = layout.k4 * kGroupK;
   const int64_t pass_rows = std::min(p.M, std::max(table.gemm_rows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
+  const int64_t threads = parallel_threads();
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
-  const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
+  // A weight that is not packed is read as it is for a few rows; else it is packed panel by panel, each worker into its own, which
+  // stays in the cache while all rows use it.
+  const bool dot = p.packed == nullptr && p.M <= kDotRows && table.dot != nullptr;
+  const int64_t panel_bytes = p.packed || dot ? 0 : round_up(kPanel * (row_bytes + int64_t{sizeof(int32_t)}), 64);
+  const int64_t panels_at = scratch.add(threads * panel_bytes);
   const int64_t codes_at = scratch.add(pass_rows * row_bytes);
   const int64_t scale_at = scratch.add(pass_rows * 4), zero_at = scratch.add(pass_rows * 4);
   scratch.allocate();
   columns.fill(p.out, layout, scratch);
-  const int8_t* packed = p.packed;
-  if (packed == nullptr) {
-    pack_weight_cpu(p.weight, layout, scratch.at<int8_t>(packed_at));
-    packed = scratch.at<int8_t>(packed_at);
-  }
   uint8_t* codes = scratch.at<uint8_t>(codes_at);
   float* row_scale = scratch.at<float>(scale_at);
   int32_t* row_zero = scratch.at<int32_t>(zero_at);
 
-  const int64_t element = dtype_bytes(p.in.dtype), panels = layout.panels(), threads = parallel_threads();
+  const int64_t element = dtype_bytes(p.in.dtype), panels = layout.panels();
   const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / table.gemm_rows * table.gemm_rows,
                                             table.gemm_rows, 32 * table.gemm_rows);
 
@@ -153,6 +153,18 @@ void int8_linear_cpu(const Int8LinearParams& p) {
       }
     });
 
+    const auto output = [&](const int32_t* column_sum, int64_t panel, int64_t m) {
+      const int64_t column = panel * kPanel;
+      TileOutput out = columns.output(p.out, column_sum, column);
+      out.columns = std::min<int64_t>(kPanel, p.N - column);
+      out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
+      out.y_stride = p.y_stride;
+      out.row_scale = row_scale + m;
+      out.row_zero = row_zero + m;
+      out.row_step = 1;
+      return out;
+    };
+
     // tiles: every worker has a range of rows and a range of panels, and takes its rows in blocks that fit the cache
     const Split split = split_work(ceil_div(rows, table.gemm_rows), panels, std::min(threads, 1 + rows * p.N * p.K / kMacsPerTask));
     parallel_for(split.rows * split.panels, 1, [&](int64_t begin, int64_t end) {
@@ -160,22 +172,34 @@ void int8_linear_cpu(const Int8LinearParams& p) {
         const int64_t row = task / split.panels, column_range = task % split.panels;
         const int64_t row_from = row * rows / split.rows, row_to = (row + 1) * rows / split.rows;
         const int64_t from = column_range * panels / split.panels, to = (column_range + 1) * panels / split.panels;
-        const int64_t even = round_up(ceil_div(row_to - row_from, ceil_div(row_to - row_from, block)), table.gemm_rows);
+        const int64_t blocks = p.packed ? ceil_div(row_to - row_from, block) : 1;
+        const int64_t even = round_up(ceil_div(row_to - row_from, blocks), table.gemm_rows);
         for (int64_t first = row_from, last; first < row_to; first = last) {
           last = std::min(first + even, row_to);
           for (int64_t panel = from; panel < to; ++panel) {
             const int64_t column = panel * kPanel, width = layout.width(panel);
+            if (dot) {
+              const int8_t* b = p.weight + column * p.K;
+              table.dot({p.K, codes + first * row_bytes, row_bytes, b, p.K, output(nullptr, panel, first)}, last - first);
+              continue;
+            }
             GemmTile tile;
             tile.taps = 1;
             tile.k4 = layout.k4;
             tile.a = codes;
-            tile.b = layout.panel(packed, 0, panel);
-            tile.out = columns.output(p.out, layout.column_sum(packed, 0) + column, column);
-            tile.out.columns = std::min(width, p.N - column);
-            tile.out.y_stride = p.y_stride;
-            tile.out.row_step = 1;
+            const int32_t* column_sum;
+            if (p.packed) {
+              tile.b = layout.panel(p.packed, 0, panel);
+              column_sum = layout.column_sum(p.packed, 0) + column;
+            } else {
+              int32_t* sums = scratch.at<int32_t>(panels_at + task * panel_bytes);
+              int8_t* b = reinterpret_cast<int8_t*>(sums + kPanel);
+              pack_panel(p.weight, layout, 0, panel, b, sums);
+              tile.b = b;
+              column_sum = sums;
+            }
             // the next panel is fetched while this one is used, a quarter by each of the first four tiles
-            const int8_t* ahead = panel + 1 < to ? tile.b + width * row_bytes : tile.b;
+            const int8_t* ahead = p.packed && panel + 1 < to ? tile.b + width * row_bytes : tile.b;
             const int64_t quarter = width * row_bytes / kGroupK;
             for (int64_t m = first, count; m < last; m += count) {
               count = tile_rows(last - m, table.gemm_rows);
@@ -183,9 +207,7 @@ void int8_linear_cpu(const Int8LinearParams& p) {
               for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
               tile.a_offset = a_offset;
               tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
-              tile.out.row_scale = row_scale + m;
-              tile.out.row_zero = row_zero + m;
-              tile.out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
+              tile.out = output(column_sum, panel, m);
               table.gemm(tile, count, width);
             }
           }

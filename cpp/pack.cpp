@@ -1,10 +1,6 @@
 // pack_weight: plain int8 weights into the layout of pack.h. One pass, parallel over panels.
 #include "pack.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 
@@ -26,67 +22,27 @@ void copy_group(const int8_t* from, int64_t k4, int64_t k, int64_t step, int8_t*
   for (int64_t i = 0; i < kGroupK; ++i) to[i] = k4 * kGroupK + i < k ? from[(k4 * kGroupK + i) * step] : int8_t{0};
 }
 
-// Four columns x sixteen k, contiguous in memory: a 4 x 4 transposition of four-byte groups.
-void transpose_groups(const int8_t* from, int64_t column_step, int8_t* to, int64_t row) {
-#if defined(__SSE2__)
-  const auto load = [&](int64_t j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j * column_step)); };
-  const __m128i a = load(0), b = load(1), c = load(2), d = load(3);
-  const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
-  const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
-  const auto store = [&](int64_t k4, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k4 * row), v); };
-  store(0, _mm_unpacklo_epi64(ab_low, cd_low));
-  store(1, _mm_unpackhi_epi64(ab_low, cd_low));
-  store(2, _mm_unpacklo_epi64(ab_high, cd_high));
-  store(3, _mm_unpackhi_epi64(ab_high, cd_high));
-#else
-  for (int64_t k4 = 0; k4 < 4; ++k4)
-    for (int64_t j = 0; j < 4; ++j) std::memcpy(to + k4 * row + j * kGroupK, from + j * column_step + k4 * kGroupK, kGroupK);
-#endif
-}
+}  // namespace
 
-int32_t sum_of(const int8_t* w, int64_t n) {
-  int64_t i = 0;
-  int32_t sum = 0;
-#if defined(__SSE2__)
-  __m128i sums = _mm_setzero_si128();  // of w + 128, eight bytes at a time
-  for (; i + 16 <= n; i += 16) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i));
-    sums = _mm_add_epi64(sums, _mm_sad_epu8(_mm_xor_si128(v, _mm_set1_epi8(-128)), _mm_setzero_si128()));
-  }
-  sum = _mm_cvtsi128_si32(sums) + _mm_cvtsi128_si32(_mm_srli_si128(sums, 8)) - static_cast<int32_t>(128 * i);
-#endif
-  for (; i < n; ++i) sum += w[i];
-  return sum;
-}
-
-// One cache line of every column is read, sixteen rows of the panel are written, then the next line.
-void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int64_t panel, int8_t* packed) {
-  constexpr int64_t kLine = 64;
+void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int64_t panel, int8_t* packed_panel,
+                int32_t* column_sum) {
   const int64_t width = l.width(panel), columns = std::min(width, l.n - panel * kPanel), row = width * kGroupK;
   const int64_t column_step = l.k * l.taps;
   const int8_t* w = weight + (group * l.n + panel * kPanel) * column_step;
-  int8_t* b = const_cast<int8_t*>(l.panel(packed, group, panel));
-  int32_t* column_sum = const_cast<int32_t*>(l.column_sum(packed, group)) + panel * kPanel;
-  for (int64_t j = 0; j < columns; ++j) column_sum[j] = sum_of(w + j * column_step, column_step);
-  for (int64_t t = 0; t < l.taps; ++t)
-    for (int64_t k = 0; k < l.k; k += kLine) {
-      const int64_t groups = std::min(kLine / kGroupK, l.k4 - k / kGroupK);
-      const int64_t whole = l.taps == 1 ? std::min(kLine, l.k - k) / 16 * 4 : 0;  // groups that go by four columns at once
-      int8_t* to = b + (t * l.k4 + k / kGroupK) * row;
-      if (columns < width) std::memset(to, 0, static_cast<size_t>(groups * row));
-      int64_t j = 0;
-      for (; j + 4 <= columns; j += 4) {
-        for (int64_t g = 0; g < whole; g += 4)
-          transpose_groups(w + j * column_step + k + g * kGroupK, column_step, to + g * row + j * kGroupK, row);
-        for (int64_t g = whole; g < groups; ++g)
-          for (int64_t i = j; i < j + 4; ++i)
-            copy_group(w + i * column_step + t, k / kGroupK + g, l.k, l.taps, to + g * row + i * kGroupK);
-      }
-      for (; j < columns; ++j)
-        for (int64_t g = 0; g < groups; ++g)
-          copy_group(w + j * column_step + t, k / kGroupK + g, l.k, l.taps, to + g * row + j * kGroupK);
-    }
+  if (l.taps == 1) return kernels().pack({w, column_step, columns, width, l.k, packed_panel, column_sum});
+  for (int64_t j = 0; j < width; ++j) {
+    int32_t sum = 0;
+    for (int64_t i = 0; j < columns && i < column_step; ++i) sum += w[j * column_step + i];
+    column_sum[j] = sum;
+  }
+  std::memset(packed_panel, 0, static_cast<size_t>(l.taps * l.k4 * row));
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t k4 = 0; k4 < l.k4; ++k4)
+      for (int64_t t = 0; t < l.taps; ++t)
+        copy_group(w + j * column_step + t, k4, l.k, l.taps, packed_panel + (t * l.k4 + k4) * row + j * kGroupK);
 }
+
+namespace {
 
 void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
   int8_t* b = packed + l.panels_offset;
@@ -130,7 +86,11 @@ void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed
   if (l.depthwise) return pack_depthwise(weight, l, packed);
   const int64_t panels = l.panels();
   parallel_for(l.groups * panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack_panel(weight, l, i / panels, i % panels, packed);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / panels, panel = i % panels;
+      pack_panel(weight, l, group, panel, const_cast<int8_t*>(l.panel(packed, group, panel)),
+                 const_cast<int32_t*>(l.column_sum(packed, group)) + panel * kPanel);
+    }
   });
 }
 

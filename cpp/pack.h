@@ -35,6 +35,10 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
 // weight: contiguous [out_channels, in_channels_per_group, r, s].
 void pack_weight_cpu(const int8_t* weight, const PackedLayout& layout, int8_t* packed);
 
+// One panel of it: [taps][k / 4][width][4] and the sums of its columns.
+void pack_panel(const int8_t* weight, const PackedLayout& layout, int64_t group, int64_t panel, int8_t* packed_panel,
+                int32_t* column_sum);
+
 // The plain weight again.
 void unpack_weight_cpu(const int8_t* packed, const PackedLayout& layout, int8_t* weight);
 

@@ -196,14 +196,35 @@ int64_t peak(int64_t iterations) {
 
 #if defined(QUANT_OPS_AMX_EMULATED)
 const KernelTable kAmxEmulatedKernels = {
-    "amx_emulated", "gemm_u8s8_32x32_amx", kRows,   gemm,      depthwise_pixel,
-    quantize_run,   dequantize_run,        ste_run, range_run, codes_run,
+    "amx_emulated",
+    "gemm_u8s8_32x32_amx",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_run,
+    pack_run,
+    nullptr,
     peak,
 };
 #else
 const KernelTable kAmxKernels = {
-    "amx",     "gemm_u8s8_32x32_amx", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run,
-    range_run, codes_avx512,          peak,
+    "amx",
+    "gemm_u8s8_32x32_amx",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_avx512,
+    pack_run,
+    nullptr,
+    peak,
 };
 #endif
 

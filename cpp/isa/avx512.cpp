@@ -83,8 +83,18 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512Kernels = {
-    "avx512",     "gemm_u8s8_12x16_avx512", kRows,   gemm,      depthwise_pixel,
-    quantize_run, dequantize_run,           ste_run, range_run, codes_avx512,
+    "avx512",
+    "gemm_u8s8_12x16_avx512",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_avx512,
+    pack_run,
+    nullptr,
     peak,
 };
 

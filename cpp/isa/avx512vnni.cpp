@@ -24,25 +24,35 @@ namespace {
 
 // 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
 // or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
-template <int kRows, int kWidth>
+//
+// A full tile fetches a part of the next panel. A smaller one is mostly alone with its panel and waits for memory: it fetches its
+// own panel a little ahead, which takes the place of a reorder buffer that its products fill.
+constexpr int64_t kRows = 6;
+constexpr int64_t kAheadBytes = 4096;
+
+template <int kTileRows, int kWidth>
 void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
   constexpr int kVectors = kWidth / 16;
-  __m512i acc[kRows][kVectors];
-  unroll<kRows>([&](auto r)
-                    QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm512_setzero_si512(); }); });
+  __m512i acc[kTileRows][kVectors];
+  unroll<kTileRows>([&](auto r)
+                        QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm512_setzero_si512(); }); });
   const int8_t* b = t.b;
   const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
   const int64_t k_end = t.k4 * kGroupK;
-  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows) {
-    const uint8_t* a[kRows];
-    unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows) {
+    const uint8_t* a[kTileRows];
+    unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
     for (int64_t k = 0; k < k_end; k += kGroupK, b += kWidth * kGroupK) {
       __m512i bv[kVectors];
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      ahead += kWidth;
+      if constexpr (kTileRows < kRows) {
+        unroll<kVectors>([&](auto v) QO_LAMBDA { _mm_prefetch(b + kAheadBytes + v.value * 64, _MM_HINT_T0); });
+      } else {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        ahead += kWidth;
+      }
       unroll<kVectors>([&](auto v) QO_LAMBDA { bv[v.value] = _mm512_loadu_si512(b + v.value * 64); });
-      unroll<kRows>([&](auto r) QO_LAMBDA {
+      unroll<kTileRows>([&](auto r) QO_LAMBDA {
         int32_t four;
         __builtin_memcpy(&four, a[r.value] + k, 4);
         const __m512i av = _mm512_set1_epi32(four);
@@ -51,13 +61,69 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
       });
     }
   }
-  finish_tile<kRows, kVectors>(t.out, [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
+  finish_tile<kTileRows, kVectors>(t.out, [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
 }
-
-constexpr int64_t kRows = 6;
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
   with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x64_avx512vnni<r.value, w.value>(tile); });
+}
+
+// Four sums of sixteen lanes each -> their four totals.
+__m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Lanes are k here: four columns at a time, read as they lie, the next four fetched meanwhile. The barriers keep g++ from moving
+// products together, which spills the sums.
+template <int kTileRows>
+void dot_u8s8_4x4_avx512vnni(const DotTile& t) {
+  constexpr int kColumns = 4;
+  const __m512i ones = _mm512_set1_epi8(1);
+  alignas(64) int32_t acc[kTileRows][kPanel], column_sum[kPanel];
+  for (int64_t n = 0; n < t.out.columns; n += kColumns) {
+    const int8_t* b[kColumns];  // a column that does not exist is the last one again
+    unroll<kColumns>(
+        [&](auto j) QO_LAMBDA { b[j.value] = t.b + (n + j.value < t.out.columns ? n + j.value : t.out.columns - 1) * t.b_stride; });
+    __m512i sum[kColumns], product[kTileRows][kColumns];
+    unroll<kColumns>([&](auto j) QO_LAMBDA {
+      sum[j.value] = _mm512_setzero_si512();
+      unroll<kTileRows>([&](auto r) QO_LAMBDA { product[r.value][j.value] = _mm512_setzero_si512(); });
+    });
+    for (int64_t k = 0; k < t.k; k += 64) {
+      const __mmask64 mask = t.k - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (t.k - k)) - 1;
+      __m512i a[kTileRows];
+      unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = _mm512_maskz_loadu_epi8(mask, t.a + r.value * t.a_stride + k); });
+      unroll<kColumns>([&](auto j) QO_LAMBDA {
+        const __m512i bv = _mm512_maskz_loadu_epi8(mask, b[j.value] + k);
+        _mm_prefetch(b[j.value] + k + kColumns * t.b_stride, _MM_HINT_T0);
+        sum[j.value] = _mm512_dpbusd_epi32(sum[j.value], ones, bv);
+        asm volatile("" : "+v"(sum[j.value]));
+        unroll<kTileRows>([&](auto r) QO_LAMBDA {
+          product[r.value][j.value] = _mm512_dpbusd_epi32(product[r.value][j.value], a[r.value], bv);
+          asm volatile("" : "+v"(product[r.value][j.value]));
+        });
+      });
+    }
+    const auto store = [&](int32_t* to, const __m512i(&v)[kColumns])
+                           QO_LAMBDA { _mm_store_si128(reinterpret_cast<__m128i*>(to + n), totals(v[0], v[1], v[2], v[3])); };
+    store(column_sum, sum);
+    unroll<kTileRows>([&](auto r) QO_LAMBDA { store(acc[r.value], product[r.value]); });
+  }
+  TileOutput out = t.out;
+  out.column_sum = column_sum;
+  with_output_type(out.dtype, [&](auto* type) QO_LAMBDA {
+    finish_part<std::remove_pointer_t<decltype(type)>>(out, &acc[0][0], kTileRows, kPanel);
+  });
+}
+
+void dot(const DotTile& tile, int64_t rows) {
+  unroll<kDotRows>([&](auto r) QO_LAMBDA {
+    if (rows == r.value + 1) dot_u8s8_4x4_avx512vnni<r.value + 1>(tile);
+  });
 }
 
 int64_t peak(int64_t iterations) {
@@ -86,6 +152,8 @@ const KernelTable kAvx512VnniKernels = {
     ste_run,
     range_run,
     codes_avx512,
+    pack_run,
+    dot,
     peak,
 };
 

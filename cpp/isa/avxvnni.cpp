@@ -82,7 +82,18 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvxVnniKernels = {
-    "avxvnni", "gemm_u8s8_6x16_avxvnni", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, codes_run,
+    "avxvnni",
+    "gemm_u8s8_6x16_avxvnni",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_run,
+    pack_run,
+    nullptr,
     peak,
 };
 

@@ -165,6 +165,14 @@ void ste_run(const StraightThroughRun& r) {
 
 // ---- range ----------------------------------------------------------------------------------------------------------
 
+// The best of N lanes by `better(a, b)`, as a tree: a chain of N comparisons would cost more than a row of 384 elements.
+template <class T, class Better>
+QO_INLINE T across(T (&lane)[Simd::N], const Better& better) {
+  for (int step = Simd::N / 2; step > 0; step /= 2)
+    for (int j = 0; j < step; ++j) lane[j] = better(lane[j], lane[j + step]) ? lane[j] : lane[j + step];
+  return lane[0];
+}
+
 template <bool kOnlyMagnitude, class X>
 void range_typed(const X* x, int64_t count, Range* range) {
   constexpr int kChains = 4;  // independent chains hide the latency of min and max
@@ -175,45 +183,46 @@ void range_typed(const X* x, int64_t count, Range* range) {
     hi[c.value] = Simd::set(range->max);
     magnitude[c.value] = Simd::set_int(static_cast<int32_t>(range->abs_bits));
   });
-  int64_t i = 0;
-  for (; i + kChains * Simd::N <= count; i += kChains * Simd::N) {
-    unroll<kChains>([&](auto c) QO_LAMBDA {
-      const auto v = Simd::load(x + i + c.value * Simd::N);
-      if constexpr (!kOnlyMagnitude) {
-        lo[c.value] = Simd::min(v, lo[c.value]);
-        hi[c.value] = Simd::max(v, hi[c.value]);
-      }
-      magnitude[c.value] = Simd::max_unsigned(magnitude[c.value], Simd::abs_bits(v));
-    });
-  }
-  for (; i < count; i += Simd::N) {
-    const int64_t n = count - i;
-    if (n >= Simd::N) {
-      const auto v = Simd::load(x + i);
-      lo[0] = Simd::min(v, lo[0]);
-      hi[0] = Simd::max(v, hi[0]);
-      magnitude[0] = Simd::max_unsigned(magnitude[0], Simd::abs_bits(v));
-    } else {
-      for (int64_t j = i; j < count; ++j) {
-        const float v = to_compute(x[j]);
-        if (v < range->min) range->min = v;
-        if (v > range->max) range->max = v;
-        const uint32_t bits = float_bits(v) & 0x7fffffffu;
-        if (bits > range->abs_bits) range->abs_bits = bits;
-      }
+  const auto take = [&](auto c, const X* from) QO_LAMBDA {
+    const auto v = Simd::load(from);
+    if constexpr (!kOnlyMagnitude) {
+      lo[c.value] = Simd::min(v, lo[c.value]);
+      hi[c.value] = Simd::max(v, hi[c.value]);
     }
+    magnitude[c.value] = Simd::max_unsigned(magnitude[c.value], Simd::abs_bits(v));
+  };
+  int64_t i = 0;
+  for (; i + kChains * Simd::N <= count; i += kChains * Simd::N)
+    unroll<kChains>([&](auto c) QO_LAMBDA { take(c, x + i + c.value * Simd::N); });
+  for (; i + Simd::N <= count; i += Simd::N) take(Int<0>{}, x + i);
+  if (i < count && count >= Simd::N) {
+    take(Int<0>{}, x + count - Simd::N);  // some elements twice, which changes no extreme
+  } else {
+    for (; i < count; ++i) {
+      const float v = to_compute(x[i]);
+      if (v < range->min) range->min = v;
+      if (v > range->max) range->max = v;
+      const uint32_t bits = float_bits(v) & 0x7fffffffu;
+      if (bits > range->abs_bits) range->abs_bits = bits;
+    }
+    if (count < Simd::N) return;
   }
-  unroll<kChains>([&](auto c) QO_LAMBDA {
-    float f[Simd::N];
-    Simd::store(f, lo[c.value]);
-    for (int j = 0; j < Simd::N; ++j) range->min = f[j] < range->min ? f[j] : range->min;
-    Simd::store(f, hi[c.value]);
-    for (int j = 0; j < Simd::N; ++j) range->max = f[j] > range->max ? f[j] : range->max;
-    int32_t u[Simd::N];
-    Simd::store(u, magnitude[c.value]);
-    for (int j = 0; j < Simd::N; ++j)
-      range->abs_bits = static_cast<uint32_t>(u[j]) > range->abs_bits ? static_cast<uint32_t>(u[j]) : range->abs_bits;
+  unroll<kChains - 1>([&](auto c) QO_LAMBDA {
+    lo[0] = Simd::min(lo[c.value + 1], lo[0]);
+    hi[0] = Simd::max(hi[c.value + 1], hi[0]);
+    magnitude[0] = Simd::max_unsigned(magnitude[c.value + 1], magnitude[0]);
   });
+  int32_t bits[Simd::N];
+  Simd::store(bits, magnitude[0]);
+  range->abs_bits = static_cast<uint32_t>(
+      across(bits, [](int32_t a, int32_t b) QO_LAMBDA { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b); }));
+  if constexpr (!kOnlyMagnitude) {
+    float lane[Simd::N];
+    Simd::store(lane, lo[0]);
+    range->min = across(lane, [](float a, float b) QO_LAMBDA { return a < b; });
+    Simd::store(lane, hi[0]);
+    range->max = across(lane, [](float a, float b) QO_LAMBDA { return a > b; });
+  }
 }
 
 template <bool kOnlyMagnitude>
@@ -311,6 +320,44 @@ QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
       });
     });
   });
+}
+
+// ---- pack: a panel of a weight whose k are contiguous ----------------------------------------------------------------
+
+void pack_run(const PackRun& r) {
+  constexpr int64_t kBytes = Simd::N * kGroupK;
+  const int64_t row = r.width * kGroupK;
+  for (int64_t n = 0; n < r.width; n += Simd::N) {
+    auto sum = Simd::set_int(0);
+    for (int64_t k = 0; k < r.k; k += kBytes) {
+      typename Simd::I v[Simd::N];
+      alignas(64) int8_t edge[Simd::N * kBytes];
+      const int8_t* from = r.weight + n * r.column_step + k;
+      int64_t step = r.column_step;
+      if (n + Simd::N > r.columns || k + kBytes > r.k) {  // what is missing is zero
+        std::memset(edge, 0, sizeof(edge));
+        for (int64_t j = 0; j < Simd::N && n + j < r.columns; ++j)
+          std::memcpy(edge + j * kBytes, from + j * step, static_cast<size_t>(r.k - k < kBytes ? r.k - k : kBytes));
+        from = edge;
+        step = kBytes;
+      }
+      unroll<Simd::N>([&](auto j) QO_LAMBDA {
+        int32_t four[Simd::N];
+        __builtin_memcpy(four, from + j.value * step, sizeof(four));
+        v[j.value] = Simd::load_int(four);
+        __builtin_prefetch(from + j.value * step + kPackAhead);
+      });
+      Simd::transpose(v);
+      int8_t* to = r.packed + k / kGroupK * row + n * kGroupK;
+      unroll<Simd::N>([&](auto g) QO_LAMBDA {
+        if (k + g.value * kGroupK < r.k) {
+          Simd::store(reinterpret_cast<int32_t*>(to + g.value * row), v[g.value]);
+          sum = Simd::add(sum, Simd::sum_bytes(v[g.value]));
+        }
+      });
+    }
+    Simd::store(r.column_sum + n, sum);
+  }
 }
 
 // ---- depthwise convolution: one output pixel ------------------------------------------------------------------------

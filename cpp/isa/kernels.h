@@ -70,6 +70,28 @@ struct DepthwisePixel {
   TileOutput out;  // one row, `columns` channels
 };
 
+// One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and their sums. Zeros where either ends.
+struct PackRun {
+  const int8_t* weight;
+  int64_t column_step;  // bytes between columns
+  int64_t columns, width, k;
+  int8_t* packed;
+  int32_t* column_sum;  // [width]
+};
+constexpr int64_t kPackAhead = 256;  // bytes of a column fetched ahead
+
+// A few rows by a few columns of a weight that is not packed: acc[r][n] = sum_k a[r * a_stride + k] b[n * b_stride + k], corrected
+// and finished as a GemmTile's; the sums of the columns are made on the way.
+struct DotTile {
+  int64_t k;
+  const uint8_t* a;
+  int64_t a_stride;
+  const int8_t* b;
+  int64_t b_stride;
+  TileOutput out;  // at most kPanel columns; column_sum is not read
+};
+constexpr int64_t kDotRows = 4;
+
 // A contiguous run of n elements; scale and zero point step by 0 (one for all) or 1. Needs |qmin - zero_point| <= 2^24.
 struct QuantizeRun {
   const void* x;
@@ -124,6 +146,8 @@ struct KernelTable {
   void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);  // then min and max are not touched
   // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
+  void (*pack)(const PackRun&);
+  void (*dot)(const DotTile& tile, int64_t rows);  // 1 <= rows <= kDotRows; null: there is none, packing is as fast
   int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
 };
 

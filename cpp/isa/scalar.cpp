@@ -51,6 +51,12 @@ struct Simd {
   static I min(I a, I b) { return a < b ? a : b; }
   static I max(I a, I b) { return a > b ? a : b; }
   static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
+  static void transpose(I (&)[N]) {}
+  static I sum_bytes(I a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(static_cast<uint32_t>(a) >> 8 * i);
+    return sum;
+  }
   static F to_float(I a) { return static_cast<float>(a); }
   static I to_int(F a) { return static_cast<I>(a); }
 };
@@ -86,7 +92,18 @@ int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    "scalar", "gemm_u8s8_6x64_scalar", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, codes_run,
+    "scalar",
+    "gemm_u8s8_6x64_scalar",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_run,
+    pack_run,
+    nullptr,
     peak,
 };
 

@@ -63,6 +63,28 @@ struct Simd {
   static QO_INLINE I min(I a, I b) { return _mm256_min_epi32(a, b); }
   static QO_INLINE I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static QO_INLINE I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+  // v[i] lane j <-> v[j] lane i
+  static QO_INLINE void transpose(I (&v)[N]) {
+    I pair[N], quad[N];
+    for (int i = 0; i < N; i += 2) {
+      pair[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < N; i += 4)  // in each 128-bit half: lane j of v[i .. i + 3]
+      for (int j = 0; j < 2; ++j) {
+        quad[i + 2 * j] = _mm256_unpacklo_epi64(pair[i + j], pair[i + j + 2]);
+        quad[i + 2 * j + 1] = _mm256_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
+      }
+    for (int j = 0; j < 4; ++j) {
+      v[j] = _mm256_permute2x128_si256(quad[j], quad[j + 4], 0x20);
+      v[j + 4] = _mm256_permute2x128_si256(quad[j], quad[j + 4], 0x31);
+    }
+  }
+  // the sum of the four signed bytes of each lane
+  static QO_INLINE I sum_bytes(I a) {
+    const I even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), odd = _mm256_srai_epi16(a, 8);
+    return _mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1));
+  }
   static QO_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static QO_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
 };

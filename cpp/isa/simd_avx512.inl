@@ -55,6 +55,34 @@ struct Simd {
   static QO_INLINE I min(I a, I b) { return _mm512_min_epi32(a, b); }
   static QO_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static QO_INLINE I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  // v[i] lane j <-> v[j] lane i
+  static QO_INLINE void transpose(I (&v)[N]) {
+    I pair[N], quad[N];
+    for (int i = 0; i < N; i += 2) {
+      pair[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < N; i += 4)  // in each quarter q: lane 4 q + j of v[i .. i + 3]
+      for (int j = 0; j < 2; ++j) {
+        quad[i + 2 * j] = _mm512_unpacklo_epi64(pair[i + j], pair[i + j + 2]);
+        quad[i + 2 * j + 1] = _mm512_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
+      }
+    for (int j = 0; j < 4; ++j) {  // a 4 x 4 transposition of quarters
+      const I even_low = _mm512_shuffle_i32x4(quad[j], quad[j + 4], 0x88),
+              odd_low = _mm512_shuffle_i32x4(quad[j], quad[j + 4], 0xdd);
+      const I even_high = _mm512_shuffle_i32x4(quad[j + 8], quad[j + 12], 0x88),
+              odd_high = _mm512_shuffle_i32x4(quad[j + 8], quad[j + 12], 0xdd);
+      v[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+      v[j + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+      v[j + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+      v[j + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+  // the sum of the four signed bytes of each lane
+  static QO_INLINE I sum_bytes(I a) {
+    const I even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), odd = _mm512_srai_epi16(a, 8);
+    return _mm512_madd_epi16(_mm512_add_epi16(even, odd), _mm512_set1_epi16(1));
+  }
   static QO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static QO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 };

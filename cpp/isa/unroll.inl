@@ -14,12 +14,14 @@ QO_INLINE void unroll(const F& f) {
   }
 }
 
-// Calls f(Int<rows>{}, Int<width>{}): the instantiation for run-time sizes, 1 <= rows <= kRows and a width of 16, 32, 48 or 64.
+// Calls f(Int<rows>{}, Int<width>{}): the instantiation for run-time sizes, 1 <= rows <= kRows and a width of 16, 32, 48 or 64. The
+// full tile is asked for first.
 template <int kRows, class F>
 QO_INLINE void with_tile(int64_t rows, int64_t width, const F& f) {
   unroll<kRows>([&](auto r) QO_LAMBDA {
+    if (rows != kRows - r.value) return;
     unroll<kPanel / kPanelStep>([&](auto w) QO_LAMBDA {
-      if (rows == r.value + 1 && width == (w.value + 1) * kPanelStep) f(Int<r.value + 1>{}, Int<(w.value + 1) * kPanelStep>{});
+      if (width == kPanel - w.value * kPanelStep) f(Int<kRows - r.value>{}, Int<kPanel - w.value * kPanelStep>{});
     });
   });
 }
