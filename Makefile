@@ -28,11 +28,11 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
 
 # The compiler is looked for when this runs; without one cmake says what is missing.
 cuda-build: $(VENV)/ready

@@ -1,6 +1,7 @@
 """Instruction sets: which one is chosen, what its inner loops are made of, and AMX in software where the processor has none."""
 
 import functools
+import platform
 import re
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from quant_ops import _library
 
 kernels = pytest.importorskip("quant_ops._kernels", reason="built for development only: pip install --no-build-isolation -e .")
 
-ORDER = ["scalar", "avx2", "avx512", "avxvnni", "amx", "avx512vnni"]  # worst first
+ORDER = {  # worst first
+    "x86_64": ["scalar", "avx2", "avx512", "avxvnni", "amx", "avx512vnni"],
+    "aarch64": ["scalar", "neon_dot", "neon_i8mm"],
+}.get(platform.machine(), ["scalar"])
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 FLAGS = {  # as the kernel names them
@@ -23,6 +27,8 @@ FLAGS = {  # as the kernel names them
     "avxvnni": AVX2 | {"avx_vnni"},
     "avx512vnni": AVX512 | {"avx512_vnni"},
     "amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
+    "neon_dot": {"asimddp"},
+    "neon_i8mm": {"asimddp", "i8mm"},
 }
 
 
@@ -47,7 +53,7 @@ def processor_flags() -> set[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         pytest.skip("no /proc/cpuinfo")
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return set(found[1].split()) if found else set()
 
 

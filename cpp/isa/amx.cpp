@@ -2,6 +2,7 @@
 // groups of four k, 64 bytes of each (amx_tile.h). All but the GEMM is AVX-512, as in avx512vnni.cpp.
 //
 // Compiled a second time for the tests with QUANT_OPS_AMX_EMULATED: every tile instruction in software, the rest AVX2.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -12,7 +13,6 @@
 #include "kernels.h"
 #include "target.h"
 
-#if defined(__x86_64__)
 #if defined(QUANT_OPS_AMX_EMULATED)
 QO_TARGET_BEGIN("avx2,fma,f16c")
 #else

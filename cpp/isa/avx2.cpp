@@ -1,5 +1,6 @@
 // AVX2 + FMA + F16C kernels. The product is exact: bytes are widened to int16 and multiplied with vpmaddwd, never with vpmaddubsw,
 // whose int16 sums saturate (255 * 127 * 2 > 32767).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -9,7 +10,6 @@
 #include "kernels.h"
 #include "target.h"
 
-#if defined(__x86_64__)
 QO_TARGET_BEGIN("avx2,fma,f16c")
 namespace quant_ops {
 namespace {

@@ -1,4 +1,5 @@
 // AVX-512 kernels for processors without VNNI (Skylake-X): as avx2.cpp, with vectors of twice the length and twice as many of them.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -8,7 +9,6 @@
 #include "kernels.h"
 #include "target.h"
 
-#if defined(__x86_64__)
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace quant_ops {
 namespace {

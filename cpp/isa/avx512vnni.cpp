@@ -1,5 +1,6 @@
 // AVX-512 VNNI kernels: vpdpbusd adds four u8 x s8 products to an int32 lane, exactly (its saturating twin vpdpbusds is not used).
 // Lanes are output columns, so no sum ever crosses lanes.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -9,7 +10,6 @@
 #include "kernels.h"
 #include "target.h"
 
-#if defined(__x86_64__)
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 namespace quant_ops {
 namespace {

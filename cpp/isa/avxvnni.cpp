@@ -1,4 +1,5 @@
 // AVX-VNNI kernels: vpdpbusd on ymm registers, for processors with VNNI but without AVX-512 (Alder Lake and later clients).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
@@ -8,7 +9,6 @@
 #include "kernels.h"
 #include "target.h"
 
-#if defined(__x86_64__)
 QO_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
 namespace quant_ops {
 namespace {

@@ -15,6 +15,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace quant_ops {
 namespace {
@@ -45,6 +51,31 @@ bool has_amx() {
 #endif
 }
 
+#elif defined(__aarch64__)
+
+// As the system tells; on one that does not, the plain C++ runs.
+bool has_dot() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  return true;  // every Apple processor that runs macOS
+#else
+  return false;
+#endif
+}
+
+bool has_i8mm() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM, which older headers do not name
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+  return false;
+#endif
+}
+
 #endif
 
 struct Candidate {
@@ -68,6 +99,9 @@ int candidates(Candidate out[8]) {
   // Tested with emulated tiles only, never yet on a processor that has them: until then QUANT_OPS_ISA=amx must ask for it.
   out[n++] = {&kAmxKernels, avx512vnni && has_amx()};
   out[n++] = {&kAvx512VnniKernels, avx512vnni};
+#elif defined(__aarch64__)
+  out[n++] = {&kNeonDotKernels, has_dot()};
+  out[n++] = {&kNeonI8mmKernels, has_dot() && has_i8mm()};
 #endif
   return n;
 }

@@ -159,6 +159,9 @@ extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAmxKernels;
 extern const KernelTable kAmxEmulatedKernels;  // in _kernels only
+#elif defined(__aarch64__)
+extern const KernelTable kNeonDotKernels;
+extern const KernelTable kNeonI8mmKernels;
 #endif
 
 // The table in use: the best this machine runs, or what QUANT_OPS_ISA or set_isa names.

@@ -1,0 +1,75 @@
+// Simd of elementwise.inl by NEON, as every aarch64 processor has it. Included inside a target region and an unnamed namespace.
+// fmin, fmax and the saturating conversions of ARM treat NaN otherwise than the contract, hence comparisons and selections.
+struct Simd {
+  static constexpr int N = 4;
+  using F = float32x4_t;
+  using I = int32x4_t;
+
+  static QO_INLINE F set(float v) { return vdupq_n_f32(v); }
+  static QO_INLINE I set_int(int32_t v) { return vdupq_n_s32(v); }
+
+  static QO_INLINE uint8x8_t load32(const void* p) {  // four bytes and no more
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return vcreate_u8(four);
+  }
+  static QO_INLINE uint16x4_t load64(const void* p) {
+    uint64_t eight;
+    __builtin_memcpy(&eight, p, sizeof(eight));
+    return vcreate_u16(eight);
+  }
+  static QO_INLINE F load(const float* p) { return vld1q_f32(p); }
+  static QO_INLINE F load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(load64(p))); }
+  static QO_INLINE F load(const BFloat16* p) { return vreinterpretq_f32_u32(vshll_n_u16(load64(p), 16)); }
+  static QO_INLINE I load_int(const int32_t* p) { return vld1q_s32(p); }
+  static QO_INLINE I load_int(const int8_t* p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load32(p))))); }
+  static QO_INLINE I load_int(const uint8_t* p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load32(p))))); }
+
+  static QO_INLINE void store64(void* p, uint16x4_t v) {
+    const uint64_t eight = vget_lane_u64(vreinterpret_u64_u16(v), 0);
+    __builtin_memcpy(p, &eight, sizeof(eight));
+  }
+  static QO_INLINE void store(float* p, F v) { vst1q_f32(p, v); }
+  static QO_INLINE void store(Half* p, F v) { store64(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  static QO_INLINE void store(BFloat16* p, F v) {  // by integers: the same bits as from_compute, subnormals kept
+    const uint32x4_t u = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(u, vdupq_n_u32(0x400000));
+    store64(p, vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16));
+  }
+  static QO_INLINE void store(int32_t* p, I v) { vst1q_s32(p, v); }
+  static QO_INLINE void store(int16_t* p, I v) { store64(p, vreinterpret_u16_s16(vmovn_s32(v))); }
+  static QO_INLINE void store(int8_t* p, I v) {  // values fit: the low byte of each
+    const uint16x4_t h = vreinterpret_u16_s16(vmovn_s32(v));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(h, h))), 0);
+    __builtin_memcpy(p, &four, sizeof(four));
+  }
+  static QO_INLINE void store(uint8_t* p, I v) { store(reinterpret_cast<int8_t*>(p), v); }
+
+  static QO_INLINE F keep(uint32x4_t mask, F v) { return vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(v))); }
+
+  static QO_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
+  static QO_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
+  static QO_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
+  static QO_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static QO_INLINE F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static QO_INLINE F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static QO_INLINE F round_even(F a) { return vrndnq_f32(a); }
+  static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
+    return keep(vandq_u32(vcgeq_f32(steps, lo), vcleq_f32(steps, hi)), v);
+  }
+  static QO_INLINE F nan_to_zero(F a) { return keep(vceqq_f32(a, a), a); }
+  static QO_INLINE I abs_bits(F a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
+
+  static QO_INLINE I add(I a, I b) { return vaddq_s32(a, b); }
+  static QO_INLINE I sub(I a, I b) { return vsubq_s32(a, b); }
+  static QO_INLINE I mul(I a, I b) { return vmulq_s32(a, b); }
+  static QO_INLINE I min(I a, I b) { return vminq_s32(a, b); }
+  static QO_INLINE I max(I a, I b) { return vmaxq_s32(a, b); }
+  static QO_INLINE I max_unsigned(I a, I b) {
+    return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
+  }
+  static QO_INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
+  static QO_INLINE I to_int(F a) { return vcvtnq_s32_f32(a); }
+};

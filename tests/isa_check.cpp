@@ -1,0 +1,395 @@
+// Every table of kernels that this machine runs against the scalar one, on fixed pseudo-random cases: all entries, and the drivers
+// that call them. Needs the core sources only (cpp/, no torch, no Python), so that it can be compiled for another architecture and
+// run under emulation; test_aarch64.py does.
+//
+// Prints "<isa> <64-bit hash of all results>" for every table; the hashes agree between machines as well. Exit status 1 where a
+// result differs. Random cases and the log of results: isa_check.h.
+#include "isa_check.h"
+
+#include "igemm.h"
+#include "parallel.h"
+
+namespace quant_ops {
+
+// Three workers, one after another: the drivers divide their work as for threads.
+void parallel_run(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  for (int64_t i = 0; i < 3; ++i)
+    if (i * n / 3 < (i + 1) * n / 3) body(context, i * n / 3, (i + 1) * n / 3);
+}
+int64_t parallel_threads() { return 3; }
+
+namespace {
+
+// ---- the entries of a table -----------------------------------------------------------------------------------------
+
+// One panel of weights against `m_count` rows, in tiles of every number of rows that the table has.
+bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t width, int64_t taps, int64_t k, int64_t m_count,
+                Log* log) {
+  const int64_t columns = random->one_in(2) ? width : random->between(width - kPanelStep + 1, width);
+  const int64_t row_step = random->between(0, 1);
+  const PackedLayout layout = packed_layout(columns, k, taps, 1, 1);
+  const int64_t row_bytes = layout.k4 * kGroupK, y_stride = columns + random->between(0, 3);
+  const bool plain = random->one_in(4), extreme = k > 1000 || random->one_in(4);  // at the largest k sums pass 2^31
+  const Bytes a(taps * m_count * row_bytes, [&](int64_t) { return extreme ? uint8_t{255} : static_cast<uint8_t>(random->bits()); });
+  const Edge<int8_t> w(columns * k * taps,
+                       [&](int64_t) { return static_cast<int8_t>(extreme ? -128 : random->between(-128, 127)); });
+  const Edge<int8_t> packed(layout.bytes);
+  pack_weight_cpu(w.data(), layout, packed.data());
+  const Edge<int32_t> sum(width, [&](int64_t n) { return layout.column_sum(packed.data(), 0)[n]; });
+  const int64_t odd = plain ? 0 : 12;
+  const Edge<float> column_scale(width, [&](int64_t) { return random->real(plain ? 4 : 40, odd); });
+  const Edge<float> bias(width, [&](int64_t) { return random->one_in(3) ? -0.0f : random->real(plain ? 4 : 40, odd); });
+  const int64_t settings = row_step ? m_count : 1, one_zero = random->one_in(2) ? 128 : -1;
+  const Edge<int32_t> row_zero(settings,
+                               [&](int64_t) { return static_cast<int32_t>(one_zero >= 0 ? one_zero : random->between(0, 255)); });
+  const Edge<float> row_scale(settings, [&](int64_t) { return random->real(plain ? 4 : 40, odd); });
+  GemmTile tile;
+  tile.out = tile_output(dtype, random);
+  tile.taps = taps;
+  tile.k4 = layout.k4;
+  tile.a = a.data();
+  tile.b = tile.ahead = layout.panel(packed.data(), 0, 0);
+  tile.out.y_stride = y_stride;
+  tile.out.columns = columns;
+  tile.out.column_sum = sum.data();
+  tile.out.column_scale = column_scale.data();
+  tile.out.bias = bias.data();
+  tile.out.row_step = row_step;
+  const std::string name =
+      named("gemm: dtype, width, columns, taps, k, rows", {int64_t(dtype), width, columns, taps, k, m_count}) + " in tiles of ";
+  const int64_t y_bytes = ((m_count - 1) * y_stride + columns) * dtype_bytes(dtype);
+  std::vector<uint8_t> first;
+  for (int64_t rows = 1; rows <= std::min(table.gemm_rows, m_count); ++rows) {
+    const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
+    for (int64_t m = 0; m < m_count; m += rows) {
+      const int64_t count = std::min(rows, m_count - m);
+      const Edge<int64_t> offset(taps * count, [&](int64_t i) { return (i / count * m_count + m + i % count) * row_bytes; });
+      tile.a_offset = offset.data();
+      tile.out.row_zero = row_zero.data() + m * row_step;
+      tile.out.row_scale = row_scale.data() + m * row_step;
+      tile.out.y = y.data() + m * y_stride * dtype_bytes(dtype);
+      table.gemm(tile, count, width);
+    }
+    Log result;  // the same for every size of tile
+    result.add("", y.data(), y_bytes, dtype);
+    if (rows == 1) {
+      first = result.bytes;
+      log->add(name + "any", y.data(), y_bytes, dtype);
+    } else if (result.bytes != first) {
+      std::fprintf(stderr, "isa_check: %s differs from itself in %s%d\n", table.isa, name.c_str(), static_cast<int>(rows));
+      return false;
+    }
+  }
+  return true;
+}
+
+void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log* log) {
+  const int64_t channels = random->between(1, 90), taps = random->between(1, 25), padded = round_up(channels, kPanelStep);
+  const Bytes a(taps * padded, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
+  const Edge<int8_t> b(taps * padded, [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
+  const Edge<int64_t> offset(taps, [&](int64_t) { return random->between(0, taps - 1) * padded; });
+  const Edge<int32_t> sum(padded, [&](int64_t c) {
+    int32_t s = 0;
+    for (int64_t t = 0; t < taps; ++t) s += b[t * padded + c];
+    return s;
+  });
+  const Edge<float> column_scale(padded, [&](int64_t) { return random->real(20, 12); });
+  const Edge<float> bias(padded, [&](int64_t) { return random->real(20, 12); });
+  const Edge<int32_t> row_zero(1, [&](int64_t) { return static_cast<int32_t>(random->between(0, 255)); });
+  const Edge<float> row_scale(1, [&](int64_t) { return random->real(20, 12); });
+  const Bytes y(channels * dtype_bytes(dtype));
+  DepthwisePixel pixel;
+  pixel.out = tile_output(dtype, random);
+  pixel.taps = taps;
+  pixel.a = a.data();
+  pixel.a_offset = offset.data();
+  pixel.a_step = 1;
+  pixel.b = b.data();
+  pixel.b_stride = padded;
+  pixel.out.y = y.data();
+  pixel.out.y_stride = 0;
+  pixel.out.columns = channels;
+  pixel.out.column_sum = sum.data();
+  pixel.out.column_scale = column_scale.data();
+  pixel.out.bias = bias.data();
+  pixel.out.row_zero = row_zero.data();
+  pixel.out.row_scale = row_scale.data();
+  pixel.out.row_step = 0;
+  table.depthwise(pixel);
+  log->add(named("depthwise: dtype, channels, taps", {int64_t(dtype), channels, taps}), y.data(), y.bytes(), dtype);
+}
+
+void check_quantize(const KernelTable& table, Random* random, DType x_dtype, DType y_dtype, bool simulate, Log* log) {
+  const int64_t n = random->between(1, 150);
+  QuantizeRun r;
+  r.scale_step = static_cast<int>(random->between(0, 1));
+  r.zero_step = static_cast<int>(random->between(0, 1));
+  r.qmin = y_dtype == DType::kUInt8 ? 0 : y_dtype == DType::kInt8 ? -128 : y_dtype == DType::kInt16 ? -32768 : -100000;
+  r.qmax = y_dtype == DType::kUInt8 ? 255 : y_dtype == DType::kInt8 ? 127 : y_dtype == DType::kInt16 ? 32767 : 100000;
+  if (random->one_in(3)) r.qmin /= 16, r.qmax /= 16;
+  const Bytes x(n * dtype_bytes(x_dtype)), y(n * dtype_bytes(y_dtype));
+  fill(x, x_dtype, random, 10, 10);
+  const Edge<float> scale(r.scale_step ? n : 1, [&](int64_t) { return random->real(8, 20); });
+  const Edge<int32_t> zero(r.zero_step ? n : 1, [&](int64_t) { return static_cast<int32_t>(random->between(-300, 300)); });
+  r.x = x.data();
+  r.y = y.data();
+  r.n = n;
+  r.scale = scale.data();
+  r.zero_point = zero.data();
+  r.x_dtype = x_dtype;
+  r.y_dtype = y_dtype;
+  r.simulate = simulate;
+  table.quantize(r);
+  log->add(named("quantize: from, to, simulate, n", {int64_t(x_dtype), int64_t(y_dtype), simulate, n}), y.data(), y.bytes(),
+           y_dtype);
+}
+
+void check_codes(const KernelTable& table, Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 150);
+  const Bytes x(n * dtype_bytes(dtype)), codes(n);
+  fill(x, dtype, random, 10, 10);
+  const float scale = random->real(4, 20);
+  table.codes(x.data(), dtype, n, scale, static_cast<int32_t>(random->between(0, 255)), codes.data());
+  log->add(named("codes: from, n", {int64_t(dtype), n}), codes.data(), n, DType::kUInt8);
+}
+
+void check_dequantize(const KernelTable& table, Random* random, DType q_dtype, DType y_dtype, Log* log) {
+  const int64_t n = random->between(1, 150);
+  DequantizeRun r;
+  r.scale_step = static_cast<int>(random->between(0, 1));
+  r.zero_step = static_cast<int>(random->between(0, 1));
+  const Bytes q(n), y(n * dtype_bytes(y_dtype));
+  fill(q, q_dtype, random, 0, 0);
+  const Edge<float> scale(r.scale_step ? n : 1, [&](int64_t) { return random->real(40, 8); });
+  const Edge<int32_t> zero(r.zero_step ? n : 1, [&](int64_t) { return static_cast<int32_t>(random->between(-300, 300)); });
+  r.q = q.data();
+  r.y = y.data();
+  r.n = n;
+  r.scale = scale.data();
+  r.zero_point = zero.data();
+  r.q_dtype = q_dtype;
+  r.y_dtype = y_dtype;
+  table.dequantize(r);
+  log->add(named("dequantize: from, to, n", {int64_t(q_dtype), int64_t(y_dtype), n}), y.data(), y.bytes(), y_dtype);
+}
+
+void check_straight_through(const KernelTable& table, Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 150);
+  StraightThroughRun r;
+  r.scale_step = static_cast<int>(random->between(0, 1));
+  r.zero_step = static_cast<int>(random->between(0, 1));
+  r.qmin = -128;
+  r.qmax = 127;
+  const Bytes x(n * dtype_bytes(dtype)), grad(n * dtype_bytes(dtype)), dx(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 8, 8);
+  fill(grad, dtype, random, 30, 4);
+  const Edge<float> scale(r.scale_step ? n : 1, [&](int64_t) { return random->real(2, 20); });
+  const Edge<int32_t> zero(r.zero_step ? n : 1, [&](int64_t) { return static_cast<int32_t>(random->between(-128, 127)); });
+  r.x = x.data();
+  r.grad = grad.data();
+  r.dx = dx.data();
+  r.n = n;
+  r.scale = scale.data();
+  r.zero_point = zero.data();
+  r.dtype = dtype;
+  table.straight_through(r);
+  log->add(named("straight_through: dtype, n", {int64_t(dtype), n}), dx.data(), dx.bytes(), dtype, true);
+}
+
+void check_range(const KernelTable& table, Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 150);
+  const Bytes x(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 12, random->one_in(2) ? 20 : 0);
+  const bool only_magnitude = random->one_in(2);
+  Range r{random->one_in(2) ? INFINITY : 0.0f, random->one_in(2) ? -INFINITY : 0.0f, 0};
+  table.range(x.data(), dtype, n, only_magnitude, &r);
+  // Which NaN has the largest bits is not specified, nor the sign of a zero: minimum and maximum of zeros are any of them.
+  const float values[3] = {only_magnitude ? 0.0f : r.min + 0.0f, only_magnitude ? 0.0f : r.max + 0.0f, bits_float(r.abs_bits)};
+  log->add(named("range: dtype, n", {int64_t(dtype), n}), values, sizeof(values), DType::kFloat32);
+}
+
+// ---- the drivers, with the table chosen by set_isa ------------------------------------------------------------------
+
+struct Input {
+  InputParams params;
+  Input(Random* random, DType dtype, Activation mode, const Bytes& x, int64_t slices)
+      : scale_(slices, [&](int64_t) { return std::fabs(random->real(4, 30)); }), zero_(slices, [&](int64_t) {
+          return static_cast<int32_t>(dtype == DType::kUInt8 ? random->between(0, 255) : random->between(-128, 127));
+        }) {
+    fill(x, dtype, random, 4, random->one_in(2) ? 0 : 200);
+    params = {x.data(), dtype, mode, scale_.data(), slices > 1, zero_.data(), slices > 1};
+  }
+
+ private:
+  Edge<float> scale_;
+  Edge<int32_t> zero_;
+};
+
+struct Output {
+  OutputParams params;
+  Output(Random* random, DType dtype, int64_t columns, int64_t elements)
+      : scale_(columns, [&](int64_t) { return std::fabs(random->real(4, 30)); }),
+        bias_(columns, [&](int64_t) { return random->real(4, 30); }),
+        y_(elements * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; }) {
+    const TileOutput o = tile_output(dtype, random);
+    params = {y_.data(),         dtype,       scale_.data(),   1, random->one_in(3) ? nullptr : bias_.data(),
+              random->one_in(2), o.out_scale, o.out_zero_point};
+  }
+  void log(const std::string& name, Log* log) const { log->add(name, y_.data(), y_.bytes(), params.dtype); }
+
+ private:
+  Edge<float> scale_, bias_;
+  Bytes y_;
+};
+
+DType input_dtype(Activation mode, int i) {
+  return mode == Activation::kQuantized ? (i % 2 ? DType::kInt8 : DType::kUInt8) : kFloats[i % 3];
+}
+
+void check_linear(Random* random, Activation mode, int i, Log* log) {
+  Int8LinearParams p{};
+  p.M = random->between(1, 40);
+  p.N = random->between(1, 140);
+  p.K = random->between(1, 100);
+  p.x_stride = p.K + random->between(0, 2);
+  p.y_stride = p.N + random->between(0, 2);
+  const DType dtype = input_dtype(mode, i);
+  const Bytes x(((p.M - 1) * p.x_stride + p.K) * dtype_bytes(dtype));
+  const Input in(random, dtype, mode, x, random->one_in(2) ? 1 : p.M);
+  const Edge<int8_t> w(p.N * p.K, [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
+  const Output out(random, kOutputs[i % 6], p.N, (p.M - 1) * p.y_stride + p.N);
+  p.in = in.params;
+  p.out = out.params;
+  p.weight = w.data();
+  const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
+  const Edge<int8_t> packed(layout.bytes);
+  if (random->one_in(2)) {
+    pack_weight_cpu(w.data(), layout, packed.data());
+    p.packed = packed.data();
+  }
+  int8_linear_cpu(p);
+  out.log(named("int8_linear: mode, M, N, K", {int64_t(mode), p.M, p.N, p.K}), log);
+}
+
+void check_conv2d(Random* random, Activation mode, int i, Log* log) {
+  Int8Conv2dParams p{};
+  const int kind = i % 4;  // plain, plain, grouped, depthwise
+  p.groups = kind < 2 ? 1 : kind == 2 ? random->between(2, 3) : random->between(2, 40);
+  p.C = kind == 3 ? p.groups : p.groups * random->between(1, 9);
+  p.O = kind == 3 ? p.groups : p.groups * random->between(1, kind < 2 ? 80 : 20);
+  p.N = random->between(1, 3);
+  p.H = random->between(1, 8);
+  p.W = random->between(1, 8);
+  p.R = random->between(1, 3);
+  p.S = random->between(1, 3);
+  for (int d = 0; d < 2; ++d) {
+    p.stride[d] = random->between(1, 2);
+    p.dilation[d] = random->between(1, 2);
+    p.pad[d] = random->between(1, 2);
+  }
+  p.OH = std::max<int64_t>(1, (p.H + 2 * p.pad[0] - p.dilation[0] * (p.R - 1) - 1) / p.stride[0] + 1);
+  p.OW = std::max<int64_t>(1, (p.W + 2 * p.pad[1] - p.dilation[1] * (p.S - 1) - 1) / p.stride[1] + 1);
+  const bool channels_last = random->one_in(2);
+  const int64_t strides[2][4] = {{p.C * p.H * p.W, p.H * p.W, p.W, 1}, {p.C * p.H * p.W, 1, p.W * p.C, p.C}};
+  std::copy(strides[channels_last], strides[channels_last] + 4, p.x_stride);
+  p.y_channels_last = random->one_in(2);
+  const DType dtype = input_dtype(mode, i);
+  const Bytes x(p.N * p.C * p.H * p.W * dtype_bytes(dtype));
+  const Input in(random, dtype, mode, x, random->one_in(2) ? 1 : p.N);
+  const Edge<int8_t> w(p.O * (p.C / p.groups) * p.R * p.S,
+                       [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
+  const Output out(random, kOutputs[i % 6], p.O, p.N * p.O * p.OH * p.OW);
+  p.in = in.params;
+  p.out = out.params;
+  p.weight = w.data();
+  int8_conv2d_cpu(p);
+  out.log(named("int8_conv2d: mode, N, C, O, groups, R, S", {int64_t(mode), p.N, p.C, p.O, p.groups, p.R, p.S}), log);
+}
+
+// The gradients of scale and zero point are sums in float64 in a fixed order.
+void check_backward(Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 3000), odd = random->one_in(2) ? 0 : 50;
+  const Bytes x(n * dtype_bytes(dtype)), grad(n * dtype_bytes(dtype)), dx(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 6, odd);
+  fill(grad, dtype, random, 20, odd);
+  const float scale = std::fabs(random->real(2, 0));
+  const int32_t zero = static_cast<int32_t>(random->between(-20, 20));
+  float gradients[2];
+  QuantizeBackwardParams p{};
+  p.it.ndim = p.scale_sum.reduced.ndim = 1;
+  p.it.operands = p.scale_sum.kept.operands = 5;
+  p.scale_sum.reduced.operands = 4;
+  p.it.size[0] = p.scale_sum.reduced.size[0] = n;
+  for (int o = 0; o < 3; ++o) p.it.stride[o][0] = 1;
+  for (int o = 0; o < 2; ++o) p.scale_sum.reduced.stride[o][0] = 1;
+  p.zero_sum = p.scale_sum;
+  p.x = x.data();
+  p.grad = grad.data();
+  p.dx = dx.data();
+  p.x_dtype = dtype;
+  p.scale = &scale;
+  p.zero_point = &zero;
+  p.narrow = random->one_in(2);
+  p.qmin = -128;
+  p.qmax = 127;
+  p.dscale = &gradients[0];
+  p.dzero = &gradients[1];
+  quantize_backward_cpu(p);
+  log->add(named("quant_tensor_backward: dtype, n", {int64_t(dtype), n}), dx.data(), dx.bytes(), dtype);
+  log->add(named("gradients of scale and zero point: dtype, n", {int64_t(dtype), n}), gradients, sizeof(gradients),
+           DType::kFloat32);
+}
+
+bool run(const KernelTable& table, Log* log) {
+  set_isa(table.isa);
+  Random random(1);
+  for (const DType y : kOutputs) {
+    for (int i = 0; i < 4; ++i)
+      for (const int64_t width : {16, 32, 48, 64})
+        for (const int64_t taps : {1, 1, 2, 9}) {
+          const int64_t k = random.between(1, taps == 1 ? 150 : 40), m_count = random.between(1, kMaxGemmRows + 8);
+          if (!check_gemm(table, &random, y, width, taps, k, m_count, log)) return false;
+        }
+    if (!check_gemm(table, &random, y, 16, 1, 131071, 1, log)) return false;
+  }
+  for (int i = 0; i < 24; ++i) {
+    for (const DType y : kOutputs) check_depthwise(table, &random, y, log);
+    for (const DType x : kFloats) {
+      for (const DType y : {DType::kInt8, DType::kUInt8, DType::kInt16, DType::kInt32})
+        check_quantize(table, &random, x, y, false, log);
+      check_quantize(table, &random, x, x, true, log);
+      check_codes(table, &random, x, log);
+      for (const DType q : {DType::kInt8, DType::kUInt8}) check_dequantize(table, &random, q, x, log);
+      check_straight_through(table, &random, x, log);
+      check_range(table, &random, x, log);
+    }
+  }
+  for (int i = 0; i < 36; ++i)
+    for (const Activation mode :
+         {Activation::kDynamic, Activation::kDynamicAsymmetric, Activation::kStatic, Activation::kQuantized}) {
+      check_linear(&random, mode, i, log);
+      check_conv2d(&random, mode, i, log);
+    }
+  for (int i = 0; i < 18; ++i) check_backward(&random, kFloats[i % 3], log);
+  return true;
+}
+
+}  // namespace
+}  // namespace quant_ops
+
+int main() {
+  using namespace quant_ops;
+  const KernelTable* tables[8];
+  const int n = runnable_kernels(tables);
+  Log expected;
+  bool good = true;
+  for (int i = 0; i < n; ++i) {
+    Log log;
+    good = run(*tables[i], &log) && good;
+    if (i == 0) expected = log;
+    good = expected.same(log, tables[i]->isa) && good;
+    std::printf("%s %016llx\n", tables[i]->isa, static_cast<unsigned long long>(log.hash()));
+    std::fflush(stdout);
+  }
+  return good ? 0 : 1;
+}

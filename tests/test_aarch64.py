@@ -1,0 +1,138 @@
+"""isa_check.cpp: every table against the scalar one, here and, where the tools are found, for aarch64 under emulation.
+
+Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user-static
+"""
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QEMU = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), "qemu-aarch64")
+CROSS = "aarch64-linux-gnu-g++"
+NEON = ["scalar", "neon_dot", "neon_i8mm"]
+
+
+def core_sources() -> list[str]:
+    return re.search(r"add_library\(core OBJECT([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())[1].split()
+
+
+def built_objects() -> list[str]:
+    """What `make test` has compiled already, or nothing where that is missing or older than the sources."""
+    folder = ROOT / "build/editable/CMakeFiles/core.dir"
+    header = max(path.stat().st_mtime for suffix in ("h", "inl") for path in (ROOT / "cpp").rglob(f"*.{suffix}"))
+    objects = []
+    for source in core_sources():
+        built = folder / f"{source}.o"
+        if not built.exists() or built.stat().st_mtime < max(header, (ROOT / source).stat().st_mtime):
+            return []
+        objects.append(str(built))
+    return objects
+
+
+def compile_command(compiler: str, program: Path, core: list[str], *options: str) -> list[str]:
+    """The flags of CMakeLists.txt that matter for the bits: without the first, gcc contracts on aarch64."""
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Icpp"]
+    return [compiler, *flags, *options, "tests/isa_check.cpp", *core, "-o", str(program)]
+
+
+class Builds:
+    """The programs, compiled once; both at a time, since the core takes half a minute."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.compilers: dict[str, subprocess.Popen] = {}
+        self.outputs: dict[str, str] = {}
+        native = os.environ.get("CXX", "c++")
+        if shutil.which(native):
+            self.start("native", compile_command(native, folder / "native", built_objects() or core_sources()))
+        if shutil.which(CROSS):
+            self.start("aarch64", compile_command(CROSS, folder / "aarch64", core_sources(), "-static"))
+
+    def start(self, name: str, command: list[str]) -> None:
+        self.compilers[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def program(self, name: str) -> str:
+        if name not in self.compilers:
+            pytest.skip("no C++ compiler" if name == "native" else f"no {CROSS}")
+        if name not in self.outputs:
+            self.outputs[name], _ = self.compilers[name].communicate()
+        assert self.compilers[name].returncode == 0, self.outputs[name]
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory):
+    builds = Builds(tmp_path_factory.mktemp("isa_check"))
+    yield builds
+    for compiler in builds.compilers.values():
+        compiler.kill()
+        compiler.wait()
+
+
+@functools.cache
+def hashes(*command: str) -> dict[str, str]:
+    """The hash of all results by instruction set."""
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    if "CPU model" in run.stderr:
+        pytest.skip(f"{QEMU} is too old: {run.stderr}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return dict(line.split() for line in run.stdout.splitlines())
+
+
+def emulated(builds: Builds, cpu: str) -> dict[str, str]:
+    program = builds.program("aarch64")
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"no {QEMU}")
+    return hashes(QEMU, "-cpu", cpu, program)
+
+
+def test_all_tables_agree_here(builds):
+    found = hashes(builds.program("native"))
+    assert next(iter(found)) == "scalar"
+    assert len(set(found.values())) == 1, found
+
+
+def test_all_tables_agree_on_aarch64(builds):
+    found = emulated(builds, "max")
+    assert list(found) == NEON
+    assert len(set(found.values())) == 1, found
+
+
+def test_aarch64_gives_the_bits_of_this_machine(builds):
+    assert set(emulated(builds, "max").values()) == set(hashes(builds.program("native")).values())
+
+
+@pytest.mark.parametrize(("cpu", "count"), [("cortex-a57", 1), ("neoverse-n1", 2)])
+def test_a_processor_gets_the_tables_it_runs(builds, cpu, count):
+    """Armv8.0 has no dot product, Armv8.2 has one; an instruction that the processor lacks would end the program."""
+    assert list(emulated(builds, cpu)) == NEON[:count]
+
+
+@pytest.mark.parametrize(("isa", "instruction"), [("neon_dot", "sdot"), ("neon_i8mm", "sudot")])
+def test_accumulators_stay_in_registers(builds, isa, instruction):
+    """The inner loop of the full tile: 64 products and nothing on the stack."""
+    objdump = "objdump" if platform.machine() == "aarch64" else "aarch64-linux-gnu-objdump"
+    program = builds.program("native" if platform.machine() == "aarch64" else "aarch64")
+    if shutil.which(objdump) is None:
+        pytest.skip(f"no {objdump}")
+    text = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", program], check=True, capture_output=True, text=True).stdout
+    name = f"gemm_u8s8_8x8_{isa}<8>"
+    body = re.search(rf"^[0-9a-f]+ <[^\n]*{re.escape(name)}[^\n]*>:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)[1].splitlines()
+    addresses = [int(line.split(":")[0], 16) for line in body]
+    first = next(i for i, line in enumerate(body) if f"\t{instruction}\t" in line)
+    loop = None
+    for i in range(first, len(body)):
+        jump = re.search(r"\tb\.\w+\s+([0-9a-f]+)", body[i])
+        if jump and int(jump[1], 16) in addresses[: first + 1]:
+            loop = body[addresses.index(int(jump[1], 16)) : i + 1]
+            break
+    assert loop, "no loop"
+    assert sum(f"\t{instruction}\t" in line for line in loop) == 64
+    assert not [line for line in loop if re.search(r"\[sp|\[x29", line)]
