@@ -52,7 +52,18 @@ void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
 }  // namespace
 
 const KernelTable kNeonDotKernels = {
-    "neon_dot", "gemm_u8s8_8x8_neon_dot", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, codes_run,
+    "neon_dot",
+    "gemm_u8s8_8x8_neon_dot",
+    kRows,
+    gemm,
+    depthwise_pixel,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    range_run,
+    codes_run,
+    pack_run,
+    nullptr,
     peak,
 };
 

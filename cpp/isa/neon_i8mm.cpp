@@ -62,6 +62,8 @@ const KernelTable kNeonI8mmKernels = {
     ste_run,
     range_run,
     codes_run,
+    pack_run,
+    nullptr,
     peak,
 };
 

@@ -70,6 +70,17 @@ struct Simd {
   static QO_INLINE I max_unsigned(I a, I b) {
     return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a), vreinterpretq_u32_s32(b)));
   }
+  // v[i] lane j <-> v[j] lane i
+  static QO_INLINE void transpose(I (&v)[N]) {
+    const int64x2_t low01 = vreinterpretq_s64_s32(vzip1q_s32(v[0], v[1])), high01 = vreinterpretq_s64_s32(vzip2q_s32(v[0], v[1]));
+    const int64x2_t low23 = vreinterpretq_s64_s32(vzip1q_s32(v[2], v[3])), high23 = vreinterpretq_s64_s32(vzip2q_s32(v[2], v[3]));
+    v[0] = vreinterpretq_s32_s64(vzip1q_s64(low01, low23));
+    v[1] = vreinterpretq_s32_s64(vzip2q_s64(low01, low23));
+    v[2] = vreinterpretq_s32_s64(vzip1q_s64(high01, high23));
+    v[3] = vreinterpretq_s32_s64(vzip2q_s64(high01, high23));
+  }
+  // the sum of the four signed bytes of each lane
+  static QO_INLINE I sum_bytes(I a) { return vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_s32(a))); }
   static QO_INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
   static QO_INLINE I to_int(F a) { return vcvtnq_s32_f32(a); }
 };
