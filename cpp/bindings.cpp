@@ -1,6 +1,9 @@
 // The op library: schemas and CPU kernels of torch.ops.quant_ops, on torch's stable ABI, and a few C functions for
 // python/quant_ops/_library.py. Fake kernels and autograd formulas are in python/quant_ops/ops.py; checks and allocation in
 // bindings_quantize.h and bindings_int8.h.
+#include <pthread.h>
+
+#include <atomic>
 #include <cstring>
 
 #include "bindings_int8.h"
@@ -8,8 +11,17 @@
 
 namespace quant_ops {
 
+namespace {
+// A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever: the child of a process whose
+// operators ran on several threads runs on one.
+std::atomic<bool> threads_started{false}, threads_lost{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_lost || threads_started; });
+}  // namespace
+
 // torch's own threads: at::parallel_for's pool, its nesting rules and torch.set_num_threads.
 void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (threads_lost) return body(context, 0, n);
+  threads_started = true;
   struct Call {
     void (*body)(void*, int64_t, int64_t);
     void* context;
@@ -19,7 +31,7 @@ void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t
       [](int64_t begin, int64_t end, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context, begin, end); }, &call));
 }
 
-int64_t parallel_threads() { return torch::stable::get_num_threads(); }
+int64_t parallel_threads() { return threads_lost ? 1 : torch::stable::get_num_threads(); }
 
 namespace {
 

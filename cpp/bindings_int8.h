@@ -29,10 +29,10 @@ struct Holder {
   std::vector<std::vector<int32_t>> integers;
 
   const float* floats(const Tensor& t) {
-    Tensor f = to_type(t, ScalarType::Float);
-    if (!f.is_contiguous()) f = torch::stable::contiguous(f);
-    tensors.push_back(f);
-    return f.const_data_ptr<float>();
+    const bool as_it_is = t.scalar_type() == ScalarType::Float && t.is_contiguous();  // the caller keeps it alive
+    if (as_it_is) return static_cast<const float*>(t.const_data_ptr());
+    tensors.push_back(torch::stable::contiguous(to_type(t, ScalarType::Float)));
+    return tensors.back().const_data_ptr<float>();
   }
 };
 
@@ -42,14 +42,18 @@ inline std::vector<int32_t> zero_point_values(const char* op, const char* name, 
   const bool floating = is_floating(type);
   QO_EXPECT(floating || is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short, ScalarType::Int, ScalarType::Long}),
             op, name, ".dtype integer or floating, got ", dtype_name(type));
-  Tensor wide = to_type(t, floating ? ScalarType::Double : ScalarType::Long);
-  if (!wide.is_contiguous()) wide = torch::stable::contiguous(wide);
-  std::vector<int32_t> values(static_cast<size_t>(wide.numel()));
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t z = floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i];
+  std::vector<int32_t> values(static_cast<size_t>(t.numel()));
+  const auto take = [&](size_t i, int64_t z) {
     QO_EXPECT(z >= qmin && z <= qmax, op, name, " in [", qmin, ", ", qmax, "], got ", z);
     values[i] = static_cast<int32_t>(z);
+  };
+  if (type == ScalarType::Int && t.is_contiguous()) {  // what the modules keep: a conversion would cost more than a small layer
+    for (size_t i = 0; i < values.size(); ++i) take(i, static_cast<const int32_t*>(t.const_data_ptr())[i]);
+    return values;
   }
+  const Tensor wide = torch::stable::contiguous(to_type(t, floating ? ScalarType::Double : ScalarType::Long));
+  for (size_t i = 0; i < values.size(); ++i)
+    take(i, floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i]);
   return values;
 }
 
@@ -156,7 +160,7 @@ inline void weight_params(const char* op, const Tensor& weight, const std::optio
               "packed_weight made by pack_weight from this weight, got another one. Call pack_weight(weight, groups) again.");
     return;
   }
-  holder->tensors.push_back(weight.is_contiguous() ? weight : torch::stable::contiguous(weight));
+  holder->tensors.push_back(torch::stable::contiguous(weight));
   *plain = holder->tensors.back().const_data_ptr<int8_t>();
 }
 
@@ -302,8 +306,7 @@ inline Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& w
 
   Ints y_shape = {p.N, p.O, p.OH, p.OW};
   if (!batched) y_shape.erase(y_shape.begin());
-  Tensor y =
-      empty(y_shape, type, x, p.y_channels_last ? std::optional(torch::headeronly::MemoryFormat::ChannelsLast) : std::nullopt);
+  Tensor y = empty(y_shape, type, x, p.y_channels_last);
   p.out.y = y.mutable_data_ptr();
   int8_conv2d_cpu(p);
   return y;

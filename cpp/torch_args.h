@@ -119,9 +119,24 @@ inline Tensor empty_like(const Tensor& t, ScalarType type) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor empty(const Ints& shape, ScalarType type, const Tensor& like,
-                    std::optional<torch::headeronly::MemoryFormat> format = std::nullopt) {
-  return torch::stable::empty({shape.data(), shape.size()}, type, std::nullopt, like.device(), std::nullopt, format);
+// An empty tensor on like's device, contiguous or (4-D) channels_last. Not torch::stable::empty: its boxed call costs a microsecond
+// that a small layer would notice.
+inline Tensor empty(const Ints& shape, ScalarType type, const Tensor& like, bool channels_last = false) {
+  const int64_t dims = static_cast<int64_t>(shape.size());
+  Ints strides(shape.size());
+  int64_t step = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    const int64_t d = !channels_last ? i : i == 3 ? 1 : i == 0 ? 0 : i + 1;  // from the innermost on: C, W, H, N
+    strides[static_cast<size_t>(d)] = step;
+    step *= std::max<int64_t>(1, shape[static_cast<size_t>(d)]);
+  }
+  AtenTensorHandle handle;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, shape.data(), strides.data(), static_cast<int32_t>(type), device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 inline Ints sizes_of(const Tensor& t) {

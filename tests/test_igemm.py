@@ -1,6 +1,8 @@
 """int8_gemm and int8_linear: exact sums, the epilogue bit for bit, every mode, any shape and stride."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import reference
@@ -148,6 +150,24 @@ def test_same_bits_for_any_threads_and_instruction_set(threads):
     qo._library.set_isa(None)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_a_forked_child_computes_the_same():
+    """The threads of the parent do not exist in the child; waiting for them would hang."""
+    script = """
+import os, signal, torch, quant_ops as qo
+torch.set_num_threads(2)
+x, w = torch.randn(256, 512), torch.randint(-128, 128, (512, 512), dtype=torch.int8)
+run = lambda: qo.int8_linear(x, w, torch.ones(())).numpy().tobytes()  # torch.equal would use threads itself
+expected = run()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if run() == expected else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "0", run.stdout + run.stderr
 
 
 def test_scratch_is_bounded_in_passes():
