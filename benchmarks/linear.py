@@ -18,15 +18,11 @@ def measure(name, shape, machine, options):
     """The rows of one shape, and why contenders are missing."""
     problem = peers.Problem(shape, machine["threads"])
     calls, distances, missing = peers.prepare(peers.CONTENDERS, problem, reference=problem.reference)
-    times = peers.interleave(calls, options.seconds, options.rounds)
-    limit = peers.limit_us(shape, machine["threads"], machine["peak_gops"])
-    rows = []
-    for contender in calls:
-        row = peers.row(times[contender], stem="linear", set=name, shape=str(shape), contender=contender)
-        row["sqnr_db"] = round(min(distances[contender], 300), 1)  # 300: the same result
-        if limit:
+    rows = peers.timed(calls, distances, options, stem="linear", set=name, shape=str(shape))
+    limit = peers.limit_us(shape.macs, shape.N * shape.K, machine["threads"], machine["peak_gops"])
+    if limit:
+        for row in rows:
             row |= {"limit_us": float(f"{limit:.4g}"), "percent_of_limit": round(100 * limit / row["min_us"], 1)}
-        rows.append(row)
     return rows, missing
 
 

@@ -1,8 +1,9 @@
 """One Linear in every package that is installed, and what the scripts share: timing in turns, the machine, its limits.
 
-Read next: linear.py, bench_model.py, README.md.
+Read next: linear.py, conv2d.py, networks.py, bench_model.py, README.md.
 """
 
+import argparse
 import concurrent.futures
 import copy
 import ctypes
@@ -120,7 +121,6 @@ def torchao_compiled(p):
 def onnx_runtime(p):
     """quantize_dynamic: DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses. Its input and output stay in place."""
     import onnx
-    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     M, N, K = p.shape
@@ -132,24 +132,39 @@ def onnx_runtime(p):
         [value("y", onnx.TensorProto.FLOAT, [M, N])],
         [tensor(p.linear.weight.t().contiguous().numpy(), "w"), tensor(p.linear.bias.numpy(), "b")],
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = p.threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads would slow the next contender
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        onnx.save(model, source)
+        onnx.save(onnx_model(graph), source)
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
-        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-    x, y, binding = p.x.numpy(), torch.empty(M, N).numpy(), session.io_binding()
-    for bind, name, array in ((binding.bind_input, "x", x), (binding.bind_output, "y", y)):
-        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return onnx_call(target, p.threads, {"x": p.x.numpy()}, torch.empty(M, N).numpy())
+
+
+def onnx_model(graph, domains=()):
+    """A model of an operator set and format that ONNX Runtime has long read."""
+    import onnx
+
+    sets = [onnx.helper.make_opsetid(*item) for item in ({"": 17} | dict(domains)).items()]
+    return onnx.helper.make_model(graph, opset_imports=sets, ir_version=8)
+
+
+def onnx_call(model, threads, inputs, y, output="y"):
+    """A call of an ONNX file or its bytes, whose inputs and output stay in place."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads would slow the next contender
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    binding.bind_output(output, "cpu", 0, y.dtype, y.shape, y.ctypes.data)
 
     def call():
         session.run_with_iobinding(binding)
         return y
 
-    call.keep = x  # the binding holds its address only
+    call.keep = inputs  # the binding holds addresses only
     return call
 
 
@@ -177,7 +192,7 @@ def prepare(contenders, *arguments, reference, least=LEAST_SQNR):
                 warnings.simplefilter("ignore")  # torch.ao announces its removal
                 call = contender(*arguments)
             with torch.inference_mode():
-                distance = sqnr(reference, torch.as_tensor(call()))
+                distance = sqnr(reference, torch.as_tensor(getattr(call, "result", call)()))
             if not distance > least:
                 raise ArithmeticError(f"{distance:.1f} dB from float32, expected more than {least:.0f}")
             calls[name], distances[name] = call, distance
@@ -221,6 +236,13 @@ def interleave(calls, seconds, rounds):
         done += 1
     gc.enable()
     return times
+
+
+def timed(calls, distances, options, **columns):
+    """A row per call, after `options.rounds` rounds and `options.seconds` seconds."""
+    times = interleave(calls, options.seconds, options.rounds)
+    rows = (row(times[name], contender=name, **columns) for name in calls)
+    return [r | {"sqnr_db": round(min(distances[r["contender"]], 300), 1)} for r in rows]  # 300: the same result
 
 
 def row(times, digits=4, **others):
@@ -275,8 +297,27 @@ def read_gbs(size, threads):
     return best
 
 
-def limit_us(shape, threads, peak_gops):
-    """The time below which no int8 Linear can be: all products at the peak, or one read of the int8 weight."""
+def limit_us(macs, size, threads, peak_gops):
+    """The time below which no int8 layer can be: all products at the peak, or one pass over `size` bytes."""
     if peak_gops is None:
         return None
-    return max(2 * shape.macs / peak_gops, shape.N * shape.K / read_gbs(shape.N * shape.K, threads)) / 1e3
+    return max(2 * macs / peak_gops, size / read_gbs(size, threads)) / 1e3
+
+
+# ---- command lines -----------------------------------------------------------------------------------------------------
+
+
+def parser(document, **defaults):
+    """The options of a script that times whole models."""
+    arguments = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument(
+        "--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}), help="default: 1 and all"
+    )
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    arguments.add_argument("--seconds", type=float, help="per batch and number of threads (default %(default)s)")
+    arguments.add_argument("--rounds", type=int, default=5, help="at least (default %(default)s)")
+    arguments.add_argument("--smoke", action="store_true", help="small models, to see that it runs")
+    arguments.add_argument("--out", type=Path, help="JSON")
+    arguments.add_argument("--cpu", help="a better name for the processor")
+    arguments.set_defaults(**defaults)
+    return arguments

@@ -19,7 +19,7 @@ class Linear(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """Input N x C x H x H, O output channels, kernel k x k, padding p, stride s."""
+    """Input N x C x H x H, O output channels, kernel k x k, padding p, stride s, dilation d."""
 
     N: int
     C: int
@@ -29,15 +29,15 @@ class Conv(NamedTuple):
     p: int = 0
     s: int = 1
     groups: int = 1
+    d: int = 1
 
     def __str__(self) -> str:
-        groups = f"_g{self.groups}" if self.groups > 1 else ""
-        stride = f"_s{self.s}" if self.s > 1 else ""
-        return f"{self.N}x{self.C}x{self.H}x{self.H}_{self.O}_k{self.k}_p{self.p}{stride}{groups}"
+        others = "".join(f"_{name}{value}" for name, value in (("s", self.s), ("g", self.groups), ("d", self.d)) if value > 1)
+        return f"{self.N}x{self.C}x{self.H}x{self.H}_{self.O}_k{self.k}_p{self.p}{others}"
 
     @property
     def out(self) -> int:
-        return (self.H + 2 * self.p - self.k) // self.s + 1
+        return (self.H + 2 * self.p - self.d * (self.k - 1) - 1) // self.s + 1
 
     @property
     def macs(self) -> int:
@@ -91,6 +91,20 @@ CONV = {
         Conv(1, 128, 56, 128, 1),
     ],
     "torch_quantizer": [Conv(1, 512, 64, 512, 3)],  # the row of its README
+}
+
+# Of conv2d.py, which compares with other packages, beside the layers of ResNet-50 and MobileNetV2.
+CONV_PEERS = {
+    "tiny": [Conv(1, 8, 8, 16, 3, 1), Conv(2, 8, 8, 8, 3, 1, groups=8)],
+    "others": [
+        Conv(1, 512, 64, 512, 3),  # the row of torch_quantizer's README
+        Conv(1, 96, 56, 96, 3, 1, groups=96),
+        Conv(1, 128, 56, 128, 3, 1, groups=32),  # ResNeXt-50
+        Conv(1, 240, 28, 240, 5, 2, groups=240),  # 5 x 5 depthwise, as in MobileNetV3 and EfficientNet
+        Conv(1, 256, 28, 256, 3, 2, d=2),  # dilated, as in DeepLab
+        Conv(8, 128, 28, 128, 3, 1, 2),
+        Conv(8, 256, 14, 256, 3, 1),
+    ],
 }
 
 # Tensors of the elementwise operators.

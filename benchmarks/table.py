@@ -1,4 +1,4 @@
-"""From pytest-benchmark's JSON to a small results file, and from that, or from a file of linear.py or bench_model.py, to tables.
+"""From pytest-benchmark's JSON to a small results file, and from that, or from a file of one of the scripts, to tables.
 
 python benchmarks/table.py compact out.json benchmarks/results/2026-11-cpu-zen5-1-thread.json
 python benchmarks/table.py show benchmarks/results/2026-11-cpu-zen5-1-thread.json              all shapes
@@ -11,7 +11,13 @@ import statistics
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
-PLACES = {"operators": "benchmark table", "linear": "peers table", "model": "model table"}  # of the README, by kind of results
+PLACES = {  # of the README, by kind of results
+    "operators": "benchmark table",
+    "linear": "peers table",
+    "model": "model table",
+    "conv2d": "conv2d table",
+    "networks": "networks table",
+}
 
 _MACHINE = ("cpu", "isa", "threads", "torch", "quant_ops")
 _FIGURES = ("gops", "percent_of_peak", "gbs")
@@ -107,10 +113,23 @@ def peers(data):
 
 
 def model(data):
-    """bench_model.py's table: minima in milliseconds."""
-    machine, rows = data["machine"], {}
-    for r in data["results"]:
-        rows.setdefault((r["threads"], r["shape"]), {})[r["contender"]] = r
+    """bench_model.py's tables, one per model: minima in milliseconds."""
+    machine = data["machine"]
+    parts = [
+        f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, transformers {machine['packages']['transformers']}, "
+        f"{machine['date']}. Times are minima in milliseconds, of the whole encoder. A figure below 1 is a loss."
+    ]
+    for stem, title in (("bert", None), ("minilm", "all-MiniLM-L6-v2 with its trained weights, on real sentences:")):
+        rows = {}
+        for r in data["results"]:
+            if r["stem"] == stem:
+                rows.setdefault((r["threads"], r["shape"]), {})[r["contender"]] = r
+        if rows:
+            parts += [*([title] if title else []), *_model(rows)]
+    return "\n".join(["\n\n".join(parts), *_missing(data)])
+
+
+def _model(rows):
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     head = ["threads", "batch x tokens", *names, "fp32 / ours", "bf16 / ours", "best torch.ao / ours"]
     lines = [_line(head), "|--:" * len(head) + "|"]
@@ -121,19 +140,53 @@ def model(data):
         others.append(min((ms for name, ms in milliseconds.items() if name.startswith("torch.ao")), default=None))
         times = [f"{milliseconds[name]:.1f}" if name in row else "" for name in names]
         lines.append(_line([str(threads), shape, *times, *(f"{other / ours:.2f}" if other else "" for other in others)]))
-    first = next(iter(rows.values()))
+    first, last = next(iter(rows.values())), list(rows.values())[-1]
+    if any("least_cosine" in r for r in last.values()):
+        cosines = ", ".join(f"{name} {r['least_cosine']:.4f}" for name, r in last.items() if name != "fp32")
+        return ["\n".join(lines), f"Least cosine similarity of an embedding with that of fp32: {cosines}."]
     distances = ", ".join(f"{name} {r['sqnr_db']:.0f}" for name, r in first.items() if name != "fp32")
+    return ["\n".join(lines), f"Signal to noise of the last hidden state against fp32, in dB: {distances}."]
+
+
+def _ratio(others, ours):
+    return f"{min(others) / ours:.2f}" if others else ""
+
+
+def networks(data):
+    """networks.py's table: minima in milliseconds."""
+    machine, rows = data["machine"], {}
+    for r in data["results"]:
+        rows.setdefault((r["stem"], r["threads"], r["shape"]), {})[r["contender"]] = r
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    ratios = ["fp32 / ours dynamic", "bf16 / ours dynamic", "best int8 other / best ours static"]
+    head = ["network", "threads", "batch", *names, *ratios]
+    lines = [_line(head), "|---" + "|--:" * (len(head) - 1) + "|"]
+    for (network, threads, shape), row in rows.items():
+        ms = {name: r["min_us"] / 1e3 for name, r in row.items()}
+        dynamic, static = ms["ours dynamic"], min(ms["ours static"], ms["ours static chained"])
+        int8 = [time for name, time in ms.items() if name.startswith(("torch.ao", "ONNX"))]
+        cells = [network, str(threads), shape, *(f"{ms[name]:.1f}" if name in ms else "" for name in names)]
+        lines.append(_line([*cells, f"{ms['fp32'] / dynamic:.2f}", _ratio([ms["bf16"]], dynamic), _ratio(int8, static)]))
+    distances = []
+    for network in dict.fromkeys(network for network, *_ in rows):
+        first = next(row for key, row in rows.items() if key[0] == network)
+        each = ", ".join(f"{name} {r['sqnr_db']:.0f}" for name, r in first.items() if name != "fp32")
+        distances.append(f"Signal to noise of the output of {network} against fp32, in dB: {each}.")
     return "\n".join(
         [
-            f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, transformers {machine['packages']['transformers']}, "
-            f"{machine['date']}. Times are minima in milliseconds, of the whole encoder. A figure below 1 is a loss.",
+            f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}{_packages(machine, 'onnxruntime')}, {machine['date']}. "
+            "Times are minima in milliseconds, from float image to float result. A figure below 1 is a loss.",
             "",
             *lines,
             "",
-            f"Signal to noise of the last hidden state against fp32, in dB: {distances}.",
+            *distances,
             *_missing(data),
         ]
     )
+
+
+def _packages(machine, *names):
+    return "".join(f", {name} {machine['packages'][name]}" for name in names if machine["packages"][name])
 
 
 def _missing(data):
@@ -143,6 +196,40 @@ def _missing(data):
         for reason in dict.fromkeys(reasons.values()):
             lines.append(f"* Not timed: {contender} on {', '.join(s for s, r in reasons.items() if r == reason)}: {reason}")
     return ["", *lines] if lines else []
+
+
+def conv2d(data):
+    """conv2d.py's tables: minima in microseconds, from float to float and from codes to codes."""
+    machine = data["machine"]
+    parts = [heading(machine | {"torch": machine["torch"] + _packages(machine, "onnxruntime")})]
+    for stem, title, own in (
+        ("conv2d", "float32 to float32", "ours dynamic"),
+        ("conv2d int8", "int8 to int8", "ours"),
+    ):
+        rows, ratios = {}, []
+        for r in data["results"]:
+            if r["stem"] == stem:
+                rows.setdefault((r["set"], r["shape"]), {})[r["contender"]] = r
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        head = [f"Conv2d, {title}", *names, "% of limit", "best other", f"best other / {own}"]
+        lines = [_line(head), "|---" + "|--:" * (len(head) - 1) + "|"]
+        for (group, shape), row in rows.items():
+            ours, others = row[own], [r for name, r in row.items() if _is_peer(name)]
+            best = min(others, key=lambda r: r["min_us"]) if others else {"contender": ""}
+            ratios += [best["min_us"] / ours["min_us"]] if others else []
+            limit = f"{ours['percent_of_limit']:.0f}" if "percent_of_limit" in ours else ""
+            times = [_time(row[name]["min_us"]) if name in row else "" for name in names]
+            ratio = f"{ratios[-1]:.2f}" if others else ""
+            lines.append(_line([f"{group} {shape}", *times, limit, best["contender"], ratio]))
+        if ratios:
+            mean = f"{statistics.geometric_mean(ratios):.2f}; {sum(r < 1 for r in ratios)} of {len(ratios)} below 1."
+            lines += ["", f"Geometric mean of the last column: {mean}"]
+        parts.append("\n".join(lines))
+    parts.append(
+        "The limit is the larger of all products at the peak and one pass over input, int8 weight and result at the bandwidth with "
+        "which the same process reads as many bytes."
+    )
+    return "\n".join(["\n\n".join(parts), *_missing(data)])
 
 
 def operators(data):
@@ -156,7 +243,7 @@ def _kind(data):
 
 
 def show(data):
-    return {"operators": operators, "linear": peers, "model": model}[_kind(data)](data)
+    return {"operators": operators, "linear": peers, "model": model, "conv2d": conv2d, "networks": networks}[_kind(data)](data)
 
 
 def readme(data):

@@ -48,6 +48,30 @@ def test_model_script(tmp_path):
     assert all(row["sqnr_db"] > 30 for row in rows)
 
 
+def test_conv2d_script(tmp_path):
+    out = tmp_path / "conv2d.json"
+    stdout = run("benchmarks/conv2d.py", "--sets", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    assert shown(out) == stdout
+    rows = json.loads(out.read_text())["results"]
+    timed = {(row["stem"], row["contender"]) for row in rows}
+    assert {("conv2d", name) for name in ("ours dynamic", "ours static", "fp32", "bf16")} | {("conv2d int8", "ours")} <= timed
+    assert all(row["sqnr_db"] > 20 and 0 < row["min_us"] <= row["median_us"] for row in rows)
+
+
+def test_networks_script(tmp_path):
+    out = tmp_path / "networks.json"
+    options = ("--smoke", "--batch", "1", "--threads", "1", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    stdout = run("benchmarks/networks.py", *options)
+    assert shown(out) == stdout
+    rows = json.loads(out.read_text())["results"]
+    for network in ("resnet-50", "mobilenet-v2"):
+        of_network = {row["contender"]: row for row in rows if row["stem"] == network}
+        assert {"ours dynamic", "ours static", "ours static chained", "fp32", "bf16"} <= of_network.keys()
+        # int8 between the layers is what the next layer would have made of the float
+        assert of_network["ours static"]["sqnr_db"] == of_network["ours static chained"]["sqnr_db"]
+    assert all(row["sqnr_db"] > 20 for row in rows)
+
+
 def test_tables_of_results():
     """What is in the repository can be shown."""
     for path in sorted((ROOT / "benchmarks" / "results").glob("*-cpu-*.json")):

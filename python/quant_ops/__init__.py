@@ -9,6 +9,7 @@ from . import _library
 _library.load()
 
 from .config import Int8Dynamic  # noqa: E402
+from .fold import FoldResult, fold_batchnorm_  # noqa: E402
 from .nn import QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
     choose_qparams,
@@ -28,12 +29,14 @@ __version__ = _library.VERSION
 
 __all__ = [
     "ConversionResult",
+    "FoldResult",
     "Int8Dynamic",
     "QuantConv2d",
     "QuantLinear",
     "__version__",
     "choose_qparams",
     "dequant_tensor",
+    "fold_batchnorm_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",

@@ -1,0 +1,274 @@
+"""Times a Conv2d in quant_ops and in every other package that is installed, in turns, in one process; writes JSON, prints tables.
+
+python benchmarks/conv2d.py                                   all layers of ResNet-50 and MobileNetV2, and others: minutes
+python benchmarks/conv2d.py --threads 8 --out conv2d-8.json
+python benchmarks/conv2d.py --sets others --seconds 1
+python benchmarks/conv2d.py --sets smoke --seconds 0
+
+From float32 to float32, as nn.Conv2d, and from codes to codes, as in a network that is int8 from layer to layer. Static contenders
+have the scale of their input, and of their result if it is rounded to 8 bits, from the data itself. Images are channels_last, also
+in ONNX Runtime's static convolution, which has an attribute for it. Read next: peers.py, networks.py.
+"""
+
+import argparse
+import copy
+import functools
+import logging
+import tempfile
+from pathlib import Path
+
+import networks
+import peers
+import shapes
+import table
+import torch
+from torch import nn
+
+import quant_ops as qo
+
+LEAST_SQNR = 20.0  # dB against float32; torch.ao's x86 saturates intermediate sums of depthwise convolutions
+
+
+class Problem:
+    """One layer's data: float x, convolution and result, scales, and codes of x. As uint8, every zero point is 128."""
+
+    def __init__(self, shape, threads):
+        generator = torch.Generator().manual_seed(0)
+        self.shape, self.threads = shape, threads
+        self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, generator=generator).contiguous(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(shape.C, shape.O, shape.k, shape.s, shape.p, shape.d, shape.groups).requires_grad_(False)
+        self.conv.weight.copy_(torch.randn(self.conv.weight.shape, generator=generator) / self.conv.weight[0].numel() ** 0.5)
+        self.conv.bias.copy_(torch.randn(shape.O, generator=generator))
+        self.conv.to(memory_format=torch.channels_last)
+        self.reference = self.conv(self.x)
+        self.input_scale = self.x.abs().max().item() / 127
+        self.output_scale = self.reference.abs().max().item() / 127
+        self.layer = qo.QuantConv2d.from_float(self.conv)
+        self.codes = (self.x / self.input_scale).round().to(torch.int8)
+
+    def sizes(self, width):
+        """Bytes of the input, the int8 weight and the result, `width` an activation."""
+        return width * (self.x.numel() + self.reference.numel()) + self.conv.weight.numel()
+
+    def decoded(self, codes):
+        """The float result of uint8 codes."""
+        return (codes.float() - 128) * self.output_scale
+
+
+# ---- from float32 to float32 -----------------------------------------------------------------------------------------------
+
+# Each contender: from a problem to a call. An exception is the reason why it is missing.
+
+
+def ours_dynamic(p):
+    layer, x = p.layer, p.x
+    return lambda: layer(x)
+
+
+def ours_static(p):
+    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.input_scale), p.x
+    return lambda: layer(x)
+
+
+def fp32(p):
+    layer, x = p.conv, p.x
+    return lambda: layer(x)
+
+
+def bf16(p):
+    layer, x = copy.deepcopy(p.conv).bfloat16(), p.x.bfloat16()
+    return lambda: layer(x)
+
+
+def torch_ao_packed(engine, p):
+    peers.use_engine(engine)
+    s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
+    weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
+    return torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
+
+
+def torch_ao(engine, p):
+    packed, x, input_scale, output_scale = torch_ao_packed(engine, p), p.x, p.input_scale, p.output_scale
+    convolve = torch.ops.quantized.conv2d
+
+    def call():
+        codes = torch.quantize_per_tensor(x, input_scale, 128, torch.quint8)
+        return convolve(codes, packed, output_scale, 128).dequantize()
+
+    return call
+
+
+def onnx_static(p, nodes, x, y):
+    """The call of some nodes around QLinearConv, whose tensors here have their channels last."""
+    import onnx
+
+    types = {torch.float32: onnx.TensorProto.FLOAT, torch.uint8: onnx.TensorProto.UINT8}
+    tensor, value = onnx.numpy_helper.from_array, onnx.helper.make_tensor_value_info
+    s, scales = p.shape, {"x_scale": torch.tensor(p.input_scale), "y_scale": torch.tensor(p.output_scale)}
+    products = p.layer.weight_scale * scales["x_scale"]
+    weights = scales | {
+        "zero": torch.tensor(128, dtype=torch.uint8),
+        "w": p.layer.weight.contiguous(),
+        "w_scale": p.layer.weight_scale,
+        "w_zero": torch.zeros(s.O, dtype=torch.int8),
+        "bias": (p.conv.bias / products).round().to(torch.int32),
+    }
+    convolution = onnx.helper.make_node(
+        "QLinearConv",
+        ["x_codes", "x_scale", "zero", "w", "w_scale", "w_zero", "y_scale", "zero", "bias"],
+        ["y_codes"],
+        domain="com.microsoft",
+        channels_last=1,
+        strides=[s.s] * 2,
+        pads=[s.p] * 4,
+        dilations=[s.d] * 2,
+        group=s.groups,
+    )
+    before, after = nodes
+    graph = onnx.helper.make_graph(
+        [*before, convolution, *after],
+        "conv2d",
+        [value("x" if before else "x_codes", types[x.dtype], x.shape)],
+        [value("y" if after else "y_codes", types[y.dtype], y.shape)],
+        [tensor(weight.numpy(), name) for name, weight in weights.items()],
+    )
+    model = peers.onnx_model(graph, {"com.microsoft": 1}).SerializeToString()
+    return peers.onnx_call(model, p.threads, {graph.input[0].name: x.numpy()}, y.numpy(), graph.output[0].name)
+
+
+def onnx_runtime(p):
+    """QuantizeLinear, QLinearConv, DequantizeLinear."""
+    import onnx
+
+    node = onnx.helper.make_node
+    nodes = (
+        [node("QuantizeLinear", ["x", "x_scale", "zero"], ["x_codes"])],
+        [node("DequantizeLinear", ["y_codes", "y_scale", "zero"], ["y"])],
+    )
+    y = torch.empty_like(p.reference.permute(0, 2, 3, 1))
+    call = onnx_static(p, nodes, p.x.permute(0, 2, 3, 1), y)
+    call.result = lambda: torch.as_tensor(call()).permute(0, 3, 1, 2)
+    return call
+
+
+def onnx_runtime_dynamic(p):
+    """quantize_dynamic: DynamicQuantizeLinear and ConvInteger, on NCHW."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    s, tensor, value = p.shape, onnx.numpy_helper.from_array, onnx.helper.make_tensor_value_info
+    settings = {"strides": [s.s] * 2, "pads": [s.p] * 4, "dilations": [s.d] * 2, "group": s.groups}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w", "b"], ["y"], "conv", **settings)],
+        "conv2d",
+        [value("x", onnx.TensorProto.FLOAT, p.x.shape)],
+        [value("y", onnx.TensorProto.FLOAT, p.reference.shape)],
+        [tensor(p.conv.weight.contiguous().numpy(), "w"), tensor(p.conv.bias.numpy(), "b")],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+        onnx.save(peers.onnx_model(graph), source)
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8)
+        y = torch.empty(p.reference.shape).numpy()
+        return peers.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
+
+
+# ---- from codes to codes ---------------------------------------------------------------------------------------------------
+
+# A call that returns codes has a `result`, which gives what they stand for.
+
+
+def ours_int8(p):
+    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.input_scale, output_scale=p.output_scale), p.codes
+
+    def call():
+        return layer(x)
+
+    call.result = lambda: call().float() * p.output_scale
+    return call
+
+
+def torch_ao_int8(engine, p):
+    packed, output_scale, convolve = torch_ao_packed(engine, p), p.output_scale, torch.ops.quantized.conv2d
+    x = torch.quantize_per_tensor(p.x, p.input_scale, 128, torch.quint8)
+
+    def call():
+        return convolve(x, packed, output_scale, 128)
+
+    call.result = lambda: call().dequantize()
+    return call
+
+
+def onnx_runtime_int8(p):
+    x = (p.codes.int() + 128).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    y = torch.empty(p.reference.permute(0, 2, 3, 1).shape, dtype=torch.uint8)
+    call = onnx_static(p, ([], []), x, y)
+    call.result = lambda: p.decoded(torch.as_tensor(call())).permute(0, 3, 1, 2)
+    return call
+
+
+FLOAT = {
+    "ours dynamic": ours_dynamic,
+    "ours static": ours_static,
+    "fp32": fp32,
+    "bf16": bf16,
+    "torch.ao x86": functools.partial(torch_ao, "x86"),
+    "torch.ao onednn": functools.partial(torch_ao, "onednn"),
+    "ONNX Runtime": onnx_runtime,
+    "ONNX Runtime dynamic": onnx_runtime_dynamic,
+}
+INT8 = {
+    "ours": ours_int8,
+    "torch.ao x86": functools.partial(torch_ao_int8, "x86"),
+    "torch.ao onednn": functools.partial(torch_ao_int8, "onednn"),
+    "ONNX Runtime": onnx_runtime_int8,
+}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------------
+
+
+def measure(name, shape, machine, options):
+    """The rows of one shape, and why contenders are missing."""
+    with torch.no_grad():
+        problem = Problem(shape, machine["threads"])
+    rows, missing = [], {}
+    for stem, contenders, width in (("conv2d", FLOAT, 4), ("conv2d int8", INT8, 1)):
+        calls, distances, absent = peers.prepare(contenders, problem, reference=problem.reference, least=LEAST_SQNR)
+        limit = peers.limit_us(shape.macs, problem.sizes(width), machine["threads"], machine["peak_gops"])
+        for row in peers.timed(calls, distances, options, stem=stem, set=name, shape=str(shape)):
+            if limit:
+                row |= {"limit_us": float(f"{limit:.4g}"), "percent_of_limit": round(100 * limit / row["min_us"], 1)}
+            rows.append(row)
+        missing |= {f"{contender} ({stem})": reason for contender, reason in absent.items()}
+    return rows, missing
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.CONV_PEERS
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sets", nargs="+", choices=["smoke", "default", *sets], default=["default"])
+    parser.add_argument("--seconds", type=float, default=1, help="per shape, half of it from codes to codes (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least, per shape (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--cpu", help="a better name for the processor")
+    options = parser.parse_args()
+    options.seconds /= 2
+    logging.disable(logging.WARNING)  # ONNX Runtime recommends a step for which one layer has no use
+    torch.set_num_threads(options.threads)
+    data = {"kind": "conv2d", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
+    chosen = {"smoke": shapes.SMOKE, "default": sets.keys() - shapes.SMOKE}
+    for name in sorted({name for choice in options.sets for name in chosen.get(choice, [choice])}, key=list(sets).index):
+        for shape in sets[name]() if callable(sets[name]) else sets[name]:
+            rows, missing = measure(name, shape, data["machine"], options)
+            data["results"] += rows
+            for contender, reason in missing.items():
+                data["missing"].setdefault(contender, {})[str(shape)] = reason
+    if options.out:
+        options.out.write_text(table.text(data))
+    print(table.show(data))
+
+
+if __name__ == "__main__":
+    main()
