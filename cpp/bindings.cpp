@@ -136,6 +136,11 @@ QO_EXPORT const char* quant_ops_set_isa(const char* name) {
   });
 }
 
+// Bytes of a weight packed by pack_weight, for its fake kernel.
+QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::packed_layout(out_channels, in_channels, r, s, groups).bytes;
+}
+
 // All that this machine runs, worst first, separated by commas.
 QO_EXPORT const char* quant_ops_isas() {
   return guarded([] {

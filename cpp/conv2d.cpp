@@ -4,7 +4,8 @@
 //
 // A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four. An output pixel is
 // then R * S rows of codes, named by their offsets; a tap in the padding names a row filled with the zero point, so that borders
-// need no special case and the plain column-sum correction is right everywhere. Depthwise convolutions have their own kernel.
+// need no special case and the plain column-sum correction is right everywhere. With few channels a whole kernel row is one tap;
+// the image's rows then have the horizontal padding in them. Depthwise convolutions have their own kernel.
 #include <algorithm>
 #include <cstring>
 
@@ -25,7 +26,9 @@ struct Plan {
   PackedLayout layout;
   int64_t group_channels;  // padded channels of one group in the codes
   int64_t pixel;           // bytes of one pixel in the codes
-  int64_t sample;          // bytes of one sample, zero-point row included
+  int64_t left, row;       // bytes of the padding before a row of the image, and of a row
+  int64_t padding;         // offset of what a tap outside of the image reads
+  int64_t sample;          // bytes of one sample, the padding included
   int64_t tile_rows;       // output pixels of one tile of the micro-kernel
   int64_t block;           // output pixels of one task
   bool nhwc_input;
@@ -34,17 +37,21 @@ struct Plan {
   int64_t lines;  // of a sample
 };
 
-Plan make_plan(const Int8Conv2dParams& p, int64_t tile_rows) {
+Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, int64_t tile_rows) {
   Plan plan;
   plan.tile_rows = tile_rows;
-  const int64_t channels = p.C / p.groups;
-  plan.layout = packed_layout(p.O, channels, p.R, p.S, p.groups);
-  plan.group_channels = plan.layout.depthwise ? 1 : plan.layout.k4 * kGroupK;
-  plan.pixel = plan.layout.depthwise ? plan.layout.padded_n : p.groups * plan.group_channels;
-  plan.sample = std::max<int64_t>(64, round_up((p.H * p.W + 1) * plan.pixel, 64));
+  plan.layout = layout;
+  plan.group_channels = layout.depthwise ? 1 : layout.rows ? p.C : layout.k4 * kGroupK;
+  plan.pixel = layout.depthwise ? layout.padded_n : layout.groups * plan.group_channels;
+  plan.left = layout.rows ? p.pad[1] * plan.pixel : 0;
+  plan.row = (layout.rows ? std::max(p.pad[1] + p.W, (p.OW - 1) * p.stride[1] + p.S) : p.W) * plan.pixel;
+  plan.padding = p.H * plan.row;
+  // a kernel row's last group of four k may reach three bytes further, where the weight is zero
+  const int64_t padding_bytes = layout.rows ? plan.row + kGroupK : plan.pixel;
+  plan.sample = std::max<int64_t>(64, round_up(plan.padding + padding_bytes, 64));
   plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
   plan.nhwc_input = p.x_stride[1] == 1;
-  plan.merged = p.x_stride[2] == p.W * p.x_stride[3];
+  plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && !layout.rows;
   plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
   plan.lines = plan.line == 0 ? 0 : ceil_div(p.H * p.W, plan.line);
   return plan;
@@ -77,14 +84,20 @@ void for_each_piece(const Int8Conv2dParams& p, const Plan& plan, const Line& lin
 // One line of x into the codes of its sample; `buffer` holds line * C bytes.
 void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, const Line& line, const RowCodes& row,
                    uint8_t* sample_codes, uint8_t* buffer) {
-  uint8_t* codes = sample_codes + line.first * plan.pixel;
+  // the beginning of a row, or, without horizontal padding, any pixel
+  uint8_t* codes = sample_codes + (plan.layout.rows ? line.first / p.W * plan.row + plan.left : line.first * plan.pixel);
+  if (plan.layout.rows) {
+    const int64_t end = plan.left + line.pixels * plan.pixel;
+    std::memset(codes - plan.left, row.zero_point, static_cast<size_t>(plan.left));
+    std::memset(codes - plan.left + end, row.zero_point, static_cast<size_t>(plan.row - end));
+  }
   const bool in_place = plan.nhwc_input && plan.pixel == p.C;
   for_each_piece(p, plan, line, [&](int64_t offset, int64_t n, int64_t place) {
     write_codes(table, p.in, offset, n, row, (in_place ? codes : buffer) + place);
   });
   if (in_place) return;
   if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(line.pixels * plan.pixel));
-  const int64_t channels = plan.layout.depthwise ? p.C : p.C / p.groups, groups = p.C / channels;
+  const int64_t channels = plan.layout.depthwise || plan.layout.rows ? p.C : plan.layout.k, groups = p.C / channels;
   const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
   for (int64_t w = 0; w < line.pixels; ++w)
     for (int64_t g = 0; g < groups; ++g) {
@@ -96,17 +109,18 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
 
 // The offsets of `rows` output pixels from `first` on, in tiles of plan.tile_rows: [tile][taps][rows of the tile].
 void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
-  const int64_t padding = p.H * p.W * plan.pixel;  // the zero-point row
+  const int64_t tap_columns = plan.layout.rows ? 1 : p.S;
   for (int64_t tile = 0; tile < rows; tile += plan.tile_rows) {
     const int64_t count = std::min(plan.tile_rows, rows - tile);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t oh = (first + tile + i) / p.OW, ow = (first + tile + i) % p.OW;
       for (int64_t r = 0; r < p.R; ++r) {
         const int64_t h = oh * p.stride[0] - p.pad[0] + r * p.dilation[0];
-        for (int64_t s = 0; s < p.S; ++s) {
-          const int64_t w = ow * p.stride[1] - p.pad[1] + s * p.dilation[1];
-          const bool inside = h >= 0 && h < p.H && w >= 0 && w < p.W;
-          offsets[tile * plan.layout.taps + (r * p.S + s) * count + i] = inside ? (h * p.W + w) * plan.pixel : padding;
+        for (int64_t s = 0; s < tap_columns; ++s) {
+          const int64_t w = ow * p.stride[1] + s * p.dilation[1] - (plan.layout.rows ? 0 : p.pad[1]);
+          const bool inside = h >= 0 && h < p.H && (plan.layout.rows || (w >= 0 && w < p.W));
+          offsets[tile * plan.layout.taps + (r * tap_columns + s) * count + i] =
+              inside ? h * plan.row + w * plan.pixel : plan.padding;
         }
       }
     }
@@ -152,14 +166,19 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const int64_t pixels = p.OH * p.OW;
   if (p.N == 0 || p.O == 0 || pixels == 0) return;
   const KernelTable& table = kernels();
-  const Plan plan = make_plan(p, table.gemm_rows);
+  // A packed weight of few channels has no taps to dilate: it is packed anew. (Nor can an empty row be padded.)
+  const bool dilated = p.dilation[1] != 1 || p.W == 0;
+  const PackedLayout given = packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups);
+  const Plan plan = make_plan(p, packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups, dilated), table.gemm_rows);
   const PackedLayout& layout = plan.layout;
+  const bool repack = p.packed && given.rows != layout.rows;
   const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
   const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = layout.depthwise ? p.O : std::min<int64_t>(kPanel, layout.n);
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
-  const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
+  const int64_t packed_at = p.packed && !repack ? 0 : scratch.add(layout.bytes);
+  const int64_t unpacked_at = repack ? scratch.add(p.O * given.in_channels * p.R * p.S) : 0;
   const int64_t codes_at = scratch.add(samples * plan.sample),
                 range_at = scratch.add(samples * plan.lines * int64_t{sizeof(Range)});
   const int64_t scale_at = scratch.add(samples * 4), zero_at = scratch.add(samples * 4);
@@ -170,8 +189,9 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   scratch.allocate();
   columns.fill(p.out, layout, scratch);
   const int8_t* packed = p.packed;
-  if (packed == nullptr) {
-    pack_weight_cpu(p.weight, layout, scratch.at<int8_t>(packed_at));
+  if (packed == nullptr || repack) {
+    if (repack) unpack_weight_cpu(p.packed, given, scratch.at<int8_t>(unpacked_at));
+    pack_weight_cpu(repack ? scratch.at<int8_t>(unpacked_at) : p.weight, layout, scratch.at<int8_t>(packed_at));
     packed = scratch.at<int8_t>(packed_at);
   }
   uint8_t* codes = scratch.at<uint8_t>(codes_at);
@@ -211,7 +231,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       const RowCodes row = row_codes(p.in, n0 + n, range);
       sample_scale[n] = row.scale;
       sample_zero[n] = row.zero_point;
-      std::memset(codes + n * plan.sample + p.H * p.W * plan.pixel, row.zero_point, static_cast<size_t>(plan.pixel));
+      std::memset(codes + n * plan.sample + plan.padding, row.zero_point, static_cast<size_t>(plan.sample - plan.padding));
     }
 
     // 2. samples -> codes
@@ -254,7 +274,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
         });
         return;
       }
-      for (int64_t g = 0; g < p.groups; ++g)
+      for (int64_t g = 0; g < layout.groups; ++g)
         for (int64_t panel = 0; panel < layout.panels(); ++panel) {
           const int64_t column = panel * kPanel, width = layout.width(panel), valid = std::min(width, layout.n - column);
           block.store(g * layout.n + column, valid, [&](char* y, int64_t y_stride) {

@@ -4,8 +4,11 @@
 //   column sum int32 [groups][padded columns]                 sum over k of the weight, for the zero-point correction
 //   panels     int8  [groups][columns / 64][taps][k / 4][width][4]   width 64, the last panel rounded up to 16; k padded with zeros
 //
-// A linear weight [N, K] has one group and one tap; a convolution weight [O, C/groups, R, S] has R * S taps. A depthwise weight
-// (one input and one output channel a group) is kept as [taps][channels rounded up to 16]. Derived, never saved.
+// A linear weight [N, K] has one group and one tap. A convolution weight [O, C/groups, R, S] has R * S taps, with two exceptions
+// that keep products long:
+//   few channels   a kernel row is one tap: R taps of S * C neighbouring bytes of the image (for a horizontal dilation of 1)
+//   small groups   several groups make one with a block-diagonal weight; the zeros cost less than tiles of four columns
+// A depthwise weight (one input and one output channel a group) is kept as [taps][channels rounded up to 16]. Derived, never saved.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +18,11 @@
 namespace quant_ops {
 
 struct PackedLayout {
-  int64_t groups, n, k, r, s;  // n columns and k inputs of one group
-  bool depthwise;
-  int64_t taps, k4, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
+  int64_t out_channels, in_channels, r, s, conv_groups;  // of the weight; in_channels of one group
+  bool depthwise, rows;                                  // kept as above; rows: of few channels
+  int64_t merged;                                        // groups of the weight in one of the product
+  int64_t groups, n, k, taps;                            // of the product: n columns and k inputs of one group and tap
+  int64_t k4, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t width(int64_t panel) const { return panel * kPanel + kPanel <= padded_n ? kPanel : padded_n - panel * kPanel; }
@@ -30,7 +35,9 @@ struct PackedLayout {
   }
 };
 
-PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups);
+// `dilated`: no rows.
+PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups,
+                           bool dilated = false);
 
 // weight: contiguous [out_channels, in_channels_per_group, r, s].
 void pack_weight_cpu(const int8_t* weight, const PackedLayout& layout, int8_t* packed);

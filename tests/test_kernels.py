@@ -317,7 +317,7 @@ def test_packed_weight_layout(isa):
     del isa  # packing has no instruction set: this is the point
     w = np.random.default_rng(6).integers(-128, 128, (70, 13)).astype(np.int8)
     packed = kernels.pack_weight(w)
-    assert packed[:8].tobytes() == b"qopack1\0"
+    assert packed[:8].tobytes() == b"qopack2\0"
     sums = packed[64 : 64 + 80 * 4].view(np.int32)
     assert np.array_equal(sums[:70], w.astype(np.int64).sum(1))
     assert not sums[70:].any()

@@ -61,6 +61,8 @@ def load() -> None:
     for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_gemm_kernel):
         function.restype = ctypes.c_char_p
     _c.quant_ops_set_isa.argtypes = [ctypes.c_char_p]
+    _c.quant_ops_packed_bytes.argtypes = [ctypes.c_int64] * 5
+    _c.quant_ops_packed_bytes.restype = ctypes.c_int64
     cpu_library = path
 
     cuda_path = _find(_CUDA_LIBRARY)
@@ -109,3 +111,8 @@ def set_isa(name: str | None) -> str:
 def gemm_kernel() -> str:
     """The micro-kernel that the int8 operators call on the CPU."""
     return _text(_library().quant_ops_gemm_kernel())
+
+
+def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: int) -> int:
+    """The length of what ``pack_weight`` gives for a weight ``(out_channels, in_channels, r, s)``."""
+    return int(_library().quant_ops_packed_bytes(out_channels, in_channels, r, s, groups))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_ops import _library
+
 _ops = torch.ops.quant_ops
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # autograd kernels of the int8 operators; must stay alive
@@ -748,14 +750,8 @@ def _(weight: Tensor, groups: int = 1) -> Tensor:
         op,
         f"groups to divide the output channels of a convolution, got groups {groups} and weight.shape {_shape(weight.shape)}",
     )
-    out_channels, k = weight.shape[:2]
-    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
-    n = out_channels // groups
-    depthwise = groups > 1 and n == 1 and k == 1
-    columns = ((groups if depthwise else n) + 15) // 16 * 16
-    sums = 64 + 4 * columns * (1 if depthwise else groups)
-    values = columns * taps * (1 if depthwise else groups * ((k + 3) // 4 * 4))
-    return weight.new_empty(((sums + 63) // 64 * 64 + values,))
+    kernel = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    return weight.new_empty((_library.packed_bytes(*weight.shape[:2], *kernel, groups),))
 
 
 # ---- unpack_weight -----------------------------------------------------------------------------------------------
