@@ -31,6 +31,7 @@ struct Plan {
   int64_t sample;          // bytes of one sample, the padding included
   int64_t tile_rows;       // output pixels of one tile of the micro-kernel
   int64_t block;           // output pixels of one task
+  bool pointwise;          // every output pixel reads the input pixel of its own place
   bool nhwc_input;
   bool merged;    // the rows of an image follow each other: pixels can be taken across them
   int64_t line;   // pixels of a line, the unit of quantization: a piece of the image if merged, else a row
@@ -50,6 +51,8 @@ Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, int64_t ti
   const int64_t padding_bytes = layout.rows ? plan.row + kGroupK : plan.pixel;
   plan.sample = std::max<int64_t>(64, round_up(plan.padding + padding_bytes, 64));
   plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
+  plan.pointwise =
+      p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 && p.pad[1] == 0;
   plan.nhwc_input = p.x_stride[1] == 1;
   plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && !layout.rows;
   plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
@@ -109,19 +112,27 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
 
 // The offsets of `rows` output pixels from `first` on, in tiles of plan.tile_rows: [tile][taps][rows of the tile].
 void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
-  const int64_t tap_columns = plan.layout.rows ? 1 : p.S;
+  const int64_t tap_columns = plan.layout.rows ? 1 : p.S, left = plan.layout.rows ? 0 : p.pad[1];
+  if (plan.pointwise) {
+    for (int64_t i = 0; i < rows; ++i) offsets[i] = (first + i) * plan.pixel;
+    return;
+  }
+  int64_t oh = first / p.OW, ow = first % p.OW;
   for (int64_t tile = 0; tile < rows; tile += plan.tile_rows) {
     const int64_t count = std::min(plan.tile_rows, rows - tile);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t oh = (first + tile + i) / p.OW, ow = (first + tile + i) % p.OW;
+      int64_t* to = offsets + tile * plan.layout.taps + i;
       for (int64_t r = 0; r < p.R; ++r) {
         const int64_t h = oh * p.stride[0] - p.pad[0] + r * p.dilation[0];
-        for (int64_t s = 0; s < tap_columns; ++s) {
-          const int64_t w = ow * p.stride[1] + s * p.dilation[1] - (plan.layout.rows ? 0 : p.pad[1]);
-          const bool inside = h >= 0 && h < p.H && (plan.layout.rows || (w >= 0 && w < p.W));
-          offsets[tile * plan.layout.taps + (r * tap_columns + s) * count + i] =
-              inside ? h * plan.row + w * plan.pixel : plan.padding;
+        const bool row_inside = h >= 0 && h < p.H;
+        for (int64_t s = 0; s < tap_columns; ++s, to += count) {
+          const int64_t w = ow * p.stride[1] - left + s * p.dilation[1];
+          *to = row_inside && (plan.layout.rows || (w >= 0 && w < p.W)) ? h * plan.row + w * plan.pixel : plan.padding;
         }
+      }
+      if (++ow == p.OW) {
+        ow = 0;
+        ++oh;
       }
     }
   }

@@ -286,38 +286,137 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
   }
 }
 
+// float32 results -> codes of eight bits, as quant_math.h has it, without a division: v * (1 / scale) + 1.5 * 2^23 is rounded to an
+// integer by the addition, and its bits count in steps of one. Far outside of the codes' range that is no longer so, but their
+// order still is that of the values, and they are clamped.
+//
+// Where the codes do not saturate (|quotient| < 512) the product is off by at most 2^-15, so it rounds like the quotient unless it
+// lies that close to a tie n + 1/2. Then, in about one row of 64 in 80, the row is divided. NaN, infinities and what an unusual
+// scale makes (its reciprocal is given as NaN) count as next to a tie.
+template <class Y>
+struct Requantize {
+  static constexpr int32_t kMin = Y(-1) < Y(0) ? -128 : 0, kMax = Y(-1) < Y(0) ? 127 : 255;
+  float scale, floor;
+  int32_t zero_point;
+  typename Simd::F reciprocal, magic;
+  typename Simd::I lo, hi, back, tie;
+
+  QO_INLINE explicit Requantize(const TileOutput& o) : scale(o.out_scale), floor(o.floor), zero_point(o.out_zero_point) {
+    constexpr float kMagic = 12582912.0f;
+    const bool usual = scale > 0x1p-100f && scale < 0x1p100f;
+    const int32_t magic_bits = static_cast<int32_t>(float_bits(kMagic));
+    reciprocal = Simd::set(usual ? 1.0f / scale : __builtin_nanf(""));
+    magic = Simd::set(kMagic);
+    const int32_t least = o.floor == 0.0f && zero_point > kMin ? zero_point : kMin;  // ReLU: what is below 0 becomes its code
+    lo = Simd::set_int(magic_bits + least - zero_point);
+    hi = Simd::set_int(magic_bits + kMax - zero_point);
+    back = Simd::set_int(zero_point - magic_bits);
+    tie = Simd::set_int(static_cast<int32_t>(float_bits(0.4999f)));
+  }
+
+  // kVectors vectors of one row.
+  template <int kVectors>
+  QO_INLINE void store(Y* y, const typename Simd::F (&v)[kVectors]) const {
+    typename Simd::I q[kVectors], distance = Simd::set_int(0);
+    unroll<kVectors>([&](auto i) QO_LAMBDA {
+      const auto sum = Simd::fma(v[i.value], reciprocal, magic);
+      distance = Simd::max_unsigned(distance, Simd::abs_bits(Simd::fnma(v[i.value], reciprocal, Simd::sub(sum, magic))));
+      q[i.value] = Simd::add(Simd::min(hi, Simd::max(lo, Simd::bits(sum))), back);
+    });
+    if (__builtin_expect(Simd::any_above(distance, tie), 0))
+      unroll<kVectors>([&](auto i) QO_LAMBDA { q[i.value] = divided(v[i.value]); });
+    if constexpr (kVectors == 4)
+      Simd::store_bytes(y, q[0], q[1], q[2], q[3]);
+    else
+      unroll<kVectors>([&](auto i) QO_LAMBDA { Simd::store(y + i.value * Simd::N, q[i.value]); });
+  }
+
+  QO_INLINE typename Simd::I divided(typename Simd::F v) const {
+    v = Simd::max(Simd::set(floor), v);  // a NaN passes
+    auto steps = Simd::add(Simd::round_even(Simd::div(v, Simd::set(scale))), Simd::set(0.0f));
+    steps = Simd::min(Simd::set(static_cast<float>(kMax - zero_point)),
+                      Simd::max(Simd::set(static_cast<float>(kMin - zero_point)), steps));
+    return Simd::add(Simd::to_int(Simd::nan_to_zero(steps)), Simd::set_int(zero_point));
+  }
+};
+
+// acc(row, v) gives the accumulators of columns [v * N, v * N + N) of a row; both arguments are Int<>. All columns are valid.
+template <class Y, int kRows, int kVectors, class Acc>
+QO_INLINE void finish_whole(const TileOutput& o, const Acc& acc) {
+  // Columns outside, rows inside: what belongs to the columns is loaded once. Symmetric activations have one zero point for all
+  // rows, so its correction is too; a convolution's rows are pixels of one sample, with one scale.
+  constexpr int kGroup = sizeof(Y) != 1 ? 1 : kVectors % 4 == 0 ? 4 : kVectors;  // codes are stored several vectors at once
+  bool one_zero = true;
+  for (int r = 1; r < kRows; ++r) one_zero = one_zero && o.row_zero[r * o.row_step] == o.row_zero[0];
+  unroll<kVectors / kGroup>([&](auto group) QO_LAMBDA {
+    typename Simd::I sum[kGroup], shared[kGroup];
+    typename Simd::F scale[kGroup], bias[kGroup], shared_product[kGroup];
+    unroll<kGroup>([&](auto i) QO_LAMBDA {
+      constexpr int64_t column = (group.value * kGroup + i.value) * Simd::N;
+      sum[i.value] = Simd::load_int(o.column_sum + column);
+      scale[i.value] = Simd::load(o.column_scale + column);
+      bias[i.value] = Simd::load(o.bias + column);
+      shared[i.value] = Simd::mul(Simd::set_int(o.row_zero[0]), sum[i.value]);
+      shared_product[i.value] = Simd::mul(Simd::set(o.row_scale[0]), scale[i.value]);
+    });
+    const auto product = [&](auto r, auto i) QO_LAMBDA {
+      return o.row_step == 0 ? shared_product[i.value] : Simd::mul(Simd::set(o.row_scale[r.value * o.row_step]), scale[i.value]);
+    };
+    const auto correction = [&](auto r, auto i) QO_LAMBDA {
+      return one_zero ? shared[i.value] : Simd::mul(Simd::set_int(o.row_zero[r.value * o.row_step]), sum[i.value]);
+    };
+    if constexpr (sizeof(Y) == 1) {
+      const Requantize<Y> requantize(o);
+      unroll<kRows>([&](auto r) QO_LAMBDA {
+        typename Simd::F v[kGroup];
+        unroll<kGroup>([&](auto i) QO_LAMBDA {
+          const auto corrected = Simd::sub(acc(r, Int<group.value * kGroup + i.value>{}), correction(r, i));
+          v[i.value] = Simd::fma(Simd::to_float(corrected), product(r, i), bias[i.value]);
+        });
+        requantize.template store<kGroup>(static_cast<Y*>(o.y) + r.value * o.y_stride + group.value * kGroup * Simd::N, v);
+      });
+    } else {
+      unroll<kRows>([&](auto r) QO_LAMBDA {
+        const auto corrected = Simd::sub(acc(r, group), correction(r, Int<0>{}));
+        Y* y = static_cast<Y*>(o.y) + r.value * o.y_stride + group.value * Simd::N;
+        if constexpr (std::is_same_v<Y, int32_t>)  // the accumulator itself
+          Simd::store(y, corrected);
+        else
+          Simd::store(y, Simd::max(Simd::set(o.floor), Simd::fma(Simd::to_float(corrected), product(r, Int<0>{}), bias[0])));
+      });
+    }
+  });
+}
+
 // The last columns of a matrix: through memory, to keep the code of the tiles small.
 template <class Y>
 void finish_part(const TileOutput& o, const int32_t* acc, int64_t rows, int64_t acc_stride) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < o.columns; n += Simd::N) finish_from<Y>(o, r, n, Simd::load_int(acc + r * acc_stride + n));
+  int64_t n = 0;
+  for (; n + Simd::N <= o.columns; n += Simd::N) {
+    const TileOutput whole = o.from_column(n);
+    for (int64_t r = 0; r < rows; ++r) {
+      TileOutput row = whole;
+      row.y = static_cast<Y*>(whole.y) + r * o.y_stride;
+      row.row_zero += r * o.row_step;
+      row.row_scale += r * o.row_step;
+      finish_whole<Y, 1, 1>(row, [&](auto, auto) QO_LAMBDA { return Simd::load_int(acc + r * acc_stride + n); });
+    }
+  }
+  for (int64_t r = 0; n < o.columns && r < rows; ++r) finish_from<Y>(o, r, n, Simd::load_int(acc + r * acc_stride + n));
 }
 
-// acc(row, v) gives the accumulators of columns [v * N, v * N + N) of a row; both arguments are Int<>.
+// The same where only o.columns of them are valid: the vectors that are whole from registers, the last one through memory.
 template <int kRows, int kVectors, class Acc>
 QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    if (o.columns < kVectors * Simd::N) {
-      int32_t part[kRows][kVectors * Simd::N];
-      unroll<kRows>([&](auto r) QO_LAMBDA {
-        unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(&part[r.value][v.value * Simd::N], acc(r, v)); });
-      });
-      return finish_part<Y>(o, &part[0][0], kRows, kVectors * Simd::N);
-    }
-    // Columns outside, rows inside: what belongs to the columns is loaded once. Symmetric activations have one zero point for all
-    // rows, so its correction is too.
-    bool one_zero = true;
-    for (int r = 1; r < kRows; ++r) one_zero = one_zero && o.row_zero[r * o.row_step] == o.row_zero[0];
+    if (__builtin_expect(o.columns >= kVectors * Simd::N, 1)) return finish_whole<Y, kRows, kVectors>(o, acc);
     unroll<kVectors>([&](auto v) QO_LAMBDA {
       constexpr int64_t column = v.value * Simd::N;
-      const auto sum = Simd::load_int(o.column_sum + column);
-      const auto scale = Simd::load(o.column_scale + column), bias = Simd::load(o.bias + column);
-      const auto shared = Simd::mul(Simd::set_int(o.row_zero[0]), sum);
-      unroll<kRows>([&](auto r) QO_LAMBDA {
-        const auto own = one_zero ? shared : Simd::mul(Simd::set_int(o.row_zero[r.value * o.row_step]), sum);
-        finish_typed<true, Y>(o, r.value, column, acc(r, v), own, Simd::set(o.row_scale[r.value * o.row_step]), scale, bias);
-      });
+      if (o.columns <= column) return;
+      int32_t part[kRows][Simd::N];
+      unroll<kRows>([&](auto r) QO_LAMBDA { Simd::store(part[r.value], acc(r, v)); });
+      finish_part<Y>(o.from_column(column), &part[0][0], kRows, Simd::N);
     });
   });
 }

@@ -34,6 +34,14 @@ struct Simd {
   }
 
   static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
+  static I bits(F a) { return static_cast<I>(float_bits(a)); }
+  static bool any_above(I a, I b) { return a > b; }
+  template <class T>
+  static void store_bytes(T* p, I a, I b, I c, I d) {
+    p[0] = static_cast<T>(a), p[1] = static_cast<T>(b), p[2] = static_cast<T>(c), p[3] = static_cast<T>(d);
+  }
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }

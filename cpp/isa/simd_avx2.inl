@@ -45,6 +45,22 @@ struct Simd {
   }
 
   static QO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  // 4 N bytes; packing works in 128-bit lanes, which are put in order afterwards
+  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_words(void* p, I v) {
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(v, order));
+  }
+
+  static QO_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static QO_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+  static QO_INLINE I bits(F a) { return _mm256_castps_si256(a); }
+  static QO_INLINE bool any_above(I a, I b) { return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a, b)) != 0; }  // signed
   static QO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static QO_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static QO_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

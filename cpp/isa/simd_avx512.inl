@@ -36,6 +36,22 @@ struct Simd {
   static QO_INLINE void store(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
   static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  // 4 N bytes; packing works in 128-bit lanes: dword 4 j + lane of the result is dword j of the lane
+  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_words(void* p, I v) {
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, v));
+  }
+
+  static QO_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static QO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+  static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
+  static QO_INLINE bool any_above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b) != 0; }  // signed
   static QO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static QO_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static QO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

@@ -80,6 +80,19 @@ struct Simd {
     v[3] = vreinterpretq_s32_s64(vzip2q_s64(high01, high23));
   }
   // the sum of the four signed bytes of each lane
+  static QO_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
+  static QO_INLINE F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }  // c - a b
+  static QO_INLINE I bits(F a) { return vreinterpretq_s32_f32(a); }
+  static QO_INLINE bool any_above(I a, I b) { return vmaxvq_u32(vcgtq_s32(a, b)) != 0; }  // signed
+  // 4 N bytes
+  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
+                            vqmovn_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
+  }
+  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
+    vst1q_u8(p, vcombine_u8(vqmovun_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
+                            vqmovun_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
+  }
   static QO_INLINE I sum_bytes(I a) { return vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_s32(a))); }
   static QO_INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
   static QO_INLINE I to_int(F a) { return vcvtnq_s32_f32(a); }
