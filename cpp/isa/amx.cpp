@@ -32,9 +32,6 @@ namespace {
 #include "elementwise.inl"
 //
 #include "amx_tile.h"
-#if !defined(QUANT_OPS_AMX_EMULATED)
-#include "codes_avx512.inl"
-#endif
 
 constexpr int64_t kRows = 32;
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
@@ -196,14 +193,13 @@ int64_t peak(int64_t iterations) {
 
 #if defined(QUANT_OPS_AMX_EMULATED)
 const KernelTable kAmxEmulatedKernels = {
-    "amx_emulated", "gemm_u8s8_32x32_amx", kRows,   gemm,      depthwise_pixel,
-    quantize_run,   dequantize_run,        ste_run, range_run, codes_run,
-    peak,
+    "amx_emulated", "gemm_u8s8_32x32_amx", kRows,     gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run,      range_columns_run,     codes_run, peak,
 };
 #else
 const KernelTable kAmxKernels = {
-    "amx",     "gemm_u8s8_32x32_amx", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run,
-    range_run, codes_avx512,          peak,
+    "amx",     "gemm_u8s8_32x32_amx", kRows,     gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,     codes_run, peak,
 };
 #endif
 

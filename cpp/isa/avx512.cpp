@@ -18,8 +18,6 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
-//
-#include "codes_avx512.inl"
 
 struct Wide {
   using V = __m512i;
@@ -83,9 +81,8 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512Kernels = {
-    "avx512",     "gemm_u8s8_12x16_avx512", kRows,   gemm,      depthwise_pixel,
-    quantize_run, dequantize_run,           ste_run, range_run, codes_avx512,
-    peak,
+    "avx512",  "gemm_u8s8_12x16_avx512", kRows,     gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,        codes_run, peak,
 };
 
 }  // namespace quant_ops

@@ -82,8 +82,8 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvxVnniKernels = {
-    "avxvnni", "gemm_u8s8_6x16_avxvnni", kRows, gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, range_run, codes_run,
-    peak,
+    "avxvnni", "gemm_u8s8_6x16_avxvnni", kRows,     gemm, depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,        codes_run, peak,
 };
 
 }  // namespace quant_ops
