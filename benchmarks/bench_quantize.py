@@ -146,7 +146,7 @@ BACKWARD = {"ours": backward_ours, "eager": backward_eager, "torch learnable": b
 
 
 @pytest.mark.parametrize("contender", BACKWARD)
-@pytest.mark.parametrize("kind", ["(1,)", "(1,C,1,1)"])
+@pytest.mark.parametrize("kind", SCALES)
 @cases(shapes.TENSOR)
 def bench_quant_tensor_backward(measure, case, kind, contender):
     x, scale = tensor(case[1]), scale_of(kind, case[1])
@@ -176,16 +176,21 @@ def bench_dequant_tensor(measure, case, contender):
 # ---- choose_qparams and quantize_rows --------------------------------------------------------------------------------
 
 
+DIMS = {"per tensor": [0, 1, 2, 3], "per channel": [0, 2, 3], "per column": [0, 1, 2]}
+
+
 @pytest.mark.parametrize("contender", ["ours", "eager"])
+@pytest.mark.parametrize("kind", DIMS)
 @cases(shapes.TENSOR)
-def bench_choose_qparams(measure, case, contender):
-    x = tensor(case[1])
-    if contender == "ours":
-        call = lambda: qo.choose_qparams(x, [], -127, 127)[0]  # noqa: E731
-    else:
-        call = lambda: x.abs().amax() / 127  # noqa: E731
-    assert call().item() == (x.abs().amax() / 127).item()
-    measure(call, stem="choose_qparams", case=case, contender=contender, memory=x.numel() * 4, detail=" per tensor")
+def bench_choose_qparams(measure, case, kind, contender):
+    x, dims = tensor(case[1]), DIMS[kind]
+
+    def eager():
+        return x.abs().amax(dims, keepdim=True) / 127
+
+    call = (lambda: qo.choose_qparams(x, dims, -127, 127)[0]) if contender == "ours" else eager
+    assert torch.equal(call(), eager())
+    measure(call, stem="choose_qparams", case=case, contender=contender, memory=x.numel() * 4, detail=f" {kind}")
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager"])

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -156,17 +158,36 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   table.depthwise(pixel);
 }
 
-// scale and zero_point hold one element or one per element of x.
+// `size` elements in `rows` rows; scale and zero_point have one element, one an element of a row, or two dimensions that broadcast.
+void set_rows(RowsRun* run, int64_t rows, int64_t size, const Vector<float>& scale, const Vector<int32_t>& zero_point) {
+  run->rows = rows;
+  run->n = run->from_row = run->to_row = size / rows;
+  run->scale = scale.data();
+  run->zero_point = zero_point.data();
+  const auto steps = [](const py::array& a, int* step, int64_t* row) {
+    const int64_t columns = a.shape(a.ndim() - 1);
+    *step = columns > 1 ? 1 : 0;
+    *row = a.ndim() > 1 && a.shape(0) > 1 ? columns : 0;
+  };
+  steps(scale, &run->scale_step, &run->scale_row);
+  steps(zero_point, &run->zero_step, &run->zero_row);
+}
+
+// With divide, the kernel gets no reciprocals.
 void quantize(const std::string& isa, const py::array& x, const std::string& x_dtype, py::array y, const std::string& y_dtype,
-              const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax, bool simulate) {
+              const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax, bool simulate,
+              int64_t rows, bool divide) {
   QuantizeRun run;
+  set_rows(&run, rows, x.size(), scale, zero_point);
+  std::vector<float> reciprocal;
+  for (int64_t i = 0; i < scale.size(); ++i) reciprocal.push_back(reciprocal_of(scale.data()[i]));
+  int64_t largest = 0;
+  for (int64_t i = 0; i < zero_point.size(); ++i)
+    for (int64_t bound : {qmin, qmax}) largest = std::max(largest, std::abs(bound - zero_point.data()[i]));
+  run.reciprocal = divide ? nullptr : reciprocal.data();
+  run.tie = tie_for(largest);
   run.x = x.data();
   run.y = y.mutable_data();
-  run.n = x.size();
-  run.scale = scale.data();
-  run.zero_point = zero_point.data();
-  run.scale_step = scale.size() == 1 ? 0 : 1;
-  run.zero_step = zero_point.size() == 1 ? 0 : 1;
   run.qmin = qmin;
   run.qmax = qmax;
   run.x_dtype = dtype_of(x_dtype);
@@ -176,23 +197,22 @@ void quantize(const std::string& isa, const py::array& x, const std::string& x_d
 }
 
 void dequantize(const std::string& isa, const py::array& q, const std::string& q_dtype, py::array y, const std::string& y_dtype,
-                const Vector<float>& scale, const Vector<int32_t>& zero_point) {
+                const Vector<float>& scale, const Vector<int32_t>& zero_point, int64_t rows) {
   DequantizeRun run;
+  set_rows(&run, rows, q.size(), scale, zero_point);
   run.q = q.data();
   run.y = y.mutable_data();
-  run.n = q.size();
-  run.scale = scale.data();
-  run.zero_point = zero_point.data();
-  run.scale_step = scale.size() == 1 ? 0 : 1;
-  run.zero_step = zero_point.size() == 1 ? 0 : 1;
   run.q_dtype = dtype_of(q_dtype);
   run.y_dtype = dtype_of(y_dtype);
   table_of(isa).dequantize(run);
 }
 
-void straight_through_run(const std::string& isa, const py::array& x, const py::array& grad, py::array dx, const std::string& dtype,
-                          const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax) {
+// Returns (sum for the scale, sum for the zero point) of up to 1024 elements, None for longer ones.
+py::object straight_through_run(const std::string& isa, const py::array& x, const py::array& grad, py::array dx,
+                                const std::string& dtype, const Vector<float>& scale, const Vector<int32_t>& zero_point,
+                                int32_t qmin, int32_t qmax) {
   StraightThroughRun run;
+  double sums[2] = {0, 0};
   run.x = x.data();
   run.grad = grad.data();
   run.dx = dx.mutable_data();
@@ -204,13 +224,61 @@ void straight_through_run(const std::string& isa, const py::array& x, const py::
   run.qmin = qmin;
   run.qmax = qmax;
   run.dtype = dtype_of(dtype);
+  const bool chunk = run.n <= kReduceChunk;
+  run.scale_sum = chunk ? &sums[0] : nullptr;
+  run.zero_sum = chunk ? &sums[1] : nullptr;
   table_of(isa).straight_through(run);
+  if (!chunk) return py::none();
+  return py::make_tuple(sums[0], sums[1]);
+}
+
+// x, grad and dx are [rows, at most 64 columns]; adds to lanes[2][32][64], starting with `lane`.
+void straight_through_columns(const std::string& isa, const py::array& x, const py::array& grad, py::array dx,
+                              const std::string& dtype, const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin,
+                              int32_t qmax, int64_t lane, Vector<double> lanes) {
+  StraightThroughColumnsRun run;
+  if (lanes.size() != 2 * kReduceLanes * kReduceColumns || x.shape(1) > kReduceColumns)
+    throw py::value_error("inconsistent shapes");
+  run.x = x.data();
+  run.grad = grad.data();
+  run.dx = dx.mutable_data();
+  run.rows = x.shape(0);
+  run.columns = x.shape(1);
+  run.x_row = x.strides(0) / x.itemsize();
+  run.grad_row = grad.strides(0) / grad.itemsize();
+  run.dx_row = dx.strides(0) / dx.itemsize();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.dtype = dtype_of(dtype);
+  run.lane = lane;
+  run.scale_lanes = lanes.mutable_data();
+  run.zero_lanes = lanes.mutable_data() + kReduceLanes * kReduceColumns;
+  table_of(isa).straight_through_columns(run);
 }
 
 py::tuple range(const std::string& isa, const py::array& x, const std::string& dtype) {
   Range r{INFINITY, -INFINITY, 0};
   table_of(isa).range(x.data(), dtype_of(dtype), x.size(), false, &r);
   return py::make_tuple(r.min, r.max, r.abs_bits);
+}
+
+// Folds the ranges of the columns of x into min, max and abs_bits.
+void range_columns(const std::string& isa, const py::array& x, const std::string& dtype, Vector<float> min, Vector<float> max,
+                   Vector<uint32_t> abs_bits) {
+  RangeColumnsRun run;
+  run.x = x.data();
+  run.dtype = dtype_of(dtype);
+  run.rows = x.shape(0);
+  run.columns = x.shape(1);
+  run.x_row = x.strides(0) / x.itemsize();
+  run.min = min.mutable_data();
+  run.max = max.mutable_data();
+  run.abs_bits = abs_bits.mutable_data();
+  table_of(isa).range_columns(run);
 }
 
 void codes(const std::string& isa, const py::array& x, const std::string& dtype, float scale, int32_t zero_point, py::array y) {
@@ -239,10 +307,14 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
         "bias"_a);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,
-        "simulate"_a);
-  m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a);
+        "simulate"_a, "rows"_a = 1, "divide"_a = false);
+  m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "rows"_a = 1);
   m.def("straight_through", &q::straight_through_run, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a, "zero_point"_a,
         "qmin"_a, "qmax"_a);
+  m.def("straight_through_columns", &q::straight_through_columns, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a,
+        "zero_point"_a, "qmin"_a, "qmax"_a, "lane"_a, "lanes"_a.noconvert());
+  m.def("range_columns", &q::range_columns, "isa"_a, "x"_a, "dtype"_a, "min"_a.noconvert(), "max"_a.noconvert(),
+        "abs_bits"_a.noconvert());
   m.def("range", &q::range, "isa"_a, "x"_a, "dtype"_a, "(min, max, bits of the largest magnitude) of x.");
   m.def("codes", &q::codes, "isa"_a, "x"_a, "dtype"_a, "scale"_a, "zero_point"_a, "y"_a, "Activations for the GEMM, as bytes.");
   m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");

@@ -90,6 +90,40 @@ void for_each_run(const Iteration& it, int64_t begin, int64_t end, const Run& ru
   }
 }
 
+// The same in as few calls as possible: run(offset, rows, inner) gets `rows` runs that lie a step of the last dimension but one
+// apart.
+template <class Run>
+void for_each_block(const Iteration& it, int64_t begin, int64_t end, const Run& run) {
+  if (it.ndim < 2) return for_each_run(it, begin, end, [&](const int64_t* offset, int64_t n) { run(offset, int64_t{1}, n); });
+  const int outer = it.ndim - 2;
+  const int64_t rows = it.size[outer], length = it.size[outer + 1], plane = rows * length;
+  if (begin >= end || plane == 0) return;
+  Walk walk;
+  walk.seek(it, outer, begin / plane);
+  int64_t row = begin % plane / length, skip = begin % length;
+  while (begin < end) {
+    const int64_t left = end - begin;
+    int64_t n = length, count = rows - row;
+    if (skip > 0 || left < length) {  // a part of one row
+      n = length - skip < left ? length - skip : left;
+      count = 1;
+    } else if (count * length > left) {
+      count = left / length;
+    }
+    int64_t offset[kMaxOperands] = {};
+    for (int o = 0; o < it.operands; ++o) offset[o] = walk.offset[o] + row * it.stride[o][outer] + skip * it.stride[o][outer + 1];
+    run(offset, count, n);
+    begin += count * n;
+    row += count;
+    skip = 0;
+    if (row == rows) {
+      row = 0;
+      walk.next(it, outer);
+    }
+  }
+}
+
 inline int64_t inner_stride(const Iteration& it, int operand) { return it.ndim > 0 ? it.stride[operand][it.ndim - 1] : 0; }
+inline int64_t row_stride(const Iteration& it, int operand) { return it.ndim > 1 ? it.stride[operand][it.ndim - 2] : 0; }
 
 }  // namespace quant_ops

@@ -244,6 +244,60 @@ def test_quantize_of_adverse_float32(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_products_with_the_reciprocal_are_mended(isa):
+    """Next to ties, for scales of long significands and for scales that have no useful reciprocal: always the quotient's code."""
+    torch.manual_seed(7)
+    scales = [*(torch.rand(40) * 0.1 + 0.001).tolist(), 2.0**-126, 2.0**126, 2.0**-127, 2.0**127]
+    for scale in [*scales, 0.0, -0.3, torch.nan, torch.inf, 1e-45]:
+        s = torch.tensor(scale)
+        tie = ((torch.arange(-1100, 1100) + 0.5) * s).float()
+        x = torch.cat([tie, torch.nextafter(tie, tie * 2), torch.nextafter(tie, tie * 0), adverse_floats()[-20_000:]])
+        for zero, qmin, qmax, dtype in [
+            (0, -128, 127, "int8"),
+            (250, 0, 255, "uint8"),
+            (-9, -500, 500, "int16"),
+            (2000, 0, 15, "uint8"),
+        ]:
+            arguments = (np.array([scale], np.float32), np.array([zero], np.int32), qmin, qmax)
+            y, simulated = np.empty(len(x), dtype), np.empty(len(x), np.float32)
+            kernels.quantize(isa, x.numpy(), "float32", y, dtype, *arguments, False)
+            assert np.array_equal(y, reference.quantize(x, s, torch.tensor(zero), qmin, qmax, False).numpy()), (scale, zero)
+            kernels.quantize(isa, x.numpy(), "float32", simulated, "float32", *arguments, True)
+            expected = reference.quantize(x, s, torch.tensor(zero), qmin, qmax, True)
+            assert reference.same_bits(torch.from_numpy(simulated), expected), (scale, zero)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantize_and_dequantize_rows(isa, dtype):
+    """Rows of every length around the vectors', with a scale and a zero point each, for each column, for each element."""
+    rng = np.random.default_rng(8)
+    torch_dtype = getattr(torch, dtype)
+    for n, rows in itertools.product([*range(1, 20), 31, 33, 49, 64, 65, 130], [1, 3, 40]):
+        x = torch.from_numpy(rng.standard_normal((rows, n)).astype(np.float32) * 2).to(torch_dtype)
+        x[0, 0] = torch.nan
+        for by_scale, by_zero in itertools.product([(1, 1), (rows, 1), (1, n), (rows, n)], repeat=2):
+            scale = (rng.random(by_scale) + 0.01).astype(np.float32)
+            zero = rng.integers(-30, 30, by_zero).astype(np.int32)
+            s, z = torch.from_numpy(scale), torch.from_numpy(zero)
+            expected = reference.quantize(x, s, z, -100, 90, False)
+            for divide in (False, True):
+                y, simulated = Guarded((1, rows * n), np.int8), Guarded((1, rows * n), DTYPES[dtype])
+                codes = (as_numpy(x).ravel(), dtype)
+                kernels.quantize(isa, *codes, y.view[0], "int8", scale, zero, -100, 90, False, rows, divide)
+                kernels.quantize(isa, *codes, simulated.view[0], dtype, scale, zero, -100, 90, True, rows, divide)
+                assert np.array_equal(y.view[0], expected.numpy().ravel())
+                got = torch.from_numpy(simulated.view[0].copy()).view(torch_dtype).view(rows, n)
+                assert reference.same_bits(got, reference.quantize(x, s, z, -100, 90, True))
+                y.check()
+                simulated.check()
+            back = Guarded((1, rows * n), DTYPES[dtype])
+            kernels.dequantize(isa, y.view[0], "int8", back.view[0], dtype, scale, zero, rows)
+            assert np.array_equal(back.view[0], stored((expected - z).float() * s, dtype).ravel())
+            back.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_activation_codes_are_those_of_the_quotient(isa, dtype):
     """A product with the reciprocal is only a first guess: near ties the codes must still be the quotient's."""
@@ -294,6 +348,83 @@ def test_straight_through_passes_exactly_the_codes_in_range(isa):
         )
         v = reference.steps_of(x, torch.tensor(scale)) + zero
         assert np.array_equal(dx, torch.where((v >= qmin) & (v <= qmax), grad, 0.0).numpy())
+
+
+def straight_through_products(x, grad, scale, zero, qmin, qmax):
+    """What dscale and dzero_point sum, in float64: the products are exact."""
+    quotient, z = x.float() / scale, zero.double()
+    steps = torch.round(quotient)
+    inside = (steps >= qmin - z) & (steps <= qmax - z)
+    clamped = torch.minimum(torch.maximum(steps.double(), qmin - z), qmax - z)
+    ds = torch.where(inside, (steps - quotient).double(), clamped)
+    dz = torch.where(inside, 0.0, -scale.double().expand_as(quotient))
+    known = ~steps.isnan()
+    return inside, grad.double() * torch.where(known, ds, 0.0), grad.double() * torch.where(known, dz, 0.0)
+
+
+def butterfly(lanes: np.ndarray) -> np.ndarray:
+    for step in (16, 8, 4, 2, 1):
+        lanes = lanes[:step] + lanes[step : 2 * step]
+    return lanes[0]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_straight_through_sums_in_the_fixed_order(isa, dtype):
+    """One chunk along a slice, and down the columns of a matrix: the same lanes, bit for bit."""
+    torch_dtype = getattr(torch, dtype)
+    for rows, columns in [(1, 1), (5, 7), (31, 16), (32, 17), (33, 64), (500, 33), (1024, 8)]:
+        x, grad = (torch.randn(rows, columns) * 3).to(torch_dtype), torch.randn(rows, columns).to(torch_dtype)
+        x[rows // 2, 0] = torch.nan
+        x[0, -1] = torch.inf
+        for varies in (False, True):
+            scale = torch.rand(columns if varies else 1) * 0.02 + 0.01
+            zero = torch.randint(-9, 9, (columns if varies else 1,), dtype=torch.int32)
+            inside, *products = straight_through_products(x, grad, scale, zero, -128, 127)
+            lane = 5
+            lanes = np.zeros((2, 32, 64))
+            expected = np.zeros((2, 32, 64))
+            for row in range(rows):
+                for i in range(2):
+                    expected[i, (lane + row) % 32, :columns] += products[i][row].numpy()
+            dx = Guarded((rows, columns), DTYPES[dtype])
+            parameters = (scale.numpy(), zero.numpy(), -128, 127)
+            kernels.straight_through_columns(isa, as_numpy(x), as_numpy(grad), dx.view, dtype, *parameters, lane, lanes)
+            assert np.array_equal(lanes[:, :, :columns], expected[:, :, :columns])
+            dx.check()
+            passed = torch.where(inside, grad, torch.zeros_like(grad))
+            assert np.array_equal(dx.view, as_numpy(passed))
+            for c in (0, columns - 1):  # one column as a slice
+                column = (as_numpy(x[:, c].contiguous()), as_numpy(grad[:, c].contiguous()))
+                dx = Guarded((1, rows), DTYPES[dtype])
+                one = (scale[c : c + 1], zero[c : c + 1]) if varies else (scale, zero)
+                sums = kernels.straight_through(isa, *column, dx.view[0], dtype, *(p.numpy() for p in one), -128, 127)
+                for i in range(2):
+                    turned = np.roll(expected[i, :, c], -lane)
+                    assert sums[i] == butterfly(turned)
+                assert np.array_equal(dx.view[0], as_numpy(passed[:, c].contiguous()))
+                dx.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_range_of_columns(isa, dtype):
+    torch_dtype = getattr(torch, dtype)
+    for rows, columns in itertools.product([1, 3, 4, 5, 9], [1, 7, 8, 15, 16, 17, 40, 100]):
+        x = torch.randn(rows, columns + 3).to(torch_dtype)[:, :columns]
+        low, high = Guarded((1, columns), np.float32), Guarded((1, columns), np.float32)
+        bits = Guarded((1, columns), np.uint32)
+        low.view[:], high.view[:], bits.view[:] = np.inf, -np.inf, 0
+        kernels.range_columns(isa, as_numpy(x), dtype, low.view[0], high.view[0], bits.view[0])
+        assert np.array_equal(low.view[0], x.float().amin(0).numpy())
+        assert np.array_equal(high.view[0], x.float().amax(0).numpy())
+        assert np.array_equal(bits.view[0], x.float().abs().amax(0).view(torch.int32).numpy().astype(np.uint32))
+        x[rows // 2, columns // 2] = torch.nan
+        kernels.range_columns(isa, as_numpy(x), dtype, low.view[0], high.view[0], bits.view[0])
+        assert (np.nonzero(bits.view[0] >= 0x7F800000)[0] == [columns // 2]).all()
+        assert not np.isnan(low.view).any()
+        for guarded in (low, high, bits):
+            guarded.check()
 
 
 @pytest.mark.parametrize("isa", ISAS)

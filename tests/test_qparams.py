@@ -32,6 +32,24 @@ def test_reduces_over_any_dimensions(isa, dtype, asymmetric, dim):
             assert torch.equal(zero, expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_rows_and_columns_of_every_length(isa, dtype):
+    """Down columns (more than one block of them), along rows, few columns, and columns that are gathered."""
+    for shape in [(5, 1), (9, 7), (4, 8), (5, 17), (33, 100), (3, 2050), (300, 16), (2, 40, 49), (3, 9, 7, 7)]:
+        x = torch.randn(shape, dtype=torch.float32).to(dtype)
+        for view in (x, x.transpose(0, -1).contiguous().transpose(0, -1), x[..., ::2]):
+            for dim in ([0], [-1], [0, -1], [d for d in range(x.dim()) if d != 1]):
+                absmax = view.abs().amax(dim, keepdim=True)
+                scale, _ = qo.choose_qparams(view, dim, -127, 127)
+                expected = absmax.to(scale.dtype) / 127
+                assert torch.equal(scale, torch.where(expected == 0, 1.0, expected))
+                bad = view.clone()
+                bad[(0,) * x.dim()] = torch.nan
+                marked = qo.choose_qparams(bad, dim, -127, 127)[0]
+                assert marked.isnan().sum() == 1
+                assert marked.view(-1)[0].isnan()
+
+
 def test_float64_stays_float64():
     x = torch.randn(4, 100, dtype=torch.float64)
     scale, _ = qo.choose_qparams(x, [1], -127, 127)

@@ -1,6 +1,8 @@
 """quant_tensor_forward, quant_tensor_backward, dequant_tensor against the formulas: shapes, strides, dtypes, special values."""
 
+import functools
 import itertools
+import math
 
 import pytest
 import reference
@@ -145,6 +147,55 @@ def test_forward_of_random_shapes_and_broadcasts(data):
     assert reference.same_bits(y, expected if simulate else expected.to(torch.int8))
 
 
+SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 49, 64, 65, 130]  # around the vectors' and the lanes' lengths
+
+
+def draw_view(data, x: torch.Tensor) -> torch.Tensor:
+    """The same values, permuted in memory, with gaps, or from an offset on."""
+    order = data.draw(st.permutations(range(x.dim())))
+    inverse = [order.index(d) for d in range(x.dim())]
+    gap = data.draw(st.sampled_from([1, 1, 2]))
+    moved = x.permute(order)
+    wide = torch.zeros(*moved.shape[:-1], moved.shape[-1] * gap + 5, dtype=x.dtype)
+    part = wide[..., 5::gap][..., : moved.shape[-1]]
+    part.copy_(moved)
+    return part.permute(inverse)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_rows_columns_and_blocks_of_random_views(data):
+    """Long and short runs, parameters along any dimensions or blocks, ordinary and odd scales, dequantized again."""
+    dims = data.draw(st.integers(1, 4))
+    shape = [data.draw(st.sampled_from(SIZES if d < 2 else SIZES[:6])) for d in range(dims)]
+    shape = data.draw(st.permutations(shape))
+    blocks = [data.draw(st.sampled_from([1, 1, 2, 8])) for _ in shape] if data.draw(st.booleans()) else [1] * dims
+    shape = [n * b if b > 1 and n < 20 else n for n, b in zip(shape, blocks, strict=True)]
+    blocks = [b if n % b == 0 else 1 for n, b in zip(shape, blocks, strict=True)]
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]))
+    values = (torch.randn(shape) * 30).to(dtype)
+    values.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL)[: values.numel()].to(dtype)
+    grid = [n // b for n, b in zip(shape, blocks, strict=True)]
+    scale, zero = (torch.rand([n if data.draw(st.booleans()) else 1 for n in grid]) + 0.05 for _ in range(2))
+    zero = ((zero - 0.5) * 60).int()
+    if data.draw(st.integers(0, 9)) == 0:
+        scale.view(-1)[0] = data.draw(st.sampled_from([0.0, -0.3, torch.nan, torch.inf, 1e-45, 1e-38, 3e38]))
+    if scale.dim() > 1 and data.draw(st.booleans()):
+        scale = scale.transpose(0, -1).contiguous().transpose(0, -1)
+    repeat = lambda t: functools.reduce(  # noqa: E731
+        lambda t, d: t.repeat_interleave(blocks[d], d) if t.shape[d] > 1 else t, range(dims), t
+    )
+    x = draw_view(data, values)
+    qmin, qmax = data.draw(st.sampled_from(RANGES[:5]))
+    for simulate in (True, False):
+        y = qo.quant_tensor_forward(x, scale, zero, qmin, qmax, True, simulate, block_size=blocks)
+        expected = reference.quantize(values, repeat(scale), repeat(zero), qmin, qmax, simulate)
+        assert reference.same_bits(y, expected if simulate else expected.to(y.dtype))
+    back = qo.dequant_tensor(draw_view(data, y), scale, zero, dtype, block_size=blocks)
+    assert reference.same_bits(back, ((y.long() - repeat(zero)).float() * repeat(scale)).to(dtype))
+
+
 def test_agrees_with_torch_where_the_definitions_agree():
     """torch multiplies by the reciprocal: with a power of two as the scale both are the same."""
     x = torch.randn(8, 16, 5, 5) * 10
@@ -199,6 +250,60 @@ def test_backward_matches_the_formulas(isa, dtype, shape):
             assert got.dtype == torch.float32
             assert got.shape == torch.Size(shape)
             torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def sums_of_the_contract(products: torch.Tensor, shape) -> torch.Tensor:
+    """Sums over the dimensions along which `shape` is 1, in the order of ops.h, of float64 products."""
+    dims = products.dim()
+    full = (1,) * (dims - len(shape)) + tuple(shape)
+    kept = [d for d in range(dims) if full[d] > 1]
+    reduced = [d for d in range(dims) if full[d] == 1]
+    slices = products.permute(kept + reduced).reshape(math.prod(full), -1)
+    total = torch.zeros(len(slices), dtype=torch.float64)
+    for chunk in slices.split(1024, 1):
+        lanes = torch.zeros(len(slices), 32, dtype=torch.float64)
+        for part in chunk.split(32, 1):
+            lanes[:, : part.shape[1]] += part
+        for step in (16, 8, 4, 2, 1):
+            lanes = lanes[:, :step] + lanes[:, step : 2 * step]
+        total += lanes[:, 0]
+    return total.reshape(shape)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_backward_sums_in_the_order_of_the_contract(data):
+    """Along slices, down columns, gathered; scale and zero point alike or not; every instruction set: the same bits."""
+    dims = data.draw(st.integers(1, 4))
+    shape = [data.draw(st.sampled_from([*SIZES, 1030] if d == 0 else SIZES if d == 1 else SIZES[:6])) for d in range(dims)]
+    shape = data.draw(st.permutations(shape))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    x, grad = ((torch.randn(shape) * k).to(dtype) for k in (3, 1))
+    x.view(-1)[0] = torch.nan
+    keep = [n if data.draw(st.booleans()) else 1 for n in shape]
+    zero_keep = keep if data.draw(st.booleans()) else [n if data.draw(st.booleans()) else 1 for n in shape]
+    scale, zero = torch.rand(keep) * 0.02 + 0.01, torch.randint(-9, 9, zero_keep).float()
+    views = draw_view(data, x), draw_view(data, grad)
+    if data.draw(st.booleans()):
+        views = views[0], grad.as_strided(views[0].shape, views[0].stride()) if views[0].is_contiguous() else views[1]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    quotient = x.to(compute) / scale.to(compute)
+    steps = torch.round(quotient)
+    inside = (steps >= -128 - zero) & (steps <= 127 - zero)
+    clamped = torch.minimum(torch.maximum(steps.double(), -128.0 - zero), 127.0 - zero)
+    known = ~steps.isnan()
+    ds = torch.where(known, torch.where(inside, (steps - quotient).double(), clamped), 0.0) * grad.double()
+    dz = torch.where(known & ~inside, -scale.double().expand_as(x), 0.0) * grad.double()
+    for isa in qo._library.isas():
+        qo._library.set_isa(isa)
+        try:
+            result = qo.quant_tensor_backward(views[1], views[0], scale, zero, -128, 127, True)
+        finally:
+            qo._library.set_isa(None)
+        assert torch.equal(result[0], torch.where(inside, grad, torch.zeros_like(grad)))
+        assert torch.equal(result[1], sums_of_the_contract(ds, keep).float())
+        assert torch.equal(result[2], sums_of_the_contract(dz, zero_keep).float())
 
 
 def test_autograd_uses_it_and_learns_scale_and_zero_point():

@@ -32,9 +32,6 @@ namespace {
 #include "elementwise.inl"
 //
 #include "amx_tile.h"
-#if !defined(QUANT_OPS_AMX_EMULATED)
-#include "codes_avx512.inl"
-#endif
 
 constexpr int64_t kRows = 32;
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
@@ -204,7 +201,9 @@ const KernelTable kAmxEmulatedKernels = {
     quantize_run,
     dequantize_run,
     ste_run,
+    ste_columns_run,
     range_run,
+    range_columns_run,
     codes_run,
     pack_run,
     nullptr,
@@ -212,19 +211,8 @@ const KernelTable kAmxEmulatedKernels = {
 };
 #else
 const KernelTable kAmxKernels = {
-    "amx",
-    "gemm_u8s8_32x32_amx",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    codes_avx512,
-    pack_run,
-    nullptr,
-    peak,
+    "amx",     "gemm_u8s8_32x32_amx", kRows,     gemm,     depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,     codes_run, pack_run, nullptr,         peak,
 };
 #endif
 

@@ -18,8 +18,6 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
-//
-#include "codes_avx512.inl"
 
 struct Wide {
   using V = __m512i;
@@ -91,8 +89,10 @@ const KernelTable kAvx512Kernels = {
     quantize_run,
     dequantize_run,
     ste_run,
+    ste_columns_run,
     range_run,
-    codes_avx512,
+    range_columns_run,
+    codes_run,
     pack_run,
     nullptr,
     peak,

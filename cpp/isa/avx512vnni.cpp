@@ -19,8 +19,6 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
-//
-#include "codes_avx512.inl"
 
 // 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
 // or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
@@ -150,8 +148,10 @@ const KernelTable kAvx512VnniKernels = {
     quantize_run,
     dequantize_run,
     ste_run,
+    ste_columns_run,
     range_run,
-    codes_avx512,
+    range_columns_run,
+    codes_run,
     pack_run,
     dot,
     peak,

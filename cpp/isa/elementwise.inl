@@ -31,53 +31,196 @@ QO_INLINE void store_part(T* p, V v, int64_t n) {
   __builtin_memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
-// ---- quantize -------------------------------------------------------------------------------------------------------
+// ---- rows with their scales and zero points -------------------------------------------------------------------------
 
-template <class X, class Y, bool kSimulate, bool kVector>
-void quantize_typed(const QuantizeRun& r) {
-  const X* x = static_cast<const X*>(r.x);
-  Y* y = static_cast<Y*>(r.y);
-  const auto qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
-  auto scale = Simd::set(*r.scale);
-  auto zero = Simd::set_int(*r.zero_point);
-  auto lo = Simd::to_float(Simd::sub(qmin, zero)), hi = Simd::to_float(Simd::sub(qmax, zero));
-  for (int64_t i = 0; i < r.n; i += Simd::N) {
-    const int64_t n = r.n - i;
-    if constexpr (kVector) {
-      if (r.scale_step) scale = load_part(r.scale + i, n);
-      if (r.zero_step) {
-        zero = load_int_part(r.zero_point + i, n);
-        lo = Simd::to_float(Simd::sub(qmin, zero));
-        hi = Simd::to_float(Simd::sub(qmax, zero));
+// What a row of a RowsRun meets; with step 1 an element each. `reciprocal` steps like `scale`, and is null where it is not used.
+struct RowParameters {
+  const float* scale;
+  const float* reciprocal;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+
+  QO_INLINE RowParameters from(int64_t i) const {
+    return {scale + i * scale_step, reciprocal ? reciprocal + i * scale_step : nullptr, zero_point + i * zero_step, scale_step,
+            zero_step};
+  }
+};
+
+// Rows shorter than a vector that follow each other without gaps: as many as fit are handled as one, with their parameters spread
+// over its elements.
+template <class Body>
+void spread_rows(const RowsRun& r, const float* reciprocal, const Body& body) {
+  constexpr int64_t kSpan = 512;
+  float scales[kSpan + Simd::N], reciprocals[kSpan + Simd::N];
+  int32_t zeros[kSpan + Simd::N];
+  const auto spread = [&](auto* to, const auto* from, int step) QO_LAMBDA {
+    for (int64_t i = 0; i < r.n; ++i) to[i] = from[i * step];
+  };
+  for (int64_t row = 0; row < r.rows;) {
+    const int64_t first = row, count = r.rows - row < kSpan / r.n ? r.rows - row : kSpan / r.n;
+    for (; row < first + count; ++row) {
+      const int64_t at = (row - first) * r.n;
+      if (r.scale_step == 0) {  // the next row overwrites what is too much
+        Simd::store(scales + at, Simd::set(r.scale[row * r.scale_row]));
+        if (reciprocal) Simd::store(reciprocals + at, Simd::set(reciprocal[row * r.scale_row]));
+      } else {
+        spread(scales + at, r.scale + row * r.scale_row, r.scale_step);
+        if (reciprocal) spread(reciprocals + at, reciprocal + row * r.scale_row, r.scale_step);
       }
+      if (r.zero_step == 0)
+        Simd::store(zeros + at, Simd::set_int(r.zero_point[row * r.zero_row]));
+      else
+        spread(zeros + at, r.zero_point + row * r.zero_row, r.zero_step);
     }
-    auto steps = Simd::add(Simd::round_even(Simd::div(load_part(x + i, n), scale)), Simd::set(0.0f));  // + 0: no -0
-    steps = Simd::min(hi, Simd::max(lo, steps));                                                       // NaN passes
-    if constexpr (kSimulate) {
-      store_part(y + i, Simd::mul(steps, scale), n);
-    } else {
-      auto q = Simd::add(Simd::to_int(Simd::nan_to_zero(steps)), zero);
-      store_part(y + i, Simd::min(qmax, Simd::max(qmin, q)), n);  // matters for the code of NaN only
-    }
+    body(first * r.n, first * r.n, count * r.n, RowParameters{scales, reciprocal ? reciprocals : nullptr, zeros, 1, 1}, Int<1>{});
   }
 }
 
+// Calls body(offset to read from, offset to write to, elements, parameters, Int<1> if these vary along the row, else Int<0>).
+template <class Body>
+QO_INLINE void for_each_row(const RowsRun& r, const float* reciprocal, const Body& body) {
+  if (r.n < Simd::N && r.rows > 1 && r.from_row == r.n && r.to_row == r.n) return spread_rows(r, reciprocal, body);
+  const auto rows = [&](auto vary) QO_LAMBDA {
+    for (int64_t row = 0; row < r.rows; ++row)
+      body(row * r.from_row, row * r.to_row, r.n,
+           RowParameters{r.scale + row * r.scale_row, reciprocal ? reciprocal + row * r.scale_row : nullptr,
+                         r.zero_point + row * r.zero_row, r.scale_step, r.zero_step},
+           vary);
+  };
+  r.scale_step || r.zero_step ? rows(Int<1>{}) : rows(Int<0>{});
+}
+
+// Calls vectors(from, to, parameters, Int<k>) for k vectors at a time. What is left at the end of a row is done in a last vector
+// that overlaps the one before (it writes the same values there), or, in a row shorter than a vector, through a full one on the
+// stack.
+template <class From, class To, class Vectors>
+QO_INLINE void for_each_vector(const From* from, To* to, int64_t n, const RowParameters& p, const Vectors& vectors) {
+  constexpr int64_t N = Simd::N;
+  int64_t i = 0;
+  for (; i + 4 * N <= n; i += 4 * N) vectors(from + i, to + i, p.from(i), Int<4>{});
+  if (n >= N) {
+    for (; i < n; i += N) {
+      const int64_t at = i < n - N ? i : n - N;
+      vectors(from + at, to + at, p.from(at), Int<1>{});
+    }
+    return;
+  }
+  From from_part[N] = {};
+  To to_part[N];
+  float scales[N] = {}, reciprocals[N] = {};
+  int32_t zeros[N] = {};
+  RowParameters part = p;
+  for (int64_t j = 0; j < n; ++j) from_part[j] = from[j];
+  if (p.scale_step) {
+    for (int64_t j = 0; j < n; ++j) scales[j] = p.scale[j];
+    part.scale = scales;
+    if (p.reciprocal) {
+      for (int64_t j = 0; j < n; ++j) reciprocals[j] = p.reciprocal[j];
+      part.reciprocal = reciprocals;
+    }
+  }
+  if (p.zero_step) {
+    for (int64_t j = 0; j < n; ++j) zeros[j] = p.zero_point[j];
+    part.zero_point = zeros;
+  }
+  vectors(from_part, to_part, part, Int<1>{});
+  for (int64_t j = 0; j < n; ++j) to[j] = to_part[j];
+}
+
+// ---- quantize -------------------------------------------------------------------------------------------------------
+
+// A row. x * (1 / scale) + 1.5 * 2^23 is rounded to an integer by the addition, and its bits count in steps of one. Far outside of
+// the codes' range that is no longer so, but their order still is that of the values, and they are clamped.
+//
+// The product rounds like the quotient unless it lies next to a tie n + 1/2 (tie_for); then, in about one group of 64 in 200 for
+// eight-bit codes, the group is divided. NaN and infinities count as next to a tie, and so does what a NaN reciprocal makes.
+template <class X, class Y, bool kSimulate, bool kVary>
+QO_INLINE void quantize_row(const QuantizeRun& r, const X* x, Y* y, int64_t n, const RowParameters& row, int32_t tie_bits) {
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  constexpr float kMagic = 12582912.0f;
+  const F magic = Simd::set(kMagic), scale1 = Simd::set(*row.scale), reciprocal1 = Simd::set(*row.reciprocal);
+  const I magic_bits = Simd::bits(magic), tie = Simd::set_int(tie_bits), zero1 = Simd::set_int(*row.zero_point);
+  const I qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
+  const I lo1 = Simd::sub(qmin, zero1), hi1 = Simd::sub(qmax, zero1);
+  const F lo_float1 = Simd::to_float(lo1), hi_float1 = Simd::to_float(hi1);
+  const I lo_bits1 = Simd::add(lo1, magic_bits), hi_bits1 = Simd::add(hi1, magic_bits), back1 = Simd::sub(zero1, magic_bits);
+  for_each_vector(x, y, n, row, [&](const X* from, Y* to, const RowParameters& p, auto count) QO_LAMBDA {
+    constexpr int kVectors = count.value;
+    F steps[kVectors];
+    I q[kVectors], distance = Simd::set_int(0);
+    const auto scale = [&](auto v) QO_LAMBDA {
+      if constexpr (kVary)
+        if (p.scale_step) return Simd::load(p.scale + v.value * Simd::N);
+      return scale1;
+    };
+    const auto zero = [&](auto v) QO_LAMBDA {
+      if constexpr (kVary)
+        if (p.zero_step) return Simd::load_int(p.zero_point + v.value * Simd::N);
+      return zero1;
+    };
+    const auto clamped = [&](auto v, F value) QO_LAMBDA {  // NaN passes
+      if constexpr (kVary)
+        if (p.zero_step)
+          return Simd::min(Simd::to_float(Simd::sub(qmax, zero(v))), Simd::max(Simd::to_float(Simd::sub(qmin, zero(v))), value));
+      return Simd::min(hi_float1, Simd::max(lo_float1, value));
+    };
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      constexpr int64_t i = v.value * Simd::N;
+      F reciprocal = reciprocal1;
+      if constexpr (kVary)
+        if (p.scale_step) reciprocal = Simd::load(p.reciprocal + i);
+      const F element = Simd::load(from + i), sum = Simd::fma(element, reciprocal, magic), rounded = Simd::sub(sum, magic);
+      distance = Simd::max_unsigned(distance, Simd::abs_bits(Simd::fnma(element, reciprocal, rounded)));
+      if constexpr (kSimulate) {
+        steps[v.value] = clamped(v, rounded);  // never -0
+      } else {
+        I lo = lo_bits1, hi = hi_bits1, back = back1;
+        if constexpr (kVary)
+          if (p.zero_step) {
+            const I z = zero(v);
+            lo = Simd::add(Simd::sub(qmin, z), magic_bits), hi = Simd::add(Simd::sub(qmax, z), magic_bits);
+            back = Simd::sub(z, magic_bits);
+          }
+        q[v.value] = Simd::add(Simd::min(hi, Simd::max(lo, Simd::bits(sum))), back);
+      }
+    });
+    if (__builtin_expect(Simd::any_above(distance, tie), 0))
+      unroll<kVectors>([&](auto v) QO_LAMBDA {
+        const F quotient = Simd::round_even(Simd::div(Simd::load(from + v.value * Simd::N), scale(v)));
+        if constexpr (kSimulate)
+          steps[v.value] = clamped(v, Simd::add(quotient, Simd::set(0.0f)));  // + 0: no -0
+        else
+          q[v.value] = Simd::add(Simd::to_int(clamped(v, Simd::nan_to_zero(quotient))), zero(v));
+      });
+    if constexpr (kSimulate)
+      unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(to + v.value * Simd::N, Simd::mul(steps[v.value], scale(v))); });
+    else if constexpr (kVectors == 4 && sizeof(Y) == 1)
+      Simd::store_bytes(to, q[0], q[1], q[2], q[3]);
+    else
+      unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(to + v.value * Simd::N, q[v.value]); });
+  });
+}
+
 template <class X, class Y, bool kSimulate>
-void quantize_steps_of(const QuantizeRun& r) {
-  if (r.scale_step || r.zero_step)
-    quantize_typed<X, Y, kSimulate, true>(r);
-  else
-    quantize_typed<X, Y, kSimulate, false>(r);
+void quantize_typed(const QuantizeRun& r) {
+  // without reciprocals everything is next to a tie
+  const int32_t tie = r.reciprocal ? static_cast<int32_t>(float_bits(r.tie)) : -1;
+  for_each_row(r, r.reciprocal ? r.reciprocal : r.scale,
+               [&](int64_t from, int64_t to, int64_t n, const RowParameters& p, auto vary) QO_LAMBDA {
+                 quantize_row<X, Y, kSimulate, vary.value != 0>(r, static_cast<const X*>(r.x) + from, static_cast<Y*>(r.y) + to, n,
+                                                                p, tie);
+               });
 }
 
 template <class X>
 void quantize_from(const QuantizeRun& r) {
-  if (r.simulate) return quantize_steps_of<X, X, true>(r);
+  if (r.simulate) return quantize_typed<X, X, true>(r);
   switch (r.y_dtype) {
-    case DType::kInt8: return quantize_steps_of<X, int8_t, false>(r);
-    case DType::kUInt8: return quantize_steps_of<X, uint8_t, false>(r);
-    case DType::kInt16: return quantize_steps_of<X, int16_t, false>(r);
-    default: return quantize_steps_of<X, int32_t, false>(r);
+    case DType::kInt8: return quantize_typed<X, int8_t, false>(r);
+    case DType::kUInt8: return quantize_typed<X, uint8_t, false>(r);
+    case DType::kInt16: return quantize_typed<X, int16_t, false>(r);
+    default: return quantize_typed<X, int32_t, false>(r);
   }
 }
 
@@ -90,11 +233,14 @@ void quantize_run(const QuantizeRun& r) {
 }
 
 void codes_run(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes) {
+  const float reciprocal = reciprocal_of(scale);
   QuantizeRun run;
   run.x = x;
   run.y = codes;
   run.n = n;
   run.scale = &scale;
+  run.reciprocal = &reciprocal;
+  run.tie = tie_for(255);
   run.zero_point = &zero_point;
   run.scale_step = run.zero_step = 0;
   run.qmin = 0;
@@ -109,16 +255,19 @@ void codes_run(const void* x, DType dtype, int64_t n, float scale, int32_t zero_
 
 template <class Q, class Y>
 void dequantize_typed(const DequantizeRun& r) {
-  const Q* q = static_cast<const Q*>(r.q);
-  Y* y = static_cast<Y*>(r.y);
-  auto scale = Simd::set(*r.scale);
-  auto zero = Simd::set_int(*r.zero_point);
-  for (int64_t i = 0; i < r.n; i += Simd::N) {
-    const int64_t n = r.n - i;
-    if (r.scale_step) scale = load_part(r.scale + i, n);
-    if (r.zero_step) zero = load_int_part(r.zero_point + i, n);
-    store_part(y + i, Simd::mul(Simd::to_float(Simd::sub(load_int_part(q + i, n), zero)), scale), n);
-  }
+  for_each_row(r, nullptr, [&](int64_t from, int64_t to, int64_t n, const RowParameters& row, auto) QO_LAMBDA {
+    const auto scale1 = Simd::set(*row.scale);
+    const auto zero1 = Simd::set_int(*row.zero_point);
+    for_each_vector(static_cast<const Q*>(r.q) + from, static_cast<Y*>(r.y) + to, n, row,
+                    [&](const Q* q, Y* y, const RowParameters& p, auto count) QO_LAMBDA {
+                      unroll<count.value>([&](auto v) QO_LAMBDA {
+                        constexpr int64_t i = v.value * Simd::N;
+                        const auto scale = p.scale_step ? Simd::load(p.scale + i) : scale1;
+                        const auto zero = p.zero_step ? Simd::load_int(p.zero_point + i) : zero1;
+                        Simd::store(y + i, Simd::mul(Simd::to_float(Simd::sub(Simd::load_int(q + i), zero)), scale));
+                      });
+                    });
+  });
 }
 
 template <class Q>
@@ -131,98 +280,234 @@ void dequantize_to(const DequantizeRun& r) {
 }
 
 void dequantize_run(const DequantizeRun& r) {
-  if (r.q_dtype == DType::kInt8) return dequantize_to<int8_t>(r);
-  dequantize_to<uint8_t>(r);
+  switch (r.q_dtype) {
+    case DType::kInt8: return dequantize_to<int8_t>(r);
+    case DType::kUInt8: return dequantize_to<uint8_t>(r);
+    default: return dequantize_to<int16_t>(r);
+  }
 }
 
 // ---- straight-through gradient --------------------------------------------------------------------------------------
 
-template <class X>
+// straight_through of quant_math.h.
+struct SteFactors {
+  typename Simd::F dx, scale_factor, zero_factor;
+};
+
+QO_INLINE SteFactors ste_factors(typename Simd::F x, typename Simd::F grad, typename Simd::F scale, typename Simd::F lo,
+                                 typename Simd::F hi) {
+  const auto quotient = Simd::div(x, scale), steps = Simd::round_even(quotient);
+  const auto clamped = Simd::nan_to_zero(Simd::min(hi, Simd::max(lo, steps)));
+  SteFactors f;
+  f.dx = Simd::keep_between(grad, steps, lo, hi);
+  f.scale_factor = Simd::sub(clamped, Simd::keep_between(quotient, steps, lo, hi));
+  f.zero_factor = Simd::keep_outside(Simd::sub(Simd::set(0.0f), scale), steps, lo, hi);
+  return f;
+}
+
+// kSums: 0 none, 1 that of the scale, 2 both.
+template <class X, int kSums>
 void ste_typed(const StraightThroughRun& r) {
+  constexpr int64_t N = Simd::N;
+  constexpr int kParts = kReduceLanes / N;  // element j goes to lane j % 32: the same vectors of lanes all along
+  const auto qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
+  const auto scale1 = Simd::set(*r.scale);
+  const auto zero1 = Simd::set_int(*r.zero_point);
+  const auto lo1 = Simd::to_float(Simd::sub(qmin, zero1)), hi1 = Simd::to_float(Simd::sub(qmax, zero1));
+  double lanes[kReduceLanes] = {};
+  typename Simd::D scale_sum[kParts], zero_sum[kParts];
+  unroll<kParts>([&](auto v) QO_LAMBDA { scale_sum[v.value] = zero_sum[v.value] = Simd::load(lanes); });
+  const auto part = [&](const X* x, const X* grad, X* dx, const float* scales, const int32_t* zeros) QO_LAMBDA {
+    unroll<kParts>([&](auto v) QO_LAMBDA {
+      constexpr int64_t i = v.value * N;
+      auto scale = scale1, lo = lo1, hi = hi1;
+      if (r.scale_step) scale = Simd::load(scales + i);
+      if (r.zero_step) {
+        const auto zero = Simd::load_int(zeros + i);
+        lo = Simd::to_float(Simd::sub(qmin, zero)), hi = Simd::to_float(Simd::sub(qmax, zero));
+      }
+      const auto g = Simd::load(grad + i);
+      const auto f = ste_factors(Simd::load(x + i), g, scale, lo, hi);
+      if (dx) Simd::store(dx + i, f.dx);
+      if constexpr (kSums >= 1) scale_sum[v.value] = Simd::accumulate(scale_sum[v.value], g, f.scale_factor);
+      if constexpr (kSums == 2) zero_sum[v.value] = Simd::accumulate(zero_sum[v.value], g, f.zero_factor);
+    });
+  };
   const X* x = static_cast<const X*>(r.x);
   const X* grad = static_cast<const X*>(r.grad);
   X* dx = static_cast<X*>(r.dx);
-  const auto qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
-  auto scale = Simd::set(*r.scale);
-  auto zero = Simd::set_int(*r.zero_point);
-  for (int64_t i = 0; i < r.n; i += Simd::N) {
-    const int64_t n = r.n - i;
-    if (r.scale_step) scale = load_part(r.scale + i, n);
-    if (r.zero_step) zero = load_int_part(r.zero_point + i, n);
-    const auto lo = Simd::to_float(Simd::sub(qmin, zero)), hi = Simd::to_float(Simd::sub(qmax, zero));
-    const auto steps = Simd::round_even(Simd::div(load_part(x + i, n), scale));
-    store_part(dx + i, Simd::keep_between(load_part(grad + i, n), steps, lo, hi), n);
+  int64_t i = 0;
+  for (; i + kReduceLanes <= r.n; i += kReduceLanes)
+    part(x + i, grad + i, dx ? dx + i : nullptr, r.scale + i * r.scale_step, r.zero_point + i * r.zero_step);
+  if (i < r.n) {  // the rest, among elements that contribute nothing: x is NaN, bytes of ones, the gradient 0
+    X x_part[kReduceLanes], grad_part[kReduceLanes] = {}, dx_part[kReduceLanes];
+    float scales[kReduceLanes] = {};
+    int32_t zeros[kReduceLanes] = {};
+    __builtin_memset(static_cast<void*>(x_part), 0xff, sizeof(x_part));
+    const int64_t rest = r.n - i;
+    for (int64_t j = 0; j < rest; ++j) {
+      x_part[j] = x[i + j];
+      grad_part[j] = grad[i + j];
+      scales[j] = r.scale[(i + j) * r.scale_step];
+      zeros[j] = r.zero_point[(i + j) * r.zero_step];
+    }
+    part(x_part, grad_part, dx_part, scales, zeros);
+    if (dx)
+      for (int64_t j = 0; j < rest; ++j) dx[i + j] = dx_part[j];
   }
+  const auto sum = [&](auto& parts) QO_LAMBDA {
+    unroll<kParts>([&](auto v) QO_LAMBDA { Simd::store(lanes + v.value * N, parts[v.value]); });
+    unroll<5>([&](auto i) QO_LAMBDA {
+      constexpr int step = kReduceLanes / 2 >> i.value;
+      for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
+    });
+    return lanes[0];
+  };
+  if constexpr (kSums >= 1) *r.scale_sum = sum(scale_sum);
+  if constexpr (kSums == 2) *r.zero_sum = sum(zero_sum);
+}
+
+template <class X>
+void ste_of(const StraightThroughRun& r) {
+  if (r.zero_sum) return ste_typed<X, 2>(r);
+  if (r.scale_sum) return ste_typed<X, 1>(r);
+  ste_typed<X, 0>(r);
 }
 
 void ste_run(const StraightThroughRun& r) {
   switch (r.dtype) {
-    case DType::kFloat32: return ste_typed<float>(r);
-    case DType::kFloat16: return ste_typed<Half>(r);
-    default: return ste_typed<BFloat16>(r);
+    case DType::kFloat32: return ste_of<float>(r);
+    case DType::kFloat16: return ste_of<Half>(r);
+    default: return ste_of<BFloat16>(r);
+  }
+}
+
+// Columns [c, c + kVectors * N), `valid` of them: down the rows, so that what belongs to the columns stays in registers.
+template <class X, bool kZero, int kVectors>
+QO_INLINE void ste_columns_block(const StraightThroughColumnsRun& r, int64_t c, int64_t valid) {
+  using F = typename Simd::F;
+  const auto qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
+  F scale[kVectors], lo[kVectors], hi[kVectors];
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    const int64_t at = c + v.value * Simd::N;
+    scale[v.value] = r.scale_step ? load_part(r.scale + at, valid) : Simd::set(*r.scale);
+    const auto zero = r.zero_step ? load_int_part(r.zero_point + at, valid) : Simd::set_int(*r.zero_point);
+    lo[v.value] = Simd::to_float(Simd::sub(qmin, zero));
+    hi[v.value] = Simd::to_float(Simd::sub(qmax, zero));
+  });
+  const X* x = static_cast<const X*>(r.x) + c;
+  const X* grad = static_cast<const X*>(r.grad) + c;
+  X* dx = r.dx ? static_cast<X*>(r.dx) + c : nullptr;
+  int64_t lane = r.lane;
+  for (int64_t row = 0; row < r.rows; ++row) {
+    // rows are far apart, so that no prefetcher sees the next ones coming
+    constexpr int64_t kAhead = 8;
+    if (row + kAhead < r.rows) {
+      for (int64_t i = 0; i < kVectors * Simd::N; i += 64 / static_cast<int64_t>(sizeof(X))) {
+        __builtin_prefetch(x + kAhead * r.x_row + i);
+        __builtin_prefetch(grad + kAhead * r.grad_row + i);
+      }
+    }
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      constexpr int64_t i = v.value * Simd::N;
+      const F g = load_part(grad + i, valid);
+      const auto f = ste_factors(load_part(x + i, valid), g, scale[v.value], lo[v.value], hi[v.value]);
+      if (dx) store_part(dx + i, f.dx, valid);
+      double* to = r.scale_lanes + lane * kReduceColumns + c + i;
+      Simd::store(to, Simd::accumulate(Simd::load(to), g, f.scale_factor));
+      if constexpr (kZero) {
+        to = r.zero_lanes + lane * kReduceColumns + c + i;
+        Simd::store(to, Simd::accumulate(Simd::load(to), g, f.zero_factor));
+      }
+    });
+    x += r.x_row;
+    grad += r.grad_row;
+    if (dx) dx += r.dx_row;
+    lane = (lane + 1) % kReduceLanes;
+  }
+}
+
+template <class X, bool kZero>
+void ste_columns_typed(const StraightThroughColumnsRun& r) {
+  constexpr int64_t N = Simd::N;
+  int64_t c = 0;
+  for (; c + 4 * N <= r.columns; c += 4 * N) ste_columns_block<X, kZero, 4>(r, c, 4 * N);
+  for (; c + N <= r.columns; c += N) ste_columns_block<X, kZero, 1>(r, c, N);
+  if (c < r.columns) ste_columns_block<X, kZero, 1>(r, c, r.columns - c);
+}
+
+template <class X>
+void ste_columns_of(const StraightThroughColumnsRun& r) {
+  r.zero_lanes ? ste_columns_typed<X, true>(r) : ste_columns_typed<X, false>(r);
+}
+
+void ste_columns_run(const StraightThroughColumnsRun& r) {
+  switch (r.dtype) {
+    case DType::kFloat32: return ste_columns_of<float>(r);
+    case DType::kFloat16: return ste_columns_of<Half>(r);
+    default: return ste_columns_of<BFloat16>(r);
   }
 }
 
 // ---- range ----------------------------------------------------------------------------------------------------------
 
-// The best of N lanes by `better(a, b)`, as a tree: a chain of N comparisons would cost more than a row of 384 elements.
-template <class T, class Better>
-QO_INLINE T across(T (&lane)[Simd::N], const Better& better) {
-  for (int step = Simd::N / 2; step > 0; step /= 2)
-    for (int j = 0; j < step; ++j) lane[j] = better(lane[j], lane[j + step]) ? lane[j] : lane[j + step];
-  return lane[0];
-}
+// N lanes of minimum, maximum and magnitude.
+template <bool kOnlyMagnitude>
+struct RangeLanes {
+  typename Simd::F min, max;
+  typename Simd::I magnitude;
+
+  QO_INLINE void set(const Range& range) {
+    min = Simd::set(range.min);
+    max = Simd::set(range.max);
+    magnitude = Simd::set_int(static_cast<int32_t>(range.abs_bits));
+  }
+  QO_INLINE void include(typename Simd::F v) {
+    if constexpr (!kOnlyMagnitude) {
+      min = Simd::min(v, min);
+      max = Simd::max(v, max);
+    }
+    magnitude = Simd::max_unsigned(magnitude, Simd::abs_bits(v));
+  }
+  QO_INLINE void merge(const RangeLanes& other) {
+    min = Simd::min(other.min, min);
+    max = Simd::max(other.max, max);
+    magnitude = Simd::max_unsigned(magnitude, other.magnitude);
+  }
+};
 
 template <bool kOnlyMagnitude, class X>
 void range_typed(const X* x, int64_t count, Range* range) {
+  constexpr int64_t N = Simd::N;
   constexpr int kChains = 4;  // independent chains hide the latency of min and max
-  typename Simd::F lo[kChains], hi[kChains];
-  typename Simd::I magnitude[kChains];
-  unroll<kChains>([&](auto c) QO_LAMBDA {
-    lo[c.value] = Simd::set(range->min);
-    hi[c.value] = Simd::set(range->max);
-    magnitude[c.value] = Simd::set_int(static_cast<int32_t>(range->abs_bits));
-  });
-  const auto take = [&](auto c, const X* from) QO_LAMBDA {
-    const auto v = Simd::load(from);
-    if constexpr (!kOnlyMagnitude) {
-      lo[c.value] = Simd::min(v, lo[c.value]);
-      hi[c.value] = Simd::max(v, hi[c.value]);
-    }
-    magnitude[c.value] = Simd::max_unsigned(magnitude[c.value], Simd::abs_bits(v));
-  };
-  int64_t i = 0;
-  for (; i + kChains * Simd::N <= count; i += kChains * Simd::N)
-    unroll<kChains>([&](auto c) QO_LAMBDA { take(c, x + i + c.value * Simd::N); });
-  for (; i + Simd::N <= count; i += Simd::N) take(Int<0>{}, x + i);
-  if (i < count && count >= Simd::N) {
-    take(Int<0>{}, x + count - Simd::N);  // some elements twice, which changes no extreme
-  } else {
-    for (; i < count; ++i) {
-      const float v = to_compute(x[i]);
-      if (v < range->min) range->min = v;
-      if (v > range->max) range->max = v;
+  if (count < N) {
+    for (int64_t j = 0; j < count; ++j) {
+      const float v = to_compute(x[j]);
+      if (!kOnlyMagnitude && v < range->min) range->min = v;
+      if (!kOnlyMagnitude && v > range->max) range->max = v;
       const uint32_t bits = float_bits(v) & 0x7fffffffu;
       if (bits > range->abs_bits) range->abs_bits = bits;
     }
-    if (count < Simd::N) return;
+    return;
   }
-  unroll<kChains - 1>([&](auto c) QO_LAMBDA {
-    lo[0] = Simd::min(lo[c.value + 1], lo[0]);
-    hi[0] = Simd::max(hi[c.value + 1], hi[0]);
-    magnitude[0] = Simd::max_unsigned(magnitude[c.value + 1], magnitude[0]);
-  });
-  int32_t bits[Simd::N];
-  Simd::store(bits, magnitude[0]);
-  range->abs_bits = static_cast<uint32_t>(
-      across(bits, [](int32_t a, int32_t b) QO_LAMBDA { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b); }));
+  RangeLanes<kOnlyMagnitude> lanes[kChains];
+  lanes[0].set(*range);
+  int64_t i = 0;
+  if (count >= kChains * N) {
+    unroll<kChains>([&](auto c) QO_LAMBDA { lanes[c.value].set(*range); });
+    for (; i + kChains * N <= count; i += kChains * N)
+      unroll<kChains>([&](auto c) QO_LAMBDA { lanes[c.value].include(Simd::load(x + i + c.value * N)); });
+    lanes[0].merge(lanes[1]);
+    lanes[2].merge(lanes[3]);
+    lanes[0].merge(lanes[2]);
+  }
+  for (; i + N <= count; i += N) lanes[0].include(Simd::load(x + i));
+  if (i < count) lanes[0].include(Simd::load(x + count - N));  // some of them twice, which changes nothing
   if constexpr (!kOnlyMagnitude) {
-    float lane[Simd::N];
-    Simd::store(lane, lo[0]);
-    range->min = across(lane, [](float a, float b) QO_LAMBDA { return a < b; });
-    Simd::store(lane, hi[0]);
-    range->max = across(lane, [](float a, float b) QO_LAMBDA { return a > b; });
+    range->min = Simd::reduce_min(lanes[0].min);
+    range->max = Simd::reduce_max(lanes[0].max);
   }
+  range->abs_bits = Simd::reduce_max_unsigned(lanes[0].magnitude);
 }
 
 template <bool kOnlyMagnitude>
@@ -236,6 +521,42 @@ void range_of(const void* x, DType dtype, int64_t n, Range* range) {
 
 void range_run(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range) {
   only_magnitude ? range_of<true>(x, dtype, n, range) : range_of<false>(x, dtype, n, range);
+}
+
+// Several rows at a time, so that the arrays over columns are read and written once for all of them.
+template <class X, int kRows>
+QO_INLINE void range_rows(const RangeColumnsRun& r, const X* x) {
+  constexpr int64_t N = Simd::N;
+  const auto vectors = [&](int64_t c, int64_t n) QO_LAMBDA {
+    RangeLanes<false> lanes;
+    int32_t* const magnitude = reinterpret_cast<int32_t*>(r.abs_bits) + c;
+    lanes.min = load_part(r.min + c, n);
+    lanes.max = load_part(r.max + c, n);
+    lanes.magnitude = load_int_part(magnitude, n);
+    unroll<kRows>([&](auto row) QO_LAMBDA { lanes.include(load_part(x + row.value * r.x_row + c, n)); });
+    store_part(r.min + c, lanes.min, n);
+    store_part(r.max + c, lanes.max, n);
+    store_part(magnitude, lanes.magnitude, n);
+  };
+  int64_t c = 0;
+  for (; c + N <= r.columns; c += N) vectors(c, N);
+  if (c < r.columns) r.columns >= N ? vectors(r.columns - N, N) : vectors(0, r.columns);  // some twice, which changes nothing
+}
+
+template <class X>
+void range_columns_typed(const RangeColumnsRun& r) {
+  const X* x = static_cast<const X*>(r.x);
+  int64_t row = 0;
+  for (; row + 4 <= r.rows; row += 4) range_rows<X, 4>(r, x + row * r.x_row);
+  for (; row < r.rows; ++row) range_rows<X, 1>(r, x + row * r.x_row);
+}
+
+void range_columns_run(const RangeColumnsRun& r) {
+  switch (r.dtype) {
+    case DType::kFloat32: return range_columns_typed<float>(r);
+    case DType::kFloat16: return range_columns_typed<Half>(r);
+    default: return range_columns_typed<BFloat16>(r);
+  }
 }
 
 // ---- integer epilogue: N columns of one row, from registers ---------------------------------------------------------

@@ -92,46 +92,99 @@ struct DotTile {
 };
 constexpr int64_t kDotRows = 4;
 
-// A contiguous run of n elements; scale and zero point step by 0 (one for all) or 1. Needs |qmin - zero_point| <= 2^24.
-struct QuantizeRun {
-  const void* x;
-  void* y;
+// Rows of n contiguous elements. Scale and zero point of row i start at scale + i * scale_row and zero_point + i * zero_row and
+// step by 0 (one for the row) or 1 along it.
+struct RowsRun {
   int64_t n;
+  int64_t rows = 1;
+  int64_t from_row = 0, to_row = 0;  // elements from one row to the next, of what is read and of what is written
   const float* scale;
   const int32_t* zero_point;
   int scale_step, zero_step;
+  int64_t scale_row = 0, zero_row = 0;
+};
+
+// Needs |qmin - zero_point| and |qmax - zero_point| <= 2^24. With reciprocals the kernel multiplies, and divides only what lies so
+// close to a tie that the product might round otherwise than the quotient.
+struct QuantizeRun : RowsRun {
+  const void* x;
+  void* y;
+  const float* reciprocal = nullptr;  // reciprocal_of each scale, stepping like it; null: divide
+  float tie = 0.0f;                   // tie_for the largest distance of qmin or qmax from a zero point
   int32_t qmin, qmax;
   DType x_dtype, y_dtype;
   bool simulate;
 };
 
-struct DequantizeRun {
+// The reciprocal that stands for a scale, or NaN for a scale that only division does justice to: both roundings of x * (1 / scale)
+// must be relative ones, so neither the scale nor its reciprocal may be subnormal.
+static inline __attribute__((always_inline, unused)) float reciprocal_of(float scale) {
+  return scale >= 0x1p-126f && scale <= 0x1p126f ? 1.0f / scale : __builtin_nanf("");
+}
+
+// How far x * (1 / scale) may be from its nearest integer and still round like the IEEE quotient: below 1/2 by more than the error
+// of three roundings of half a unit each, relative to the largest value that does not saturate. Negative, hence never, where codes
+// are so wide that most groups of elements would have to be divided anyway.
+static inline __attribute__((always_inline, unused)) float tie_for(int64_t largest_step) {
+  return largest_step <= 1024 ? 0.5f - static_cast<float>(largest_step + 2) * 0x1p-22f : -1.0f;
+}
+
+struct DequantizeRun : RowsRun {
   const void* q;
   void* y;
-  int64_t n;
-  const float* scale;
-  const int32_t* zero_point;
-  int scale_step, zero_step;
-  DType q_dtype, y_dtype;  // q_dtype int8 or uint8
+  DType q_dtype, y_dtype;  // q_dtype int8, uint8 or int16
 };
 
-// The straight-through gradient of a contiguous run: dx = grad where qmin <= rne(x / scale) + zero_point <= qmax, else 0.
+// The straight-through gradient of n contiguous elements: dx = grad where qmin <= rne(x / scale) + zero_point <= qmax, else 0, and
+// the sums of grad * factor (straight_through in quant_math.h) in the order that ops.h fixes.
 struct StraightThroughRun {
   const void* x;
   const void* grad;
-  void* dx;
+  void* dx;  // null: not wanted
   int64_t n;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;  // 0 or 1
+  int32_t qmin, qmax;
+  DType dtype;                  // of x, grad and dx
+  double* scale_sum = nullptr;  // one sum, of a chunk: n <= kReduceChunk; null: not wanted
+  double* zero_sum = nullptr;   // likewise; wanted only with scale_sum
+};
+
+// The same for slices that lie side by side: column c of every row belongs to slice c, and has a scale and a zero point of its own
+// (step 1) or shares one (step 0). The products of row i are added to lane (lane + i) % kReduceLanes of its slice.
+constexpr int kReduceColumns = 64;  // most columns of a run: 32 lanes of them are 16 KiB, so that both sums stay in the first cache
+struct StraightThroughColumnsRun {
+  const void* x;
+  const void* grad;
+  void* dx;  // null: not wanted
+  int64_t rows, columns;
+  int64_t x_row, grad_row, dx_row;
   const float* scale;
   const int32_t* zero_point;
   int scale_step, zero_step;
   int32_t qmin, qmax;
-  DType dtype;  // of x, grad and dx
+  DType dtype;
+  int64_t lane;
+  double* scale_lanes;  // [kReduceLanes][kReduceColumns]
+  double* zero_lanes;   // likewise; null: not wanted
 };
 
 // Minimum and maximum of a run (NaN ignored) and whether all of it is finite; folded into what `range` holds already.
 struct Range {
   float min, max;
   uint32_t abs_bits;  // bits of the largest magnitude, as an integer; >= 0x7f800000 if any element is Inf or NaN
+};
+
+// The same for every column of a matrix, one array a field.
+struct RangeColumnsRun {
+  const void* x;
+  DType dtype;
+  int64_t rows, columns;
+  int64_t x_row;
+  float* min;
+  float* max;
+  uint32_t* abs_bits;
 };
 
 struct KernelTable {
@@ -143,7 +196,9 @@ struct KernelTable {
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);
   void (*straight_through)(const StraightThroughRun&);
+  void (*straight_through_columns)(const StraightThroughColumnsRun&);
   void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);  // then min and max are not touched
+  void (*range_columns)(const RangeColumnsRun&);
   // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   void (*pack)(const PackRun&);

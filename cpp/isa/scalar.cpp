@@ -13,9 +13,11 @@ struct Simd {
   static constexpr int N = 1;
   using F = float;
   using I = int32_t;
+  using D = double;
 
   static F set(float v) { return v; }
   static I set_int(int32_t v) { return v; }
+  static D load(const double* p) { return *p; }
   template <class T>
   static F load(const T* p) {
     return to_compute(*p);
@@ -23,6 +25,11 @@ struct Simd {
   template <class T>
   static I load_int(const T* p) {
     return *p;
+  }
+  static void store(double* p, D v) { *p = v; }
+  template <class T>
+  static void store_bytes(T* p, I a, I b, I c, I d) {
+    p[0] = static_cast<T>(a), p[1] = static_cast<T>(b), p[2] = static_cast<T>(c), p[3] = static_cast<T>(d);
   }
   template <class T>
   static void store(T* p, F v) {
@@ -35,22 +42,24 @@ struct Simd {
 
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
-  static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
-  static I bits(F a) { return static_cast<I>(float_bits(a)); }
-  static bool any_above(I a, I b) { return a > b; }
-  template <class T>
-  static void store_bytes(T* p, I a, I b, I c, I d) {
-    p[0] = static_cast<T>(a), p[1] = static_cast<T>(b), p[2] = static_cast<T>(c), p[3] = static_cast<T>(d);
-  }
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
   static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+  static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F round_even(F a) { return quant_ops::round_even(a); }
   static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
+  static F keep_outside(F v, F steps, F lo, F hi) { return steps < lo || steps > hi ? v : 0.0f; }
   static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
+  static I bits(F a) { return static_cast<I>(float_bits(a)); }
   static I abs_bits(F a) { return static_cast<I>(float_bits(a) & 0x7fffffffu); }
+
+  static D accumulate(D acc, F a, F b) { return acc + static_cast<double>(a) * static_cast<double>(b); }  // the product is exact
+  static float reduce_min(F a) { return a; }
+  static float reduce_max(F a) { return a; }
+  static uint32_t reduce_max_unsigned(I a) { return static_cast<uint32_t>(a); }
+  static bool any_above(I a, I b) { return a > b; }
 
   // wrap around modulo 2^32, as the vector instructions do
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
@@ -108,7 +117,9 @@ const KernelTable kScalarKernels = {
     quantize_run,
     dequantize_run,
     ste_run,
+    ste_columns_run,
     range_run,
+    range_columns_run,
     codes_run,
     pack_run,
     nullptr,

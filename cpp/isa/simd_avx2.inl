@@ -3,6 +3,9 @@ struct Simd {
   static constexpr int N = 8;
   using F = __m256;
   using I = __m256i;
+  struct D {  // N float64
+    __m256d low, high;
+  };
 
   static QO_INLINE F set(float v) { return _mm256_set1_ps(v); }
   static QO_INLINE I set_int(int32_t v) { return _mm256_set1_epi32(v); }
@@ -17,6 +20,8 @@ struct Simd {
   static QO_INLINE I load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static QO_INLINE I load_int(const int8_t* p) { return _mm256_cvtepi8_epi32(load64(p)); }
   static QO_INLINE I load_int(const uint8_t* p) { return _mm256_cvtepu8_epi32(load64(p)); }
+  static QO_INLINE I load_int(const int16_t* p) { return _mm256_cvtepi16_epi32(load128(p)); }
+  static QO_INLINE D load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
 
   static QO_INLINE __m128i narrow16(I v) {  // values fit: packing does not saturate
     return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -43,8 +48,10 @@ struct Simd {
     const __m128i h = narrow16(v);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(h, h));
   }
-
-  static QO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static QO_INLINE void store(double* p, D v) {
+    _mm256_storeu_pd(p, v.low);
+    _mm256_storeu_pd(p + 4, v.high);
+  }
   // 4 N bytes; packing works in 128-bit lanes, which are put in order afterwards
   static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
     store_words(p, _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
@@ -57,22 +64,50 @@ struct Simd {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(v, order));
   }
 
+  static QO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static QO_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
-  static QO_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
-  static QO_INLINE I bits(F a) { return _mm256_castps_si256(a); }
-  static QO_INLINE bool any_above(I a, I b) { return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a, b)) != 0; }  // signed
   static QO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static QO_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static QO_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static QO_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
   static QO_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return _mm256_and_ps(v, _mm256_and_ps(_mm256_cmp_ps(steps, lo, _CMP_GE_OQ), _mm256_cmp_ps(steps, hi, _CMP_LE_OQ)));
   }
+  static QO_INLINE F keep_outside(F v, F steps, F lo, F hi) {
+    return _mm256_and_ps(v, _mm256_or_ps(_mm256_cmp_ps(steps, lo, _CMP_LT_OQ), _mm256_cmp_ps(steps, hi, _CMP_GT_OQ)));
+  }
   static QO_INLINE F nan_to_zero(F a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+  static QO_INLINE I bits(F a) { return _mm256_castps_si256(a); }
   static QO_INLINE I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
 
+  static QO_INLINE D widen(F v) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+  }
+  static QO_INLINE D accumulate(D acc, F a, F b) {
+    const D x = widen(a), y = widen(b);
+    return {_mm256_fmadd_pd(x.low, y.low, acc.low), _mm256_fmadd_pd(x.high, y.high, acc.high)};
+  }
+
+  static QO_INLINE float reduce_min(F a) {
+    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ps(two, _mm_movehdup_ps(two)));
+  }
+  static QO_INLINE float reduce_max(F a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ps(two, _mm_movehdup_ps(two)));
+  }
+  static QO_INLINE uint32_t reduce_max_unsigned(I a) {
+    const __m128i four = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_srli_epi64(two, 32))));
+  }
+
+  static QO_INLINE bool any_above(I a, I b) { return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a, b)) != 0; }  // signed
   static QO_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static QO_INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static QO_INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }

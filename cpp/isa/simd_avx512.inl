@@ -3,6 +3,9 @@ struct Simd {
   static constexpr int N = 16;
   using F = __m512;
   using I = __m512i;
+  struct D {  // N float64
+    __m512d low, high;
+  };
 
   static QO_INLINE F set(float v) { return _mm512_set1_ps(v); }
   static QO_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
@@ -17,6 +20,8 @@ struct Simd {
   static QO_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
   static QO_INLINE I load_int(const int8_t* p) { return _mm512_cvtepi8_epi32(load128(p)); }
   static QO_INLINE I load_int(const uint8_t* p) { return _mm512_cvtepu8_epi32(load128(p)); }
+  static QO_INLINE I load_int(const int16_t* p) { return _mm512_cvtepi16_epi32(load256(p)); }
+  static QO_INLINE D load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
 
   static QO_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static QO_INLINE void store(Half* p, F v) {
@@ -34,8 +39,10 @@ struct Simd {
   static QO_INLINE void store(int16_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
   static QO_INLINE void store(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static QO_INLINE void store(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
-
-  static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static QO_INLINE void store(double* p, D v) {
+    _mm512_storeu_pd(p, v.low);
+    _mm512_storeu_pd(p + 8, v.high);
+  }
   // 4 N bytes; packing works in 128-bit lanes: dword 4 j + lane of the result is dword j of the lane
   static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
     store_words(p, _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
@@ -48,13 +55,12 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, v));
   }
 
+  static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static QO_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-  static QO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
-  static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
-  static QO_INLINE bool any_above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b) != 0; }  // signed
   static QO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static QO_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static QO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static QO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static QO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -62,9 +68,27 @@ struct Simd {
     const __mmask16 above = _mm512_cmp_ps_mask(steps, lo, _CMP_GE_OQ);
     return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, steps, hi, _CMP_LE_OQ), v);
   }
+  static QO_INLINE F keep_outside(F v, F steps, F lo, F hi) {
+    const __mmask16 below = _mm512_cmp_ps_mask(steps, lo, _CMP_LT_OQ), above = _mm512_cmp_ps_mask(steps, hi, _CMP_GT_OQ);
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(below | above), v);
+  }
   static QO_INLINE F nan_to_zero(F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+  static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
   static QO_INLINE I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 
+  static QO_INLINE D widen(F v) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+  }
+  static QO_INLINE D accumulate(D acc, F a, F b) {
+    const D x = widen(a), y = widen(b);
+    return {_mm512_fmadd_pd(x.low, y.low, acc.low), _mm512_fmadd_pd(x.high, y.high, acc.high)};
+  }
+
+  static QO_INLINE float reduce_min(F a) { return _mm512_reduce_min_ps(a); }
+  static QO_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  static QO_INLINE uint32_t reduce_max_unsigned(I a) { return _mm512_reduce_max_epu32(a); }
+
+  static QO_INLINE bool any_above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b) != 0; }  // signed
   static QO_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static QO_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static QO_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }

@@ -4,6 +4,9 @@ struct Simd {
   static constexpr int N = 4;
   using F = float32x4_t;
   using I = int32x4_t;
+  struct D {  // N float64
+    float64x2_t low, high;
+  };
 
   static QO_INLINE F set(float v) { return vdupq_n_f32(v); }
   static QO_INLINE I set_int(int32_t v) { return vdupq_n_s32(v); }
@@ -24,6 +27,9 @@ struct Simd {
   static QO_INLINE I load_int(const int32_t* p) { return vld1q_s32(p); }
   static QO_INLINE I load_int(const int8_t* p) { return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load32(p))))); }
   static QO_INLINE I load_int(const uint8_t* p) { return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load32(p))))); }
+
+  static QO_INLINE I load_int(const int16_t* p) { return vmovl_s16(vreinterpret_s16_u16(load64(p))); }
+  static QO_INLINE D load(const double* p) { return {vld1q_f64(p), vld1q_f64(p + 2)}; }
 
   static QO_INLINE void store64(void* p, uint16x4_t v) {
     const uint64_t eight = vget_lane_u64(vreinterpret_u64_u16(v), 0);
@@ -47,20 +53,50 @@ struct Simd {
   }
   static QO_INLINE void store(uint8_t* p, I v) { store(reinterpret_cast<int8_t*>(p), v); }
 
+  // 4 N bytes
+  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
+                            vqmovn_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
+  }
+  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
+    vst1q_u8(p, vcombine_u8(vqmovun_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
+                            vqmovun_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
+  }
+  static QO_INLINE void store(double* p, D v) {
+    vst1q_f64(p, v.low);
+    vst1q_f64(p + 2, v.high);
+  }
+
   static QO_INLINE F keep(uint32x4_t mask, F v) { return vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(v))); }
 
   static QO_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
+  static QO_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
   static QO_INLINE F mul(F a, F b) { return vmulq_f32(a, b); }
   static QO_INLINE F div(F a, F b) { return vdivq_f32(a, b); }
   static QO_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static QO_INLINE F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }  // c - a b
   static QO_INLINE F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static QO_INLINE F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static QO_INLINE F round_even(F a) { return vrndnq_f32(a); }
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return keep(vandq_u32(vcgeq_f32(steps, lo), vcleq_f32(steps, hi)), v);
   }
+  static QO_INLINE F keep_outside(F v, F steps, F lo, F hi) {
+    return keep(vorrq_u32(vcltq_f32(steps, lo), vcgtq_f32(steps, hi)), v);
+  }
   static QO_INLINE F nan_to_zero(F a) { return keep(vceqq_f32(a, a), a); }
+  static QO_INLINE I bits(F a) { return vreinterpretq_s32_f32(a); }
   static QO_INLINE I abs_bits(F a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
+
+  static QO_INLINE D widen(F v) { return {vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)}; }
+  static QO_INLINE D accumulate(D acc, F a, F b) {  // the product is exact
+    const D x = widen(a), y = widen(b);
+    return {vfmaq_f64(acc.low, x.low, y.low), vfmaq_f64(acc.high, x.high, y.high)};
+  }
+  static QO_INLINE float reduce_min(F a) { return vminvq_f32(a); }  // no lane is NaN
+  static QO_INLINE float reduce_max(F a) { return vmaxvq_f32(a); }
+  static QO_INLINE uint32_t reduce_max_unsigned(I a) { return vmaxvq_u32(vreinterpretq_u32_s32(a)); }
+  static QO_INLINE bool any_above(I a, I b) { return vmaxvq_u32(vcgtq_s32(a, b)) != 0; }  // signed
 
   static QO_INLINE I add(I a, I b) { return vaddq_s32(a, b); }
   static QO_INLINE I sub(I a, I b) { return vsubq_s32(a, b); }
@@ -80,19 +116,6 @@ struct Simd {
     v[3] = vreinterpretq_s32_s64(vzip2q_s64(high01, high23));
   }
   // the sum of the four signed bytes of each lane
-  static QO_INLINE F sub(F a, F b) { return vsubq_f32(a, b); }
-  static QO_INLINE F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }  // c - a b
-  static QO_INLINE I bits(F a) { return vreinterpretq_s32_f32(a); }
-  static QO_INLINE bool any_above(I a, I b) { return vmaxvq_u32(vcgtq_s32(a, b)) != 0; }  // signed
-  // 4 N bytes
-  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
-    vst1q_s8(p, vcombine_s8(vqmovn_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
-                            vqmovn_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
-  }
-  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
-    vst1q_u8(p, vcombine_u8(vqmovun_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))),
-                            vqmovun_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)))));
-  }
   static QO_INLINE I sum_bytes(I a) { return vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_s32(a))); }
   static QO_INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
   static QO_INLINE I to_int(F a) { return vcvtnq_s32_f32(a); }
