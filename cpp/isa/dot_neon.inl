@@ -7,6 +7,13 @@
 //   I start(const int32_t* column_sum)  what the sums of four columns start from
 //   I add<kLane>(I sum, int8x16_t b, A a)
 
+// A function of its own: inlined, its registers make g++ spill an accumulator in the loop.
+template <int kRows, int kVectors>
+__attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* sums) {
+  finish_tile<kRows, kVectors>(
+      o, [&](auto r, auto v) QO_LAMBDA { return Simd::load_int(sums + (r.value * kVectors + v.value) * Simd::N); });
+}
+
 // Columns [n, n + 4 * kVectors) of the panel.
 template <int kRows, int kVectors>
 QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
@@ -43,7 +50,12 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
       });
     }
   }
-  finish_tile<kRows, kVectors>(t.out.from_column(n), [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
+  int32_t sums[kRows * kVectors * Simd::N];
+  unroll<kRows>([&](auto r) QO_LAMBDA {
+    unroll<kVectors>([&](auto v)
+                         QO_LAMBDA { Simd::store(sums + (r.value * kVectors + v.value) * Simd::N, acc[r.value][v.value]); });
+  });
+  finish_sums<kRows, kVectors>(t.out.from_column(n), sums);
 }
 
 // 8 rows x 8 columns: 16 accumulators + 8 activations + 2 weights = 26 of 32 registers, and 64 products for 16 loads; with 6 x 16
