@@ -4,7 +4,9 @@
 //
 // A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four. An output pixel is
 // then R * S rows of codes, named by their offsets; a tap in the padding names a row filled with the zero point, so that borders
-// need no special case and the plain column-sum correction is right everywhere. Depthwise convolutions have their own kernel.
+// need no special case and the plain column-sum correction is right everywhere. Depthwise convolutions: conv2d_depthwise.cpp.
+#include "conv2d.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -39,8 +41,8 @@ Plan make_plan(const Int8Conv2dParams& p, int64_t tile_rows) {
   plan.tile_rows = tile_rows;
   const int64_t channels = p.C / p.groups;
   plan.layout = packed_layout(p.O, channels, p.R, p.S, p.groups);
-  plan.group_channels = plan.layout.depthwise ? 1 : plan.layout.k4 * kGroupK;
-  plan.pixel = plan.layout.depthwise ? plan.layout.padded_n : p.groups * plan.group_channels;
+  plan.group_channels = plan.layout.k4 * kGroupK;
+  plan.pixel = p.groups * plan.group_channels;
   plan.sample = std::max<int64_t>(64, round_up((p.H * p.W + 1) * plan.pixel, 64));
   plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
   plan.nhwc_input = p.x_stride[1] == 1;
@@ -84,7 +86,7 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
   });
   if (in_place) return;
   if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(line.pixels * plan.pixel));
-  const int64_t channels = plan.layout.depthwise ? p.C : p.C / p.groups, groups = p.C / channels;
+  const int64_t channels = p.C / p.groups, groups = p.groups;
   const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
   for (int64_t w = 0; w < line.pixels; ++w)
     for (int64_t g = 0; g < groups; ++g) {
@@ -113,22 +115,6 @@ void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, in
   }
 }
 
-// NCHW output: a block of [rows][columns] in memory becomes `columns` runs of `rows` pixels.
-template <class T>
-void transpose_store(const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y, int64_t y_stride) {
-  const T* from = static_cast<const T*>(block);
-  T* to = static_cast<T*>(y);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = 0; r < rows; ++r) to[c * y_stride + r] = from[r * block_stride + c];
-}
-
-void transpose_store(int64_t bytes, const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y,
-                     int64_t y_stride) {
-  if (bytes == 4) return transpose_store<uint32_t>(block, rows, columns, block_stride, y, y_stride);
-  if (bytes == 2) return transpose_store<uint16_t>(block, rows, columns, block_stride, y, y_stride);
-  transpose_store<uint8_t>(block, rows, columns, block_stride, y, y_stride);
-}
-
 // One block of output pixels of one sample, output columns [column, column + tile.columns) of the layer, by `multiply(tile output,
 // y stride)`: straight into y when it is channels_last, through `block_y` and a transposition when it is not.
 struct BlockOutput {
@@ -151,11 +137,12 @@ struct BlockOutput {
 void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const int64_t pixels = p.OH * p.OW;
   if (p.N == 0 || p.O == 0 || pixels == 0) return;
+  if (packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups).depthwise) return int8_conv2d_depthwise_cpu(p);
   const KernelTable& table = kernels();
   const Plan plan = make_plan(p, table.gemm_rows);
   const PackedLayout& layout = plan.layout;
   const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
-  const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = layout.depthwise ? p.O : std::min<int64_t>(kPanel, layout.n);
+  const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = std::min<int64_t>(kPanel, layout.n);
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
@@ -231,29 +218,6 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       const BlockOutput block{p, n0 + n, first, rows, scratch.at<char>(blocks_at + worker * y_bytes)};
       const uint8_t* a = codes + n * plan.sample;
 
-      if (layout.depthwise) {
-        block.store(0, p.O, [&](char* y, int64_t y_stride) {
-          DepthwisePixel pixel;
-          pixel.taps = layout.taps;
-          pixel.a = a;
-          pixel.b = packed + layout.panels_offset;
-          pixel.b_stride = layout.padded_n;
-          pixel.out = columns.output(p.out, layout.column_sum(packed, 0), 0);
-          pixel.out.columns = p.O;
-          pixel.out.y_stride = y_stride;
-          pixel.out.row_scale = sample_scale + n;
-          pixel.out.row_zero = sample_zero + n;
-          pixel.out.row_step = 0;
-          for (int64_t i = 0; i < rows; ++i) {
-            const int64_t tile = i / plan.tile_rows * plan.tile_rows;
-            pixel.a_offset = offsets + tile * layout.taps + i % plan.tile_rows;
-            pixel.a_step = std::min(plan.tile_rows, rows - tile);
-            pixel.out.y = y + i * y_stride * out_bytes;
-            table.depthwise(pixel);
-          }
-        });
-        return;
-      }
       for (int64_t g = 0; g < p.groups; ++g)
         for (int64_t panel = 0; panel < layout.panels(); ++panel) {
           const int64_t column = panel * kPanel, width = layout.width(panel), valid = std::min(width, layout.n - column);

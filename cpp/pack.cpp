@@ -10,12 +10,12 @@ namespace quant_ops {
 namespace {
 
 struct Header {
-  char magic[8];  // "qopack1": the last character is the version of the layout
+  char magic[8];  // "qopack2": the last character is the version of the layout
   int64_t groups, n, k, r, s;
 };
 static_assert(sizeof(Header) <= 64, "the header is one cache line");
 
-Header header_of(const PackedLayout& l) { return {{'q', 'o', 'p', 'a', 'c', 'k', '1', 0}, l.groups, l.n, l.k, l.r, l.s}; }
+Header header_of(const PackedLayout& l) { return {{'q', 'o', 'p', 'a', 'c', 'k', '2', 0}, l.groups, l.n, l.k, l.r, l.s}; }
 
 // Four bytes of a column whose k step by `step` in memory; beyond k zeros.
 void copy_group(const int8_t* from, int64_t k4, int64_t k, int64_t step, int8_t* to) {
@@ -46,16 +46,11 @@ namespace {
 
 void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
   int8_t* b = packed + l.panels_offset;
+  std::memset(b, 0, static_cast<size_t>(l.bytes - l.panels_offset));
   int32_t* column_sum = reinterpret_cast<int32_t*>(packed + l.column_sum_offset);
-  for (int64_t c = 0; c < l.padded_n; ++c) {
-    int32_t sum = 0;
-    for (int64_t t = 0; t < l.taps; ++t) {
-      const int8_t w = c < l.groups ? weight[c * l.taps + t] : 0;
-      b[t * l.padded_n + c] = w;
-      sum += w;
-    }
-    column_sum[c] = sum;
-  }
+  for (int64_t c = 0; c < l.groups; ++c)
+    for (int64_t i = 0; i < l.r; ++i)
+      for (int64_t j = 0; j < l.s; ++j) column_sum[c] += b[l.depthwise_place(c, i, j)] = *weight++;
 }
 
 }  // namespace
@@ -75,7 +70,7 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
   l.column_sum_offset = 64;
   l.panels_offset = round_up(l.column_sum_offset + sums * 4, 64);
   l.group_bytes = l.padded_n * l.taps * l.k4 * kGroupK;
-  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * l.taps : groups * l.group_bytes);
+  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * round_up(r, kGroupK) * s : groups * l.group_bytes);
   return l;
 }
 
@@ -100,7 +95,7 @@ void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weig
     for (int64_t k = 0; k < l.k; ++k)
       for (int64_t t = 0; t < l.taps; ++t)
         weight[(o * l.k + k) * l.taps + t] =
-            l.depthwise ? packed[l.panels_offset + t * l.padded_n + o]
+            l.depthwise ? packed[l.panels_offset + l.depthwise_place(o, t / l.s, t % l.s)]
                         : l.panel(packed, group, panel)[(t * l.k4 + k / kGroupK) * row + n % kPanel * kGroupK + k % kGroupK];
   }
 }

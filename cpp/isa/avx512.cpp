@@ -20,6 +20,10 @@ namespace {
 #include "elementwise.inl"
 //
 #include "codes_avx512.inl"
+//
+#include "depthwise_avx512.inl"
+using FourTaps = PairsOfTaps;
+#include "depthwise.inl"
 
 struct Wide {
   using V = __m512i;
@@ -83,18 +87,12 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512Kernels = {
-    "avx512",
-    "gemm_u8s8_12x16_avx512",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    codes_avx512,
-    pack_run,
-    nullptr,
+    "avx512",       "gemm_u8s8_12x16_avx512",
+    kRows,          gemm,
+    depthwise_run,  quantize_run,
+    dequantize_run, ste_run,
+    range_run,      codes_avx512,
+    pack_run,       nullptr,
     peak,
 };
 

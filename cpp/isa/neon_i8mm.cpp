@@ -34,9 +34,12 @@ struct Dot {
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) {
     return vsudotq_laneq_s32(sum, b, a, kLane);
   }
+  static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) { return vusdotq_s32(sum, a, b); }
 };
 
 #include "dot_neon.inl"
+//
+#include "depthwise.inl"
 
 template <int kRows>
 void gemm_u8s8_8x8_neon_i8mm(const GemmTile& t, int64_t width) {
@@ -52,18 +55,12 @@ void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
 }  // namespace
 
 const KernelTable kNeonI8mmKernels = {
-    "neon_i8mm",
-    "gemm_u8s8_8x8_neon_i8mm",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    range_run,
-    codes_run,
-    pack_run,
-    nullptr,
+    "neon_i8mm",    "gemm_u8s8_8x8_neon_i8mm",
+    kRows,          gemm,
+    depthwise_run,  quantize_run,
+    dequantize_run, ste_run,
+    range_run,      codes_run,
+    pack_run,       nullptr,
     peak,
 };
 

@@ -749,12 +749,12 @@ def _(weight: Tensor, groups: int = 1) -> Tensor:
         f"groups to divide the output channels of a convolution, got groups {groups} and weight.shape {_shape(weight.shape)}",
     )
     out_channels, k = weight.shape[:2]
-    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
+    r, s = weight.shape[2:] if weight.dim() == 4 else (1, 1)
     n = out_channels // groups
     depthwise = groups > 1 and n == 1 and k == 1
     columns = ((groups if depthwise else n) + 15) // 16 * 16
     sums = 64 + 4 * columns * (1 if depthwise else groups)
-    values = columns * taps * (1 if depthwise else groups * ((k + 3) // 4 * 4))
+    values = columns * s * ((r + 3) // 4 * 4 if depthwise else r * groups * ((k + 3) // 4 * 4))
     return weight.new_empty(((sums + 63) // 64 * 64 + values,))
 
 
