@@ -5,7 +5,9 @@
 // A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four. An output pixel is
 // then R * S rows of codes, named by their offsets; a tap in the padding names a row filled with the zero point, so that borders
 // need no special case and the plain column-sum correction is right everywhere. With few channels a whole kernel row is one tap;
-// the image's rows then have the horizontal padding in them. Depthwise convolutions have their own kernel.
+// the image's rows then have the horizontal padding in them. Depthwise convolutions: conv2d_depthwise.cpp.
+#include "conv2d.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -42,8 +44,8 @@ Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, int64_t ti
   Plan plan;
   plan.tile_rows = tile_rows;
   plan.layout = layout;
-  plan.group_channels = layout.depthwise ? 1 : layout.rows ? p.C : layout.k4 * kGroupK;
-  plan.pixel = layout.depthwise ? layout.padded_n : layout.groups * plan.group_channels;
+  plan.group_channels = layout.rows ? p.C : layout.k4 * kGroupK;
+  plan.pixel = layout.groups * plan.group_channels;
   plan.left = layout.rows ? p.pad[1] * plan.pixel : 0;
   plan.row = (layout.rows ? std::max(p.pad[1] + p.W, (p.OW - 1) * p.stride[1] + p.S) : p.W) * plan.pixel;
   plan.padding = p.H * plan.row;
@@ -100,7 +102,7 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
   });
   if (in_place) return;
   if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(line.pixels * plan.pixel));
-  const int64_t channels = plan.layout.depthwise || plan.layout.rows ? p.C : plan.layout.k, groups = p.C / channels;
+  const int64_t channels = plan.layout.rows ? p.C : plan.layout.k, groups = p.C / channels;
   const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
   for (int64_t w = 0; w < line.pixels; ++w)
     for (int64_t g = 0; g < groups; ++g) {
@@ -138,22 +140,6 @@ void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, in
   }
 }
 
-// NCHW output: a block of [rows][columns] in memory becomes `columns` runs of `rows` pixels.
-template <class T>
-void transpose_store(const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y, int64_t y_stride) {
-  const T* from = static_cast<const T*>(block);
-  T* to = static_cast<T*>(y);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = 0; r < rows; ++r) to[c * y_stride + r] = from[r * block_stride + c];
-}
-
-void transpose_store(int64_t bytes, const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y,
-                     int64_t y_stride) {
-  if (bytes == 4) return transpose_store<uint32_t>(block, rows, columns, block_stride, y, y_stride);
-  if (bytes == 2) return transpose_store<uint16_t>(block, rows, columns, block_stride, y, y_stride);
-  transpose_store<uint8_t>(block, rows, columns, block_stride, y, y_stride);
-}
-
 // One block of output pixels of one sample, output columns [column, column + tile.columns) of the layer, by `multiply(tile output,
 // y stride)`: straight into y when it is channels_last, through `block_y` and a transposition when it is not.
 struct BlockOutput {
@@ -176,6 +162,7 @@ struct BlockOutput {
 void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const int64_t pixels = p.OH * p.OW;
   if (p.N == 0 || p.O == 0 || pixels == 0) return;
+  if (packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups).depthwise) return int8_conv2d_depthwise_cpu(p);
   const KernelTable& table = kernels();
   // A packed weight of few channels has no taps to dilate: it is packed anew. (Nor can an empty row be padded.)
   const bool dilated = p.dilation[1] != 1 || p.W == 0;
@@ -184,7 +171,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const PackedLayout& layout = plan.layout;
   const bool repack = p.packed && given.rows != layout.rows;
   const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
-  const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = layout.depthwise ? p.O : std::min<int64_t>(kPanel, layout.n);
+  const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = std::min<int64_t>(kPanel, layout.n);
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
@@ -262,29 +249,6 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       const BlockOutput block{p, n0 + n, first, rows, scratch.at<char>(blocks_at + worker * y_bytes)};
       const uint8_t* a = codes + n * plan.sample;
 
-      if (layout.depthwise) {
-        block.store(0, p.O, [&](char* y, int64_t y_stride) {
-          DepthwisePixel pixel;
-          pixel.taps = layout.taps;
-          pixel.a = a;
-          pixel.b = packed + layout.panels_offset;
-          pixel.b_stride = layout.padded_n;
-          pixel.out = columns.output(p.out, layout.column_sum(packed, 0), 0);
-          pixel.out.columns = p.O;
-          pixel.out.y_stride = y_stride;
-          pixel.out.row_scale = sample_scale + n;
-          pixel.out.row_zero = sample_zero + n;
-          pixel.out.row_step = 0;
-          for (int64_t i = 0; i < rows; ++i) {
-            const int64_t tile = i / plan.tile_rows * plan.tile_rows;
-            pixel.a_offset = offsets + tile * layout.taps + i % plan.tile_rows;
-            pixel.a_step = std::min(plan.tile_rows, rows - tile);
-            pixel.out.y = y + i * y_stride * out_bytes;
-            table.depthwise(pixel);
-          }
-        });
-        return;
-      }
       for (int64_t g = 0; g < layout.groups; ++g)
         for (int64_t panel = 0; panel < layout.panels(); ++panel) {
           const int64_t column = panel * kPanel, width = layout.width(panel), valid = std::min(width, layout.n - column);

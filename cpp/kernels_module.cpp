@@ -122,40 +122,50 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
   }
 }
 
-// y[C] of one output pixel from codes a[taps, >= C rounded up to 16] and weights w[C, 1, taps, 1].
+// A row y[pixels, C] from input rows a[R, W, channels rounded up to 16], of bytes that xor `flip` are codes, and weights w[C, 1, R,
+// S].
 void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
-               int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias) {
+               int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias, int64_t first,
+               int64_t stride, int64_t dilation, uint8_t padding, uint8_t flip) {
   const KernelTable& table = table_of(isa);
-  const int64_t channels = w.shape(0), taps = w.shape(2);
-  const PackedLayout layout = packed_layout(channels, 1, taps, 1, channels);
-  if (!layout.depthwise || a.shape(0) != taps || a.shape(1) < layout.padded_n || column_scale.size() < layout.padded_n ||
-      bias.size() < layout.padded_n)
+  const int64_t channels = w.shape(0);
+  const PackedLayout layout = packed_layout(channels, 1, w.shape(2), w.shape(3), channels);
+  if (!layout.depthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
+      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
-  std::vector<int64_t> offsets;
-  for (int64_t t = 0; t < taps; ++t) offsets.push_back(t * a.shape(1));
-  DepthwisePixel pixel;
-  pixel.taps = taps;
-  pixel.a = a.data();
-  pixel.a_offset = offsets.data();
-  pixel.a_step = 1;
-  pixel.b = packed.data() + layout.panels_offset;
-  pixel.b_stride = layout.padded_n;
-  pixel.out.y = y.mutable_data();
-  pixel.out.y_stride = 0;
-  pixel.out.dtype = dtype_of(dtype);
-  pixel.out.columns = channels;
-  pixel.out.column_sum = layout.column_sum(packed.data(), 0);
-  pixel.out.column_scale = column_scale.data();
-  pixel.out.bias = bias.data();
-  pixel.out.row_zero = &row_zero;
-  pixel.out.row_scale = &row_scale;
-  pixel.out.row_step = 0;
-  pixel.out.floor = -INFINITY;
-  pixel.out.out_scale = 1.0f;
-  pixel.out.out_zero_point = 0;
-  table.depthwise(pixel);
+  std::vector<const uint8_t*> rows;
+  for (int64_t r = 0; r < round_up(layout.r, kGroupK); ++r) rows.push_back(a.data(std::min(r, layout.r - 1), 0, 0));
+  DepthwiseRun run;
+  run.r = layout.r;
+  run.s = layout.s;
+  run.stride = stride;
+  run.dilation = dilation;
+  run.rows = rows.data();
+  run.pixel = layout.padded_n;
+  run.first = first;
+  run.width = a.shape(1);
+  run.flip = flip;
+  run.padding = padding;
+  run.b = packed.data() + layout.panels_offset;
+  run.pixels = y.shape(0);
+  std::vector<uint8_t> line(static_cast<size_t>(run.line_bytes()));
+  run.line = line.data();
+  run.out.y = y.mutable_data();
+  run.out.y_stride = y.strides(0) / y.itemsize();
+  run.out.dtype = dtype_of(dtype);
+  run.out.columns = channels;
+  run.out.column_sum = layout.column_sum(packed.data(), 0);
+  run.out.column_scale = column_scale.data();
+  run.out.bias = bias.data();
+  run.out.row_zero = &row_zero;
+  run.out.row_scale = &row_scale;
+  run.out.row_step = 0;
+  run.out.floor = -INFINITY;
+  run.out.out_scale = 1.0f;
+  run.out.out_zero_point = 0;
+  table.depthwise(run);
 }
 
 // `size` elements in `rows` rows; scale and zero_point have one element, one an element of a row, or two dimensions that broadcast.
@@ -305,7 +315,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
         "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1);
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
-        "bias"_a);
+        "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,
         "simulate"_a, "rows"_a = 1, "divide"_a = false);
   m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "rows"_a = 1);

@@ -67,16 +67,11 @@ namespace {
 
 void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
   int8_t* b = packed + l.panels_offset;
+  std::memset(b, 0, static_cast<size_t>(l.bytes - l.panels_offset));
   int32_t* column_sum = reinterpret_cast<int32_t*>(packed + l.column_sum_offset);
-  for (int64_t c = 0; c < l.padded_n; ++c) {
-    int32_t sum = 0;
-    for (int64_t t = 0; t < l.taps; ++t) {
-      const int8_t w = c < l.groups ? weight[c * l.taps + t] : 0;
-      b[t * l.padded_n + c] = w;
-      sum += w;
-    }
-    column_sum[c] = sum;
-  }
+  for (int64_t c = 0; c < l.groups; ++c)
+    for (int64_t i = 0; i < l.r; ++i)
+      for (int64_t j = 0; j < l.s; ++j) column_sum[c] += b[l.depthwise_place(c, i, j)] = *weight++;
 }
 
 }  // namespace
@@ -106,7 +101,7 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
   l.column_sum_offset = 64;
   l.panels_offset = round_up(l.column_sum_offset + sums * 4, 64);
   l.group_bytes = l.padded_n * l.taps * l.k4 * kGroupK;
-  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * l.taps : l.groups * l.group_bytes);
+  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * round_up(r, kGroupK) * s : l.groups * l.group_bytes);
   return l;
 }
 
@@ -128,7 +123,8 @@ void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed
 void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weight) {
   if (l.depthwise) {
     for (int64_t c = 0; c < l.groups; ++c)
-      for (int64_t t = 0; t < l.taps; ++t) weight[c * l.taps + t] = packed[l.panels_offset + t * l.padded_n + c];
+      for (int64_t t = 0; t < l.taps; ++t)
+        weight[c * l.taps + t] = packed[l.panels_offset + l.depthwise_place(c, t / l.s, t % l.s)];
     return;
   }
   for (int64_t group = 0; group < l.groups; ++group)

@@ -8,7 +8,8 @@
 // that keep products long:
 //   few channels   a kernel row is one tap: R taps of S * C neighbouring bytes of the image (for a horizontal dilation of 1)
 //   small groups   several groups make one with a block-diagonal weight; the zeros cost less than tiles of four columns
-// A depthwise weight (one input and one output channel a group) is kept as [taps][channels rounded up to 16]. Derived, never saved.
+// A depthwise weight (one input and one output channel a group) is kept as [channels / 16][s][r / 4][16][4], four rows of the
+// kernel together; channels and rows that do not exist are zeros. Derived, never saved.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,12 @@ struct PackedLayout {
   }
   const int8_t* panel(const int8_t* packed, int64_t group, int64_t panel) const {
     return packed + panels_offset + group * group_bytes + panel * kPanel * taps * k4 * kGroupK;
+  }
+  // Where the weight of a channel of a depthwise convolution at row i and column j of its kernel is, after panels_offset.
+  int64_t depthwise_place(int64_t channel, int64_t i, int64_t j) const {
+    const int64_t groups_of_rows = (r + kGroupK - 1) / kGroupK;
+    return (((channel / kPanelStep * s + j) * groups_of_rows + i / kGroupK) * kPanelStep + channel % kPanelStep) * kGroupK +
+           i % kGroupK;
   }
 };
 

@@ -84,39 +84,48 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
 }
 
 void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log* log) {
-  const int64_t channels = random->between(1, 90), taps = random->between(1, 25), padded = round_up(channels, kPanelStep);
-  const Bytes a(taps * padded, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
-  const Edge<int8_t> b(taps * padded, [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
-  const Edge<int64_t> offset(taps, [&](int64_t) { return random->between(0, taps - 1) * padded; });
-  const Edge<int32_t> sum(padded, [&](int64_t c) {
-    int32_t s = 0;
-    for (int64_t t = 0; t < taps; ++t) s += b[t * padded + c];
-    return s;
-  });
-  const Edge<float> column_scale(padded, [&](int64_t) { return random->real(20, 12); });
-  const Edge<float> bias(padded, [&](int64_t) { return random->real(20, 12); });
+  const int64_t channels = random->between(2, 90), r = random->between(1, 6), s = random->between(1, 5);
+  const PackedLayout layout = packed_layout(channels, 1, r, s, channels);
+  const Edge<int8_t> w(channels * r * s, [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
+  const Edge<int8_t> packed(layout.bytes);
+  pack_weight_cpu(w.data(), layout, packed.data());
+  const Edge<int32_t> sum(layout.padded_n, [&](int64_t c) { return layout.column_sum(packed.data(), 0)[c]; });
+  DepthwiseRun run;
+  run.out = tile_output(dtype, random);
+  run.r = r;
+  run.s = s;
+  run.stride = random->between(1, 3);
+  run.dilation = random->between(1, 3);
+  run.width = random->between(1, 12);
+  run.pixels = random->between(1, 12);
+  run.first = random->between(-3, run.width);
+  run.flip = random->one_in(2) ? 0x80 : 0;
+  run.padding = static_cast<uint8_t>(random->between(0, 255));
+  run.pixel = layout.padded_n;
+  const Bytes a(r * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
+  const Edge<const uint8_t*> rows(round_up(r, kGroupK),
+                                  [&](int64_t i) { return a.data() + std::min(i, r - 1) * run.width * run.pixel; });
+  const Bytes line(run.line_bytes());
+  const Edge<float> column_scale(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
+  const Edge<float> bias(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
   const Edge<int32_t> row_zero(1, [&](int64_t) { return static_cast<int32_t>(random->between(0, 255)); });
   const Edge<float> row_scale(1, [&](int64_t) { return random->real(20, 12); });
-  const Bytes y(channels * dtype_bytes(dtype));
-  DepthwisePixel pixel;
-  pixel.out = tile_output(dtype, random);
-  pixel.taps = taps;
-  pixel.a = a.data();
-  pixel.a_offset = offset.data();
-  pixel.a_step = 1;
-  pixel.b = b.data();
-  pixel.b_stride = padded;
-  pixel.out.y = y.data();
-  pixel.out.y_stride = 0;
-  pixel.out.columns = channels;
-  pixel.out.column_sum = sum.data();
-  pixel.out.column_scale = column_scale.data();
-  pixel.out.bias = bias.data();
-  pixel.out.row_zero = row_zero.data();
-  pixel.out.row_scale = row_scale.data();
-  pixel.out.row_step = 0;
-  table.depthwise(pixel);
-  log->add(named("depthwise: dtype, channels, taps", {int64_t(dtype), channels, taps}), y.data(), y.bytes(), dtype);
+  run.out.y_stride = channels + random->between(0, 3);
+  const Bytes y(((run.pixels - 1) * run.out.y_stride + channels) * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; });
+  run.rows = rows.data();
+  run.line = line.data();
+  run.b = packed.data() + layout.panels_offset;
+  run.out.y = y.data();
+  run.out.columns = channels;
+  run.out.column_sum = sum.data();
+  run.out.column_scale = column_scale.data();
+  run.out.bias = bias.data();
+  run.out.row_zero = row_zero.data();
+  run.out.row_scale = row_scale.data();
+  run.out.row_step = 0;
+  table.depthwise(run);
+  log->add(named("depthwise: dtype, channels, R, S, first, pixels", {int64_t(dtype), channels, r, s, run.first, run.pixels}),
+           y.data(), y.bytes(), dtype);
 }
 
 void check_quantize(const KernelTable& table, Random* random, DType x_dtype, DType y_dtype, bool simulate, Log* log) {

@@ -168,15 +168,47 @@ def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_depthwise_is_exact(isa):
+@pytest.mark.parametrize("fill", ["random", "max", "min", "alternating", "sparse"])
+def test_depthwise_is_exact(isa, fill):
+    """Channels around a block, rows around a group of four, runs around a group of pixels, columns outside on both sides."""
     rng = np.random.default_rng(4)
-    for channels, taps in itertools.product([2, 3, 15, 16, 17, 31, 32, 100], [1, 2, 9, 25, 49]):
-        a = rng.integers(0, 256, (taps, (channels + 15) // 16 * 16)).astype(np.uint8)
-        b = rng.integers(-128, 128, (channels, 1, taps, 1)).astype(np.int8)
-        y = Guarded((1, channels), np.int32)
-        kernels.depthwise(isa, a, b, y.view, "int32", 9, 1.0, np.ones(112, np.float32), np.zeros(112, np.float32))
-        weights = b[:, 0, :, 0].astype(np.int64)
-        assert np.array_equal(y.view[0], ((a[:, :channels].astype(np.int64).T - 9) * weights).sum(1))
+    for channels, (r, s) in itertools.product(
+        [2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 130], [(1, 1), (1, 3), (3, 1), (3, 3), (4, 2), (5, 5), (7, 7), (9, 2)]
+    ):
+        padded, width, pixels = (channels + 15) // 16 * 16, int(rng.integers(1, 12)), int(rng.integers(1, 10))
+        first, stride, dilation = int(rng.integers(-4, width + 1)), int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        padding, flip, zero = int(rng.integers(0, 256)), int(rng.choice([0, 128])), int(rng.integers(0, 256))
+        a = codes(fill, (r, width, padded), 0, 255, rng).astype(np.uint8)
+        b = codes(fill, (channels, 1, r, s), -128, 127, rng).astype(np.int8)
+        y = Guarded((pixels, channels), np.int32)
+        ones = np.ones(padded, np.float32)
+        kernels.depthwise(isa, a, b, y.view, "int32", zero, 1.0, ones, 0 * ones, first, stride, dilation, padding, flip)
+        row = np.full((r, width + 200, channels), padding, np.int64)
+        row[:, 100 : 100 + width] = (a ^ np.uint8(flip))[:, :, :channels]
+        columns = 100 + first + stride * np.arange(pixels)[:, None] + dilation * np.arange(s)
+        expected = np.einsum("rpsc,crs->pc", row[:, columns] - zero, b[:, 0].astype(np.int64))
+        assert np.array_equal(y.view, expected), (channels, r, s, width, pixels, first, stride, dilation)
+        y.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "uint8"])
+def test_depthwise_epilogue_is_that_of_the_gemm(isa, dtype):
+    rng = np.random.default_rng(5)
+    for channels, pixels in itertools.product([5, 16, 40, 64, 71], [1, 3, 4, 9]):
+        padded = (channels + 15) // 16 * 16
+        a = rng.integers(0, 256, (1, pixels, padded)).astype(np.uint8)
+        b = rng.integers(-128, 128, (channels, 1, 1, 1)).astype(np.int8)
+        scale, bias = (rng.random(padded) * 0.01).astype(np.float32), rng.standard_normal(padded).astype(np.float32)
+        y = Guarded((pixels, channels), DTYPES[dtype])
+        kernels.depthwise(isa, a, b, y.view, dtype, 9, 0.7, scale, bias)
+        acc = (a[0, :, :channels].astype(np.int64) - 9) * b[:, 0, 0, 0]
+        expected = reference.epilogue(acc, 0.7, scale[:channels], bias[:channels])
+        if dtype in ("int8", "uint8"):
+            expected = reference.requantize(expected, 1.0, 0, getattr(torch, dtype))
+        else:
+            expected = expected.to(getattr(torch, dtype))
+        assert np.array_equal(y.view, as_numpy(expected)), (channels, pixels)
         y.check()
 
 

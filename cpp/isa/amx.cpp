@@ -32,6 +32,21 @@ namespace {
 #include "elementwise.inl"
 //
 #include "amx_tile.h"
+#if defined(QUANT_OPS_AMX_EMULATED)
+#include "depthwise_avx2.inl"
+using FourTaps = PairsOfTaps;
+#else
+#include "depthwise_avx512.inl"
+
+struct FourTaps {
+  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
+  }
+};
+#endif
+#include "depthwise.inl"
 
 constexpr int64_t kRows = 32;
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
@@ -197,7 +212,7 @@ const KernelTable kAmxEmulatedKernels = {
     "gemm_u8s8_32x32_amx",
     kRows,
     gemm,
-    depthwise_pixel,
+    depthwise_run,
     quantize_run,
     dequantize_run,
     ste_run,
@@ -211,8 +226,8 @@ const KernelTable kAmxEmulatedKernels = {
 };
 #else
 const KernelTable kAmxKernels = {
-    "amx",     "gemm_u8s8_32x32_amx", kRows,     gemm,     depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,     codes_run, pack_run, nullptr,         peak,
+    "amx",     "gemm_u8s8_32x32_amx", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,     codes_run, pack_run, nullptr,       peak,
 };
 #endif
 

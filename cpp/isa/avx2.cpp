@@ -19,6 +19,10 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
+//
+#include "depthwise_avx2.inl"
+using FourTaps = PairsOfTaps;
+#include "depthwise.inl"
 
 struct Wide {
   using V = __m256i;
@@ -82,8 +86,8 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx2Kernels = {
-    "avx2",    "gemm_u8s8_6x8_avx2", kRows,     gemm,     depthwise_pixel, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,    codes_run, pack_run, nullptr,         peak,
+    "avx2",    "gemm_u8s8_6x8_avx2", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,    codes_run, pack_run, nullptr,       peak,
 };
 
 }  // namespace quant_ops

@@ -18,6 +18,10 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
+//
+#include "depthwise_avx512.inl"
+using FourTaps = PairsOfTaps;
+#include "depthwise.inl"
 
 struct Wide {
   using V = __m512i;
@@ -81,21 +85,8 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512Kernels = {
-    "avx512",
-    "gemm_u8s8_12x16_avx512",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+    "avx512",  "gemm_u8s8_12x16_avx512", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,        codes_run, pack_run, nullptr,       peak,
 };
 
 }  // namespace quant_ops

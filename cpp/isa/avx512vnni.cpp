@@ -19,6 +19,18 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
+//
+#include "depthwise_avx512.inl"
+
+struct FourTaps {
+  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
+  }
+};
+
+#include "depthwise.inl"
 
 // 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
 // or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
@@ -144,7 +156,7 @@ const KernelTable kAvx512VnniKernels = {
     "gemm_u8s8_6x64_avx512vnni",
     kRows,
     gemm,
-    depthwise_pixel,
+    depthwise_run,
     quantize_run,
     dequantize_run,
     ste_run,

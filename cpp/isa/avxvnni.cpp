@@ -18,6 +18,18 @@ namespace {
 #include "unroll.inl"
 //
 #include "elementwise.inl"
+//
+#include "depthwise_avx2.inl"
+
+struct FourTaps {
+  static QO_INLINE __m256i weights(const int8_t* p) { return Simd::load_int(reinterpret_cast<const int32_t*>(p)); }
+  static QO_INLINE __m256i start(const int32_t*) { return _mm256_setzero_si256(); }
+  static QO_INLINE __m256i dot(__m256i acc, const uint8_t* codes, __m256i w) {
+    return _mm256_dpbusd_avx_epi32(acc, Simd::load_int(reinterpret_cast<const int32_t*>(codes)), w);
+  }
+};
+
+#include "depthwise.inl"
 
 // Columns [n, n + 8 * kVectors) of the panel.
 template <int kRows, int kVectors>
@@ -82,21 +94,8 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvxVnniKernels = {
-    "avxvnni",
-    "gemm_u8s8_6x16_avxvnni",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+    "avxvnni", "gemm_u8s8_6x16_avxvnni", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,        codes_run, pack_run, nullptr,       peak,
 };
 
 }  // namespace quant_ops

@@ -5,7 +5,7 @@
 //   A load16(const uint8_t*)            reads sixteen
 //   A load4(const uint8_t*)             reads four, into lane 0
 //   I start(const int32_t* column_sum)  what the sums of four columns start from
-//   I add<kLane>(I sum, int8x16_t b, A a)
+//   I add<kLane>(I sum, int8x16_t b, A a), and without a lane: all of them, each with its own
 
 // A function of its own: inlined, its registers make g++ spill an accumulator in the loop.
 template <int kRows, int kVectors>
@@ -85,3 +85,21 @@ int64_t peak(int64_t iterations) {
     });
   return iterations * kChains * 16;
 }
+
+// ---- depthwise.inl's ------------------------------------------------------------------------------------------------
+
+struct Interleave {
+  static constexpr int kBlocks = 1;
+  template <int>
+  static QO_INLINE void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t) {
+    uint8x16x4_t v;
+    unroll<kGroupK>([&](auto r) QO_LAMBDA { v.val[r.value] = veorq_u8(vld1q_u8(row[r.value]), vdupq_n_u8(flip)); });
+    vst4q_u8(to, v);
+  }
+};
+
+struct FourTaps {
+  static QO_INLINE int8x16_t weights(const int8_t* p) { return vld1q_s8(p); }
+  static QO_INLINE Simd::I start(const int32_t* column_sum) { return Dot::start(column_sum); }
+  static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, int8x16_t w) { return Dot::add(acc, w, Dot::load16(codes)); }
+};

@@ -779,20 +779,3 @@ void pack_run(const PackRun& r) {
     Simd::store(r.column_sum + n, sum);
   }
 }
-
-// ---- depthwise convolution: one output pixel ------------------------------------------------------------------------
-
-// Reads channels up to the next multiple of N: the driver pads both operands.
-template <class Y>
-void depthwise_typed(const DepthwisePixel& d) {
-  for (int64_t c = 0; c < d.out.columns; c += Simd::N) {
-    auto acc = Simd::set_int(0);
-    for (int64_t t = 0; t < d.taps; ++t)
-      acc = Simd::add(acc, Simd::mul(Simd::load_int(d.a + d.a_offset[t * d.a_step] + c), Simd::load_int(d.b + t * d.b_stride + c)));
-    finish_from<Y>(d.out, 0, c, acc);
-  }
-}
-
-void depthwise_pixel(const DepthwisePixel& d) {
-  with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<std::remove_pointer_t<decltype(type)>>(d); });
-}

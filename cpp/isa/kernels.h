@@ -13,7 +13,8 @@ namespace quant_ops {
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
-constexpr int kGroupK = 4;  // consecutive k of one column: the four bytes of a vpdpbusd lane
+constexpr int kGroupK = 4;           // consecutive k of one column: the four bytes of a vpdpbusd lane
+constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
 // The epilogue of one tile. Arrays over columns have `width` readable elements.
 struct TileOutput {
@@ -59,15 +60,25 @@ struct GemmTile {
   TileOutput out;
 };
 
-// One output pixel of a depthwise convolution: acc[c] = sum_t a[a_offset[t * a_step] + c] * b[t * b_stride + c].
-struct DepthwisePixel {
-  int64_t taps;
-  const uint8_t* a;
-  const int64_t* a_offset;
-  int64_t a_step;
-  const int8_t* b;  // [taps][b_stride]
-  int64_t b_stride;
-  TileOutput out;  // one row, `columns` channels
+// A run of output pixels of one row of a depthwise convolution, over all channels:
+//   acc[i][c] = sum over r and s of a(row r, column first + i * stride + s * dilation)[c] * b[c][r][s]
+// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane.
+struct DepthwiseRun {
+  int64_t r, s;                // of the kernel
+  int64_t stride, dilation;    // along the row
+  const uint8_t* const* rows;  // [r rounded up to 4] of the input, from its column 0 on; those beyond r can be any
+  int64_t pixel;               // bytes between columns; as many can be read of each as there are channels, rounded up to 16
+  int64_t first, width;
+  uint8_t flip;     // what is read, xor this, is the unsigned code
+  uint8_t padding;  // an unsigned code
+  const int8_t* b;
+  uint8_t* line;  // scratch of line_bytes()
+  int64_t pixels;
+  TileOutput out;  // a row for each pixel; row_step 0
+
+  int64_t groups() const { return (r + kGroupK - 1) / kGroupK; }
+  int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
+  int64_t line_bytes() const { return kDepthwiseBlocks * columns() * groups() * kPanelStep * kGroupK; }
 };
 
 // One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and their sums. Zeros where either ends.
@@ -192,7 +203,7 @@ struct KernelTable {
   const char* gemm_name;                                            // of the full tile
   int64_t gemm_rows;                                                // of the full tile, at most kMaxGemmRows
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);  // 1 <= rows <= gemm_rows; width 16, 32, 48 or 64
-  void (*depthwise)(const DepthwisePixel&);
+  void (*depthwise)(const DepthwiseRun&);
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);
   void (*straight_through)(const StraightThroughRun&);

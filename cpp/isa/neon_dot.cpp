@@ -34,9 +34,12 @@ struct Dot {
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) {
     return vdotq_laneq_s32(sum, b, a, kLane);
   }
+  static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) { return vdotq_s32(sum, b, a); }
 };
 
 #include "dot_neon.inl"
+//
+#include "depthwise.inl"
 
 template <int kRows>
 void gemm_u8s8_8x8_neon_dot(const GemmTile& t, int64_t width) {
@@ -56,7 +59,7 @@ const KernelTable kNeonDotKernels = {
     "gemm_u8s8_8x8_neon_dot",
     kRows,
     gemm,
-    depthwise_pixel,
+    depthwise_run,
     quantize_run,
     dequantize_run,
     ste_run,

@@ -34,9 +34,12 @@ struct Dot {
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) {
     return vsudotq_laneq_s32(sum, b, a, kLane);
   }
+  static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) { return vusdotq_s32(sum, a, b); }
 };
 
 #include "dot_neon.inl"
+//
+#include "depthwise.inl"
 
 template <int kRows>
 void gemm_u8s8_8x8_neon_i8mm(const GemmTile& t, int64_t width) {
@@ -56,7 +59,7 @@ const KernelTable kNeonI8mmKernels = {
     "gemm_u8s8_8x8_neon_i8mm",
     kRows,
     gemm,
-    depthwise_pixel,
+    depthwise_run,
     quantize_run,
     dequantize_run,
     ste_run,

@@ -82,6 +82,26 @@ struct Simd {
 //
 #include "elementwise.inl"
 
+struct Interleave {
+  static constexpr int kBlocks = 1;
+  template <int>
+  static void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t) {
+    for (int c = 0; c < kPanelStep; ++c)
+      for (int r = 0; r < kGroupK; ++r) to[c * kGroupK + r] = row[r][c] ^ flip;
+  }
+};
+
+struct FourTaps {
+  static const int8_t* weights(const int8_t* p) { return p; }
+  static int32_t start(const int32_t*) { return 0; }
+  static int32_t dot(int32_t acc, const uint8_t* codes, const int8_t* w) {
+    for (int i = 0; i < kGroupK; ++i) acc = Simd::add(acc, int32_t{codes[i]} * w[i]);
+    return acc;
+  }
+};
+
+#include "depthwise.inl"
+
 template <int kRows, int kWidth>
 void gemm_u8s8_6x64_scalar(const GemmTile& t) {
   uint32_t acc[kRows][kPanel] = {};
@@ -109,21 +129,8 @@ int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    "scalar",
-    "gemm_u8s8_6x64_scalar",
-    kRows,
-    gemm,
-    depthwise_pixel,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+    "scalar",  "gemm_u8s8_6x64_scalar", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
+    range_run, range_columns_run,       codes_run, pack_run, nullptr,       peak,
 };
 
 }  // namespace quant_ops

@@ -53,7 +53,7 @@ def collect() -> dict[str, Any]:
         report["kernels"] = {
             "int8_gemm": kernel,
             "int8_linear": kernel,
-            "int8_conv2d": f"{kernel} (depthwise: depthwise_pixel_{report['isa']})",
+            "int8_conv2d": f"{kernel} (depthwise: depthwise_run_{report['isa']})",
             "quant_tensor_forward": f"quantize_run_{report['isa']}",
             "quant_tensor_backward": f"ste_run_{report['isa']}",
             "dequant_tensor": f"dequantize_run_{report['isa']}",
