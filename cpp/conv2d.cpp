@@ -2,10 +2,10 @@
 //
 //   y[n,o,oh,ow] = epilogue(sum_{c,r,s} a[n, c, oh*stride - pad + r*dilation, ...] b[o,c,r,s])
 //
-// A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four. An output pixel is
-// then R * S rows of codes, named by their offsets; a tap in the padding names a row filled with the zero point, so that borders
-// need no special case and the plain column-sum correction is right everywhere. With few channels a whole kernel row is one tap;
-// the image's rows then have the horizontal padding in them. Depthwise convolutions: conv2d_depthwise.cpp.
+// A sample is quantized once into NHWC codes in scratch, channels of each group padded to a multiple of four, rows of the image
+// with their horizontal padding. An output pixel is then R * S rows of codes, named by their offsets; a kernel row above or below
+// the image reads one row filled with the zero point, so that borders need no special case and the plain column-sum correction is
+// right everywhere. With few channels a whole kernel row is one tap. Depthwise convolutions: conv2d_depthwise.cpp.
 #include "conv2d.h"
 
 #include <algorithm>
@@ -29,8 +29,7 @@ struct Plan {
   int64_t group_channels;  // padded channels of one group in the codes
   int64_t pixel;           // bytes of one pixel in the codes
   int64_t left, row;       // bytes of the padding before a row of the image, and of a row
-  int64_t padding;         // offset of what a tap outside of the image reads
-  int64_t sample;          // bytes of one sample, the padding included
+  int64_t sample;          // bytes of one sample: its rows and one of padding
   int64_t tile_rows;       // output pixels of one tile of the micro-kernel
   int64_t block;           // output pixels of one task
   bool pointwise;          // every output pixel reads the input pixel of its own place
@@ -46,17 +45,15 @@ Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, int64_t ti
   plan.layout = layout;
   plan.group_channels = layout.rows ? p.C : layout.k4 * kGroupK;
   plan.pixel = layout.groups * plan.group_channels;
-  plan.left = layout.rows ? p.pad[1] * plan.pixel : 0;
-  plan.row = (layout.rows ? std::max(p.pad[1] + p.W, (p.OW - 1) * p.stride[1] + p.S) : p.W) * plan.pixel;
-  plan.padding = p.H * plan.row;
-  // a kernel row's last group of four k may reach three bytes further, where the weight is zero
-  const int64_t padding_bytes = layout.rows ? plan.row + kGroupK : plan.pixel;
-  plan.sample = std::max<int64_t>(64, round_up(plan.padding + padding_bytes, 64));
+  plan.left = p.pad[1] * plan.pixel;
+  plan.row = std::max(p.pad[1] + p.W, (p.OW - 1) * p.stride[1] + p.dilation[1] * (p.S - 1) + 1) * plan.pixel;
+  // one row of padding; the last group of four k of a kernel row may reach three bytes further, where the weight is zero
+  plan.sample = round_up((p.H + 1) * plan.row + kGroupK, 64);
   plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
   plan.pointwise =
       p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 && p.pad[1] == 0;
   plan.nhwc_input = p.x_stride[1] == 1;
-  plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && !layout.rows;
+  plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && (!plan.nhwc_input || plan.row == p.W * plan.pixel);
   plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
   plan.lines = plan.line == 0 ? 0 : ceil_div(p.H * p.W, plan.line);
   return plan;
@@ -89,53 +86,52 @@ void for_each_piece(const Int8Conv2dParams& p, const Plan& plan, const Line& lin
 // One line of x into the codes of its sample; `buffer` holds line * C bytes.
 void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, const Line& line, const RowCodes& row,
                    uint8_t* sample_codes, uint8_t* buffer) {
-  // the beginning of a row, or, without horizontal padding, any pixel
-  uint8_t* codes = sample_codes + (plan.layout.rows ? line.first / p.W * plan.row + plan.left : line.first * plan.pixel);
-  if (plan.layout.rows) {
-    const int64_t end = plan.left + line.pixels * plan.pixel;
-    std::memset(codes - plan.left, row.zero_point, static_cast<size_t>(plan.left));
-    std::memset(codes - plan.left + end, row.zero_point, static_cast<size_t>(plan.row - end));
-  }
+  const auto place_of = [&](int64_t pixel) { return sample_codes + pixel / p.W * plan.row + plan.left + pixel % p.W * plan.pixel; };
+  uint8_t* codes = place_of(line.first);
   const bool in_place = plan.nhwc_input && plan.pixel == p.C;
   for_each_piece(p, plan, line, [&](int64_t offset, int64_t n, int64_t place) {
     write_codes(table, p.in, offset, n, row, (in_place ? codes : buffer) + place);
   });
   if (in_place) return;
-  if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(line.pixels * plan.pixel));
   const int64_t channels = plan.layout.rows ? p.C : plan.layout.k, groups = p.C / channels;
   const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
-  for (int64_t w = 0; w < line.pixels; ++w)
+  for (int64_t w = 0; w < line.pixels; ++w) {
+    codes = place_of(line.first + w);
+    if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(plan.pixel));
     for (int64_t g = 0; g < groups; ++g) {
       const uint8_t* from = buffer + w * pixel_step + g * channels * channel_step;
-      uint8_t* to = codes + w * plan.pixel + g * plan.group_channels;
+      uint8_t* to = codes + g * plan.group_channels;
       for (int64_t c = 0; c < channels; ++c) to[c] = from[c * channel_step];
     }
+  }
 }
 
 // The offsets of `rows` output pixels from `first` on, in tiles of plan.tile_rows: [tile][taps][rows of the tile].
 void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
-  const int64_t tap_columns = plan.layout.rows ? 1 : p.S, left = plan.layout.rows ? 0 : p.pad[1];
   if (plan.pointwise) {
     for (int64_t i = 0; i < rows; ++i) offsets[i] = (first + i) * plan.pixel;
     return;
   }
+  const int64_t tap_columns = plan.layout.rows ? 1 : p.S, step = p.dilation[1] * plan.pixel;
   int64_t oh = first / p.OW, ow = first % p.OW;
   for (int64_t tile = 0; tile < rows; tile += plan.tile_rows) {
     const int64_t count = std::min(plan.tile_rows, rows - tile);
+    int64_t top[kMaxGemmRows], column[kMaxGemmRows], at[kMaxGemmRows];
     for (int64_t i = 0; i < count; ++i) {
-      int64_t* to = offsets + tile * plan.layout.taps + i;
-      for (int64_t r = 0; r < p.R; ++r) {
-        const int64_t h = oh * p.stride[0] - p.pad[0] + r * p.dilation[0];
-        const bool row_inside = h >= 0 && h < p.H;
-        for (int64_t s = 0; s < tap_columns; ++s, to += count) {
-          const int64_t w = ow * p.stride[1] - left + s * p.dilation[1];
-          *to = row_inside && (plan.layout.rows || (w >= 0 && w < p.W)) ? h * plan.row + w * plan.pixel : plan.padding;
-        }
-      }
+      top[i] = oh * p.stride[0] - p.pad[0];
+      column[i] = ow * p.stride[1] * plan.pixel;
       if (++ow == p.OW) {
         ow = 0;
         ++oh;
       }
+    }
+    for (int64_t r = 0; r < p.R; ++r) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t h = top[i] + r * p.dilation[0];
+        at[i] = (h >= 0 && h < p.H ? h : p.H) * plan.row + column[i];
+      }
+      for (int64_t s = 0; s < tap_columns; ++s)
+        for (int64_t i = 0; i < count; ++i) *offsets++ = at[i] + s * step;
     }
   }
 }
@@ -164,8 +160,8 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   if (p.N == 0 || p.O == 0 || pixels == 0) return;
   if (packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups).depthwise) return int8_conv2d_depthwise_cpu(p);
   const KernelTable& table = kernels();
-  // A packed weight of few channels has no taps to dilate: it is packed anew. (Nor can an empty row be padded.)
-  const bool dilated = p.dilation[1] != 1 || p.W == 0;
+  // A packed weight of few channels has no taps to dilate: it is packed anew.
+  const bool dilated = p.dilation[1] != 1;
   const PackedLayout given = packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups);
   const Plan plan = make_plan(p, packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups, dilated), table.gemm_rows);
   const PackedLayout& layout = plan.layout;
@@ -229,7 +225,14 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       const RowCodes row = row_codes(p.in, n0 + n, range);
       sample_scale[n] = row.scale;
       sample_zero[n] = row.zero_point;
-      std::memset(codes + n * plan.sample + plan.padding, row.zero_point, static_cast<size_t>(plan.sample - plan.padding));
+      uint8_t* at = codes + n * plan.sample;
+      const int64_t end = plan.left + p.W * plan.pixel;
+      for (int64_t h = 0; h < p.H && plan.row != end - plan.left; ++h, at += plan.row) {
+        std::memset(at, row.zero_point, static_cast<size_t>(plan.left));
+        std::memset(at + end, row.zero_point, static_cast<size_t>(plan.row - end));
+      }
+      const int64_t last = p.H * plan.row;
+      std::memset(codes + n * plan.sample + last, row.zero_point, static_cast<size_t>(plan.sample - last));
     }
 
     // 2. samples -> codes

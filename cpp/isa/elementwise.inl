@@ -726,19 +726,19 @@ void finish_part(const TileOutput& o, const int32_t* acc, int64_t rows, int64_t 
   for (int64_t r = 0; n < o.columns && r < rows; ++r) finish_from<Y>(o, r, n, Simd::load_int(acc + r * acc_stride + n));
 }
 
-// The same where only o.columns of them are valid: the vectors that are whole from registers, the last one through memory.
+// The same where only o.columns of them are valid: the others, for which there are parameters, are left on the stack.
 template <int kRows, int kVectors, class Acc>
 QO_INLINE void finish_tile(const TileOutput& o, const Acc& acc) {
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
     if (__builtin_expect(o.columns >= kVectors * Simd::N, 1)) return finish_whole<Y, kRows, kVectors>(o, acc);
-    unroll<kVectors>([&](auto v) QO_LAMBDA {
-      constexpr int64_t column = v.value * Simd::N;
-      if (o.columns <= column) return;
-      int32_t part[kRows][Simd::N];
-      unroll<kRows>([&](auto r) QO_LAMBDA { Simd::store(part[r.value], acc(r, v)); });
-      finish_part<Y>(o.from_column(column), &part[0][0], kRows, Simd::N);
-    });
+    Y tile[kRows * kVectors * Simd::N];
+    TileOutput whole = o;
+    whole.y = tile;
+    whole.y_stride = kVectors * Simd::N;
+    finish_whole<Y, kRows, kVectors>(whole, acc);
+    for (int64_t r = 0; r < kRows; ++r)
+      std::memcpy(static_cast<Y*>(o.y) + r * o.y_stride, tile + r * whole.y_stride, static_cast<size_t>(o.columns) * sizeof(Y));
   });
 }
 

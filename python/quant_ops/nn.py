@@ -411,23 +411,41 @@ class QuantConv2d(_QuantModule):
         b = self._buffers
         if self._pad_input is not None:
             x = F.pad(x, self._pad_input, self.padding_mode)
+        scale, zero_point = b["input_scale"], b["input_zero_point"]
+        geometry = {} if self._is_pointwise else self._geometry()
+        if b["output_scale"] is None and not self.asymmetric and not self.relu:
+            # as in QuantLinear: what is left at its default saves time
+            return _conv2d(
+                x,
+                b["weight"],
+                b["weight_scale"],
+                b["bias"],
+                x_scale=scale,
+                x_zero_point=zero_point,
+                packed_weight=b["packed_weight"],
+                **geometry,
+            )
         return _conv2d(
             x,
             b["weight"],
             b["weight_scale"],
             b["bias"],
-            self.stride,
-            self._pad,
-            self.dilation,
-            self.groups,
-            b["input_scale"],
-            b["input_zero_point"],
+            x_scale=scale,
+            x_zero_point=zero_point,
             packed_weight=b["packed_weight"],
             asymmetric=self.asymmetric,
             out_scale=b["output_scale"],
             out_zero_point=b["output_zero_point"],
             relu=self.relu,
+            **geometry,
         )
+
+    @property
+    def _is_pointwise(self) -> bool:
+        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1 and not any(self._pad)
+
+    def _geometry(self) -> dict[str, Any]:
+        return {"stride": self.stride, "padding": self._pad, "dilation": self.dilation, "groups": self.groups}
 
     def dequantize(self) -> nn.Conv2d:
         """A float32 nn.Conv2d with the weights that this layer computes with."""

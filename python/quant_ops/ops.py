@@ -750,8 +750,8 @@ def _(weight: Tensor, groups: int = 1) -> Tensor:
         op,
         f"groups to divide the output channels of a convolution, got groups {groups} and weight.shape {_shape(weight.shape)}",
     )
-    kernel = weight.shape[2:] if weight.dim() == 4 else (1, 1)
-    return weight.new_empty((_library.packed_bytes(*weight.shape[:2], *kernel, groups),))
+    r, s = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    return weight.new_empty((_library.packed_bytes(weight.shape[0], weight.shape[1], r, s, groups),))
 
 
 # ---- unpack_weight -----------------------------------------------------------------------------------------------
