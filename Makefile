@@ -22,7 +22,9 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
 	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/conv2d.py
 	$(BIN)/python benchmarks/bench_model.py
+	$(BIN)/python benchmarks/networks.py
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -6,11 +6,12 @@ Everything is compared bit for bit with the plain call; only the gradient of a f
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -578,18 +579,25 @@ def test_conversions_keep_the_numbers(convert, static):
 
 
 def test_ddp_trains_the_float_layer(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(vision_model(), nn.Linear(7, 2))
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        ddp = nn.parallel.DistributedDataParallel(model)
-        result = ddp(images(4))
-        assert torch.equal(result, model(images(4)))
-        result.square().sum().backward()
-    finally:
-        dist.destroy_process_group()
-    assert model[1].weight.grad.abs().sum() > 0
-    assert [name for name, _ in model.named_parameters()] == ["1.weight", "1.bias"]
+    """In a process of its own that ends without destructors: the last owner of a gloo group joins the group's thread while it holds
+    the interpreter's lock, for which that thread may be waiting."""
+    script = f"""
+import os, torch, torch.distributed as dist, quant_ops as qo
+from torch import nn
+torch.manual_seed(0)
+convolution = qo.QuantConv2d.from_float(nn.Conv2d(3, 4, 3))
+model = nn.Sequential(convolution, nn.Flatten(), qo.QuantLinear.from_float(nn.Linear(64, 7)), nn.Linear(7, 2))
+x = torch.randn(4, 3, 6, 6)
+dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
+result = nn.parallel.DistributedDataParallel(model)(x)
+assert torch.equal(result, model(x))
+result.square().sum().backward()
+assert model[3].weight.grad.abs().sum() > 0
+print([name for name, _ in model.named_parameters()], flush=True)
+os._exit(0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "['3.weight', '3.bias']", run.stdout + run.stderr
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------------------
