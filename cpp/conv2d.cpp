@@ -17,7 +17,7 @@
 namespace quant_ops {
 namespace {
 
-constexpr int64_t kPassBytes = int64_t{64} << 20;    // codes of the samples in flight; at least one sample
+constexpr int64_t kPassBytes = int64_t{1} << 20;     // codes of the samples in flight, a thread; at least one sample
 constexpr int64_t kOffsetBytes = int64_t{48} << 10;  // indirection table of one block of pixels: stays in the L1/L2 cache
 constexpr int64_t kBlockTiles = 8;
 constexpr int64_t kMacsPerTask = int64_t{1} << 20;
@@ -26,11 +26,12 @@ constexpr int64_t kLinePixels = 256;  // pixels quantized together: their codes 
 
 struct Plan {
   PackedLayout layout;
+  bool in_place;           // the product reads x itself: 8-bit NHWC without padding
   int64_t group_channels;  // padded channels of one group in the codes
   int64_t pixel;           // bytes of one pixel in the codes
   int64_t left, row;       // bytes of the padding before a row of the image, and of a row
   int64_t sample;          // bytes of one sample: its rows and one of padding
-  int64_t tile_rows;       // output pixels of one tile of the micro-kernel
+  bool narrow;             // all panels are: so are all tiles
   int64_t block;           // output pixels of one task
   bool pointwise;          // every output pixel reads the input pixel of its own place
   bool nhwc_input;
@@ -39,23 +40,35 @@ struct Plan {
   int64_t lines;  // of a sample
 };
 
-Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, int64_t tile_rows) {
+Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, const KernelTable& table) {
   Plan plan;
-  plan.tile_rows = tile_rows;
   plan.layout = layout;
+  plan.narrow = layout.panels() == 1 && layout.width(0) <= kNarrow;
   plan.group_channels = layout.rows ? p.C : layout.k4 * kGroupK;
-  plan.pixel = layout.groups * plan.group_channels;
-  plan.left = p.pad[1] * plan.pixel;
-  plan.row = std::max(p.pad[1] + p.W, (p.OW - 1) * p.stride[1] + p.dilation[1] * (p.S - 1) + 1) * plan.pixel;
-  // one row of padding; the last group of four k of a kernel row may reach three bytes further, where the weight is zero
-  plan.sample = round_up((p.H + 1) * plan.row + kGroupK, 64);
-  plan.block = std::clamp<int64_t>(kOffsetBytes / (plan.layout.taps * 8) / tile_rows, 1, kBlockTiles) * tile_rows;
-  plan.pointwise =
-      p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 && p.pad[1] == 0;
   plan.nhwc_input = p.x_stride[1] == 1;
-  plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && (!plan.nhwc_input || plan.row == p.W * plan.pixel);
+  const int64_t reach[2] = {(p.OH - 1) * p.stride[0] + p.dilation[0] * (p.R - 1) + 1,
+                            (p.OW - 1) * p.stride[1] + p.dilation[1] * (p.S - 1) + 1};
+  const bool padded = p.pad[0] > 0 || p.pad[1] > 0 || reach[0] > p.H || reach[1] > p.W;
+  plan.in_place = plan.nhwc_input && !padded && !layout.rows && plan.group_channels == layout.k && reads_in_place(table, p.in);
+  plan.left = 0;
+  if (plan.in_place) {
+    plan.pixel = p.x_stride[3];
+    plan.row = p.x_stride[2];
+    plan.sample = p.x_stride[0];
+  } else {
+    plan.pixel = layout.groups * plan.group_channels;
+    plan.left = p.pad[1] * plan.pixel;
+    plan.row = std::max(p.pad[1] + p.W, reach[1]) * plan.pixel;
+    // one row of padding; the last group of four k of a kernel row may reach three bytes further, where the weight is zero
+    plan.sample = round_up((p.H + 1) * plan.row + kGroupK, 64);
+  }
+  const int64_t tile = plan.narrow ? table.narrow_rows : table.gemm_rows;
+  plan.block = std::clamp<int64_t>(kOffsetBytes / (layout.taps * 8) / tile, 1, kBlockTiles) * tile;
+  const bool merged = plan.row == p.W * plan.pixel;
+  plan.pointwise = p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && !padded && merged && p.OH == p.H && p.OW == p.W;
+  plan.merged = p.x_stride[2] == p.W * p.x_stride[3] && (!plan.nhwc_input || merged);
   plan.line = plan.merged ? std::min(p.H * p.W, kLinePixels) : p.W;
-  plan.lines = plan.line == 0 ? 0 : ceil_div(p.H * p.W, plan.line);
+  plan.lines = plan.line == 0 || plan.in_place ? 0 : ceil_div(p.H * p.W, plan.line);
   return plan;
 }
 
@@ -94,45 +107,53 @@ void quantize_line(const KernelTable& table, const Int8Conv2dParams& p, const Pl
   });
   if (in_place) return;
   const int64_t channels = plan.layout.rows ? p.C : plan.layout.k, groups = p.C / channels;
-  const int64_t pixel_step = plan.nhwc_input ? p.C : 1, channel_step = plan.nhwc_input ? 1 : line.pixels;
-  for (int64_t w = 0; w < line.pixels; ++w) {
-    codes = place_of(line.first + w);
-    if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(plan.pixel));
+  for (int64_t done = 0, count; done < line.pixels; done += count) {  // pixels of one row of the image
+    count = std::min(line.pixels - done, p.W - (line.first + done) % p.W);
+    codes = place_of(line.first + done);
+    if (plan.pixel != p.C) std::memset(codes, 0, static_cast<size_t>(count * plan.pixel));
     for (int64_t g = 0; g < groups; ++g) {
-      const uint8_t* from = buffer + w * pixel_step + g * channels * channel_step;
       uint8_t* to = codes + g * plan.group_channels;
-      for (int64_t c = 0; c < channels; ++c) to[c] = from[c * channel_step];
+      if (plan.nhwc_input)
+        for (int64_t w = 0; w < count; ++w)
+          std::memcpy(to + w * plan.pixel, buffer + (done + w) * p.C + g * channels, static_cast<size_t>(channels));
+      else
+        transpose(buffer + g * channels * line.pixels + done, line.pixels, channels, count, to, plan.pixel);
     }
   }
 }
 
-// The offsets of `rows` output pixels from `first` on, in tiles of plan.tile_rows: [tile][taps][rows of the tile].
-void fill_offsets(const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows, int64_t* offsets) {
+// The offsets of `rows` output pixels from `first` on, in tiles: [tile][taps][rows of the tile].
+void fill_offsets(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t first, int64_t rows,
+                  int64_t* offsets) {
   if (plan.pointwise) {
     for (int64_t i = 0; i < rows; ++i) offsets[i] = (first + i) * plan.pixel;
     return;
   }
-  const int64_t tap_columns = plan.layout.rows ? 1 : p.S, step = p.dilation[1] * plan.pixel;
+  const int64_t tap_columns = plan.layout.rows ? 1 : p.S, tap_step = p.dilation[1] * plan.pixel;
+  const int64_t step = p.stride[1] * plan.pixel;
+  struct Piece {
+    int64_t pixels, top, column;  // of one output row; the first input row, and the byte in it, of its first pixel
+  } pieces[kMaxGemmRows];
   int64_t oh = first / p.OW, ow = first % p.OW;
-  for (int64_t tile = 0; tile < rows; tile += plan.tile_rows) {
-    const int64_t count = std::min(plan.tile_rows, rows - tile);
-    int64_t top[kMaxGemmRows], column[kMaxGemmRows], at[kMaxGemmRows];
-    for (int64_t i = 0; i < count; ++i) {
-      top[i] = oh * p.stride[0] - p.pad[0];
-      column[i] = ow * p.stride[1] * plan.pixel;
-      if (++ow == p.OW) {
+  for (int64_t done = 0, count; done < rows; done += count) {
+    count = tile_rows(table, rows - done, plan.narrow);
+    int64_t n = 0;
+    for (int64_t left = count; left > 0; ++n) {
+      pieces[n] = {std::min(left, p.OW - ow), oh * p.stride[0] - p.pad[0], ow * step};
+      left -= pieces[n].pixels;
+      ow += pieces[n].pixels;
+      if (ow == p.OW) {
         ow = 0;
         ++oh;
       }
     }
-    for (int64_t r = 0; r < p.R; ++r) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t h = top[i] + r * p.dilation[0];
-        at[i] = (h >= 0 && h < p.H ? h : p.H) * plan.row + column[i];
-      }
+    for (int64_t r = 0; r < p.R; ++r)
       for (int64_t s = 0; s < tap_columns; ++s)
-        for (int64_t i = 0; i < count; ++i) *offsets++ = at[i] + s * step;
-    }
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t h = pieces[i].top + r * p.dilation[0];
+          const int64_t start = (h >= 0 && h < p.H ? h : p.H) * plan.row + pieces[i].column + s * tap_step;
+          for (int64_t j = 0; j < pieces[i].pixels; ++j) *offsets++ = start + j * step;
+        }
   }
 }
 
@@ -163,17 +184,18 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   // A packed weight of few channels has no taps to dilate: it is packed anew.
   const bool dilated = p.dilation[1] != 1;
   const PackedLayout given = packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups);
-  const Plan plan = make_plan(p, packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups, dilated), table.gemm_rows);
+  const Plan plan = make_plan(p, packed_layout(p.O, p.C / p.groups, p.R, p.S, p.groups, dilated), table);
   const PackedLayout& layout = plan.layout;
   const bool repack = p.packed && given.rows != layout.rows;
-  const int64_t threads = parallel_threads(), samples = std::clamp<int64_t>(kPassBytes / plan.sample, 1, p.N);
+  const int64_t threads = parallel_threads(),
+                samples = plan.in_place ? p.N : std::clamp<int64_t>(threads * kPassBytes / plan.sample, 1, p.N);
   const int64_t out_bytes = dtype_bytes(p.out.dtype), block_columns = std::min<int64_t>(kPanel, layout.n);
 
   Scratch scratch;
   Columns columns(p.out, layout, &scratch);
   const int64_t packed_at = p.packed && !repack ? 0 : scratch.add(layout.bytes);
   const int64_t unpacked_at = repack ? scratch.add(p.O * given.in_channels * p.R * p.S) : 0;
-  const int64_t codes_at = scratch.add(samples * plan.sample),
+  const int64_t codes_at = scratch.add(plan.in_place ? 0 : samples * plan.sample),
                 range_at = scratch.add(samples * plan.lines * int64_t{sizeof(Range)});
   const int64_t scale_at = scratch.add(samples * 4), zero_at = scratch.add(samples * 4);
   const int64_t buffer_bytes = round_up(plan.line * p.C, 64), buffers_at = scratch.add(threads * buffer_bytes);
@@ -188,7 +210,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
     pack_weight_cpu(repack ? scratch.at<int8_t>(unpacked_at) : p.weight, layout, scratch.at<int8_t>(packed_at));
     packed = scratch.at<int8_t>(packed_at);
   }
-  uint8_t* codes = scratch.at<uint8_t>(codes_at);
+  uint8_t* const codes = scratch.at<uint8_t>(codes_at);
   float* sample_scale = scratch.at<float>(scale_at);
   int32_t* sample_zero = scratch.at<int32_t>(zero_at);
 
@@ -225,6 +247,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       const RowCodes row = row_codes(p.in, n0 + n, range);
       sample_scale[n] = row.scale;
       sample_zero[n] = row.zero_point;
+      if (plan.in_place) continue;
       uint8_t* at = codes + n * plan.sample;
       const int64_t end = plan.left + p.W * plan.pixel;
       for (int64_t h = 0; h < p.H && plan.row != end - plan.left; ++h, at += plan.row) {
@@ -244,13 +267,14 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
       });
 
     // 3. blocks of output pixels
+    const bool bounded = columns.bounded(p.out, sample_scale, count);
     const int64_t blocks = ceil_div(pixels, plan.block);
     shares(count * blocks, std::min(plan.block, pixels) * p.O * layout.k * layout.taps, [&](int64_t worker, int64_t task) {
       const int64_t n = task / blocks, first = task % blocks * plan.block, rows = std::min(plan.block, pixels - first);
       int64_t* offsets = scratch.at<int64_t>(tables_at + worker * table_bytes);
-      fill_offsets(p, plan, first, rows, offsets);
+      fill_offsets(table, p, plan, first, rows, offsets);
       const BlockOutput block{p, n0 + n, first, rows, scratch.at<char>(blocks_at + worker * y_bytes)};
-      const uint8_t* a = codes + n * plan.sample;
+      const uint8_t* a = (plan.in_place ? static_cast<const uint8_t*>(p.in.x) + n0 * plan.sample : codes) + n * plan.sample;
 
       for (int64_t g = 0; g < layout.groups; ++g)
         for (int64_t panel = 0; panel < layout.panels(); ++panel) {
@@ -260,6 +284,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
             tile.taps = layout.taps;
             tile.k4 = layout.k4;
             tile.a = a + g * plan.group_channels;
+            tile.flip = plan.in_place ? flip_of(p.in) : 0;
             tile.b = layout.panel(packed, g, panel);
             tile.out = columns.output(p.out, layout.column_sum(packed, g) + column, g * layout.padded_n + column);
             tile.out.columns = valid;
@@ -267,12 +292,15 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
             tile.out.row_scale = sample_scale + n;
             tile.out.row_zero = sample_zero + n;
             tile.out.row_step = 0;
+            tile.out.bounded = bounded;
             tile.ahead = tile.b;
-            for (int64_t m = 0; m < rows; m += plan.tile_rows) {
-              const int64_t tile_rows = std::min(plan.tile_rows, rows - m);
+            // offsets that are not in tiles go with any
+            const bool narrow = plan.pointwise ? width <= kNarrow : plan.narrow;
+            for (int64_t m = 0, count; m < rows; m += count) {
+              count = tile_rows(table, rows - m, narrow);
               tile.a_offset = offsets + m * layout.taps;
               tile.out.y = y + m * y_stride * out_bytes;
-              table.gemm(tile, tile_rows, width);
+              table.gemm(tile, count, width);
             }
           });
         }

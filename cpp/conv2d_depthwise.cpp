@@ -86,11 +86,9 @@ void quantize_rows(const KernelTable& table, const Int8Conv2dParams& p, const Pl
   });
   if (direct) return;
   const int64_t pixels = rows * p.W;
+  if (!plan.nhwc) transpose(buffer, pixels, p.C, pixels, codes, plan.pixel);
   for (int64_t i = 0; i < pixels; ++i, codes += plan.pixel) {
-    if (plan.nhwc)
-      std::memcpy(codes, buffer + i * p.C, static_cast<size_t>(p.C));
-    else
-      for (int64_t c = 0; c < p.C; ++c) codes[c] = buffer[c * pixels + i];
+    if (plan.nhwc) std::memcpy(codes, buffer + i * p.C, static_cast<size_t>(p.C));
     std::memset(codes + p.C, 0, static_cast<size_t>(plan.pixel - p.C));
   }
 }
@@ -171,6 +169,8 @@ void int8_conv2d_depthwise_cpu(const Int8Conv2dParams& p) {
   }
 
   // 2. bands of output rows
+  run.out.bounded = true;
+  for (int64_t n = 0; n < p.N && run.out.bounded; ++n) run.out.bounded = columns.bounded(p.out, &samples[n].scale, 1);
   shares(p.N * p.OH, p.N * p.OH * p.OW * p.O * (2 + ceil_div(layout.taps, kGroupK)),
          [&](int64_t worker, int64_t begin, int64_t end) {
            const int64_t mine = workers_at + worker * worker_bytes;

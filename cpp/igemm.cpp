@@ -68,8 +68,19 @@ void write_codes(const KernelTable& table, const InputParams& in, int64_t offset
   }
 }
 
+bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
+                int64_t columns) {
+  const auto largest = [](const float* x, int64_t n) {
+    Range range{0.0f, 0.0f, 0};
+    kernels().range(x, DType::kFloat32, n, true, &range);
+    return double{bits_float(range.abs_bits)};  // NaN, for which nothing is bounded, if there is one
+  };
+  return out_scale > 0x1p-100f && out_scale < 0x1p100f &&
+         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) < 0x1p30 * out_scale;
+}
+
 Columns::Columns(const OutputParams& out, const PackedLayout& l, Scratch* scratch) {
-  const int64_t columns = l.depthwise ? l.padded_n : l.groups * l.padded_n;
+  const int64_t columns = count_ = l.depthwise ? l.padded_n : l.groups * l.padded_n;
   const bool whole = columns == l.groups * l.n;
   if (whole && out.weight_scale_stride == 1) {
     scale_ = out.weight_scale;
@@ -112,6 +123,7 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   const KernelTable& table = kernels();
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
   const int64_t row_bytes = layout.k4 * kGroupK;
+  const bool in_place = p.K == row_bytes && reads_in_place(table, p.in);
   const int64_t pass_rows = std::min(p.M, std::max(table.gemm_rows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
   const int64_t threads = parallel_threads();
 
@@ -119,14 +131,15 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   Columns columns(p.out, layout, &scratch);
   // A weight that is not packed is read as it is for a few rows; else it is packed panel by panel, each worker into its own, which
   // stays in the cache while all rows use it.
-  const bool dot = p.packed == nullptr && p.M <= kDotRows && table.dot != nullptr;
+  const bool dot = !in_place && p.packed == nullptr && p.M <= kDotRows && table.dot != nullptr;
   const int64_t panel_bytes = p.packed || dot ? 0 : round_up(kPanel * (row_bytes + int64_t{sizeof(int32_t)}), 64);
   const int64_t panels_at = scratch.add(threads * panel_bytes);
-  const int64_t codes_at = scratch.add(pass_rows * row_bytes);
+  const int64_t codes_at = scratch.add(in_place ? 0 : pass_rows * row_bytes);
   const int64_t scale_at = scratch.add(pass_rows * 4), zero_at = scratch.add(pass_rows * 4);
   scratch.allocate();
   columns.fill(p.out, layout, scratch);
-  uint8_t* codes = scratch.at<uint8_t>(codes_at);
+  uint8_t* const codes = scratch.at<uint8_t>(codes_at);
+  const int64_t code_stride = in_place ? p.x_stride : row_bytes;
   float* row_scale = scratch.at<float>(scale_at);
   int32_t* row_zero = scratch.at<int32_t>(zero_at);
 
@@ -145,17 +158,20 @@ void int8_linear_cpu(const Int8LinearParams& p) {
         if (is_dynamic(p.in))
           table.range(static_cast<const char*>(p.in.x) + offset * element, p.in.dtype, p.K, only_magnitude(p.in), &range);
         const RowCodes row = row_codes(p.in, m0 + m, range);
+        row_scale[m] = row.scale;
+        row_zero[m] = row.zero_point;
+        if (in_place) continue;
         uint8_t* out = codes + m * row_bytes;
         write_codes(table, p.in, offset, p.K, row, out);
         std::memset(out + p.K, 0, static_cast<size_t>(row_bytes - p.K));  // meets the zeros of the packed weight
-        row_scale[m] = row.scale;
-        row_zero[m] = row.zero_point;
       }
     });
 
+    const bool bounded = columns.bounded(p.out, row_scale, rows);
     const auto output = [&](const int32_t* column_sum, int64_t panel, int64_t m) {
       const int64_t column = panel * kPanel;
       TileOutput out = columns.output(p.out, column_sum, column);
+      out.bounded = bounded;
       out.columns = std::min<int64_t>(kPanel, p.N - column);
       out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
       out.y_stride = p.y_stride;
@@ -186,7 +202,8 @@ void int8_linear_cpu(const Int8LinearParams& p) {
             GemmTile tile;
             tile.taps = 1;
             tile.k4 = layout.k4;
-            tile.a = codes;
+            tile.a = in_place ? static_cast<const uint8_t*>(p.in.x) + m0 * p.x_stride : codes;
+            tile.flip = in_place ? flip_of(p.in) : 0;
             const int32_t* column_sum;
             if (p.packed) {
               tile.b = layout.panel(p.packed, 0, panel);
@@ -202,9 +219,9 @@ void int8_linear_cpu(const Int8LinearParams& p) {
             const int8_t* ahead = p.packed && panel + 1 < to ? tile.b + width * row_bytes : tile.b;
             const int64_t quarter = width * row_bytes / kGroupK;
             for (int64_t m = first, count; m < last; m += count) {
-              count = tile_rows(last - m, table.gemm_rows);
+              count = tile_rows(table, last - m, width <= kNarrow);
               int64_t a_offset[kMaxGemmRows];
-              for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * row_bytes;
+              for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * code_stride;
               tile.a_offset = a_offset;
               tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
               tile.out = output(column_sum, panel, m);

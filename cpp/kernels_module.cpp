@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "isa/kernels.h"
+#include "igemm.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -81,26 +81,29 @@ using Vector = py::array_t<T, py::array::c_style>;
 // y[M, N] from codes a[taps][M, 4 k4] and weights w[N, k, taps], in tiles of `rows` rows.
 void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
           const Vector<int32_t>& row_zero, const Vector<float>& row_scale, const Vector<float>& column_scale,
-          const Vector<float>& bias, bool relu, float out_scale, int32_t out_zero_point, int64_t rows) {
+          const Vector<float>& bias, bool relu, float out_scale, int32_t out_zero_point, int64_t rows, uint32_t flip) {
   const KernelTable& table = table_of(isa);
   const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
   const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
-  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 || rows > table.gemm_rows ||
+  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 ||
+      (rows > table.gemm_rows && (rows != table.narrow_rows || layout.padded_n > kNarrow)) || (flip != 0 && !table.flips) ||
       column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
       row_scale.size() != m_count)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
+  const bool bounded = is_bounded(out_scale, row_scale.data(), m_count, column_scale.data(), bias.data(), layout.padded_n);
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
     const int64_t column = panel * kPanel, width = layout.width(panel);
-    for (int64_t m = 0; m < m_count; m += rows) {
-      const int64_t count = std::min(rows, m_count - m);
+    for (int64_t m = 0, count; m < m_count; m += count) {
+      count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
       std::vector<int64_t> offsets;
       for (int64_t t = 0; t < taps; ++t)
         for (int64_t r = 0; r < count; ++r) offsets.push_back((t * m_count + m + r) * row_bytes);
       GemmTile tile;
       tile.taps = taps;
       tile.k4 = layout.k4;
+      tile.flip = flip;
       tile.a = a.data();
       tile.a_offset = offsets.data();
       tile.b = tile.ahead = layout.panel(packed.data(), 0, panel);
@@ -117,6 +120,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
       tile.out.floor = relu ? 0.0f : -INFINITY;
       tile.out.out_scale = out_scale;
       tile.out.out_zero_point = out_zero_point;
+      tile.out.bounded = bounded;
       table.gemm(tile, count, width);
     }
   }
@@ -165,6 +169,7 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   run.out.floor = -INFINITY;
   run.out.out_scale = 1.0f;
   run.out.out_zero_point = 0;
+  run.out.bounded = is_bounded(1.0f, &row_scale, 1, column_scale.data(), bias.data(), layout.padded_n);
   table.depthwise(run);
 }
 
@@ -309,11 +314,15 @@ PYBIND11_MODULE(_kernels, m) {
   using namespace py::literals;
   m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
   m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
+  m.def(
+      "narrow_rows", [](const std::string& isa) { return q::table_of(isa).narrow_rows; }, "isa"_a,
+      "Rows of the full tile of at most 32 columns.");
+  m.def("flips", [](const std::string& isa) { return q::table_of(isa).flips; }, "isa"_a, "Whether gemm takes a flip.");
   m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
   m.def("emulated_isas", &q::emulated_isas, "Names of kernels whose instructions are emulated, for tests only.");
   m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
-        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1);
+        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1, "flip"_a = 0);
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
         "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,

@@ -59,10 +59,12 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
       named("gemm: dtype, width, columns, taps, k, rows", {int64_t(dtype), width, columns, taps, k, m_count}) + " in tiles of ";
   const int64_t y_bytes = ((m_count - 1) * y_stride + columns) * dtype_bytes(dtype);
   std::vector<uint8_t> first;
-  for (int64_t rows = 1; rows <= std::min(table.gemm_rows, m_count); ++rows) {
+  tile.out.bounded = is_bounded(tile.out.out_scale, row_scale.data(), settings, column_scale.data(), bias.data(), width);
+  for (int64_t rows = 1; rows <= std::min(width <= kNarrow ? table.narrow_rows : table.gemm_rows, m_count); ++rows) {
+    if (rows > table.gemm_rows && rows != table.narrow_rows) continue;
     const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
-    for (int64_t m = 0; m < m_count; m += rows) {
-      const int64_t count = std::min(rows, m_count - m);
+    for (int64_t m = 0, count; m < m_count; m += count) {
+      count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
       const Edge<int64_t> offset(taps * count, [&](int64_t i) { return (i / count * m_count + m + i % count) * row_bytes; });
       tile.a_offset = offset.data();
       tile.out.row_zero = row_zero.data() + m * row_step;

@@ -83,6 +83,31 @@ def test_depthwise_sums_are_exact(isa, seed):
             assert torch.equal(y, expected), (c, h, w, r, s, stride, padding, dilation, dtype, zero)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_codes_are_read_where_they_lie(isa, dtype):
+    """8-bit NHWC images without padding, also with other pixels and channels around them; outputs of every width of panel."""
+    rng, info = random.Random(5), torch.iinfo(dtype)
+    for case in range(60):
+        groups = rng.choice([1, 1, 2])
+        c, o = groups * rng.choice([4, 16, 20, 64, 68]), groups * rng.choice([1, 8, 16, 24, 33, 48, 64, 150])
+        r, s, stride, dilation = *rng.choice([(1, 1), (1, 1), (3, 3), (2, 5)]), rng.randint(1, 2), rng.randint(1, 2)
+        n, h, w = rng.choice([1, 3]), rng.randint(1, 15) + dilation * (r - 1), rng.randint(1, 15) + dilation * (s - 1)
+        whole = torch.randint(info.min, info.max + 1, (n, h + 2, w + 3, c + 8)).to(dtype).permute(0, 3, 1, 2)
+        x = whole[:, :c].contiguous(memory_format=torch.channels_last) if case % 2 else whole[:, 4 : c + 4, 1:-1, 2:-1]
+        weight, zero = torch.randint(-128, 128, (o, c // groups, r, s), dtype=torch.int8), rng.randint(info.min, info.max)
+        packed = qo.pack_weight(weight, groups) if rng.random() < 0.7 else None
+        y = qo.int8_conv2d(
+            x, weight, torch.tensor(1.0), None, stride, 0, dilation, groups, torch.tensor(1.0), torch.tensor(zero),
+            packed_weight=packed, out_dtype=torch.float32,
+        )  # fmt: skip
+        acc = reference.conv_acc(x, weight, (stride, stride), (0,) * 4, (dilation, dilation), groups, zero)
+        assert torch.equal(y, acc.float()), (case, groups, c, o, r, s, stride, dilation, n, h, w)
+        if c % 4 == 0 and groups == 1:
+            rows = x.permute(0, 2, 3, 1).flatten(1, 2)[:, :, :c]
+            product = qo.int8_linear(rows, weight[:, :, 0, 0].contiguous(), torch.tensor(1.0), None, torch.tensor(1.0))
+            assert torch.equal(product, (rows.long() @ weight[:, :, 0, 0].long().T).float())
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 144, 40, 50), (1, 20, 61, 300), (3, 960, 7, 7)])
 def test_depthwise_bands_are_seamless(isa, threads, shape, channels_last):

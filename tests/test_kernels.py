@@ -59,8 +59,8 @@ class Guarded:
 def test_gemm_is_exact_for_all_small_shapes(isa, fill):
     """All rows of a tile, 1 to 80 columns, K around every multiple of four: int32 sums equal int64's, nothing else is written."""
     rng = np.random.default_rng(0)
-    full = kernels.gemm_rows(isa)
-    n_max, k_max, m_max = 80, max(NEAR_K), 2 * full + 1
+    full, narrow = kernels.gemm_rows(isa), kernels.narrow_rows(isa)
+    n_max, k_max, m_max = 80, max(NEAR_K), 2 * max(full, narrow) + 1
     a = codes(fill, (m_max, k_max), 0, 255, rng)
     b = codes("min" if fill == "max" else fill, (n_max, k_max), -128, 127, rng)
     ones, zeros = np.ones(96, np.float32), np.zeros(96, np.float32)
@@ -70,12 +70,17 @@ def test_gemm_is_exact_for_all_small_shapes(isa, fill):
         product = a[:, :k] @ b[:, :k].T
         zero = rng.integers(0, 256, m_max).astype(np.int32)
         expected = product - zero[:, None] * b[:, :k].sum(1)
-        for n, (m, rows) in itertools.product(range(1, n_max + 1), [*((r, r) for r in range(1, full + 1)), (m_max, full), (5, 2)]):
+        tiles = [*((r, r) for r in range(1, full + 1)), (m_max, full), (5, 2), (m_max, narrow)]
+        for n, (m, rows) in itertools.product(range(1, n_max + 1), tiles):
+            if rows == narrow and narrow != full and n > 32:
+                continue
             y = Guarded((m, n), np.int32)
+            flip = 0x80808080 if kernels.flips(isa) and m % 2 else 0  # codes may be stored as signed ones
+            stored = padded[:, :m] ^ np.uint8(flip & 0xFF)
             kernels.gemm(
-                isa, padded[:, :m], b[:n, :k, None].astype(np.int8), y.view, "int32", zero[:m], ones[:m], ones, zeros, rows=rows
+                isa, stored, b[:n, :k, None].astype(np.int8), y.view, "int32", zero[:m], ones[:m], ones, zeros, rows=rows, flip=flip
             )
-            assert np.array_equal(y.view, expected[:m, :n]), (m, n, k)
+            assert np.array_equal(y.view, expected[:m, :n]), (m, n, k, rows)
             y.check()
 
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -173,8 +174,7 @@ void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
     }
     tiles.release();  // per call: the table has no hook for the end of a thread's work, and live tiles make switches of tasks slow
   }
-  with_output_type(t.out.dtype,
-                   [&](auto* type) QO_LAMBDA { finish_part<std::remove_pointer_t<decltype(type)>>(t.out, sum, rows, kPanel); });
+  finish_sums(t.out, sum, rows, kPanel);
 }
 
 #if defined(QUANT_OPS_AMX_EMULATED)
@@ -211,6 +211,8 @@ const KernelTable kAmxEmulatedKernels = {
     "amx_emulated",
     "gemm_u8s8_32x32_amx",
     kRows,
+    kRows,
+    false,
     gemm,
     depthwise_run,
     quantize_run,
@@ -226,8 +228,23 @@ const KernelTable kAmxEmulatedKernels = {
 };
 #else
 const KernelTable kAmxKernels = {
-    "amx",     "gemm_u8s8_32x32_amx", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,     codes_run, pack_run, nullptr,       peak,
+    "amx",
+    "gemm_u8s8_32x32_amx",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
 };
 #endif
 

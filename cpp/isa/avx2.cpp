@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -86,8 +87,23 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx2Kernels = {
-    "avx2",    "gemm_u8s8_6x8_avx2", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,    codes_run, pack_run, nullptr,       peak,
+    "avx2",
+    "gemm_u8s8_6x8_avx2",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
 };
 
 }  // namespace quant_ops

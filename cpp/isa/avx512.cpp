@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -85,8 +86,23 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvx512Kernels = {
-    "avx512",  "gemm_u8s8_12x16_avx512", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,        codes_run, pack_run, nullptr,       peak,
+    "avx512",
+    "gemm_u8s8_12x16_avx512",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
 };
 
 }  // namespace quant_ops

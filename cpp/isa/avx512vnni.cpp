@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -37,7 +38,9 @@ struct FourTaps {
 //
 // A full tile fetches a part of the next panel. A smaller one is mostly alone with its panel and waits for memory: it fetches its
 // own panel a little ahead, which takes the place of a reorder buffer that its products fill.
-constexpr int64_t kRows = 6;
+//
+// Of narrow panels the tile is 12 x 32 or 12 x 16, so that there are as many sums.
+constexpr int64_t kRows = 6, kNarrowRows = 12;
 constexpr int64_t kAheadBytes = 4096;
 
 template <int kTileRows, int kWidth>
@@ -50,6 +53,7 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
   const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
   const int64_t k_end = t.k4 * kGroupK;
+  const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(t.flip));
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows) {
     const uint8_t* a[kTileRows];
     unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
@@ -65,7 +69,7 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
       unroll<kTileRows>([&](auto r) QO_LAMBDA {
         int32_t four;
         __builtin_memcpy(&four, a[r.value] + k, 4);
-        const __m512i av = _mm512_set1_epi32(four);
+        const __m512i av = _mm512_xor_si512(_mm512_set1_epi32(four), flip);  // beside the products it costs no time
         unroll<kVectors>([&](auto v)
                              QO_LAMBDA { acc[r.value][v.value] = _mm512_dpbusd_epi32(acc[r.value][v.value], av, bv[v.value]); });
       });
@@ -75,6 +79,8 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
 }
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  if (rows == kNarrowRows)
+    return width == 32 ? gemm_u8s8_6x64_avx512vnni<kNarrowRows, 32>(tile) : gemm_u8s8_6x64_avx512vnni<kNarrowRows, 16>(tile);
   with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x64_avx512vnni<r.value, w.value>(tile); });
 }
 
@@ -125,9 +131,7 @@ void dot_u8s8_4x4_avx512vnni(const DotTile& t) {
   }
   TileOutput out = t.out;
   out.column_sum = column_sum;
-  with_output_type(out.dtype, [&](auto* type) QO_LAMBDA {
-    finish_part<std::remove_pointer_t<decltype(type)>>(out, &acc[0][0], kTileRows, kPanel);
-  });
+  finish_sums(out, &acc[0][0], kTileRows, kPanel);
 }
 
 void dot(const DotTile& tile, int64_t rows) {
@@ -155,6 +159,8 @@ const KernelTable kAvx512VnniKernels = {
     "avx512vnni",
     "gemm_u8s8_6x64_avx512vnni",
     kRows,
+    kNarrowRows,
+    true,
     gemm,
     depthwise_run,
     quantize_run,

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -94,8 +95,23 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 
 const KernelTable kAvxVnniKernels = {
-    "avxvnni", "gemm_u8s8_6x16_avxvnni", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,        codes_run, pack_run, nullptr,       peak,
+    "avxvnni",
+    "gemm_u8s8_6x16_avxvnni",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
 };
 
 }  // namespace quant_ops

@@ -38,14 +38,12 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
 // 0.
 template <class Y, bool kWhole, int kS, int kGroups>
 void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const int8_t* b) {
-  const TileOutput out = d.out;  // a copy that no store can change
+  const TileOutput out = d.out.from_column(column);  // a copy that no store can change
+  const Rounding<Y> rounding(out);
+  const ColumnVector<true> parameters[1] = {ColumnVector<true>(out, 0)};
   const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = kS > 0 ? kS : d.s;
   const int64_t step = d.stride * groups * kBlockBytes, tap_step = d.dilation * groups * kBlockBytes;
-  const auto sum = Simd::load_int(out.column_sum + column);
-  const auto scale = Simd::load(out.column_scale + column), bias = Simd::load(out.bias + column);
-  const auto correction = Simd::mul(Simd::set_int(*out.row_zero), sum);
-  const auto row_scale = Simd::set(*out.row_scale);
-  const auto start = FourTaps::start(out.column_sum + column);
+  const auto start = FourTaps::start(out.column_sum);
   const auto finish = [&](auto count, int64_t pixel) QO_LAMBDA {
     typename Simd::I acc[count.value];
     unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
@@ -66,9 +64,8 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
       unroll<kS>([&](auto s) QO_LAMBDA { taps_of_column(a + s.value * tap_step); });
     else
       for (int64_t s = 0; s < columns; ++s, a += tap_step) taps_of_column(a);
-    unroll<count.value>([&](auto p) QO_LAMBDA {
-      finish_typed<kWhole, Y>(out, pixel + p.value, column, acc[p.value], correction, row_scale, scale, bias);
-    });
+    finish_block<Y, count.value, 1, true, kWhole>(out, rounding, parameters, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
+                                                  out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
   };
   constexpr int kPixels = 4;
   const int64_t pixels = d.pixels;

@@ -9,7 +9,7 @@
 
 // A function of its own: inlined, its registers make g++ spill an accumulator in the loop.
 template <int kRows, int kVectors>
-__attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* sums) {
+__attribute__((noinline)) void finish_vectors(const TileOutput& o, const int32_t* sums) {
   finish_tile<kRows, kVectors>(
       o, [&](auto r, auto v) QO_LAMBDA { return Simd::load_int(sums + (r.value * kVectors + v.value) * Simd::N); });
 }
@@ -55,7 +55,7 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
     unroll<kVectors>([&](auto v)
                          QO_LAMBDA { Simd::store(sums + (r.value * kVectors + v.value) * Simd::N, acc[r.value][v.value]); });
   });
-  finish_sums<kRows, kVectors>(t.out.from_column(n), sums);
+  finish_vectors<kRows, kVectors>(t.out.from_column(n), sums);
 }
 
 // 8 rows x 8 columns: 16 accumulators + 8 activations + 2 weights = 26 of 32 registers, and 64 products for 16 loads; with 6 x 16

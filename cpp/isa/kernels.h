@@ -13,6 +13,7 @@ namespace quant_ops {
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
+constexpr int kNarrow = 32;          // columns: so few that more rows make a tile
 constexpr int kGroupK = 4;           // consecutive k of one column: the four bytes of a vpdpbusd lane
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
@@ -31,6 +32,7 @@ struct TileOutput {
   float floor;       // 0 for ReLU, else -inf
   float out_scale;   // int8 / uint8 output
   int32_t out_zero_point;
+  bool bounded = false;  // no sum that there can be makes NaN or |y / out_scale| >= 2^30, and 1 / out_scale is a normal number
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
@@ -52,7 +54,8 @@ struct TileOutput {
 // b is one packed panel: [taps * k4][width][4].
 struct GemmTile {
   int64_t taps;
-  int64_t k4;  // groups of four k per tap
+  int64_t k4;         // groups of four k per tap
+  uint32_t flip = 0;  // what is read of a, xor this, is the unsigned codes; not 0 only for a table that says `flips`
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
   const int8_t* b;
@@ -200,9 +203,12 @@ struct RangeColumnsRun {
 
 struct KernelTable {
   const char* isa;
-  const char* gemm_name;                                            // of the full tile
-  int64_t gemm_rows;                                                // of the full tile, at most kMaxGemmRows
-  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);  // 1 <= rows <= gemm_rows; width 16, 32, 48 or 64
+  const char* gemm_name;  // of the full tile
+  int64_t gemm_rows;      // of the full tile, at most kMaxGemmRows
+  int64_t narrow_rows;    // likewise, of a panel of at most kNarrow columns
+  bool flips;             // gemm reads signed codes where they lie
+  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or narrow_rows for a narrow panel
+  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   void (*depthwise)(const DepthwiseRun&);
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);

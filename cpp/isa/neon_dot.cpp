@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -58,6 +59,8 @@ const KernelTable kNeonDotKernels = {
     "neon_dot",
     "gemm_u8s8_8x8_neon_dot",
     kRows,
+    kRows,
+    false,
     gemm,
     depthwise_run,
     quantize_run,

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -58,6 +59,8 @@ const KernelTable kNeonI8mmKernels = {
     "neon_i8mm",
     "gemm_u8s8_8x8_neon_i8mm",
     kRows,
+    kRows,
+    false,
     gemm,
     depthwise_run,
     quantize_run,

@@ -1,6 +1,7 @@
 // Plain C++ kernels: the reference that every other table must match bit for bit, and the fallback of machines without AVX2.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.h"
@@ -11,8 +12,10 @@ namespace {
 
 struct Simd {
   static constexpr int N = 1;
+  static constexpr bool kMasks = false;
   using F = float;
   using I = int32_t;
+  using Words = int32_t;
   using D = double;
 
   static F set(float v) { return v; }
@@ -40,6 +43,34 @@ struct Simd {
     *p = static_cast<T>(v);
   }
 
+  // four codes + zero_point as the bytes of an int32, saturating
+  static Words set_words(int16_t v) { return v; }
+  static I set_bytes(int v) { return static_cast<I>(0x01010101u * static_cast<uint8_t>(v)); }
+  template <class Y>
+  static I pack(I a, I b, I c, I d, Words zero_point) {
+    uint32_t bytes = 0;
+    const I codes[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      const int64_t q = int64_t{codes[i]} + zero_point, least = std::numeric_limits<Y>::min(), most = std::numeric_limits<Y>::max();
+      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(q < least ? least : q > most ? most : q)) << 8 * i;
+    }
+    return static_cast<I>(bytes);
+  }
+  template <class Y>
+  static I max_bytes(I a, I b, Y) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+      const Y x = static_cast<Y>(static_cast<uint32_t>(a) >> 8 * i), y = static_cast<Y>(static_cast<uint32_t>(b) >> 8 * i);
+      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(x > y ? x : y)) << 8 * i;
+    }
+    return static_cast<I>(bytes);
+  }
+  static void store_codes(void* p, I codes) { std::memcpy(p, &codes, sizeof(codes)); }
+  template <int kQuarter>
+  static void store_quarter(void* p, I codes) {
+    *static_cast<uint8_t*>(p) = static_cast<uint8_t>(static_cast<uint32_t>(codes) >> 8 * kQuarter);
+  }
+
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
@@ -49,6 +80,8 @@ struct Simd {
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F round_even(F a) { return quant_ops::round_even(a); }
+  static F fraction(F a) { return a - quant_ops::round_even(a); }
+  static F max_magnitude(F a, F b) { return max(a, b < 0.0f ? -b : b); }
   static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
   static F keep_outside(F v, F steps, F lo, F hi) { return steps < lo || steps > hi ? v : 0.0f; }
   static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
@@ -75,7 +108,7 @@ struct Simd {
     return sum;
   }
   static F to_float(I a) { return static_cast<float>(a); }
-  static I to_int(F a) { return static_cast<I>(a); }
+  static I to_int(F a) { return a > -0x1p31f && a < 0x1p31f ? static_cast<I>(quant_ops::round_even(a)) : INT32_MIN; }
 };
 
 #include "unroll.inl"
@@ -104,7 +137,7 @@ struct FourTaps {
 
 template <int kRows, int kWidth>
 void gemm_u8s8_6x64_scalar(const GemmTile& t) {
-  uint32_t acc[kRows][kPanel] = {};
+  int32_t acc[kRows][kPanel] = {};
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows)
@@ -112,10 +145,9 @@ void gemm_u8s8_6x64_scalar(const GemmTile& t) {
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* a = t.a + offset[r] + k * kGroupK;
         for (int64_t n = 0; n < kWidth; ++n)
-          for (int i = 0; i < kGroupK; ++i) acc[r][n] += static_cast<uint32_t>(int32_t{a[i]} * b[n * kGroupK + i]);
+          for (int i = 0; i < kGroupK; ++i) acc[r][n] = Simd::add(acc[r][n], int32_t{a[i]} * b[n * kGroupK + i]);
       }
-  for (int64_t n = 0; n < t.out.columns; ++n)
-    finish_tile<kRows, 1>(t.out.from_column(n), [&](auto r, auto) { return static_cast<int32_t>(acc[r.value][n]); });
+  finish_sums(t.out, &acc[0][0], kRows, kPanel);
 }
 
 constexpr int64_t kRows = 6;
@@ -129,8 +161,23 @@ int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 }  // namespace
 
 const KernelTable kScalarKernels = {
-    "scalar",  "gemm_u8s8_6x64_scalar", kRows,     gemm,     depthwise_run, quantize_run, dequantize_run, ste_run, ste_columns_run,
-    range_run, range_columns_run,       codes_run, pack_run, nullptr,       peak,
+    "scalar",
+    "gemm_u8s8_6x64_scalar",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
 };
 
 }  // namespace quant_ops

@@ -1,9 +1,11 @@
 // Simd of elementwise.inl by AVX2, FMA and F16C. Included inside a target region and an unnamed namespace.
 struct Simd {
   static constexpr int N = 8;
+  static constexpr bool kMasks = false;
   using F = __m256;
   using I = __m256i;
-  struct D {  // N float64
+  using Words = __m256i;  // int16
+  struct D {              // N float64
     __m256d low, high;
   };
 
@@ -64,6 +66,25 @@ struct Simd {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(v, order));
   }
 
+  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
+  static QO_INLINE Words set_words(int16_t v) { return _mm256_set1_epi16(v); }
+  static QO_INLINE I set_bytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+  template <class Y>
+  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
+    const I ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero_point),
+            cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero_point);
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(std::is_same_v<Y, int8_t> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd), order);
+  }
+  static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm256_max_epi8(a, b); }
+  static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm256_max_epu8(a, b); }
+  static QO_INLINE void store_codes(void* p, I codes) { _mm256_storeu_si256(static_cast<__m256i*>(p), codes); }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes) {
+    const int64_t eight = _mm256_extract_epi64(codes, kQuarter);
+    __builtin_memcpy(p, &eight, sizeof(eight));
+  }
+
   static QO_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static QO_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static QO_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -73,6 +94,8 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QO_INLINE F fraction(F a) { return sub(a, round_even(a)); }
+  static QO_INLINE F max_magnitude(F a, F b) { return max(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b)); }  // max(a, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return _mm256_and_ps(v, _mm256_and_ps(_mm256_cmp_ps(steps, lo, _CMP_GE_OQ), _mm256_cmp_ps(steps, hi, _CMP_LE_OQ)));
   }

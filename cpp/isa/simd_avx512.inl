@@ -1,9 +1,11 @@
 // Simd of elementwise.inl by AVX-512 F, BW, DQ and VL. Included inside a target region and an unnamed namespace.
 struct Simd {
   static constexpr int N = 16;
+  static constexpr bool kMasks = true;  // a store of the first n elements alone
   using F = __m512;
   using I = __m512i;
-  struct D {  // N float64
+  using Words = __m512i;  // int16
+  struct D {              // N float64
     __m512d low, high;
   };
 
@@ -43,6 +45,17 @@ struct Simd {
     _mm512_storeu_pd(p, v.low);
     _mm512_storeu_pd(p + 8, v.high);
   }
+  // the first n < N elements
+  static QO_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static QO_INLINE void store(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static QO_INLINE void store(int32_t* p, I v, int64_t n) { _mm512_mask_storeu_epi32(p, first(n), v); }
+  template <class T>
+  static QO_INLINE void store(T* p, F v, int64_t n) {  // Half, BFloat16
+    T part[N];
+    store(part, v);
+    _mm256_mask_storeu_epi16(p, first(n), load256(part));
+  }
+
   // 4 N bytes; packing works in 128-bit lanes: dword 4 j + lane of the result is dword j of the lane
   static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
     store_words(p, _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
@@ -55,6 +68,28 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, v));
   }
 
+  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
+  static QO_INLINE Words set_words(int16_t v) { return _mm512_set1_epi16(v); }
+  static QO_INLINE I set_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  template <class Y>
+  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
+    const I ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point),
+            cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero_point);
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, std::is_same_v<Y, int8_t> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd));
+  }
+  static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm512_max_epi8(a, b); }
+  static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm512_max_epu8(a, b); }
+  static QO_INLINE void store_codes(void* p, I codes) { _mm512_storeu_si512(p, codes); }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_extracti32x4_epi32(codes, kQuarter));
+  }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes, int64_t n) {
+    _mm_mask_storeu_epi8(p, first(n), _mm512_extracti32x4_epi32(codes, kQuarter));
+  }
+
   static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static QO_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static QO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -64,6 +99,8 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QO_INLINE F fraction(F a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // a - rne(a)
+  static QO_INLINE F max_magnitude(F a, F b) { return _mm512_range_ps(a, b, 0xb); }                                // max(|a|, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     const __mmask16 above = _mm512_cmp_ps_mask(steps, lo, _CMP_GE_OQ);
     return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, steps, hi, _CMP_LE_OQ), v);

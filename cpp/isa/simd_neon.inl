@@ -2,8 +2,10 @@
 // fmin, fmax and the saturating conversions of ARM treat NaN otherwise than the contract, hence comparisons and selections.
 struct Simd {
   static constexpr int N = 4;
+  static constexpr bool kMasks = false;
   using F = float32x4_t;
   using I = int32x4_t;
+  using Words = int16x8_t;
   struct D {  // N float64
     float64x2_t low, high;
   };
@@ -67,6 +69,29 @@ struct Simd {
     vst1q_f64(p + 2, v.high);
   }
 
+  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
+  static QO_INLINE Words set_words(int16_t v) { return vdupq_n_s16(v); }
+  static QO_INLINE I set_bytes(int v) { return vreinterpretq_s32_s8(vdupq_n_s8(static_cast<int8_t>(v))); }
+  template <class Y>
+  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
+    const int16x8_t ab = vqaddq_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)), zero_point);
+    const int16x8_t cd = vqaddq_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)), zero_point);
+    if constexpr (std::is_same_v<Y, int8_t>) return vreinterpretq_s32_s8(vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd)));
+    return vreinterpretq_s32_u8(vcombine_u8(vqmovun_s16(ab), vqmovun_s16(cd)));
+  }
+  static QO_INLINE I max_bytes(I a, I b, int8_t) {
+    return vreinterpretq_s32_s8(vmaxq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)));
+  }
+  static QO_INLINE I max_bytes(I a, I b, uint8_t) {
+    return vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
+  }
+  static QO_INLINE void store_codes(void* p, I codes) { vst1q_s32(static_cast<int32_t*>(p), codes); }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes) {
+    const int32_t four = vgetq_lane_s32(codes, kQuarter);
+    __builtin_memcpy(p, &four, sizeof(four));
+  }
+
   static QO_INLINE F keep(uint32x4_t mask, F v) { return vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(v))); }
 
   static QO_INLINE F add(F a, F b) { return vaddq_f32(a, b); }
@@ -78,6 +103,8 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static QO_INLINE F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static QO_INLINE F round_even(F a) { return vrndnq_f32(a); }
+  static QO_INLINE F fraction(F a) { return sub(a, round_even(a)); }
+  static QO_INLINE F max_magnitude(F a, F b) { return vmaxq_f32(a, vabsq_f32(b)); }  // max(a, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return keep(vandq_u32(vcgeq_f32(steps, lo), vcleq_f32(steps, hi)), v);
   }

@@ -69,6 +69,5 @@ QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
       for (; n < t.out.columns; n += Simd::N) widened_product<kRows, 1>(wide, b + n * kGroupK, groups, b_stride, sum + n);
     b += groups * b_stride;
   }
-  with_output_type(t.out.dtype,
-                   [&](auto* type) QO_LAMBDA { finish_part<std::remove_pointer_t<decltype(type)>>(t.out, sum, kRows, kPanel); });
+  finish_sums(t.out, sum, kRows, kPanel);
 }
