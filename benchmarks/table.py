@@ -17,6 +17,7 @@ PLACES = {  # of the README, by kind of results
     "model": "model table",
     "conv2d": "conv2d table",
     "networks": "networks table",
+    "gpu": "gpu table",
 }
 
 _MACHINE = ("cpu", "isa", "threads", "torch", "quant_ops")
@@ -238,12 +239,58 @@ def operators(data):
     return "\n\n".join([heading(data["machine"]), *(table(results, stem) for stem in stems)])
 
 
+def gpu(data):
+    """gpu_bench.py's tables: medians in microseconds, ours against the floor of the case and the best other contender."""
+    machine, worst = data["machine"], []
+    parts = [
+        f"{machine['gpu'] or 'rehearsal on the CPU'}, torch {machine['torch']}, {machine['date']}. Times are medians in us. "
+        "The floor is the largest of one launch, all bytes once at the measured copy rate, and all operations at the vendor's peak "
+        "for int8. A last column below 1 is a loss.",
+        "\n".join(["| ceiling | us | rate |", "|---|--:|--:|", *map(_ceiling, data["ceilings"])]),
+    ]
+    for stem in dict.fromkeys(r["stem"] for r in data["results"]):
+        rows = {}
+        for r in data["results"]:
+            if r["stem"] == stem:
+                rows.setdefault((r["set"], r["shape"], r["dtype"]), {})[r["contender"]] = r
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        chosen = ["kernel"] if any(r["kernel"] for row in rows.values() for r in row.values()) else []
+        head = [stem, *names, "floor", "ours / floor", "rate", "best other / ours", *chosen]
+        lines = [_line(head), "|---" + "|--:" * (len(head) - 1) + "|"]
+        for key, row in rows.items():
+            label, times = " ".join(key), {name: r["median_us"] for name, r in row.items()}
+            own = [us for name, us in times.items() if not _is_peer(name) and "static" not in name]
+            others, any_row = [us for name, us in times.items() if _is_peer(name)], next(iter(row.values()))
+            cells = [label, *(_time(times[name]) if name in times else "" for name in names), _time(any_row["floor_us"])]
+            ours = min(own, default=None)
+            if ours:
+                worst.append((ours / max(any_row["floor_us"], 1e-9), f"{stem} {label}"))
+                rate = f"{any_row['ops'] / ours / 1e6:.0f} TOP/s" if any_row["ops"] else f"{any_row['bytes'] / ours / 1e3:.0f} GB/s"
+                cells += [f"{worst[-1][0]:.2f}", rate, _ratio(others, ours)]
+            else:
+                cells += ["", "", ""]
+            lines.append(_line([*cells, *([any_row["kernel"]] if chosen else [])]))
+        parts.append("\n".join(lines))
+    if worst:
+        parts.append(
+            "\n".join(["Furthest from the floor:", "", *(f"* {r:.2f} {label}" for r, label in sorted(worst, reverse=True)[:10])])
+        )
+    parts += [f"Left out: {cut}" for cut in data["cut"]]
+    return "\n".join(["\n\n".join(parts), *_missing(data)])
+
+
+def _ceiling(c):
+    rate = f"{c['gb_s']:.0f} GB/s" if "gb_s" in c else f"{c['tera_ops']:.0f} TOP/s" if "tera_ops" in c else ""
+    return _line([c["what"], f"{c['us']:.2f}", rate])
+
+
 def _kind(data):
     return data.get("kind", "operators")
 
 
 def show(data):
-    return {"operators": operators, "linear": peers, "model": model, "conv2d": conv2d, "networks": networks}[_kind(data)](data)
+    shown = {"operators": operators, "linear": peers, "model": model, "conv2d": conv2d, "networks": networks, "gpu": gpu}
+    return shown[_kind(data)](data)
 
 
 def readme(data):

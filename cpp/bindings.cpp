@@ -42,6 +42,11 @@ struct Cpu {
   static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
 
+  static const int32_t* no_zero_point() {
+    static const int32_t zero = 0;
+    return &zero;
+  }
+
   static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
     const bool floating = is_floating(t.scalar_type());
     Tensor wide = to_type(t, floating ? ScalarType::Double : ScalarType::Long);

@@ -1,6 +1,7 @@
 // The quantize family for any device: checks, allocation, structs. `Backend` supplies the entry points of ops.h:
 //   quantize, quantize_backward, dequantize, choose_qparams, quantize_rows, and
-//   zero_points(tensor, qmin, qmax) -> int32 tensor of the same shape and whether its values are known to be small.
+//   zero_points(tensor, qmin, qmax) -> int32 tensor of the same shape and whether its values are known to be small, and
+//   no_zero_point(), what its kernels take for a zero point of 0.
 #pragma once
 
 #include <tuple>
@@ -36,8 +37,21 @@ inline ScalarType code_type(int64_t qmin, int64_t qmax) {
 
 // Scale and zero point as the kernels want them. The tensors are kept alive by the caller.
 struct Parameters {
-  Tensor scale, zero_point;
-  bool small;  // zero points
+  Tensor scale;
+  std::optional<Tensor> zero_point;  // none: 0
+  bool small;                        // zero points
+
+  void add_to(Space* space) const {
+    space->add_parameter("scale", scale);
+    if (zero_point)
+      space->add_parameter("zero_point", *zero_point);
+    else
+      space->add_constant();
+  }
+  template <class Backend>
+  const int32_t* zero_points() const {
+    return zero_point ? zero_point->const_data_ptr<int32_t>() : Backend::no_zero_point();
+  }
 };
 
 template <class Backend>
@@ -56,7 +70,7 @@ Parameters quantization_parameters(const char* op, const Tensor& tensor, const T
     ZeroPoints z = Backend::zero_points(*zero_point, qmin, qmax);
     return {to_type(scale, compute), z.tensor, z.small};
   }
-  return {to_type(scale, compute), torch::stable::new_zeros(tensor, {1}, ScalarType::Int), true};
+  return {to_type(scale, compute), std::nullopt, true};
 }
 
 template <class Backend>
@@ -71,8 +85,7 @@ Tensor quant_tensor_forward(const Tensor& tensor, const Tensor& scale, const std
   space.add(tensor);
   Tensor y = empty_like(tensor, simulate ? type : code_type(qmin, qmax));
   space.add(y);
-  space.add_parameter("scale", q.scale);
-  space.add_parameter("zero_point", q.zero_point);
+  q.add_to(&space);
   if (tensor.numel() == 0) return y;
 
   QuantizeParams p;
@@ -82,7 +95,7 @@ Tensor quant_tensor_forward(const Tensor& tensor, const Tensor& scale, const std
   p.x_dtype = to_dtype(type);
   p.y_dtype = to_dtype(y.scalar_type());
   p.scale = q.scale.const_data_ptr();
-  p.zero_point = q.zero_point.const_data_ptr<int32_t>();
+  p.zero_point = q.template zero_points<Backend>();
   p.narrow = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
   p.qmin = static_cast<int32_t>(qmin);
   p.qmax = static_cast<int32_t>(qmax);
@@ -118,12 +131,10 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   elements.add(tensor);
   elements.add(g);
   elements.add(dx);
-  elements.add_parameter("scale", q.scale);
-  elements.add_parameter("zero_point", q.zero_point);
+  q.add_to(&elements);
   slices.add(tensor);
   slices.add(g);
-  slices.add_parameter("scale", q.scale);
-  slices.add_parameter("zero_point", q.zero_point);
+  q.add_to(&slices);
   if (tensor.numel() > 0) {
     QuantizeBackwardParams p;
     p.it = elements.iteration();
@@ -132,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
     p.dx = dx.mutable_data_ptr();
     p.x_dtype = to_dtype(type);
     p.scale = q.scale.const_data_ptr();
-    p.zero_point = q.zero_point.const_data_ptr<int32_t>();
+    p.zero_point = q.template zero_points<Backend>();
     p.narrow = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
     p.qmin = static_cast<int32_t>(qmin);
     p.qmax = static_cast<int32_t>(qmax);
@@ -165,8 +176,7 @@ Tensor dequant_tensor(const Tensor& tensor, const Tensor& scale, const std::opti
   space.add(tensor);
   Tensor y = empty_like(tensor, dtype);
   space.add(y);
-  space.add_parameter("scale", q.scale);
-  space.add_parameter("zero_point", q.zero_point);
+  q.add_to(&space);
   if (tensor.numel() == 0) return y;
 
   DequantizeParams p;
@@ -176,7 +186,7 @@ Tensor dequant_tensor(const Tensor& tensor, const Tensor& scale, const std::opti
   p.q_dtype = to_dtype(type);
   p.y_dtype = to_dtype(dtype);
   p.scale = q.scale.const_data_ptr();
-  p.zero_point = q.zero_point.const_data_ptr<int32_t>();
+  p.zero_point = q.template zero_points<Backend>();
   p.narrow = q.small;
   Backend::dequantize(p, tensor);
   return y;

@@ -41,7 +41,7 @@ struct QuantizeParams {
   void* y;
   DType x_dtype, y_dtype;     // equal when simulating
   const void* scale;          // float32; float64 when x is float64
-  const int32_t* zero_point;  // never null: one 0 of stride 0 when symmetric
+  const int32_t* zero_point;  // when symmetric one 0 of stride 0; on CUDA null
   bool narrow;                // all |qmin - zero_point|, |qmax - zero_point| <= 2^24: the clamp is exact in float32
   int32_t qmin, qmax;
   bool simulate;
@@ -50,7 +50,8 @@ struct QuantizeParams {
 // quant_tensor_backward: dx = g where qmin <= rne(x / scale) + zero_point <= qmax, else 0; dscale and dzero_point are sums of
 // g * factor (straight_through in quant_math.h) over each element's slice, in float64, in this fixed order: the slice in row-major
 // order is cut into chunks of kReduceChunk elements; element j of a chunk goes to lane j % 32; lanes are added as a butterfly
-// (16, 8, 4, 2, 1); chunks are added in ascending order. So the sums depend neither on threads nor on the device.
+// (16, 8, 4, 2, 1). The chunks' sums are added in the same way, and theirs, until one is left. So the sums depend neither on
+// threads nor on the device, and no chain of additions is long.
 constexpr int64_t kReduceChunk = 1024;
 constexpr int kReduceLanes = 32;
 struct QuantizeBackwardParams {

@@ -242,6 +242,26 @@ void straight_through_strided(const QuantizeBackwardParams& p, const Iteration& 
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
+double add_lanes(double (&lane)[kReduceLanes]) {
+  for (int step = kReduceLanes / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
+  return lane[0];
+}
+
+// The sum of the chunks' n >= 1 sums, in place: chunks of chunks, as ops.h says.
+double add_chunks(double* sum, int64_t n) {
+  for (int64_t chunks; n > 1; n = chunks) {
+    chunks = ceil_div(n, kReduceChunk);
+    for (int64_t c = 0; c < chunks; ++c) {
+      double lane[kReduceLanes] = {};
+      const int64_t first = c * kReduceChunk, count = std::min(kReduceChunk, n - first);
+      for (int64_t j = 0; j < count; ++j) lane[j % kReduceLanes] += sum[first + j];
+      sum[c] = add_lanes(lane);
+    }
+  }
+  return sum[0];
+}
+
 // The sum of one chunk of a slice, in the order that ops.h fixes.
 template <class X, bool kZeroPoint>
 double chunk_sum(const QuantizeBackwardParams& p, const Iteration& reduced, const int64_t* slice, int64_t begin, int64_t end) {
@@ -262,9 +282,7 @@ double chunk_sum(const QuantizeBackwardParams& p, const Iteration& reduced, cons
       lane[j % kReduceLanes] += static_cast<double>(to_compute(grad[i * sg])) * factor;
     }
   });
-  for (int step = kReduceLanes / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-  return lane[0];
+  return add_lanes(lane);
 }
 
 // One pass over the slices of a reduction: sums, and dx where it is laid out as x is.
@@ -495,10 +513,9 @@ void backward_pass(const QuantizeBackwardParams& p, const Reduction& r, bool vec
   }
   Walk walk;
   for (int64_t s = 0; s < pass.slices; ++s) {
-    const auto finish = [&](const double* partial, void* gradient) {
-      double sum = 0;
-      for (int64_t c = 0; c < pass.chunks; ++c) sum += partial[s * pass.chunks + c];
-      static_cast<Compute<X>*>(gradient)[walk.offset[4]] = static_cast<Compute<X>>(sum);
+    const auto finish = [&](double* partial, void* gradient) {
+      static_cast<Compute<X>*>(gradient)[walk.offset[4]] =
+          static_cast<Compute<X>>(add_chunks(partial + s * pass.chunks, pass.chunks));
     };
     if (dscale) finish(pass.scale_sum, dscale);
     if (dzero) finish(pass.zero_sum, dzero);

@@ -178,6 +178,9 @@ class Space {
     strides_.push_back(s);
   }
 
+  // A parameter that does not vary.
+  void add_constant() { strides_.push_back(Ints(shape_.size() * (blocked_ ? 2 : 1), 0)); }
+
   // A scale or zero point: one element, or broadcastable by shape to the tensor (to its grid of blocks).
   void add_parameter(const char* name, const Tensor& t) {
     const auto sizes = t.sizes();

@@ -52,6 +52,19 @@ struct Cuda {
     dequantize_cuda(p, device.stream());
   }
 
+  static void choose_qparams(const ChooseQParams& p, const Tensor& x) {
+    const OnDeviceOf device("choose_qparams", x);
+    Tensor workspace = empty({choose_qparams_workspace(p)}, ScalarType::Double, x);
+    choose_qparams_cuda(p, workspace.mutable_data_ptr<double>(), device.stream());
+  }
+
+  static void quantize_rows(const QuantizeRowsParams& p, const Tensor& x) {
+    const OnDeviceOf device("quantize_rows", x);
+    quantize_rows_cuda(p, device.stream());
+  }
+
+  static const int32_t* no_zero_point() { return nullptr; }
+
   // Values stay on the device, so that nothing waits for it; whether they are small is known from the dtype alone.
   static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
     const ScalarType type = t.scalar_type();
@@ -82,6 +95,8 @@ STABLE_TORCH_LIBRARY(quant_ops_emulated, m) {
   m.def(
       "dequant_tensor(Tensor tensor, Tensor scale, Tensor? zero_point=None, ScalarType dtype=float32, *, "
       "int[]? block_size=None) -> Tensor");
+  m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(quant_ops_emulated, CPU, m) {
 #else
@@ -91,4 +106,6 @@ STABLE_TORCH_LIBRARY_IMPL(quant_ops, CUDA, m) {
   m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Cuda>));
   m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Cuda>));
   m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cuda>));
+  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cuda>));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cuda>));
 }

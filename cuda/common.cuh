@@ -64,7 +64,7 @@ inline int64_t multiprocessors() {
 template <class T, int N>
 struct Vector {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
-  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
+  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>>;
   static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
   struct alignas(kBytes) Words {
     Word at[kWords];

@@ -43,7 +43,7 @@ struct Quantize {
   __device__ __forceinline__ Param param(int64_t scale_offset, int64_t zero_offset) const {
     Param p;
     p.scale = scale[scale_offset];
-    const int64_t z = zero_point[zero_offset], lo = qmin - z, hi = qmax - z;
+    const int64_t z = zero_at(zero_point, zero_offset), lo = qmin - z, hi = qmax - z;
     p.reciprocal = lo >= -kExact && hi <= kExact ? safe_reciprocal(p.scale) : 0.0f;
     p.lo = static_cast<float>(lo);
     p.hi = static_cast<float>(hi);
@@ -67,7 +67,7 @@ struct Quantize {
 
   __device__ __forceinline__ Y exact(X x, int64_t scale_offset, int64_t zero_offset) const {
     const float s = scale[scale_offset];
-    const int64_t z = zero_point[zero_offset];
+    const int64_t z = zero_at(zero_point, zero_offset);
     const double steps =
         clamp_steps<double>(quantize_steps(widen(x), s), static_cast<double>(qmin - z), static_cast<double>(qmax - z));
     if constexpr (kSimulate)
@@ -98,7 +98,7 @@ struct Dequantize {
   __device__ __forceinline__ Param param(int64_t scale_offset, int64_t zero_offset) const {
     Param p;
     p.scale = scale[scale_offset];
-    const int32_t z = zero_point[zero_offset];
+    const int32_t z = zero_at(zero_point, zero_offset);
     p.small = z >= -(1 << 30) && z <= (1 << 30);
     p.zero_point = p.small ? z + sign : 0;
     return p;
@@ -109,7 +109,7 @@ struct Dequantize {
   }
 
   __device__ __forceinline__ Y exact(uint8_t q, int64_t scale_offset, int64_t zero_offset) const {
-    return rounded_to<Y>(dequantize_code<float>((q ^ sign) - sign, zero_point[zero_offset], scale[scale_offset]));
+    return rounded_to<Y>(dequantize_code<float>((q ^ sign) - sign, zero_at(zero_point, zero_offset), scale[scale_offset]));
   }
 };
 
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) quantize_strided_kernel(const QO_GRI
     int64_t at[4];
     a.dims.seek(i, at);
     const T s = static_cast<const T*>(a.scale)[at[2]];
-    const int64_t z = a.zero_point[at[3]];
+    const int64_t z = zero_at(a.zero_point, at[3]);
     const double lo = static_cast<double>(a.qmin - z), hi = static_cast<double>(a.qmax - z);
     const double steps = clamp_steps<double>(quantize_steps<T>(widen(static_cast<const X*>(a.in)[at[0]]), s), lo, hi);
     if (a.simulate)
@@ -282,7 +282,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_strided_kernel(const QO_G
     int64_t at[4];
     a.dims.seek(i, at);
     const T s = static_cast<const T*>(a.scale)[at[2]];
-    static_cast<Y*>(a.out)[at[1]] = rounded_to<Y>(dequantize_code<T>(load_code(a.in, a.code, at[0]), a.zero_point[at[3]], s));
+    static_cast<Y*>(a.out)[at[1]] =
+        rounded_to<Y>(dequantize_code<T>(load_code(a.in, a.code, at[0]), zero_at(a.zero_point, at[3]), s));
   }
 }
 

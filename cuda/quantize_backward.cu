@@ -1,11 +1,12 @@
 // quant_tensor_backward on CUDA: dx = g inside the range, 0 outside; dscale and dzero_point are sums of g * factor over a slice.
 //
-// One pass reads x and g once, writes dx and leaves one float64 per chunk of 1024 elements; a second kernel adds a slice's chunks.
-// The order of every addition is the one that ops.h fixes (32 lanes, a butterfly, ascending chunks), so the bits are those of
-// cpp/quantize.cpp. Lanes are a warp along the slice; where neighbouring slices are neighbours in memory, 16 slices share a block
-// instead, so that loads stay coalesced. Read next: straight_through in quant_math.h.
-#include "common.cuh"
+// One pass reads x and g once, writes dx and leaves one float64 per chunk of 1024 elements; a second kernel adds 1024 chunks in the
+// same way, and is launched until one sum a slice is left. The order of every addition is the one that ops.h fixes (32 lanes, a
+// butterfly, chunks of chunks), so the bits are those of cpp/quantize.cpp. Lanes are a warp along the slice; where neighbouring
+// slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next: straight_through in
+// quant_math.h.
 #include "launch.h"
+#include "range.cuh"
 
 namespace quant_ops {
 namespace {
@@ -15,7 +16,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kSlices = 16;  // side by side in a block: 32 bytes of float16, a whole sector
 template <class X>
 constexpr int kBatch = sizeof(X) == 8 ? 2 : 8;  // elements a lane has in flight
-constexpr int64_t kFewChunks = 16;
 static_assert(kReduceLanes == kWarp, "a lane of the fixed order is a lane of a warp");
 
 constexpr int kX = 0, kGrad = 1, kScale = 2, kZero = 3;  // operands of both spaces
@@ -49,9 +49,8 @@ __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64
   const X* const grad_slice = a.grad + slice[kGrad];
   X* const dx_slice = a.dx ? a.dx + slice[kX] : nullptr;
   const T* const scale_slice = a.scale + slice[kScale];
-  const int32_t* const zero_slice = a.zero_point + slice[kZero];
-  const T scale = *scale_slice, lo = static_cast<T>(static_cast<int64_t>(a.qmin) - *zero_slice),
-          hi = static_cast<T>(static_cast<int64_t>(a.qmax) - *zero_slice);
+  const int64_t zero = zero_at(a.zero_point, slice[kZero]);
+  const T scale = *scale_slice, lo = static_cast<T>(a.qmin - zero), hi = static_cast<T>(a.qmax - zero);
   double ds = 0.0, dz = 0.0;
   for (; first < end; first += kWarp * kBatch) {
     X x[kBatch], grad[kBatch];
@@ -75,7 +74,7 @@ __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64
         grad[b] = grad_slice[at[kGrad]];
         if constexpr (!kConstant) {
           scales[b] = scale_slice[at[kScale]];
-          zeros[b] = zero_slice[at[kZero]];
+          zeros[b] = zero_at(a.zero_point, slice[kZero] + at[kZero]);
         }
       }
     }
@@ -160,36 +159,38 @@ __global__ void __launch_bounds__(kSlices* kWarp) backward_columns_kernel(const 
 template <class T>
 struct AddChunksArgs {
   static constexpr bool kBarriers = true;
-  Dims<1> kept;  // of the gradient
-  const double* chunk;
+  Dims<1> kept;        // of the gradient
+  const double* from;  // [slices, count]
+  double* to;          // [slices, chunks]; the last level goes to the gradient instead
   T* gradient;
-  int64_t slices, chunks;
+  int64_t slices, count;
+  FastDiv chunks;  // of kReduceChunk sums, of a slice
+  int width;       // lanes of a chunk: 32, or as many as there are sums
 };
 
-// A slice's chunks in ascending order: by one thread where they are few, else by a warp that loads 32 at a time while all its
-// lanes carry the same sum.
+// One level of chunks of chunks. Lanes without a sum add zeros, which changes nothing: no sum is -0.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const QO_GRID_CONSTANT AddChunksArgs<T> a) {
-  const bool few = a.chunks <= kFewChunks;
-  const int lane = few ? 0 : threadIdx.x % kWarp;
-  const int64_t workers = few ? kThreads : kWarps, worker = few ? threadIdx.x : threadIdx.x / kWarp;
-  for (int64_t slice = blockIdx.x * workers + worker; slice < a.slices; slice += gridDim.x * workers) {
-    const double* chunk = a.chunk + slice * a.chunks;
+  constexpr int kAhead = 8;
+  const int64_t chunks = a.chunks.divisor, tasks = a.slices * chunks, block_tasks = kThreads / a.width;
+  const int lane = threadIdx.x % a.width;
+  for (int64_t first = blockIdx.x * block_tasks; first < tasks; first += gridDim.x * block_tasks) {
+    const int64_t task = first + threadIdx.x / a.width, slice = a.chunks.quotient(task);
+    const int64_t begin = (task - slice * chunks) * kReduceChunk;
+    const int64_t end = task >= tasks ? 0 : begin + kReduceChunk < a.count ? begin + kReduceChunk : a.count;
     double sum = 0.0;
-    if (few) {
-      for (int64_t c = 0; c < a.chunks; ++c) sum += chunk[c];
-    } else {
-      double next = lane < a.chunks ? chunk[lane] : 0.0;
-      for (int64_t c = 0; c < a.chunks; c += kWarp) {
-        const double now = next;
-        const int64_t ahead = c + kWarp + lane;
-        next = ahead < a.chunks ? chunk[ahead] : 0.0;
-        const int count = a.chunks - c < kWarp ? static_cast<int>(a.chunks - c) : kWarp;
-#pragma unroll 8
-        for (int i = 0; i < count; ++i) sum += __shfl_sync(0xffffffffu, now, i);
-      }
+    for (int64_t c = begin + lane; c < end; c += kWarp * kAhead) {
+      double next[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) next[i] = c + i * kWarp < end ? a.from[slice * a.count + c + i * kWarp] : 0.0;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) sum += next[i];
     }
-    if (lane == 0) {
+    for (int mask = a.width / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+    if (lane != 0 || task >= tasks) continue;
+    if (chunks > 1) {
+      a.to[task] = sum;
+    } else {
       int64_t at[1];
       a.kept.seek(slice, at);
       a.gradient[at[0]] = static_cast<T>(sum);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) straight_through_kernel(const QO_GRI
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.n; i += step) {
     int64_t at[5];
     a.dims.seek(i, at);
-    const int64_t z = a.zero_point[at[4]];
+    const int64_t z = zero_at(a.zero_point, at[4]);
     const auto f = straight_through<T>(widen(a.x[at[0]]), a.scale[at[3]], static_cast<T>(a.qmin - z), static_cast<T>(a.qmax - z));
     a.dx[at[2]] = f.pass ? a.grad[at[1]] : X{};
   }
@@ -227,8 +228,14 @@ __global__ void __launch_bounds__(kThreads) straight_through_kernel(const QO_GRI
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-int64_t chunks_of(const Reduction& r) { return (numel(r.reduced) + kReduceChunk - 1) / kReduceChunk; }
-int64_t partial_sums(const Reduction& r) { return numel(r.kept) * chunks_of(r); }
+int64_t chunks_of(int64_t n) { return (n + kReduceChunk - 1) / kReduceChunk; }
+
+// Of all levels of chunks of chunks.
+int64_t partial_sums(const Reduction& r) {
+  int64_t count = chunks_of(numel(r.reduced)), sums = count;
+  for (; count > 1; sums += count) count = chunks_of(count);
+  return numel(r.kept) * sums;
+}
 
 bool same_space(const Iteration& a, const Iteration& b) {
   if (a.ndim != b.ndim) return false;
@@ -258,7 +265,7 @@ void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* sca
   a.qmax = p.qmax;
   a.slices = numel(r.kept);
   a.length = numel(r.reduced);
-  a.chunks = chunks_of(r);
+  a.chunks = chunks_of(a.length);
   a.scale_sum = scale_sum;
   a.zero_sum = zero_sum;
   bool constant = true;
@@ -276,18 +283,24 @@ void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* sca
   }
 }
 
+// `sum` holds partial_sums(r) numbers, the first ones those of the chunks.
 template <class X>
-void add_chunks(Reduction r, const double* chunk, void* gradient, void* stream) {
+void add_chunks(Reduction r, double* sum, void* gradient, void* stream) {
   using T = Compute<X>;
   coalesce(&r.kept);
-  AddChunksArgs<T> a;
-  a.kept = make_dims<1>(r.kept, 4, r.kept.ndim);
-  a.chunk = chunk;
-  a.gradient = static_cast<T*>(gradient);
-  a.slices = numel(r.kept);
-  a.chunks = chunks_of(r);
-  const int64_t per_block = a.chunks <= kFewChunks ? kThreads : kWarps;
-  launch("quant_tensor_backward", add_chunks_kernel<T>, blocks_for(a.slices, per_block, kMaxGrid), dim3(kThreads), stream, a);
+  const int64_t slices = numel(r.kept);
+  int64_t count = chunks_of(numel(r.reduced));
+  for (bool last = false; !last;) {
+    const int64_t chunks = chunks_of(count);
+    double* const to = sum + slices * count;
+    const AddChunksArgs<T> a{
+        make_dims<1>(r.kept, 4, r.kept.ndim), sum, to, static_cast<T*>(gradient), slices, count, FastDiv(chunks), lanes_for(count)};
+    launch("quant_tensor_backward", add_chunks_kernel<T>, blocks_for(slices * chunks, kThreads / a.width, kMaxGrid), dim3(kThreads),
+           stream, a);
+    sum = to;
+    count = chunks;
+    last = chunks == 1;
+  }
 }
 
 template <class X>

@@ -23,6 +23,9 @@ QO_HD float safe_reciprocal(float scale) {
 #endif
 }
 
+// The zero point at an offset; null: 0.
+QO_HD int32_t zero_at(const int32_t* zero_point, int64_t offset) { return zero_point ? zero_point[offset] : 0; }
+
 QO_HD float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

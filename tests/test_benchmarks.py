@@ -72,7 +72,26 @@ def test_networks_script(tmp_path):
     assert all(row["sqnr_db"] > 20 for row in rows)
 
 
+def test_gpu_scripts_rehearse(tmp_path):
+    """The code that runs on a GPU, on small CPU tensors."""
+    out = tmp_path / "gpu.json"
+    machine = {"gpu": None, "torch": "any", "date": "today"}
+    begun = {"kind": "gpu", "machine": machine, "stages": {}, "cut": [], "ceilings": [], "missing": {}, "results": []}
+    out.write_text(json.dumps(begun))
+    for section in ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels"):
+        run("benchmarks/gpu_bench.py", "--out", str(out), "--section", section, "--rehearse", "--no-compile")
+    data = json.loads(out.read_text())
+    assert not data["cut"]
+    assert not [name for name in data["missing"] if name.startswith(("ours", "all", "bf16", "eager"))]
+    assert {row["contender"] for row in data["results"]} >= {"ours", "ours dynamic", "ours static", "bf16", "fp16", "eager"}
+    stems = {row["stem"] for row in data["results"]}
+    assert stems >= {"linear", "gemm", "conv2d", "quantize_rows", "choose_qparams", "quantize to int8", "backward"}
+    assert all(row["floor_us"] > 0 and 0 < row["min_us"] <= row["median_us"] for row in data["results"])
+    assert all(f"| {stem} |" in shown(out) for stem in stems)
+    assert run("benchmarks/gpu_smoke.py", "--rehearse") == "smoke finished\n"  # no operator is left out
+
+
 def test_tables_of_results():
     """What is in the repository can be shown."""
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*-cpu-*.json")):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         assert "|--:|" in shown(path), path.name

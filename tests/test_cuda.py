@@ -41,6 +41,34 @@ GRANULARITIES = [
     ((2, 3, 5000), (1, 3, 1), None),
 ]
 
+# Shapes and the dimensions that choose_qparams reduces: whole vectors or not, one part or several, slices side by side or not.
+REDUCTIONS = [
+    ((), []),
+    ((5,), [0]),
+    ((4099,), []),
+    ((40001,), []),
+    ((3, 5, 4, 6), [0, 2]),
+    ((2, 16, 12, 12), [0, 2, 3]),
+    ((3, 16, 7, 7), [0, 2, 3]),
+    ((40, 64), [1]),
+    ((600, 32), [-1]),
+    ((9, 1031), [1]),
+    ((3, 20000), [1]),
+    ((200, 64), [0]),
+    ((700, 64), [0]),
+    ((700, 51), [0]),
+    ((700, 4), [0]),
+    ((2, 300, 40), [0, 1]),
+    ((3, 300, 40), [1]),
+    ((2, 3, 5000), [0, 2]),
+    ((6, 1, 7), [1]),
+    ((5, 0, 3), [1]),
+    ((3, 0), [0]),
+]
+
+# Of quantize_rows: a part of a warp, a warp, a block, more than its registers hold.
+ROWS = [(1,), (3, 0), (5, 1), (7, 3), (600, 24), (40, 64), (2, 3, 70), (9, 1000), (9, 1031), (3, 4099), (5, 9000), (2, 33000)]
+
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Same dtype, shape, strides and bits; any NaN equals any other."""
@@ -70,7 +98,12 @@ class Subject:
 
     def check(self, op: str, *args, **kwargs) -> None:
         expected = getattr(torch.ops.quant_ops, op)(*args, **kwargs)
-        actual = getattr(self.ops, op)(*(self.move(a) for a in args), **kwargs)
+        arguments = [self.move(a) for a in args]
+        torch.use_deterministic_algorithms(True)  # poisons new memory: what is not written shows
+        try:
+            actual = getattr(self.ops, op)(*arguments, **kwargs)
+        finally:
+            torch.use_deterministic_algorithms(False)
         pairs = [(actual, expected)] if isinstance(expected, torch.Tensor) else zip(actual, expected, strict=True)
         for a, e in pairs:
             assert_same(a, e)
@@ -83,6 +116,29 @@ def tensor_of(shape, dtype, spread=60.0) -> torch.Tensor:
     flat[::7] = (flat[::7] * 2).round() / 2
     flat[1 : 1 + len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64)[: max(flat.numel() - 1, 0)]
     return x.to(dtype)
+
+
+def rows_of_every_kind(columns: int) -> torch.Tensor:
+    """Rows of zeros, subnormal, huge, constant, one-sided and not finite values, among ordinary ones; float64."""
+    x = torch.randn(20, columns, dtype=torch.float64)
+    if columns > 0:
+        x[1] = 0.0
+        x[2] = -0.0
+        x[3] *= 1e-42
+        x[4] *= 1e-20  # the scale is too small for its reciprocal
+        x[5] = torch.where(x[5] > 0, 3e38, -3e38)  # the range overflows
+        x[6] = 7.25
+        x[7] = -x[7].abs() - 1
+        x[8] = x[8].abs() + 1
+        x[9, columns // 2] = torch.nan
+        x[10, -1] = torch.inf
+        x[11, 0] = -torch.inf
+        x[12] = torch.nan
+        x[13] = torch.inf
+        x[14, 0] = 1e30
+        x[15] = (x[15] * 4).round() / 2  # ties
+        x[15, 0] = 127
+    return x
 
 
 def layouts(x: torch.Tensor):
@@ -201,6 +257,50 @@ class KernelCases:
             subject.check("quant_tensor_forward", x, scale, None, -128, 127, False, simulate)
             subject.check("quant_tensor_forward", x.t().contiguous(), scale.view(1, -1), None, -128, 127, False, simulate)
 
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("case", range(len(REDUCTIONS)))
+    def test_choose_qparams(self, subject, dtype, case):
+        shape, dim = REDUCTIONS[case]
+        x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+        special = x.clone()
+        special.view(-1)[:: max(1, x.numel() // 2)] = torch.tensor(torch.nan if case % 2 else torch.inf)
+        for values in (x, special):
+            for view in layouts(values.to(dtype)):
+                for asymmetric in (False, True):
+                    subject.check("choose_qparams", view, dim, -128, 127, asymmetric)
+        for (qmin, qmax), asymmetric in itertools.product([(0, 255), (-7, 7), (-(2**31), 2**31 - 1), (3, 9)], (False, True)):
+            subject.check("choose_qparams", x.to(dtype), dim, qmin, qmax, asymmetric)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_choose_qparams_of_every_kind_of_slice(self, subject, dtype):
+        for columns in (1, 8, 37, 300):
+            rows = rows_of_every_kind(columns).to(dtype)
+            for asymmetric in (False, True):
+                subject.check("choose_qparams", rows, [1], -128, 127, asymmetric)
+                subject.check("choose_qparams", rows.t().contiguous(), [0], -128, 127, asymmetric)
+                subject.check("choose_qparams", rows[:1].expand(9, columns), [0], -128, 127, asymmetric)
+                subject.check("choose_qparams", rows[:, :1].expand(20, 9), [1], -128, 127, asymmetric)
+
+    @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+    @pytest.mark.parametrize("shape", ROWS, ids=str)
+    @pytest.mark.parametrize("asymmetric", [False, True])
+    def test_quantize_rows(self, subject, dtype, shape, asymmetric):
+        for view in layouts((torch.randn(shape, dtype=torch.float64) * 3 + 1).to(dtype)):
+            subject.check("quantize_rows", view, asymmetric)
+
+    @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+    @pytest.mark.parametrize("asymmetric", [False, True])
+    def test_quantize_rows_of_every_kind(self, subject, dtype, asymmetric):
+        for columns in (1, 8, 37, 300, 1030):
+            rows = rows_of_every_kind(columns).to(dtype)
+            subject.check("quantize_rows", rows, asymmetric)
+            for row in rows:
+                subject.check("quantize_rows", row, asymmetric)
+
+    def test_backward_over_chunks_of_chunks(self, subject):
+        x, grad = torch.randn(2**20 + 1030), torch.randn(2**20 + 1030)
+        subject.check("quant_tensor_backward", grad, x, torch.tensor(0.02), torch.tensor(3.0), -128, 127, True)
+
     @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
     def test_empty(self, subject, shape):
         x, scale, zero = torch.zeros(shape), torch.ones(()), torch.ones((), dtype=torch.int64)
@@ -224,16 +324,25 @@ class TestCuda(KernelCases):
 
     def test_runs_on_the_current_stream(self, example):
         x, scale, zero = example
-        expected = qo.quant_tensor_forward(x, scale, zero, -128, 127, True)
+
+        def results(x):
+            return (
+                qo.quant_tensor_forward(x, scale, zero, -128, 127, True),
+                *qo.choose_qparams(x, [], 0, 255, True),
+                *qo.quantize_rows(x),
+            )
+
+        expected = results(x)
         late = torch.zeros_like(x)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)  # a kernel on any other stream would read the zeros
             late.copy_(x)
-            y = qo.quant_tensor_forward(late, scale, zero, -128, 127, True)
+            actual = results(late)
         stream.synchronize()
-        assert_same(y, expected.cpu())
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e.cpu())
 
     def test_captured_graph_sees_new_inputs(self, example):
         x, scale, zero = example
@@ -241,7 +350,8 @@ class TestCuda(KernelCases):
 
         def step():
             q = qo.quant_tensor_forward(x, scale, zero, -128, 127, True, False)
-            return q, qo.dequant_tensor(q, scale, zero), *qo.quant_tensor_backward(grad, x, scale, zero, -128, 127, True)
+            ours = qo.quant_tensor_backward(grad, x, scale, zero, -128, 127, True)
+            return q, qo.dequant_tensor(q, scale, zero), *ours, *qo.choose_qparams(x, [], -128, 127), *qo.quantize_rows(x, True)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -296,3 +406,20 @@ class TestCuda(KernelCases):
             assert_same(y[part], qo.quant_tensor_forward(x[part].cpu(), s.cpu(), None, -128, 127))
             ones = torch.ones_like(x[part]).cpu()
             assert_same(dx[part], qo.quant_tensor_backward(ones, x[part].cpu(), s.cpu(), None, -128, 127)[0])
+
+    @pytest.mark.slow
+    def test_ranges_and_rows_of_more_than_two_to_the_31_elements(self, subject):
+        rows, columns = 2**16 + 8, 2**15 + 16
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(0, 40)
+        x[-1, -1] = 4096.0
+        scale, _ = qo.choose_qparams(x, [], -128, 127)
+        assert scale.item() == torch.tensor(4096.0).div(127).item()
+        q, row_scale, _ = qo.quantize_rows(x)
+        by_row, _ = qo.choose_qparams(x, [1], -127, 127)
+        by_column, _ = qo.choose_qparams(x, [0], -127, 127)
+        assert_same(by_column, (x.abs().amax(0, keepdim=True).float() / 127).cpu())
+        for part in (slice(0, 3), slice(rows // 2 - 2, rows // 2 + 2), slice(rows - 3, rows)):
+            expected = qo.quantize_rows(x[part].cpu())
+            assert_same(q[part], expected[0])
+            assert_same(row_scale[part], expected[1])
+            assert_same(by_row[part], expected[1])

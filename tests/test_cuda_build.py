@@ -24,7 +24,8 @@ from quant_ops import _library
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 BUILT = BUILD / "libquant_ops_cuda.so"
-OPERATORS = ["quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"]
+OPERATORS = ["quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows"]
+QUANTIZE_FAMILY = ("quantize.cu", "quantize_backward.cu", "qparams.cu", "rowquant.cu")
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -51,7 +52,7 @@ def compile_cpp(sources, output: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    sources = [ROOT / "cuda" / name for name in ("quantize.cu", "quantize_backward.cu", "bindings_cuda.cpp")]
+    sources = [ROOT / "cuda" / name for name in (*QUANTIZE_FAMILY, "bindings_cuda.cpp")]
     library = tmp_path_factory.mktemp("emulation") / "libquant_ops_emulated.so"
     torch.ops.load_library(compile_cpp(sources, library, "-shared", "-fPIC", "-fvisibility=hidden", "-DQUANT_OPS_EMULATION"))
     return Subject(torch.ops.quant_ops_emulated, "cpu")
@@ -128,6 +129,65 @@ def test_fast_division_and_mended_quotient(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+ROWS_WITH_PADDING = r"""
+#include <cstdio>
+#include <random>
+#include <vector>
+#include "launch.h"
+using namespace quant_ops;
+
+// The second user of the row kernels, a GEMM, takes rows whose stride is rounded up, with zeros behind the codes.
+int main() {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (int64_t rows : {1, 3, 19})
+    for (int64_t columns : {0, 1, 3, 16, 31, 130, 1000, 2500, 20000})
+      for (int64_t padding : {0, 1, 15, 40})
+        for (bool asymmetric : {false, true}) {
+          if (rows * columns > 20000) continue;
+          const int64_t x_stride = columns + padding % 3, q_stride = columns + padding;
+          std::vector<float> x(static_cast<size_t>(rows * x_stride + 1));
+          for (float& v : x) v = normal(random) + 0.5f;
+          std::vector<int8_t> q(static_cast<size_t>(rows * q_stride + 2), 99);
+          std::vector<float> scale(static_cast<size_t>(rows));
+          std::vector<int32_t> zero(static_cast<size_t>(rows), 12345);
+          quantize_rows_cuda(RowQuantParams{rows, columns, x.data(), DType::kFloat32, x_stride, q.data() + 1, q_stride,
+                                            scale.data(), asymmetric ? zero.data() : nullptr}, nullptr);
+          bool ok = q.front() == 99 && q.back() == 99;
+          for (int64_t r = 0; r < rows; ++r) {
+            float min = 0, max = 0;
+            for (int64_t c = 0; c < columns; ++c) {
+              min = std::fmin(min, x[r * x_stride + c]);
+              max = std::fmax(max, x[r * x_stride + c]);
+            }
+            const int32_t lowest = asymmetric ? -128 : -127;
+            const auto p = choose_qparams_of(min, max, true, lowest, 127, asymmetric);
+            ok = ok && scale[r] == p.scale && zero[r] == (asymmetric ? p.zero_point : 12345);
+            for (int64_t c = 0; c < q_stride; ++c) {
+              int64_t code = c < columns ? static_cast<int64_t>(quantize_steps(x[r * x_stride + c], p.scale)) + p.zero_point : 0;
+              if (c < columns) code = code < lowest ? lowest : code > 127 ? 127 : code;
+              ok = ok && q[1 + r * q_stride + c] == code;
+            }
+          }
+          if (!ok) {
+            std::printf("rows %d columns %d padding %d asymmetric %d\n", int(rows), int(columns), int(padding), asymmetric);
+            return 1;
+          }
+        }
+  return 0;
+}
+"""
+
+
+@needs_compiler
+def test_rows_with_padding(tmp_path):
+    source = tmp_path / "rows.cc"
+    source.write_text(ROWS_WITH_PADDING)
+    program = compile_cpp([source, ROOT / "cuda" / "rowquant.cu"], tmp_path / "rows")
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -184,3 +244,8 @@ def test_fakes_describe_cuda_tensors(simulate, layout):
         codes = torch.empty(2, 3, 4, 5, device="cuda", dtype=torch.int8)
         back = qo.dequant_tensor(codes, scale, None, torch.bfloat16)
         assert (back.device.type, back.dtype, back.stride()) == ("cuda", torch.bfloat16, codes.stride())
+        s, z = qo.choose_qparams(x, [0, 2, 3], -128, 127)
+        assert (s.device.type, s.shape, s.dtype, z.dtype) == ("cuda", (1, 3, 1, 1), torch.float32, torch.int32)
+        q, s, z = qo.quantize_rows(x)
+        assert (q.device.type, q.dtype, q.shape, s.shape, z.shape) == ("cuda", torch.int8, x.shape, (2, 3, 4, 1), (2, 3, 4, 1))
+        assert q.is_contiguous()

@@ -258,16 +258,19 @@ def sums_of_the_contract(products: torch.Tensor, shape) -> torch.Tensor:
     full = (1,) * (dims - len(shape)) + tuple(shape)
     kept = [d for d in range(dims) if full[d] > 1]
     reduced = [d for d in range(dims) if full[d] == 1]
-    slices = products.permute(kept + reduced).reshape(math.prod(full), -1)
-    total = torch.zeros(len(slices), dtype=torch.float64)
-    for chunk in slices.split(1024, 1):
-        lanes = torch.zeros(len(slices), 32, dtype=torch.float64)
-        for part in chunk.split(32, 1):
-            lanes[:, : part.shape[1]] += part
-        for step in (16, 8, 4, 2, 1):
-            lanes = lanes[:, :step] + lanes[:, step : 2 * step]
-        total += lanes[:, 0]
-    return total.reshape(shape)
+    sums = products.permute(kept + reduced).reshape(math.prod(full), -1)
+    while True:
+        chunks = []
+        for chunk in sums.split(1024, 1):
+            lanes = torch.zeros(len(sums), 32, dtype=torch.float64)
+            for part in chunk.split(32, 1):
+                lanes[:, : part.shape[1]] += part
+            for step in (16, 8, 4, 2, 1):
+                lanes = lanes[:, :step] + lanes[:, step : 2 * step]
+            chunks.append(lanes)
+        sums = torch.cat(chunks, 1)
+        if sums.shape[1] == 1:
+            return sums.reshape(shape)
 
 
 @settings(max_examples=100, deadline=None)
@@ -304,6 +307,15 @@ def test_backward_sums_in_the_order_of_the_contract(data):
         assert torch.equal(result[0], torch.where(inside, grad, torch.zeros_like(grad)))
         assert torch.equal(result[1], sums_of_the_contract(ds, keep).float())
         assert torch.equal(result[2], sums_of_the_contract(dz, zero_keep).float())
+
+
+def test_backward_sums_chunks_of_chunks_of_chunks():
+    x, grad = torch.randn(2**20 + 1030) * 3, torch.randn(2**20 + 1030)
+    _, ds, _ = qo.quant_tensor_backward(grad, x, torch.tensor(0.02), None, -128, 127)
+    quotient = x / torch.tensor(0.02)
+    steps = reference.steps_of(x, torch.tensor(0.02))
+    factor = torch.where((steps >= -128) & (steps <= 127), (steps - quotient).double(), steps.clamp(-128, 127).double())
+    assert torch.equal(ds, sums_of_the_contract(grad.double() * factor, ()).float())
 
 
 def test_autograd_uses_it_and_learns_scale_and_zero_point():

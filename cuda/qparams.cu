@@ -1,0 +1,320 @@
+// choose_qparams on CUDA: the scale and zero point of every slice from its range (choose_qparams_of in quant_math.h).
+//
+// Slices are cut into parts, so that few long ones occupy the whole GPU: one kernel leaves a range per part, a second one merges a
+// slice's parts; where slices are many, the first one finishes. A worker reads along its slice by 16-byte vectors; slices that are
+// neighbours in memory are read side by side, down the rows. Bits are those of cpp/qparams.cpp. Read next: range.cuh.
+#include <algorithm>
+
+#include "launch.h"
+#include "range.cuh"
+
+namespace quant_ops {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;  // vectors a thread has in flight
+constexpr int64_t kBlocksPerSm = 8;
+constexpr int64_t kFewColumns = 8;  // fewer are read slice by slice
+
+// Where a slice's result goes: to its scale and zero point, or, if there are several parts, to the ranges that finish_kernel
+// merges.
+template <class X>
+struct Results {
+  using T = Compute<X>;
+  Dims<2> kept;  // x, result
+  T* scale;
+  int32_t* zero_point;
+  SliceRange<T>* partial;  // [slices, parts]
+  int64_t slices, parts;
+  int32_t qmin, qmax;
+  bool asymmetric;
+
+  __device__ __forceinline__ void finish(int64_t slice, const SliceRange<T>& range) const {
+    int64_t at[2];
+    kept.seek(slice, at);
+    const auto p = choose_qparams_of<T>(range.min, range.max, range.finite(), qmin, qmax, asymmetric);
+    scale[at[1]] = p.scale;
+    zero_point[at[1]] = p.zero_point;
+  }
+  __device__ __forceinline__ void write(int64_t slice, int64_t part, const SliceRange<T>& range) const {
+    if (parts == 1)
+      finish(slice, range);
+    else
+      partial[slice * parts + part] = range;
+  }
+};
+
+// ---- along slices ---------------------------------------------------------------------------------------------------
+
+// A slice is `runs` of `length` neighbouring elements. A run lies in at most `pitch` vectors; unit u is vector u % pitch of run
+// u / pitch.
+template <class X>
+struct AlongArgs {
+  static constexpr bool kBarriers = true;
+  Results<X> results;
+  const X* x;
+  Dims<1> runs;
+  int64_t length, units, part_units;
+  FastDiv pitch, parts;
+  int width;  // threads of a task, where a block has several
+};
+
+// A part of a slice by a block (kBlock) or by `width` lanes. Four blocks a multiprocessor leave a thread 64 registers; for more
+// blocks ptxas would spill.
+template <class X, bool kBlock>
+__global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_CONSTANT AlongArgs<X> a) {
+  using T = Compute<X>;
+  constexpr int V = 16 / sizeof(X);
+  __shared__ SliceRange<T> shared[kThreads / kWarp];
+  const int width = kBlock ? kThreads : a.width, thread = threadIdx.x % width;
+  const int64_t block_tasks = kThreads / width, tasks = a.results.slices * a.results.parts;
+  for (int64_t first = blockIdx.x * block_tasks; first < tasks; first += gridDim.x * block_tasks) {
+    const int64_t own = first + threadIdx.x / width, task = own < tasks ? own : tasks - 1;
+    const int64_t slice = a.parts.quotient(task), part = task - slice * a.results.parts;
+    const int64_t begin = part * a.part_units, end = begin + a.part_units < a.units ? begin + a.part_units : a.units;
+    int64_t at[2];
+    a.results.kept.seek(slice, at);
+    SliceRange<T> range = empty_range<T>();
+    for (int64_t unit = begin + thread; unit < end; unit += int64_t{width} * kUnroll) {
+      Vector<X, V> in[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        // beyond the end, and beyond the end of a run, elements of the slice come once more
+        const int64_t wanted = unit + int64_t{u} * width, own_unit = wanted < end ? wanted : end - 1;
+        const int64_t run = a.pitch.quotient(own_unit), vector = own_unit - run * a.pitch.divisor;
+        int64_t offset[1];
+        a.runs.seek(run, offset);
+        const X* const x = a.x + at[0] + offset[0];
+        in[u] = load_of_run<V>(x, vector * V - misalignment<V>(x), a.length);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) add_vector<V>(in[u], &range);
+    }
+    range = kBlock ? over_block(range, shared) : over_lanes(range, width);
+    if (thread == 0 && own < tasks) a.results.write(slice, part, range);
+  }
+}
+
+// ---- down columns ---------------------------------------------------------------------------------------------------
+
+template <class X>
+struct DownArgs {
+  static constexpr bool kBarriers = true;
+  Results<X> results;
+  const X* x;
+  Dims<1> rows;
+  int64_t length, part_rows;
+  FastDiv columns, tiles, parts;  // slices that are neighbours; tiles of them
+};
+
+// A block takes kAcross * V neighbouring slices and the rows of one part; each thread takes V slices and every kDown-th row.
+template <class X, int V>
+__global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONSTANT DownArgs<X> a) {
+  using T = Compute<X>;
+  constexpr int kAcross = V > 1 ? 8 : kWarp, kDown = kThreads / kAcross, kTile = kAcross * V;
+  __shared__ SliceRange<T> shared[kDown][kTile];
+  const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
+  const int64_t columns = a.columns.divisor, groups = a.results.slices / columns;
+  const int64_t tasks = groups * a.tiles.divisor * a.results.parts;
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t tile_index = a.parts.quotient(task), part = task - tile_index * a.results.parts;
+    const int64_t group = a.tiles.quotient(tile_index), column = (tile_index - group * a.tiles.divisor) * kTile;
+    const int64_t begin = part * a.part_rows, end = begin + a.part_rows < a.length ? begin + a.part_rows : a.length;
+    int64_t at[2];
+    a.results.kept.seek(group * columns, at);
+    const int64_t wanted = column + across * V;
+    const X* const x = a.x + at[0] + (wanted < columns ? wanted : columns - V);
+    SliceRange<T> range[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) range[i] = empty_range<T>();
+    for (int64_t row = begin + down; row < end; row += kDown * kUnroll) {
+      Vector<X, V> in[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t wanted_row = row + u * kDown;
+        int64_t offset[1];
+        a.rows.seek(wanted_row < end ? wanted_row : end - 1, offset);
+        in[u] = load_vector<V>(x + offset[0]);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+        for (int i = 0; i < V; ++i) range[i].add(widen(in[u].get(i)));
+    }
+    __syncthreads();  // of the task before, everything is read
+#pragma unroll
+    for (int i = 0; i < V; ++i) shared[down][across * V + i] = range[i];
+    __syncthreads();
+    const int64_t own = column + threadIdx.x;
+    if (threadIdx.x < kTile && own < columns) {
+      SliceRange<T> all = shared[0][threadIdx.x];
+      for (int d = 1; d < kDown; ++d) all.merge(shared[d][threadIdx.x]);
+      a.results.write(group * columns + own, part, all);
+    }
+  }
+}
+
+// ---- merging parts --------------------------------------------------------------------------------------------------
+
+template <class X>
+struct FinishArgs {
+  static constexpr bool kBarriers = true;
+  Results<X> results;
+  int width;
+};
+
+// `width` lanes per slice. No parts at all: the slice is empty, and like one of zeros.
+template <class X>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT FinishArgs<X> a) {
+  using T = Compute<X>;
+  const Results<X>& r = a.results;
+  const int lane = threadIdx.x % a.width;
+  const int64_t block_slices = kThreads / a.width;
+  for (int64_t first = blockIdx.x * block_slices; first < r.slices; first += gridDim.x * block_slices) {
+    const int64_t slice = first + threadIdx.x / a.width;
+    SliceRange<T> range = r.parts > 0 ? empty_range<T>() : SliceRange<T>{T(0), T(0)};
+    if (slice < r.slices)
+      for (int64_t part = lane; part < r.parts; part += a.width) range.merge(r.partial[slice * r.parts + part]);
+    range = over_lanes(range, a.width);
+    if (lane == 0 && slice < r.slices) r.finish(slice, range);
+  }
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+// How the work is cut; the same for the size of the workspace and for the launch.
+struct Plan {
+  Reduction r;
+  int64_t slices, length;
+  bool down;        // slices side by side
+  int64_t vector;   // elements that are loaded at once
+  int64_t run;      // along: neighbouring elements of a slice
+  int64_t units;    // along: vectors of a slice; down: its rows
+  int64_t workers;  // tasks a part makes, in blocks
+  int64_t parts, part_units;
+};
+
+bool is_multiple(const Iteration& it, int ndim, int64_t vector) {
+  for (int d = 0; d < ndim; ++d)
+    if (it.stride[0][d] % vector != 0) return false;
+  return true;
+}
+
+Plan plan_for(const ChooseQParams& p) {
+  Plan plan{};
+  plan.r = p.range;
+  Iteration &kept = plan.r.kept, &reduced = plan.r.reduced;
+  plan.slices = numel(kept);
+  plan.length = numel(reduced);
+  plan.parts = 0;
+  coalesce(&kept);
+  if (plan.length == 0) return plan;
+  for (int d = 0; d < reduced.ndim; ++d)
+    if (reduced.stride[0][d] == 0) reduced.size[d] = 1;  // the same elements again
+  sort_and_coalesce(&reduced, 0);
+  const int last = kept.ndim - 1, inner = reduced.ndim - 1;
+  const int64_t rows = numel(reduced), widest = 16 / dtype_bytes(p.x_dtype);
+  const bool aligned = is_aligned(p.x, 16);
+  plan.down =
+      last >= 0 && kept.stride[0][last] == 1 && kept.size[last] >= kFewColumns && inner >= 0 && inner_stride(reduced, 0) != 1;
+  int64_t least_units;  // of a part: enough for all threads of a block
+  if (plan.down) {
+    const bool whole =
+        aligned && kept.size[last] % widest == 0 && is_multiple(kept, last, widest) && is_multiple(reduced, reduced.ndim, widest);
+    plan.vector = whole ? widest : 1;
+    plan.run = 1;
+    plan.units = rows;
+    const int64_t across = whole ? 8 : kWarp, tile = across * plan.vector;
+    plan.workers = plan.slices / kept.size[last] * ((kept.size[last] + tile - 1) / tile);
+    least_units = kThreads / across * kUnroll;
+  } else {
+    plan.vector = widest;
+    plan.run = inner >= 0 && inner_stride(reduced, 0) == 1 ? reduced.size[inner] : 1;
+    const bool whole =
+        aligned && plan.run % widest == 0 && is_multiple(kept, kept.ndim, widest) && is_multiple(reduced, inner, widest);
+    const int64_t slack = whole || plan.run == 1 ? 0 : widest - 1;
+    plan.units = rows / plan.run * ((plan.run + widest - 1 + slack) / widest);
+    plan.workers = plan.slices;
+    least_units = kThreads * kUnroll;
+  }
+  const int64_t most = plan.units / least_units, wanted = multiprocessors() * kBlocksPerSm / std::max<int64_t>(plan.workers, 1);
+  plan.parts = std::max<int64_t>(1, std::min(most, wanted));
+  plan.part_units = (plan.units + plan.parts - 1) / plan.parts;
+  plan.parts = (plan.units + plan.part_units - 1) / plan.part_units;
+  return plan;
+}
+
+template <class X>
+void choose_qparams_typed(const ChooseQParams& p, const Plan& plan, double* workspace, void* stream) {
+  using T = Compute<X>;
+  static_assert(sizeof(SliceRange<T>) <= 2 * sizeof(double), "of a part, in the workspace");
+  const char* name = "choose_qparams";
+  const X* x = static_cast<const X*>(p.x);
+  const Iteration &kept = plan.r.kept, &reduced = plan.r.reduced;
+  const Results<X> results{make_dims<2>(kept, 0, kept.ndim),
+                           static_cast<T*>(p.scale),
+                           p.zero_point,
+                           reinterpret_cast<SliceRange<T>*>(workspace),
+                           plan.slices,
+                           plan.parts,
+                           p.qmin,
+                           p.qmax,
+                           p.asymmetric};
+  if (plan.parts > 0 && plan.down) {
+    const int64_t columns = kept.size[kept.ndim - 1];
+    const auto run = [&](auto vector) {
+      constexpr int V = decltype(vector)::value, kTile = (V > 1 ? 8 : kWarp) * V;
+      const int64_t tiles = (columns + kTile - 1) / kTile;
+      const DownArgs<X> a{results,
+                          x,
+                          make_dims<1>(reduced, 0, reduced.ndim),
+                          plan.units,
+                          plan.part_units,
+                          FastDiv(columns),
+                          FastDiv(tiles),
+                          FastDiv(plan.parts)};
+      launch(name, range_down_kernel<X, V>, blocks_for(plan.workers * plan.parts, 1, kMaxGrid), dim3(kThreads), stream, a);
+    };
+    if (plan.vector > 1)
+      run(std::integral_constant<int, 16 / sizeof(X)>());
+    else
+      run(std::integral_constant<int, 1>());
+  } else if (plan.parts > 0) {
+    const int64_t runs = numel(reduced) / plan.run;
+    AlongArgs<X> a{results,
+                   x,
+                   make_dims<1>(reduced, 0, plan.run > 1 ? reduced.ndim - 1 : reduced.ndim),
+                   plan.run,
+                   plan.units,
+                   plan.part_units,
+                   FastDiv(plan.units / runs),
+                   FastDiv(plan.parts),
+                   0};
+    const bool block = plan.part_units > kWarp * kUnroll;
+    // slices that leave multiprocessors idle are spread over more lanes
+    a.width = block ? kThreads : lanes_for((plan.part_units + kUnroll - 1) / kUnroll);
+    if (!block && plan.slices < multiprocessors() * kThreads / kWarp) a.width = lanes_for(plan.part_units);
+    const int64_t blocks = blocks_for(plan.slices * plan.parts, kThreads / a.width, kMaxGrid);
+    launch(name, block ? range_along_kernel<X, true> : range_along_kernel<X, false>, blocks, dim3(kThreads), stream, a);
+  }
+  if (plan.parts != 1) {
+    const FinishArgs<X> a{results, lanes_for(plan.parts)};
+    launch(name, finish_kernel<X>, blocks_for(plan.slices, kThreads / a.width, kMaxGrid), dim3(kThreads), stream, a);
+  }
+}
+
+}  // namespace
+
+int64_t choose_qparams_workspace(const ChooseQParams& p) {
+  const Plan plan = plan_for(p);
+  return plan.parts > 1 ? 2 * plan.slices * plan.parts : 0;
+}
+
+void choose_qparams_cuda(const ChooseQParams& p, double* workspace, void* stream) {
+  const Plan plan = plan_for(p);
+  if (plan.slices == 0) return;
+  with_float_type(p.x_dtype,
+                  [&](auto* x) { choose_qparams_typed<std::remove_pointer_t<decltype(x)>>(p, plan, workspace, stream); });
+}
+
+}  // namespace quant_ops
