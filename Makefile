@@ -9,7 +9,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(wildcard cpp/* cpp/isa/* cuda/*)
+# headers of the Hopper engine; the Python packages that it would bring are not needed
+CUTLASS ?= nvidia-cutlass==4.2.0.0
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard cpp/* cpp/isa/* cuda/* cuda/sm90/*)
+FORMATTED := $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
 .PHONY: demo test bench lint format cuda-build gpu-check clean
 
@@ -30,14 +33,15 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # The compiler is looked for when this runs; without one cmake says what is missing.
 cuda-build: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda
 

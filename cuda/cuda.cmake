@@ -84,23 +84,27 @@ if(QUANT_OPS_PTX)
   list(APPEND QUANT_OPS_GENCODE "SHELL:-gencode arch=compute_${QUANT_OPS_PTX},code=compute_${QUANT_OPS_PTX}")
 endif()
 
-add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu cuda/rowquant.cu)
-target_include_directories(quant_ops_cuda PRIVATE cpp)
 # IEEE arithmetic as written, as on the CPU. ptxas reports registers and spills; the launcher keeps them in ptxas-*.log.
-target_compile_options(
-  quant_ops_cuda
-  PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${QUANT_OPS_FLAGS}>
-          "$<$<COMPILE_LANGUAGE:CUDA>:${QUANT_OPS_GENCODE};-fmad=false;SHELL:-Xptxas -v;SHELL:-Xcompiler -Wall,-Wextra>")
+function(quant_ops_cuda_target target)
+  target_include_directories(${target} PRIVATE cpp)
+  target_compile_options(
+    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${QUANT_OPS_FLAGS}>
+                      "$<$<COMPILE_LANGUAGE:CUDA>:${ARGN};-fmad=false;SHELL:-Xptxas -v;SHELL:-Xcompiler -Wall,-Wextra>")
+  set_target_properties(
+    ${target}
+    PROPERTIES CUDA_STANDARD 17
+               CUDA_STANDARD_REQUIRED ON
+               CUDA_EXTENSIONS OFF
+               CUDA_ARCHITECTURES OFF
+               CUDA_VISIBILITY_PRESET hidden
+               CUDA_RUNTIME_LIBRARY Static
+               CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_SOURCE_DIR}/cuda/ptxas_log.sh;${CMAKE_CURRENT_BINARY_DIR}")
+endfunction()
+
+add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu cuda/rowquant.cu)
+quant_ops_cuda_target(quant_ops_cuda ${QUANT_OPS_GENCODE})
 target_compile_definitions(quant_ops_cuda PRIVATE USE_CUDA)
 target_link_libraries(quant_ops_cuda PRIVATE torch_stable)
-set_target_properties(
-  quant_ops_cuda
-  PROPERTIES CUDA_STANDARD 17
-             CUDA_STANDARD_REQUIRED ON
-             CUDA_EXTENSIONS OFF
-             CUDA_ARCHITECTURES OFF
-             CUDA_VISIBILITY_PRESET hidden
-             CUDA_RUNTIME_LIBRARY Static
-             CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_SOURCE_DIR}/cuda/ptxas_log.sh;${CMAKE_CURRENT_BINARY_DIR}"
-             SKIP_BUILD_RPATH ON)
+set_target_properties(quant_ops_cuda PROPERTIES SKIP_BUILD_RPATH ON)
+include(cuda/sm90/sm90.cmake)
 install(TARGETS quant_ops_cuda LIBRARY DESTINATION quant_ops)
