@@ -552,7 +552,7 @@ def test_extra_repr():
         ({"input_scale": math.nan}, "expected input_scale > 0 and finite, got nan"),
         ({"input_scale": torch.tensor(math.inf)}, "expected input_scale > 0 and finite, got inf"),
         ({"output_scale": 0.0}, "expected output_scale > 0 and finite, got 0.0"),
-        ({"input_scale": torch.ones(2)}, r"expected input_scale .*one element, got"),
+        ({"input_scale": torch.ones(2, 1)}, r"expected input_scale .*one element, or one per step, got"),
         ({"output_scale": torch.ones(3)}, r"expected output_scale .*one element, got"),
     ],
     ids=str,

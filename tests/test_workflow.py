@@ -393,11 +393,14 @@ def test_config_is_frozen_and_checked():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"config": "Int3", "weight_bits": 8}', r"^quant_ops: expected a config named Int8Dynamic, got Int3$"),
-        ('{"weight_bits": 8}', r"^quant_ops: expected a config named Int8Dynamic, got None$"),
+        (
+            '{"config": "Int3", "weight_bits": 8}',
+            r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8Static'.*\], got Int3$",
+        ),
+        ('{"weight_bits": 8}', r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8Static'.*\], got None$"),
         (
             '{"config": "Int8Dynamic", "bits": 8}',
-            r"^quant_ops\.Int8Dynamic: expected fields among \['asymmetric', 'weight_bits'\], got \['bits'\]$",
+            r"^quant_ops\.Int8Dynamic: expected fields among \['asymmetric', 'weight_bits', 'weight_observer'\], got \['bits'\]$",
         ),
         ('{"config": "Int8Dynamic", "weight_bits": 9}', "expected 2 <= weight_bits <= 8, got 9"),
         ("[]", "^quant_ops: expected "),

@@ -8,7 +8,9 @@ from . import _library
 
 _library.load()
 
-from .config import Int8Dynamic  # noqa: E402
+from .calibration import calibrate, synchronize_  # noqa: E402
+from .config import Int8Dynamic, Int8Static  # noqa: E402
+from .config import from_json as config_from_json  # noqa: E402
 from .fold import FoldResult, fold_batchnorm_  # noqa: E402
 from .nn import QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
@@ -23,7 +25,9 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
 )
-from .workflow import ConversionResult, quantize_  # noqa: E402
+from .select import ConversionResult  # noqa: E402
+from .steps import count_timesteps, timestep  # noqa: E402
+from .workflow import convert_, prepare_, prepare_qat_, quantize_  # noqa: E402
 
 __version__ = _library.VERSION
 
@@ -31,19 +35,28 @@ __all__ = [
     "ConversionResult",
     "FoldResult",
     "Int8Dynamic",
+    "Int8Static",
     "QuantConv2d",
     "QuantLinear",
     "__version__",
+    "calibrate",
     "choose_qparams",
+    "config_from_json",
+    "convert_",
+    "count_timesteps",
     "dequant_tensor",
     "fold_batchnorm_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
     "pack_weight",
+    "prepare_",
+    "prepare_qat_",
     "quant_tensor_backward",
     "quant_tensor_forward",
     "quantize_",
     "quantize_rows",
+    "synchronize_",
+    "timestep",
     "unpack_weight",
 ]

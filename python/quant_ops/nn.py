@@ -1,8 +1,8 @@
 """Drop-in int8 layers. Plain buffers, so that state_dict, deepcopy, pickle, DDP and .to() work by themselves.
 
 ``weight`` (int8), ``weight_scale`` (float32), ``bias`` (float32), and for static quantization ``input_scale`` and
-``input_zero_point``. The packed copy of the weight is derived: rebuilt when weights arrive or move, never saved, never made in
-forward. ``forward`` is one operator call.
+``input_zero_point``: one element, or one per step, of which ``timestep`` is the current one. The packed copy of the weight is
+derived: rebuilt when weights arrive or move, never saved, never made in forward. ``forward`` is one operator call.
 """
 
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import _library
+from .config import Config
 from .ops import choose_qparams, dequant_tensor, pack_weight, quant_tensor_forward, unpack_weight
 
 _linear = torch.ops.quant_ops.int8_linear.default
@@ -20,11 +21,13 @@ _conv2d = torch.ops.quant_ops.int8_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def quantize_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes in ±(2^(bits-1) - 1) and one float32 scale per output channel (dimension 0).
 
+    The scale is the given one, one element per channel, or the largest magnitude / (2^(bits-1) - 1).
+
     Raises:
-        ValueError: bits outside 2..8, or a weight that holds NaN or Inf.
+        ValueError: bits outside 2..8, a weight that holds NaN or Inf, or a scale of another shape or not positive and finite.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"quant_ops.quantize_weight: expected 2 <= bits <= 8, got {bits}")
@@ -32,9 +35,22 @@ def quantize_weight(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     weight = weight.detach()
     if weight.numel() and not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError("quant_ops.quantize_weight: expected finite weights, got NaN or Inf")
-    scale, _ = choose_qparams(weight, list(range(1, weight.dim())), -qmax, qmax)
+    if scale is None:
+        scale, _ = choose_qparams(weight, list(range(1, weight.dim())), -qmax, qmax)
+    elif scale.numel() != weight.shape[0]:
+        raise ValueError(
+            f"quant_ops.quantize_weight: expected one scale for each of {weight.shape[0]} channels, got {scale.numel()}"
+        )
+    elif not (scale.is_meta or bool(((scale > 0) & torch.isfinite(scale)).all())):
+        raise ValueError(f"quant_ops.quantize_weight: expected scale > 0 and finite, got {scale.flatten().tolist()}")
+    scale = scale.detach().to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
     codes = quant_tensor_forward(weight, scale, None, -qmax, qmax, simulate=False)
     return codes.contiguous(), scale.reshape(-1).float()
+
+
+def _at_step(step: Tensor, scale: Any, zero_point: Any) -> tuple[Tensor, Tensor | None]:
+    """The current step's scale and zero point, chosen on the device: a new step recompiles nothing."""
+    return scale.index_select(0, step), None if zero_point is None else zero_point.index_select(0, step)
 
 
 class _QuantModule(nn.Module):
@@ -44,6 +60,8 @@ class _QuantModule(nn.Module):
     _float_class: ClassVar[type[nn.Module]]
     _OPTIONAL = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
+    config: Config | None = None  # what a converting call made the layer by
+
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
@@ -52,6 +70,7 @@ class _QuantModule(nn.Module):
     output_scale: Tensor | None
     output_zero_point: Tensor | None
     packed_weight: Tensor | None
+    timestep: Tensor | None  # the current step, 0-dim, of a layer with more than one; see steps.py
 
     def __init__(
         self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None, asymmetric: bool, relu: bool
@@ -67,6 +86,7 @@ class _QuantModule(nn.Module):
         if bias:
             self.bias = torch.zeros(weight_shape[0], dtype=torch.float32, device=device)
         self.register_buffer("packed_weight", None, persistent=False)
+        self.register_buffer("timestep", None, persistent=False)
         self._pack()
 
     @property
@@ -114,10 +134,22 @@ class _QuantModule(nn.Module):
             if not bool(((scale > 0) & torch.isfinite(scale)).all()):
                 raise ValueError(f"quant_ops.{type(self).__name__}: expected {name} > 0 and finite, got {scale.tolist()}")
 
+    @property
+    def num_steps(self) -> int:
+        """Sets of activation scales."""
+        return 1 if self.input_scale is None or self.input_scale.dim() == 0 else len(self.input_scale)
+
+    def _count_steps(self) -> None:
+        """Keeps a current step if there is more than one."""
+        if (self.timestep is not None) != (self.num_steps > 1):
+            device = self.weight.device
+            self.timestep = torch.zeros((), dtype=torch.int64, device=device) if self.timestep is None else None
+
     def _take(
         self,
         module: nn.Module,
         weight_bits: int,
+        weight_scale: Tensor | None,
         input_scale: Tensor | float | None,
         input_zero_point: Tensor | int | None,
         asymmetric: bool,
@@ -137,24 +169,33 @@ class _QuantModule(nn.Module):
         assert isinstance(weight, Tensor)
         device = weight.device
 
-        def scalar(setting: str, value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+        def scalar(setting: str, value: Tensor | float | None, dtype: torch.dtype, steps: bool = False) -> Tensor | None:
             if value is None:
                 return None
             tensor = torch.as_tensor(value, device=device).detach()
-            if tensor.numel() != 1:
-                raise ValueError(f"quant_ops.{name}: expected {setting} to have one element, got shape {tuple(tensor.shape)}")
+            if tensor.numel() != 1 and not (steps and tensor.dim() == 1 and len(tensor) > 0):
+                allowed = "one element, or one per step" if steps else "one element"
+                raise ValueError(f"quant_ops.{name}: expected {setting} to have {allowed}, got shape {tuple(tensor.shape)}")
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 tensor = tensor.round().clamp(-128, 127)  # a learned zero point
-            return tensor.to(dtype).reshape(())
+            return tensor.to(dtype).reshape(() if tensor.numel() == 1 else -1)
 
-        self.weight, self.weight_scale = quantize_weight(weight, weight_bits)
+        self.weight, self.weight_scale = quantize_weight(weight, weight_bits, weight_scale)
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
-        self.input_scale = scalar("input_scale", input_scale, torch.float32)
-        self.input_zero_point = scalar("input_zero_point", input_zero_point, torch.int32)
+        self.input_scale = scalar("input_scale", input_scale, torch.float32, steps=True)
+        self.input_zero_point = scalar("input_zero_point", input_zero_point, torch.int32, steps=True)
+        if self.input_zero_point is not None and self.input_zero_point.numel() not in (1, self.num_steps):
+            raise ValueError(
+                f"quant_ops.{name}: expected one input_zero_point for each of {self.num_steps} steps, got "
+                f"{self.input_zero_point.numel()}"
+            )
+        if self.input_zero_point is not None and self.num_steps > 1:
+            self.input_zero_point = self.input_zero_point.expand(self.num_steps).clone()
         self.output_scale = scalar("output_scale", output_scale, torch.float32)
         self.output_zero_point = scalar("output_zero_point", output_zero_point, torch.int32)
         self.asymmetric, self.relu, self.weight_bits = asymmetric, relu, weight_bits
         self._check_scales()
+        self._count_steps()
         self._pack()
         self.train(module.training)
 
@@ -187,6 +228,7 @@ class _QuantModule(nn.Module):
         self.weight = self.plain_weight()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._check_scales()
+        self._count_steps()
         self._pack()
         if packed_only and self.packed_weight is not None:
             self.keep_packed_only()
@@ -221,10 +263,13 @@ class _QuantModule(nn.Module):
         """Keyword arguments of the operator call: every one that is left at its default saves a tenth of a microsecond."""
         b = self._buffers  # a dict lookup each; attribute access would cost more than the call
         options: dict[str, Any] = {"packed_weight": b["packed_weight"]}
-        if b["input_scale"] is not None:
-            options["x_scale"] = b["input_scale"]
-            if b["input_zero_point"] is not None:
-                options["x_zero_point"] = b["input_zero_point"]
+        scale, zero_point = b["input_scale"], b["input_zero_point"]
+        if b["timestep"] is not None:
+            scale, zero_point = _at_step(b["timestep"], scale, zero_point)
+        if scale is not None:
+            options["x_scale"] = scale
+            if zero_point is not None:
+                options["x_zero_point"] = zero_point
         if b["output_scale"] is not None:
             options["out_scale"] = b["output_scale"]
             if b["output_zero_point"] is not None:
@@ -241,6 +286,7 @@ class _QuantModule(nn.Module):
 
     def _describe(self) -> str:
         mode = "static" if self.input_scale is not None else f"dynamic {self._granularity}"
+        mode += f" in {self.num_steps} steps" if self.num_steps > 1 else ""
         zero = "asymmetric" if self.asymmetric or self.input_zero_point is not None else "symmetric"
         kernel = _library.gemm_kernel() if self.weight.device.type == "cpu" else self.weight.device.type
         output = "" if self.output_scale is None else ", output=int8"
@@ -284,6 +330,7 @@ class QuantLinear(_QuantModule):
         module: nn.Linear,
         *,
         weight_bits: int = 8,
+        weight_scale: Tensor | None = None,
         input_scale: Tensor | float | None = None,
         input_zero_point: Tensor | int | None = None,
         asymmetric: bool = False,
@@ -296,7 +343,9 @@ class QuantLinear(_QuantModule):
         Args:
             module: an nn.Linear.
             weight_bits: 2 to 8.
-            input_scale, input_zero_point: static quantization of the input; without them every row is quantized from its data.
+            weight_scale: one per output channel; without it the largest magnitude becomes the largest code.
+            input_scale, input_zero_point: static quantization of the input; without them every row is quantized from its data. One
+                element, or one per step (see :func:`timestep`).
             asymmetric: dynamic quantization with a zero point.
             output_scale, output_zero_point: int8 output for the next layer.
             relu: fuse a ReLU.
@@ -308,7 +357,8 @@ class QuantLinear(_QuantModule):
         if not isinstance(module, nn.Linear):
             raise TypeError(f"quant_ops.QuantLinear.from_float: expected an nn.Linear, got {type(module).__name__}")
         layer = cls(module.in_features, module.out_features, bias=False, device="meta")
-        layer._take(module, weight_bits, input_scale, input_zero_point, asymmetric, output_scale, output_zero_point, relu)
+        inputs, output = (input_scale, input_zero_point, asymmetric), (output_scale, output_zero_point, relu)
+        layer._take(module, weight_bits, weight_scale, *inputs, *output)
         return layer
 
     def _run(self, x: Tensor) -> Tensor:
@@ -388,6 +438,7 @@ class QuantConv2d(_QuantModule):
         module: nn.Conv2d,
         *,
         weight_bits: int = 8,
+        weight_scale: Tensor | None = None,
         input_scale: Tensor | float | None = None,
         input_zero_point: Tensor | int | None = None,
         asymmetric: bool = False,
@@ -410,7 +461,8 @@ class QuantConv2d(_QuantModule):
             module.padding_mode,
             device="meta",
         )
-        layer._take(module, weight_bits, input_scale, input_zero_point, asymmetric, output_scale, output_zero_point, relu)
+        inputs, output = (input_scale, input_zero_point, asymmetric), (output_scale, output_zero_point, relu)
+        layer._take(module, weight_bits, weight_scale, *inputs, *output)
         return layer
 
     def _run(self, x: Tensor) -> Tensor:

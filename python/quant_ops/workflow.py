@@ -1,66 +1,27 @@
-"""Whole models: replace float layers by int8 ones, and say what was done."""
+"""Whole models: replace float layers by int8 ones, at once or by way of layers that calibrate or train, and say what was done."""
 
-import dataclasses
-import fnmatch
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from .config import Int8Dynamic
+from .config import Config, Int8Dynamic, Int8Static
 from .nn import QuantConv2d, QuantLinear
+from .prepared import Prepared, PreparedConv2d, PreparedLinear, to_int8
+from .qat import QatConv2d, QatLinear
+from .select import FLOAT, Configs, ConversionResult, Filter, Places, all_layers, check_model, replace_, select
+from .steps import connect_
 
 _log = logging.getLogger("quant_ops")
-
-
-@dataclasses.dataclass
-class ConversionResult:
-    """What a converting call did. ``print(result)`` shows it as a table.
-
-    Attributes:
-        converted: names of the layers that are int8 now.
-        skipped: name and reason of every Linear or Conv2d that stayed as it was.
-    """
-
-    converted: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.converted)} converted, {len(self.skipped)} skipped"]
-        lines += [f"  int8   {name}" for name in self.converted]
-        lines += [f"  float  {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> str | None:
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
-
-
-def _skip_reason(name: str, module: nn.Module, parent: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if isinstance(module, QuantLinear | QuantConv2d):
-        return "int8 already"
-    if pattern := _matches(name, exclude):
-        return f"excluded by {pattern!r}"
-    if not _matches(name, include):
-        return f"not included by {list(include)}"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads the weight itself and never calls the layer"
-    if "parametrizations" in module._modules:
-        return "its weight is parametrized. Remove the parametrization first"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} is a subclass whose forward may differ"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which a replacement would lose"
-    return None
+_EVERYTHING: tuple[Filter, ...] = ("*",)
 
 
 def quantize_(
     model: nn.Module,
-    config: Int8Dynamic | None = None,
+    config: Configs | None = None,
     *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
 ) -> ConversionResult:
     """Replaces the nn.Linear and nn.Conv2d layers of a model by int8 ones, in place, without data.
 
@@ -68,69 +29,144 @@ def quantize_(
 
     Args:
         model: any module; its own layers are replaced, so it must not be a Linear or Conv2d itself.
-        config: default ``Int8Dynamic()``.
-        include, exclude: patterns of ``fnmatch`` over the names of ``model.named_modules()``, e.g. ``["*.head"]``. Exclusion wins.
+        config: default ``Int8Dynamic()``. A mapping from filters to configs gives every layer the config of the first filter that
+            matches; None leaves it float.
+        include, exclude: filters: patterns of ``fnmatch`` over the names of ``model.named_modules()`` (``["*.head"]``), classes
+            (``[nn.Conv2d]``), or functions of name and module that return a bool. Exclusion wins.
 
     Returns:
         What was converted, and what was skipped and why.
 
     Raises:
-        TypeError: config is of another kind, or a pattern list is one string.
-        ValueError: model is a Linear or Conv2d itself, a pattern matches no layer, or a weight holds NaN or Inf.
+        TypeError: config is of another kind, or a filter list is one string.
+        ValueError: model is a Linear or Conv2d itself, a pattern or class matches no layer, a weight holds NaN or Inf, or a layer
+            with two names gets two configs.
     """
     config = Int8Dynamic() if config is None else config
-    if not isinstance(config, Int8Dynamic):
-        raise TypeError(f"quant_ops.quantize_: expected config to be an Int8Dynamic, got {type(config).__name__}")
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(
-                f"quant_ops.quantize_: expected {argument} to be a list of patterns, got one str. Write [{patterns!r}]."
-            )
-    if isinstance(model, nn.Linear | nn.Conv2d):
-        raise ValueError(
-            f"quant_ops.quantize_: expected a model that contains layers, got a bare {type(model).__name__}, which cannot be "
-            "replaced in place. Use QuantLinear.from_float or QuantConv2d.from_float."
-        )
-    layers = [
-        (name, module, parent, attribute)
-        for prefix, parent in model.named_modules(remove_duplicate=False)
-        for attribute, module in parent._modules.items()  # named_children would name a repeated module once
-        if isinstance(module, nn.Linear | nn.Conv2d | QuantLinear | QuantConv2d)
-        for name in [f"{prefix}.{attribute}" if prefix else attribute]
-    ]
-    for pattern in (*(p for p in include if p != "*"), *exclude):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, *_ in layers):
-            raise ValueError(
-                f"quant_ops.quantize_: expected the pattern {pattern!r} to match a Linear or Conv2d, got none of "
-                f"{[name for name, *_ in layers]}"
-            )
-
-    result = ConversionResult()
-    places: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}  # of every layer to be replaced
-    for name, module, parent, attribute in layers:
-        if reason := _skip_reason(name, module, parent, include, exclude):
-            result.skipped.append((name, reason))
-            continue
-        if module not in places and not (module.weight.is_meta or torch.isfinite(module.weight).all()):
-            raise ValueError(
-                f"quant_ops.quantize_: expected finite weights, got NaN or Inf, in layer {name!r}. Exclude it, or mend it first."
-            )
-        places.setdefault(module, []).append((name, parent, attribute))
-        result.converted.append(name)
-
-    module = None  # type: ignore[assignment]  # so that only `places` holds the last layer
-    layers.clear()
-    while places:
-        module = next(iter(places))  # type: ignore[assignment]
-        kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-        layer = kind.from_float(module, weight_bits=config.weight_bits, asymmetric=config.asymmetric)  # type: ignore[arg-type]
-        for _, parent, attribute in places.pop(module):
-            setattr(parent, attribute, layer)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                parent.activation_relu_or_gelu = 0  # its fused inference path would read float weights
-        del module  # the last reference: the float weight is freed here
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, QuantLinear) for m in encoder.modules()):
-            encoder.use_nested_tensor = False  # nested tensors are for the fused path
+    places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic,))
+    replace_(model, places, lambda module, place: to_int8(module, place.config))
     _log.info("%s", result)
     return result
+
+
+def prepare_(
+    model: nn.Module,
+    config: Configs | None = None,
+    *,
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
+) -> ConversionResult:
+    """Replaces the nn.Linear and nn.Conv2d layers of a model by float ones that observe their inputs, in place.
+
+    Then :func:`calibrate`, or call the model on data in any other way, and :func:`convert_`. The new layers have the same
+    parameters, under the same names; the model may have control flow, shared layers, and layers that it calls many times.
+
+    Args:
+        config: default ``Int8Static()``; an ``Int8Dynamic`` for layers that need no data. Mappings, include, exclude, result and
+            errors as in :func:`quantize_`.
+    """
+    config = Int8Static() if config is None else config
+    places, result = select("prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic), result_kind="prepared")
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        return (PreparedLinear if isinstance(module, nn.Linear) else PreparedConv2d).from_float(module, place.config)
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def prepare_qat_(
+    model: nn.Module,
+    config: Configs | None = None,
+    *,
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
+) -> ConversionResult:
+    """Replaces the layers of a model by ones that train with quantized values, in place. Then :func:`convert_`.
+
+    The parameters stay the same objects. Observers "minmax" and "ema" follow the inputs while training; "lsq" learns the scales of
+    inputs and weights; the scales of the others stay as calibrated. Layers of :func:`prepare_` are taken with what they have
+    observed, as a start. Fold BatchNorms first, with :func:`fold_batchnorm_`. Make the optimizer afterwards: learned scales are new
+    parameters. In several processes, and with ``torch.compile``, calibrate before learning scales.
+
+    Args:
+        config: default: that of a prepared layer, else ``Int8Static()``; an ``Int8Dynamic`` trains for dynamic quantization.
+            Mappings, include, exclude, result and errors as in :func:`quantize_`.
+    """
+    accepted = (*FLOAT, PreparedLinear, PreparedConv2d)
+    kinds: tuple[type[Config], ...] = (Int8Static, Int8Dynamic)
+    chosen = Int8Static() if config is None else config
+    places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind="qat")
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        wanted = module.config if config is None and isinstance(module, Prepared) else place.config
+        return (QatLinear if isinstance(module, nn.Linear) else QatConv2d).from_float(module, wanted)
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def convert_(model: nn.Module) -> ConversionResult:
+    """Replaces the layers of :func:`prepare_` or :func:`prepare_qat_` by int8 ones with the scales that they have found, in place.
+
+    A layer that no data has reached becomes float again, and the result says so. A step without data (``num_steps``) takes the
+    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both.
+
+    Raises:
+        ValueError: the model is not prepared, no layer has seen data, or one has seen NaN or Inf. The model is then as it was.
+    """
+    check_model("convert_", model)
+    result = ConversionResult()
+    places: dict[nn.Module, Places] = {}
+    layers = all_layers(model)
+    for name, module, parent, attribute in layers:
+        if isinstance(module, Prepared):
+            places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
+        else:
+            result.skipped.append((name, "int8 already" if isinstance(module, QuantLinear | QuantConv2d) else "it is not prepared"))
+    if not places:
+        raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
+    unreached = {
+        module for module in places if isinstance(module, Prepared) and module.observer is not None and module.observer.empty
+    }
+    if len(unreached) == len(places):
+        raise ValueError("quant_ops.convert_: expected calibration data, got none in any layer. Call calibrate first.")
+    for name, module, *_ in layers:
+        if not isinstance(module, Prepared):
+            continue
+        if module in unreached:
+            result.skipped.append((name, "no calibration data has reached it"))
+            continue
+        if problem := module.problem():
+            raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
+        result.notes += [(name, note) for note in _assumptions(module)]
+        result.converted.append(name)
+    module = None  # type: ignore[assignment]  # so that only `places` holds the last layer
+    layers.clear()
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        assert isinstance(module, Prepared)
+        return module.to_float() if module in unreached else module.to_int8()
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def _assumptions(layer: Prepared) -> list[str]:
+    """What had to be assumed for want of data."""
+    observer = layer.observer
+    if observer is None:
+        return []
+    notes = []
+    if unseen := observer.unseen_steps():
+        verb = "started from" if getattr(layer, "learned", False) else "take"
+        notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
+    if not (observer.min < 0).any() and not (observer.max > 0).any():
+        notes.append("its input was always zero: scale 1")
+    return notes
