@@ -9,7 +9,9 @@ from . import _library
 _library.load()
 
 from .config import Int8Dynamic  # noqa: E402
+from .fallback import FallbackResult, fallback_  # noqa: E402
 from .fold import FoldResult, fold_batchnorm_  # noqa: E402
+from .io import load_, save  # noqa: E402
 from .nn import QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
     choose_qparams,
@@ -23,27 +25,36 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
 )
+from .probe import compare  # noqa: E402
+from .report import LayerReport, Report  # noqa: E402
 from .workflow import ConversionResult, quantize_  # noqa: E402
 
 __version__ = _library.VERSION
 
 __all__ = [
     "ConversionResult",
+    "FallbackResult",
     "FoldResult",
     "Int8Dynamic",
+    "LayerReport",
     "QuantConv2d",
     "QuantLinear",
+    "Report",
     "__version__",
     "choose_qparams",
+    "compare",
     "dequant_tensor",
+    "fallback_",
     "fold_batchnorm_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
+    "load_",
     "pack_weight",
     "quant_tensor_backward",
     "quant_tensor_forward",
     "quantize_",
     "quantize_rows",
+    "save",
     "unpack_weight",
 ]
