@@ -11,7 +11,9 @@ _library.load()
 from .calibration import calibrate, synchronize_  # noqa: E402
 from .config import Int8Dynamic, Int8Static  # noqa: E402
 from .config import from_json as config_from_json  # noqa: E402
+from .fallback import FallbackResult, fallback_  # noqa: E402
 from .fold import FoldResult, fold_batchnorm_  # noqa: E402
+from .io import load_, save  # noqa: E402
 from .nn import QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
     choose_qparams,
@@ -25,6 +27,8 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
 )
+from .probe import compare  # noqa: E402
+from .report import LayerReport, Report  # noqa: E402
 from .select import ConversionResult  # noqa: E402
 from .steps import count_timesteps, timestep  # noqa: E402
 from .workflow import convert_, prepare_, prepare_qat_, quantize_  # noqa: E402
@@ -33,22 +37,28 @@ __version__ = _library.VERSION
 
 __all__ = [
     "ConversionResult",
+    "FallbackResult",
     "FoldResult",
     "Int8Dynamic",
     "Int8Static",
+    "LayerReport",
     "QuantConv2d",
     "QuantLinear",
+    "Report",
     "__version__",
     "calibrate",
     "choose_qparams",
+    "compare",
     "config_from_json",
     "convert_",
     "count_timesteps",
     "dequant_tensor",
+    "fallback_",
     "fold_batchnorm_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
+    "load_",
     "pack_weight",
     "prepare_",
     "prepare_qat_",
@@ -56,6 +66,7 @@ __all__ = [
     "quant_tensor_forward",
     "quantize_",
     "quantize_rows",
+    "save",
     "synchronize_",
     "timestep",
     "unpack_weight",

@@ -1,0 +1,213 @@
+"""torch_quantizer: ``fake_quant`` -> calibrate by running the model -> ``fake2real`` -> ``real_quant``.
+
+Differences from the original:
+
+* CPU as well as CUDA; float32, float16 or bfloat16 in and out. ``unet.half()`` is allowed, not required.
+* Every Linear and Conv2d is quantized: any channels, groups, dilation, padding. The original leaves out those whose channels are
+  no multiples of 32, without saying so.
+* Calibration takes in every forward of the fake-quantized model, not only the first one of each step, and computes in float.
+* Steps are counted by forwards of the model, from 0 up, and start again after ``num_steps`` of them; the original counts the calls
+  of each layer. Where a run calls the model another number of times, use ``qo.prepare_`` with ``qo.timestep``.
+* Weights always have one scale per output channel (their ``channel_wise`` is ignored) and codes in [-127, 127]; activations have
+  one scale and zero point per layer and step. "mse" is a search over the whole range, not from 0.95 to 1.05.
+* Checkpoints are safetensors files, ``{class}_8bits_{steps}steps.safetensors``, and strict. The original's pickles are not read.
+* ``real_quant`` without a checkpoint quantizes the model's own weights, with dynamic activations; the original's are random.
+* ``asymmetric`` and ``matmul`` compute in float32 where the original uses float16. They are for code that calls them; the layers
+  use fused operators. ``int8Conv`` takes any channels.
+"""
+
+import contextlib
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import quant_ops as qo
+
+from ..bench import conv2d, linear, text
+
+_log = logging.getLogger("quant_ops")
+_OBSERVERS = {"max": "minmax", "mse": "mse"}
+
+__all__ = ["asymmetric", "benchmark_conv2d", "benchmark_linear", "fake2real", "fake_quant", "matmul", "real_quant"]
+
+
+# ---- models --------------------------------------------------------------------------------------------------------------
+
+
+def fake_quant(
+    model: nn.Module, weight_quant_params: dict[str, Any], act_quant_params: dict[str, Any], num_steps: int = 1
+) -> nn.Module:
+    """Prepares the model, in place, for calibration by running it; ``num_steps`` forwards are one run. Returns it."""
+    weight_bits, weight_observer = _settings("weight_quant_params", weight_quant_params)
+    bits, observer = _settings("act_quant_params", act_quant_params)
+    if bits != 8:
+        raise ValueError(f"quant_ops.fake_quant: expected act_quant_params['n_bits'] == 8, got {bits}")
+    if act_quant_params.get("channel_wise", False):
+        raise ValueError("quant_ops.fake_quant: expected act_quant_params['channel_wise'] == False, got True")
+    config = qo.Int8Static(
+        observer=observer,
+        asymmetric=not act_quant_params.get("symmetric", False),
+        num_steps=num_steps,
+        weight_bits=weight_bits,
+        weight_observer=weight_observer,
+    )
+    qo.prepare_(model, config)
+    _count_steps(model, num_steps)
+    model.n_bits = 8  # type: ignore[assignment]
+    return model
+
+
+def _settings(argument: str, params: dict[str, Any]) -> tuple[int, str]:
+    """Bits and observer."""
+    method = params.get("scale_method", "max")
+    if method not in _OBSERVERS:
+        raise ValueError(f"quant_ops.fake_quant: expected {argument}['scale_method'] in {sorted(_OBSERVERS)}, got {method!r}")
+    return params.get("n_bits", 8), _OBSERVERS[method]
+
+
+def fake2real(fakeq_model: nn.Module, save_dir: str = ".") -> nn.Module:
+    """Converts the calibrated model to int8, in place, and writes its checkpoint to ``save_dir``. Returns it."""
+    steps: int = getattr(fakeq_model, "num_steps", 1)
+    qo.convert_(fakeq_model)
+    _count_steps(fakeq_model, steps)
+    path = Path(save_dir) / f"{type(fakeq_model).__name__}_8bits_{steps}steps.safetensors"
+    qo.save(fakeq_model, path)
+    _log.info("saved %s", path)
+    return fakeq_model
+
+
+def real_quant(model: nn.Module, n_bits: int = 8, num_steps: int = 1, ckpt_path: str | None = None) -> nn.Module:
+    """Makes the float model, in place, the int8 model of a checkpoint of :func:`fake2real`. Returns it."""
+    if ckpt_path is None:
+        qo.quantize_(model, qo.Int8Dynamic(weight_bits=n_bits))
+        return model
+    qo.load_(model, ckpt_path)
+    found = {layer.num_steps for layer in model.modules() if isinstance(layer, qo.QuantLinear | qo.QuantConv2d)}
+    if found - {1, num_steps}:
+        raise ValueError(f"quant_ops.real_quant: expected a checkpoint of {num_steps} steps, got {sorted(found)} in {ckpt_path}")
+    _count_steps(model, num_steps)
+    return model
+
+
+class _StepCounter:
+    """Forward hooks of a model that count its forwards and set the step, from 0, modulo num_steps."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps, self.calls, self.entered = num_steps, 0, contextlib.ExitStack()
+
+    def enter(self, model: nn.Module, _: Any) -> None:
+        self.entered.enter_context(qo.timestep(model, self.calls % self.num_steps))
+        self.calls += 1
+
+    def leave(self, *_: Any) -> None:
+        self.entered.close()
+
+
+_handles: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
+
+
+def _count_steps(model: nn.Module, num_steps: int) -> None:
+    """Lets the model count its own forwards from now on, if it has steps."""
+    model.num_steps = num_steps  # type: ignore[assignment]
+    for handle in _handles.pop(model, []):
+        handle.remove()
+    if num_steps > 1:
+        counter = _StepCounter(num_steps)
+        _handles[model] = [
+            model.register_forward_pre_hook(counter.enter),
+            model.register_forward_hook(counter.leave, always_call=True),
+        ]
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------------
+
+
+class asymmetric:
+    """Quantization of activations, to int8 with a zero point."""
+
+    @staticmethod
+    def myQuantize(src: Tensor, delta: Tensor, zp: Tensor) -> Tensor:
+        """int8 codes of src, any shape."""
+        return qo.quant_tensor_forward(src, delta.float(), zp, -128, 127, True, False)
+
+    @staticmethod
+    def myQuantizeNCHW(src: Tensor, delta: Tensor, zp: Tensor) -> Tensor:
+        """int8 codes (N, H, W, C) of src (N, C, H, W)."""
+        return asymmetric.myQuantize(src, delta, zp).permute(0, 2, 3, 1).contiguous()
+
+
+class matmul:
+    """Integer products. Activations are (M, K) or (N, H, W, C), weights (N, K) or (O, R, S, C)."""
+
+    @staticmethod
+    def int8Matmul(A: Tensor, B: Tensor) -> Tensor:
+        """A B^T, int32."""
+        return qo.int8_gemm(A, B)
+
+    @staticmethod
+    def myInt8Matmul(
+        A: Tensor,
+        B: Tensor,
+        zp_times_weight_channel_sum: Tensor,
+        act_times_weight_delta: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """(A B^T - zp_times_weight_channel_sum) * act_times_weight_delta + y, float32."""
+        product = qo.int8_gemm(A, B).float()
+        return (product - zp_times_weight_channel_sum.flatten()) * act_times_weight_delta.flatten() + y.flatten()
+
+    @staticmethod
+    def int8Conv(
+        input: Tensor,
+        filter: Tensor,
+        padH: int,
+        padW: int,
+        strideH: int,
+        strideW: int,
+        dilationH: int,
+        dilationW: int,
+    ) -> Tensor:
+        """int32 (N, H, W, O), exact: the windows as rows of a matrix."""
+        out_channels, r, s, _ = filter.shape
+        padded = F.pad(input, (0, 0, padW, padW, padH, padH))
+        rows = padded.unfold(1, dilationH * (r - 1) + 1, strideH)[..., ::dilationH]
+        windows = rows.unfold(2, dilationW * (s - 1) + 1, strideW)[..., ::dilationW]  # (N, OH, OW, C, R, S)
+        matrix = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, filter[0].numel())
+        return qo.int8_gemm(matrix, filter.reshape(out_channels, -1)).view(*windows.shape[:3], out_channels)
+
+    @staticmethod
+    def myInt8Conv(
+        input: Tensor,
+        filter: Tensor,
+        padH: int,
+        padW: int,
+        strideH: int,
+        strideW: int,
+        dilationH: int,
+        dilationW: int,
+        zp_times_weight_channel_sum: Tensor,
+        act_times_weight_delta: Tensor,
+        y: Tensor,
+        relu_fushion: bool = False,
+    ) -> Tensor:
+        """(conv - zp_times_weight_channel_sum) * act_times_weight_delta + y, then the ReLU; float32 (N, O, H, W)."""
+        product = matmul.int8Conv(input, filter, padH, padW, strideH, strideW, dilationH, dilationW).float()
+        result = (product - zp_times_weight_channel_sum.flatten()) * act_times_weight_delta.flatten() + y.flatten()
+        return (result.relu() if relu_fushion else result).permute(0, 3, 1, 2).contiguous()
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------------------------------
+
+
+def benchmark_linear(bs: int = 512, cin: int = 960, cout: int = 960) -> None:
+    """``python -m quant_ops bench linear``."""
+    print(text(linear(bs, cin, cout)))
+
+
+def benchmark_conv2d(bs: int = 8, cin: int = 384, h: int = 32, w: int = 32, cout: int = 384, k: int = 3, padding: int = 0) -> None:
+    """``python -m quant_ops bench conv2d``."""
+    print(text(conv2d(bs, cin, cout, h, w, k, padding)))

@@ -1,0 +1,262 @@
+"""python -m quant_ops: what each command prints, writes and returns, and that complaints are one line that helps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quant_ops as qo
+from quant_ops.__main__ import main
+
+MODULE = """
+import torch
+from torch import nn
+
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 12), nn.Linear(12, 5))
+    model.train()(torch.randn(32, 3, 6, 6))
+    with torch.no_grad():
+        model[5].weight[:, 0] = 40  # an outlier: int8 costs this layer most
+    return model
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        yield torch.randn(4, 3, 6, 6, generator=generator)
+
+several = [(torch.ones(1, 3, 6, 6),), (torch.zeros(1, 3, 6, 6),)]
+none = lambda: []
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a module of the user."""
+    (tmp_path / "user_net.py").write_text(MODULE)
+    (tmp_path / "broken_net.py").write_text("import no_such_dependency")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("user_net", None)
+
+
+def call(capsys, *arguments, status=0):
+    """Runs a command; what it printed."""
+    assert main([str(argument) for argument in arguments]) == status
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+def refused(capsys, *arguments):
+    """Runs a command that must fail with status 2; its one line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line
+
+
+def user_net():
+    return __import__("user_net")
+
+
+# ---- quantize ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_dynamic(folder, capsys):
+    printed = call(capsys, "quantize", "user_net:trained", "out.safetensors", "--exclude", "5", "--weight-bits", 6)
+    assert "2 converted, 1 skipped" in printed
+    assert printed.splitlines()[-1] == f"written: out.safetensors, {(folder / 'out.safetensors').stat().st_size} bytes"
+    model, expected = user_net().trained().eval(), user_net().trained().eval()
+    qo.load_(model, "out.safetensors")
+    qo.quantize_(expected, qo.Int8Dynamic(weight_bits=6), exclude=["5"])
+    (x, *_) = user_net().batches()
+    assert torch.equal(model(x), expected(x))
+
+
+def test_quantize_with_report_json_and_target(folder, capsys):
+    command = ["quantize", "user_net:trained", "m", "--data", "user_net:batches", "--weight-bits", "4", "--json"]
+    plain = json.loads(call(capsys, *command, "--report", "r.json"))
+    assert plain["converted"] == ["0", "4", "5"]
+    assert plain["skipped"] == {}
+    assert plain["config"]["weight_bits"] == 4
+    assert plain["report"] == json.loads((folder / "r.json").read_text())
+    assert plain["report"]["sqnr_db"] < 24
+    found = json.loads(call(capsys, *command, "--target", 24))
+    assert found["target_met"] is True
+    assert found["report"]["sqnr_db"] >= 24
+    assert len(found["skipped"]) >= 1
+    assert json.loads(call(capsys, "report", "m", "--json"))["layers"].keys() == set(found["converted"])
+    assert [layer["name"] for layer in found["report"]["layers"]] == found["converted"]
+    nothing = json.loads(call(capsys, *command, "--target", 1e9, status=1))
+    assert nothing["target_met"] is False
+    assert nothing["converted"] == nothing["report"]["layers"] == []
+    assert nothing["skipped"] == dict.fromkeys(["0", "4", "5"], "returned to float for the target")
+
+
+def test_quantize_folds(folder, capsys):
+    assert "1 folded" in call(capsys, "quantize", "user_net:trained", "m", "--fold")
+    assert not any("running_mean" in name for name in __import__("safetensors.torch").torch.load_file("m"))
+
+
+def test_quantize_by_config(folder, capsys):
+    text = qo.Int8Dynamic(asymmetric=True, weight_bits=3).to_json()
+    (folder / "config.json").write_text(text)
+    for argument in (text, "@config.json"):
+        call(capsys, "quantize", "user_net:trained", "m", "--config", argument)
+        layers = json.loads(call(capsys, "report", "m", "--json"))["layers"]
+        assert all(entry["weight_bits"] == 3 and entry["arguments"]["asymmetric"] for entry in layers.values())
+
+
+def test_quantize_static(folder, capsys):
+    command = ["quantize", "user_net:trained", "m", "--static", "--observer", "mse", "--asymmetric", "--data", "user_net:batches"]
+    printed = json.loads(call(capsys, *command, "--batches", 2, "--report", "r.json", "--json"))
+    assert printed["config"] | {"config": "Int8Static", "observer": "mse", "asymmetric": True} == printed["config"]
+    assert printed["report"]["sqnr_db"] > 25
+    model, expected = user_net().trained().eval(), user_net().trained().eval()
+    qo.load_(model, "m")
+    qo.prepare_(expected, qo.Int8Static(observer="mse", asymmetric=True))
+    qo.calibrate(expected, user_net().batches(), steps=2)
+    qo.convert_(expected)
+    (x, *_) = user_net().batches()
+    assert torch.equal(model(x), expected(x))
+    assert "mode" not in refused(capsys, "quantize", "user_net:trained", "m", "--static")
+
+
+# ---- report --------------------------------------------------------------------------------------------------------------
+
+
+def test_report(folder, capsys):
+    call(capsys, "quantize", "user_net:trained", "m", "--data", "user_net:batches", "--report", "r.json")
+    described = call(capsys, "report", "m")
+    assert described.splitlines()[0] == f"m: format 1, written by quant_ops {qo.__version__}"
+    assert "  4: QuantLinear(in_features=128, out_features=12, asymmetric=False, relu=False), weight_bits=8" in described
+
+    compared = json.loads(call(capsys, "report", "m", "--model", "user_net:trained", "--data", "user_net:batches", "--json"))
+    written = json.loads((folder / "r.json").read_text())
+    assert compared["sqnr_db"] == written["sqnr_db"]
+    shown = call(capsys, "report", "r.json", "--worst", 1).splitlines()
+    assert len(shown) == 3
+    assert shown[1].split()[:2] == [max(written["layers"], key=lambda layer: layer["error"])["name"], "QuantLinear"]
+
+
+def test_pictures(folder, capsys):
+    pytest.importorskip("matplotlib")
+    command = ["quantize", "user_net:trained", "m", "--data", "user_net:several"]
+    call(capsys, *command, "--report", "r.json", "--plot", "a.png")
+    call(capsys, "report", "r.json", "--plot", "b.png")
+    for name in ("a.png", "b.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- bench and info ------------------------------------------------------------------------------------------------------
+
+
+def test_bench_json(capsys):
+    before = torch.get_num_threads()
+    try:
+        result = json.loads(
+            call(capsys, "bench", "conv2d", "--cin", 8, "--cout", 8, "--h", 6, "--w", 5, "--seconds", 0, "--threads", 1, "--json")
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert result["title"] == "conv2d bs=1 cin=8 cout=8 h=6 w=5 k=3 p=0"
+    assert result["threads"] == 1
+    assert all(value > 30 for value in result["sqnr_db"].values())
+    times = result["seconds"]
+    assert times.keys() == result["tera_operations_per_second"].keys()
+    rate = result["tera_operations_per_second"]["FP32"]
+    assert rate * times["FP32"] * 1e12 == pytest.approx(2 * 8 * 8 * 9 * 4 * 3)
+
+
+def test_info_reports_a_failed_check(capsys, monkeypatch):
+    from quant_ops import info
+
+    assert call(capsys, "info").splitlines()[-1] == "OK"
+    monkeypatch.setattr(info, "_self_check", lambda: "int8_gemm disagrees with int64 arithmetic")
+    assert call(capsys, "info", status=1).splitlines()[-1] == "int8_gemm disagrees with int64 arithmetic"
+
+
+# ---- complaints ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "user_net", "m"], "expected the model as module:function, got 'user_net'"),
+        (["quantize", "no_net:f", "m"], "got 'no_net:f', but there is no module 'no_net'"),
+        (["quantize", "user_net:f", "m"], "got 'user_net:f', but 'user_net' has no 'f'"),
+        (["quantize", "user_net:number", "m"], "expected user_net:number to return an nn.Module, got int"),
+        (["quantize", "user_net:trained", "no/folder/m"], "quant_ops quantize: expected a path in an existing folder"),
+        (
+            ["quantize", "user_net:trained", "m", "--data", "user_net:batches", "--plot", "no/a.png"],
+            "existing folder, got no/a.png",
+        ),
+        (["quantize", "user_net:trained", "m", "--config", "@nothing"], "expected the path of a file, got nothing"),
+        (["report", "nothing.json"], "expected the path of a file, got nothing.json"),
+        (["quantize", "user_net:trained", "m", "--exclude", "nothing"], "expected the pattern 'nothing' to match"),
+        (["quantize", "user_net:trained", "m", "--weight-bits", "9"], "expected 2 <= weight_bits <= 8, got 9"),
+        (["quantize", "user_net:trained", "m", "--config", "{"], "expected --config to be JSON or @file, got '{'"),
+        (["quantize", "user_net:trained", "m", "--config", '{"config": "X"}'], "quant_ops: expected a config named"),
+        (
+            ["quantize", "user_net:trained", "m", "--report", "r"],
+            "expected --data, got none, but a report or target compares on data",
+        ),
+        (
+            ["quantize", "user_net:trained", "m", "--report", "r", "--data", "user_net:none"],
+            "expected user_net:none to give batches",
+        ),
+        (["report", "nothing"], "expected the path of a file, got nothing"),
+        (["report", "user_net.py"], "expected a whole safetensors file, got user_net.py"),
+        (["report", "user_net.py", "--model", "user_net:trained"], "expected --model and --data together, got one of them"),
+    ],
+)
+def test_complaints_are_one_line(folder, capsys, arguments, words):
+    line = refused(capsys, *arguments)
+    assert line.startswith("quant_ops")
+    assert words in line
+    assert not (folder / "m").exists()
+
+
+def test_errors_of_the_users_code_keep_their_traceback(folder):
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        main(["quantize", "broken_net:f", "m"])
+
+
+def test_statuses_of_the_process(folder):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "quant_ops", *arguments], capture_output=True, text=True, check=False)
+
+    missing = run("report", "nothing")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    done = run("quantize", "user_net:trained", "m")  # the current folder's module is found
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_missing_argument(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", "user_net:trained"])
+    assert "the following arguments are required: out" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for words in ("info", "bench", "quantize", "report", "examples:", "exit status: 0 all is well; 1 a check failed"):
+        assert words in text
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "quantize", "report"])
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "exit status" in text
+    assert all(len(line) < 200 for line in text.splitlines())
