@@ -84,7 +84,8 @@ if(QUANT_OPS_PTX)
   list(APPEND QUANT_OPS_GENCODE "SHELL:-gencode arch=compute_${QUANT_OPS_PTX},code=compute_${QUANT_OPS_PTX}")
 endif()
 
-add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu)
+add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu
+                                  cuda/linear.cpp cuda/igemm.cu cuda/gemv.cu cuda/conv2d.cu cuda/codes.cu cuda/pack.cu)
 target_include_directories(quant_ops_cuda PRIVATE cpp)
 # IEEE arithmetic as written, as on the CPU. ptxas reports registers and spills; the launcher keeps them in ptxas-*.log.
 target_compile_options(
