@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../cuda/weights.h"
 #include "bindings_int8.h"
 #include "parallel.h"
 
@@ -62,6 +63,31 @@ struct Cpu {
     }
     return {z, small};
   }
+
+  static constexpr bool kReadsPlainBesidePacked = false;
+  static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
+  static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
+
+  static const int32_t* given_zero_points(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax,
+                                          Holder* holder) {
+    holder->integers.push_back(zero_point_values(op, name, t, qmin, qmax));
+    return holder->integers.back().data();
+  }
+
+  static PackedLayout layout_of(const WeightShape& w) { return packed_layout(w.o, w.c, w.r, w.s, w.groups); }
+  static int64_t packed_bytes(const WeightShape& w) { return layout_of(w).bytes; }
+  static void pack(const Tensor& weight, const WeightShape& w, Tensor& packed) {
+    pack_weight_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
+  }
+  static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
+    return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
+  }
+
+  // what int8_gemm, which has no scales, gives for a weight's
+  static const float* one() {
+    static const float value = 1.0f;
+    return &value;
+  }
 };
 
 }  // namespace
@@ -100,10 +126,10 @@ STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cpu>));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cpu>));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cpu>));
-  m.impl("int8_gemm", TORCH_BOX(&int8_gemm));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Cpu>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear<Cpu>));
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Cpu>));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight<Cpu>));
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
 }
 
@@ -144,6 +170,11 @@ QO_EXPORT const char* quant_ops_set_isa(const char* name) {
 // Bytes of a weight packed by pack_weight, for its fake kernel.
 QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
   return quant_ops::packed_layout(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// The same of a weight on CUDA, known without the CUDA library.
+QO_EXPORT int64_t quant_ops_cuda_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::cuda_weights(out_channels, in_channels, r, s, groups).bytes;
 }
 
 // All that this machine runs, worst first, separated by commas.

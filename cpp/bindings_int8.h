@@ -1,4 +1,7 @@
-// int8_gemm, int8_linear, int8_conv2d and pack_weight on the CPU: checks, allocation, structs.
+// int8_gemm, int8_linear, int8_conv2d and pack_weight for any device: checks, allocation, structs. `Backend` supplies
+//   linear(op, Int8LinearParams, x), conv2d(Int8Conv2dParams, x), the entry points of ops.h,
+//   given_zero_points(op, name, tensor, qmin, qmax, holder) -> int32 values where the kernels read them, and of packed weights
+//   packed_bytes(shape), pack(weight, shape, packed) and is_packed_for(packed, shape).
 #pragma once
 
 #include <cstdint>
@@ -36,12 +39,27 @@ struct Holder {
   }
 };
 
-// The values of an integer or floating zero point, rounded and clamped to [qmin, qmax] if floating, refused outside if integer.
+// A weight [o, c, r, s] for `groups`; of a linear layer [o, c, 1, 1].
+struct WeightShape {
+  int64_t o, c, r, s, groups;
+};
+inline WeightShape weight_shape(const Ints& shape, int64_t groups) {
+  const bool conv = shape.size() == 4;
+  return {shape[0], shape[1], conv ? shape[2] : 1, conv ? shape[3] : 1, groups};
+}
+
+inline void expect_zero_point_dtype(const char* op, const char* name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  QO_EXPECT(is_floating(type) ||
+                is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short, ScalarType::Int, ScalarType::Long}),
+            op, name, ".dtype integer or floating, got ", dtype_name(type));
+}
+
+// On the CPU: the values of an integer or floating zero point, rounded and clamped to [qmin, qmax] if floating, refused outside if
+// integer.
 inline std::vector<int32_t> zero_point_values(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax) {
   const ScalarType type = t.scalar_type();
   const bool floating = is_floating(type);
-  QO_EXPECT(floating || is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short, ScalarType::Int, ScalarType::Long}),
-            op, name, ".dtype integer or floating, got ", dtype_name(type));
   std::vector<int32_t> values(static_cast<size_t>(t.numel()));
   const auto take = [&](size_t i, int64_t z) {
     QO_EXPECT(z >= qmin && z <= qmax, op, name, " in [", qmin, ", ", qmax, "], got ", z);
@@ -58,8 +76,9 @@ inline std::vector<int32_t> zero_point_values(const char* op, const char* name, 
 }
 
 // Activations: dynamic, static or already quantized. `rows` and `row_shape` say what a per-row (per-sample) parameter looks like.
-inline InputParams input_params(const char* op, const Tensor& x, const std::optional<Tensor>& x_scale,
-                                const std::optional<Tensor>& x_zero_point, bool asymmetric, const Ints& row_shape, Holder* holder) {
+template <class Backend>
+InputParams input_params(const char* op, const Tensor& x, const std::optional<Tensor>& x_scale,
+                         const std::optional<Tensor>& x_zero_point, bool asymmetric, const Ints& row_shape, Holder* holder) {
   const ScalarType type = x.scalar_type();
   QO_EXPECT(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte}), op,
             "x.dtype in (float32, float16, bfloat16, int8, uint8), got ", dtype_name(type));
@@ -89,18 +108,18 @@ inline InputParams input_params(const char* op, const Tensor& x, const std::opti
     expect_device(op, "x_zero_point", *x_zero_point, x);
     in.zero_point_stride = per_row("x_zero_point", *x_zero_point);
     const bool is_unsigned = type == ScalarType::Byte;
-    holder->integers.push_back(
-        zero_point_values(op, "x_zero_point", *x_zero_point, is_unsigned ? 0 : -128, is_unsigned ? 255 : 127));
-    in.zero_point = holder->integers.back().data();
+    expect_zero_point_dtype(op, "x_zero_point", *x_zero_point);
+    in.zero_point =
+        Backend::given_zero_points(op, "x_zero_point", *x_zero_point, is_unsigned ? 0 : -128, is_unsigned ? 255 : 127, holder);
   }
   return in;
 }
 
 // The dtype of the result and the epilogue. `channels` is N or O.
-inline OutputParams output_params(const char* op, const Tensor& x, const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
-                                  std::optional<ScalarType> out_dtype, bool relu, int64_t channels, ScalarType* type,
-                                  Holder* holder) {
+template <class Backend>
+OutputParams output_params(const char* op, const Tensor& x, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                           std::optional<ScalarType> out_dtype, bool relu, int64_t channels, ScalarType* type, Holder* holder) {
   OutputParams out{};
   expect_floating(op, "weight_scale", weight_scale);
   expect_device(op, "weight_scale", weight_scale, x);
@@ -118,7 +137,6 @@ inline OutputParams output_params(const char* op, const Tensor& x, const Tensor&
     out.bias = holder->floats(*bias);
   }
   out.relu = relu;
-  out.out_scale = 1.0f;
   if (out_scale) {
     expect_floating(op, "out_scale", *out_scale);
     expect_device(op, "out_scale", *out_scale, x);
@@ -126,13 +144,14 @@ inline OutputParams output_params(const char* op, const Tensor& x, const Tensor&
     *type = out_dtype.value_or(ScalarType::Char);
     QO_EXPECT(is_one_of(*type, {ScalarType::Char, ScalarType::Byte}), op, "out_dtype int8 or uint8 with out_scale, got ",
               dtype_name(*type));
-    out.out_scale = *holder->floats(*out_scale);
+    out.out_scale = holder->floats(*out_scale);
     const bool is_unsigned = *type == ScalarType::Byte;
     if (out_zero_point) {
       QO_EXPECT(out_zero_point->numel() == 1, op, "out_zero_point to have one element, got shape ", shape_text(*out_zero_point));
       expect_device(op, "out_zero_point", *out_zero_point, x);
-      out.out_zero_point =
-          zero_point_values(op, "out_zero_point", *out_zero_point, is_unsigned ? 0 : -128, is_unsigned ? 255 : 127)[0];
+      expect_zero_point_dtype(op, "out_zero_point", *out_zero_point);
+      out.out_zero_point = Backend::given_zero_points(op, "out_zero_point", *out_zero_point, is_unsigned ? 0 : -128,
+                                                      is_unsigned ? 255 : 127, holder);
     }
   } else {
     QO_EXPECT(!out_zero_point, op, "out_zero_point only together with out_scale, got out_zero_point alone");
@@ -146,9 +165,9 @@ inline OutputParams output_params(const char* op, const Tensor& x, const Tensor&
 }
 
 // The weight, contiguous, and its packed copy if one is given.
-inline void weight_params(const char* op, const Tensor& weight, const std::optional<Tensor>& packed_weight,
-                          const PackedLayout& layout, const Tensor& x, const int8_t** plain, const int8_t** packed,
-                          Holder* holder) {
+template <class Backend>
+void weight_params(const char* op, const Tensor& weight, const std::optional<Tensor>& packed_weight, int64_t groups,
+                   const Tensor& x, const int8_t** plain, const int8_t** packed, Holder* holder) {
   expect_device(op, "weight", weight, x);
   *packed = nullptr;
   *plain = nullptr;
@@ -156,15 +175,16 @@ inline void weight_params(const char* op, const Tensor& weight, const std::optio
     expect_int8(op, "packed_weight", *packed_weight);
     expect_device(op, "packed_weight", *packed_weight, x);
     *packed = packed_weight->const_data_ptr<int8_t>();
-    QO_EXPECT(packed_weight->is_contiguous() && is_packed_for(*packed, packed_weight->numel(), layout), op,
+    QO_EXPECT(packed_weight->is_contiguous() && Backend::is_packed_for(*packed_weight, weight_shape(sizes_of(weight), groups)), op,
               "packed_weight made by pack_weight from this weight, got another one. Call pack_weight(weight, groups) again.");
-    return;
+    if (!Backend::kReadsPlainBesidePacked) return;
   }
-  holder->tensors.push_back(torch::stable::contiguous(weight));
+  holder->tensors.push_back(weight.is_contiguous() ? weight : torch::stable::contiguous(weight));
   *plain = holder->tensors.back().const_data_ptr<int8_t>();
 }
 
-inline Tensor int8_gemm(const Tensor& a, const Tensor& b) {
+template <class Backend>
+Tensor int8_gemm(const Tensor& a, const Tensor& b) {
   const char* op = "int8_gemm";
   QO_EXPECT(is_one_of(a.scalar_type(), {ScalarType::Char, ScalarType::Byte}), op, "a.dtype in (int8, uint8), got ",
             dtype_name(a.scalar_type()));
@@ -186,20 +206,20 @@ inline Tensor int8_gemm(const Tensor& a, const Tensor& b) {
   p.in.x = rows.const_data_ptr();
   p.in.dtype = to_dtype(a.scalar_type());
   p.in.mode = Activation::kQuantized;
-  weight_params(op, b, std::nullopt, packed_layout(p.N, p.K, 1, 1, 1), a, &p.weight, &p.packed, &holder);
-  const float one = 1.0f;
-  p.out.weight_scale = &one;
+  weight_params<Backend>(op, b, std::nullopt, 1, a, &p.weight, &p.packed, &holder);
+  p.out.weight_scale = Backend::one();
   p.out.y = y.mutable_data_ptr();
   p.out.dtype = DType::kInt32;
   p.y_stride = p.N;
-  int8_linear_cpu(p);
+  Backend::linear(op, p, a);
   return y;
 }
 
-inline Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
-                          const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
-                          const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
+template <class Backend>
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                   const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
+                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
   const char* op = "int8_linear";
   expect_int8(op, "weight", weight);
   QO_EXPECT(weight.dim() == 2, op, "weight.shape (N, K), got ", shape_text(weight));
@@ -214,18 +234,18 @@ inline Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   Ints row_shape = shape;
   row_shape.back() = 1;
   const Tensor rows = as_rows(x, &p.x_stride);
-  p.in = input_params(op, rows, x_scale, x_zero_point, asymmetric, row_shape, &holder);
+  p.in = input_params<Backend>(op, rows, x_scale, x_zero_point, asymmetric, row_shape, &holder);
   expect_exact(op, "in_features", p.K, asymmetric || x_zero_point.has_value() || x.scalar_type() == ScalarType::Byte);
   ScalarType type;
-  p.out = output_params(op, x, weight_scale, bias, out_scale, out_zero_point, out_dtype, relu, p.N, &type, &holder);
-  weight_params(op, weight, packed_weight, packed_layout(p.N, p.K, 1, 1, 1), x, &p.weight, &p.packed, &holder);
+  p.out = output_params<Backend>(op, x, weight_scale, bias, out_scale, out_zero_point, out_dtype, relu, p.N, &type, &holder);
+  weight_params<Backend>(op, weight, packed_weight, 1, x, &p.weight, &p.packed, &holder);
   shape.back() = p.N;
   Tensor y = empty(shape, type, x);
   p.M = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) p.M *= shape[d];
   p.out.y = y.mutable_data_ptr();
   p.y_stride = p.N;
-  int8_linear_cpu(p);
+  Backend::linear(op, p, x);
   return y;
 }
 
@@ -237,11 +257,12 @@ inline void pair_of(const char* op, const char* name, const Ints& list, int64_t 
   QO_EXPECT(out[0] >= at_least && out[1] >= at_least, op, name, " >= ", at_least, ", got ", list_text(list));
 }
 
-inline Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                          const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-                          const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
-                          const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
-                          const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
+template <class Backend>
+Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                   const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                   const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+                   const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
+                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
   const char* op = "int8_conv2d";
   expect_int8(op, "weight", weight);
   QO_EXPECT(weight.dim() == 4, op, "weight.shape (O, C/groups, R, S), got ", shape_text(weight));
@@ -298,32 +319,31 @@ inline Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& w
     x_stride = {p.C * p.H * p.W, p.H * p.W, p.W, 1};
   }
   const Ints row_shape = batched ? Ints{p.N, 1, 1, 1} : Ints{1, 1, 1};
-  p.in = input_params(op, source, x_scale, x_zero_point, asymmetric, row_shape, &holder);
+  p.in = input_params<Backend>(op, source, x_scale, x_zero_point, asymmetric, row_shape, &holder);
   ScalarType type;
-  p.out = output_params(op, x, weight_scale, bias, out_scale, out_zero_point, out_dtype, relu, p.O, &type, &holder);
-  weight_params(op, weight, packed_weight, packed_layout(p.O, weight.size(1), p.R, p.S, groups), x, &p.weight, &p.packed, &holder);
+  p.out = output_params<Backend>(op, x, weight_scale, bias, out_scale, out_zero_point, out_dtype, relu, p.O, &type, &holder);
+  weight_params<Backend>(op, weight, packed_weight, groups, x, &p.weight, &p.packed, &holder);
   for (int d = 0; d < 4; ++d) p.x_stride[d] = x_stride[static_cast<size_t>(d)];
 
   Ints y_shape = {p.N, p.O, p.OH, p.OW};
   if (!batched) y_shape.erase(y_shape.begin());
   Tensor y = empty(y_shape, type, x, p.y_channels_last);
   p.out.y = y.mutable_data_ptr();
-  int8_conv2d_cpu(p);
+  Backend::conv2d(p, x);
   return y;
 }
 
-inline Tensor pack_weight(const Tensor& weight, int64_t groups) {
+template <class Backend>
+Tensor pack_weight(const Tensor& weight, int64_t groups) {
   const char* op = "pack_weight";
   expect_int8(op, "weight", weight);
   QO_EXPECT(weight.dim() == 2 || weight.dim() == 4, op, "weight.shape (N, K) or (O, C/groups, R, S), got ", shape_text(weight));
   QO_EXPECT(groups >= 1 && weight.size(0) % groups == 0 && (groups == 1 || weight.dim() == 4), op,
             "groups to divide the output channels of a convolution, got groups ", groups, " and weight.shape ", shape_text(weight));
   const Tensor plain = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
-  const bool conv = weight.dim() == 4;
-  const PackedLayout layout =
-      packed_layout(weight.size(0), weight.size(1), conv ? weight.size(2) : 1, conv ? weight.size(3) : 1, groups);
-  Tensor packed = empty({layout.bytes}, ScalarType::Char, weight);
-  pack_weight_cpu(plain.const_data_ptr<int8_t>(), layout, packed.mutable_data_ptr<int8_t>());
+  const WeightShape shape = weight_shape(sizes_of(weight), groups);
+  Tensor packed = empty({Backend::packed_bytes(shape)}, ScalarType::Char, weight);
+  Backend::pack(plain, shape, packed);
   return packed;
 }
 

@@ -113,8 +113,8 @@ TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, i
   o.column_scale = scale_ + column;
   o.bias = bias_ + column;
   o.floor = out.relu ? 0.0f : -INFINITY;
-  o.out_scale = out.out_scale;
-  o.out_zero_point = out.out_zero_point;
+  o.out_scale = out.out_scale ? *out.out_scale : 1.0f;
+  o.out_zero_point = out.out_zero_point ? *out.out_zero_point : 0;
   return o;
 }
 

@@ -129,8 +129,8 @@ struct OutputParams {
   int64_t weight_scale_stride;  // 1: per output channel, 0: per tensor
   const float* bias;            // null: none
   bool relu;
-  float out_scale;
-  int32_t out_zero_point;
+  const float* out_scale;         // one element; null: floating or int32
+  const int32_t* out_zero_point;  // likewise; null: 0
 };
 
 struct InputParams {

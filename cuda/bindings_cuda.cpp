@@ -4,7 +4,7 @@
 // another name for CPU tensors, with the kernels emulated (host_emulation.h): a test build. Read next: launch.h.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings_quantize.h"
+#include "bindings_int8.h"
 #include "launch.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -79,10 +79,69 @@ struct Cuda {
                      z.numel(), qmin, qmax, device.stream());
     return {z, small};
   }
+
+  // ---- integer products: sizes of workspaces first, then work ----
+
+  static void linear(const char* op, const Int8LinearParams& p, const Tensor& x) {
+    with_workspace(op, x, [&](void* memory, void* stream) { return int8_linear_cuda(op, p, memory, stream); });
+  }
+  static void conv2d(const Int8Conv2dParams& p, const Tensor& x) {
+    with_workspace("int8_conv2d", x, [&](void* memory, void* stream) { return int8_conv2d_cuda(p, memory, stream); });
+  }
+
+  // Integer zero points are used as they are: looking at them would wait for the device.
+  static const int32_t* given_zero_points(const char*, const char*, const Tensor& t, int64_t qmin, int64_t qmax, Holder* holder) {
+    holder->tensors.push_back(torch::stable::contiguous(zero_points(t, qmin, qmax).tensor));
+    return holder->tensors.back().const_data_ptr<int32_t>();
+  }
+
+  static constexpr bool kReadsPlainBesidePacked = true;  // weights.h
+  static CudaWeights layout_of(const WeightShape& w) { return cuda_weights(w.o, w.c, w.r, w.s, w.groups); }
+  static int64_t packed_bytes(const WeightShape& w) { return layout_of(w).bytes; }
+  static void pack(const Tensor& weight, const WeightShape& shape, Tensor& packed) {
+    const OnDeviceOf device("pack_weight", weight);
+    const CudaWeights w = layout_of(shape);
+    int8_t* to = packed.mutable_data_ptr<int8_t>();
+    pack_weight_cuda(weight.const_data_ptr<int8_t>(), w, reinterpret_cast<int32_t*>(to), w.plain ? nullptr : to + w.rows_offset,
+                     device.stream());
+  }
+  // its length is all that the host can see
+  static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
+    return packed.numel() == packed_bytes(w) && reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+  }
+  static const float* one() { return nullptr; }  // an int32 result reads no scales
+
+ private:
+  template <class Work>
+  static void with_workspace(const char* op, const Tensor& x, const Work& work) {
+    const OnDeviceOf device(op, x);
+    const int64_t bytes = work(nullptr, nullptr);
+    // one byte more, so that there is memory even for a call that needs none; torch's allocator reuses it in stream order
+    Tensor memory = empty({bytes + 1}, ScalarType::Byte, x);
+    work(memory.mutable_data_ptr(), device.stream());
+  }
 };
 
 }  // namespace
 }  // namespace quant_ops
+
+// The kernel of a dense product with bfloat16 results on the current device, for python/quant_ops/_library.py; a text that stays
+// valid until the thread's next call, an error if it starts with "quant_ops".
+extern "C" __attribute__((visibility("default"))) const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K) {
+  thread_local std::string kept;
+  quant_ops::IgemmProblem p{};
+  p.M = M;
+  p.N = p.y_stride = N;
+  p.K = p.a_stride = p.b_stride = (K + 15) / 16 * 16;
+  p.row_step = p.column_step = 1;
+  p.y_dtype = quant_ops::DType::kBFloat16;
+  try {
+    kept = quant_ops::igemm_kernel_text("int8_gemm", p);
+  } catch (const std::exception& e) {
+    kept = e.what();
+  }
+  return kept.c_str();
+}
 
 #if defined(QUANT_OPS_EMULATION)
 STABLE_TORCH_LIBRARY(quant_ops_emulated, m) {
@@ -97,6 +156,17 @@ STABLE_TORCH_LIBRARY(quant_ops_emulated, m) {
       "int[]? block_size=None) -> Tensor");
   m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor, Tensor)");
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor, Tensor, Tensor)");
+  m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
+      "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False) -> Tensor");
+  m.def(
+      "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
+      "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
+      "bool relu=False) -> Tensor");
+  m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(quant_ops_emulated, CPU, m) {
 #else
@@ -108,4 +178,8 @@ STABLE_TORCH_LIBRARY_IMPL(quant_ops, CUDA, m) {
   m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cuda>));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cuda>));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cuda>));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Cuda>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear<Cuda>));
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Cuda>));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight<Cuda>));
 }

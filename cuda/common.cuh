@@ -28,11 +28,19 @@ constexpr int kWarp = 32;
 // Args::kBarriers says whether the kernel's threads wait for each other; only the emulation needs to know.
 // An error of an earlier launch may surface here too; the text says which operator noticed.
 template <class Args>
-void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, void* stream, const Args& args) {
+void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, void* stream, const Args& args,
+            int shared_bytes = 0) {
 #if defined(__CUDACC__)
   static_cast<void>(Args::kBarriers);
-  kernel<<<dim3(static_cast<unsigned>(blocks)), threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
+  constexpr int kWithoutAsking = 48 << 10;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kWithoutAsking)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+        args);
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("quant_ops.") + op + ": expected the kernel launch to succeed, got " +
                              cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
@@ -41,7 +49,7 @@ void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, 
                                   : ". Set CUDA_LAUNCH_BLOCKING=1 to find the launch that failed."));
 #else
   (void)op, (void)stream;
-  emulation::run([&] { kernel(args); }, blocks, threads, Args::kBarriers);
+  emulation::run([&] { kernel(args); }, blocks, threads, Args::kBarriers, static_cast<size_t>(shared_bytes));
 #endif
 }
 
@@ -84,9 +92,19 @@ struct Vector {
   }
 };
 
+// A GPU refuses what the host would let pass.
+__device__ __forceinline__ void expect_aligned(const void* p, size_t bytes) {
+#if defined(__CUDACC__)
+  static_cast<void>(p), static_cast<void>(bytes);
+#else
+  emulation::expect_aligned(p, bytes);
+#endif
+}
+
 template <int N, class T>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
   Vector<T, N> v;
+  expect_aligned(p, sizeof(v.words));
   v.words = *reinterpret_cast<const typename Vector<T, N>::Words*>(p);
   return v;
 }
@@ -94,6 +112,7 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
 template <int N, class T>
 __device__ __forceinline__ void store_vector(T* p, const T (&elements)[N]) {
   Vector<T, N> v;
+  expect_aligned(p, sizeof(v.words));
   memcpy(&v.words, elements, sizeof(v.words));
   *reinterpret_cast<typename Vector<T, N>::Words*>(p) = v.words;
 }

@@ -101,7 +101,8 @@ function(quant_ops_cuda_target target)
                CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_SOURCE_DIR}/cuda/ptxas_log.sh;${CMAKE_CURRENT_BINARY_DIR}")
 endfunction()
 
-add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu cuda/rowquant.cu)
+add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu cuda/rowquant.cu
+                                  cuda/linear.cpp cuda/igemm.cu cuda/gemv.cu cuda/conv2d.cu cuda/codes.cu cuda/pack.cu)
 quant_ops_cuda_target(quant_ops_cuda ${QUANT_OPS_GENCODE})
 target_compile_definitions(quant_ops_cuda PRIVATE USE_CUDA)
 target_link_libraries(quant_ops_cuda PRIVATE torch_stable)

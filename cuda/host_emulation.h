@@ -1,12 +1,17 @@
 // Runs the kernels of this folder on the host, for tests on machines without a GPU: a block's threads are fibers, taken in turn;
-// a barrier or a shuffle hands over to the next one. Checks addresses and arithmetic, not speed, races or launch limits.
-// Assumes that all threads of a block (of a warp, for shuffles) reach the same barriers. Read next: common.cuh.
+// one that waits at a barrier hands over to the next. Checks addresses, arithmetic and missing waits, not speed, races within a
+// barrier's interval or launch limits. A block in which no thread can go on aborts. The tensor-core instructions follow the tables
+// of the PTX manual; asynchronous copies happen as late as the program allows. Read next: common.cuh, machine.cuh.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <vector>
 
 #define __global__
@@ -25,35 +30,76 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace quant_ops::emulation {
 
+constexpr size_t kSlotBytes = 64;  // the most that a thread tells its warp at once
+
+struct Barrier {
+  size_t arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, valid;
+};
+
+struct Thread {
+  ucontext_t fiber;
+  std::vector<char> stack = std::vector<char>(size_t{1} << 17);
+  bool done = false;
+  const Barrier* barrier = nullptr;  // waited for, until its generation changes
+  uint64_t generation = 0;
+  std::vector<Copy> copies;  // issued, not yet committed
+  std::deque<std::vector<Copy>> groups;
+  uint64_t exchanges = 0;
+  alignas(16) char slot[2][kSlotBytes];
+};
+
 struct Block {
-  std::vector<ucontext_t> fiber;
-  std::vector<std::vector<char>> stack;
-  std::vector<bool> done;
-  std::vector<double> exchange;
+  std::deque<Thread> threads;
+  size_t count = 0, alive = 0, current = 0;
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> shared;
   ucontext_t scheduler;
-  size_t current = 0;
   const void* call = nullptr;
   void (*enter)(const void*) = nullptr;
 };
 inline Block block;
 
-inline void pass_on() { swapcontext(&block.fiber[block.current], &block.scheduler); }
+inline Thread& self() { return block.threads[block.current]; }
+inline void pass_on() { swapcontext(&self().fiber, &block.scheduler); }
+
+inline void release(Barrier* b) {
+  b->arrived = 0;
+  ++b->generation;
+}
+
+inline void wait_at(Barrier* b, size_t members) {
+  if (++b->arrived == members) return release(b);
+  self().barrier = b;
+  self().generation = b->generation;
+  pass_on();
+}
 
 inline void fiber_main() {
   block.enter(block.call);
-  block.done[block.current] = true;
+  self().done = true;
+  --block.alive;
+  if (block.barrier.arrived > 0 && block.barrier.arrived == block.alive) release(&block.barrier);
   pass_on();
 }
 
 // Without barriers the threads simply run one after the other.
 template <class Call>
-void run(const Call& call, int64_t blocks, dim3 threads, bool barriers) {
+void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t shared_bytes) {
   const size_t count = size_t{threads.x} * threads.y;
   const auto be_thread = [&](size_t t) {
     threadIdx = dim3(static_cast<unsigned>(t % threads.x), static_cast<unsigned>(t / threads.x));
   };
   blockDim = threads;
   gridDim = dim3(static_cast<unsigned>(blocks));
+  block.shared.resize(shared_bytes / 8 + 2);
   if (!barriers) {
     for (int64_t b = 0; b < blocks; ++b) {
       blockIdx = dim3(static_cast<unsigned>(b));
@@ -64,45 +110,130 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers) {
     }
     return;
   }
-  block.fiber.resize(count);
-  block.stack.resize(std::max(block.stack.size(), count), std::vector<char>(size_t{1} << 16));
-  block.exchange.assign(count, 0.0);
+  while (block.threads.size() < count) block.threads.emplace_back();
+  block.count = count;
   block.call = &call;
   block.enter = [](const void* c) { (*static_cast<const Call*>(c))(); };
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx = dim3(static_cast<unsigned>(b));
-    block.done.assign(count, false);
+    std::fill(block.shared.begin(), block.shared.end(), 0x5a5a5a5a5a5a5a5aULL);
+    block.barrier = {};
+    block.warps.assign((count + 31) / 32, {});
+    block.alive = count;
     for (size_t t = 0; t < count; ++t) {
-      getcontext(&block.fiber[t]);
-      block.fiber[t].uc_stack.ss_sp = block.stack[t].data();
-      block.fiber[t].uc_stack.ss_size = block.stack[t].size();
-      block.fiber[t].uc_link = nullptr;
-      makecontext(&block.fiber[t], fiber_main, 0);
+      Thread& thread = block.threads[t];
+      thread.done = false;
+      thread.barrier = nullptr;
+      thread.exchanges = 0;
+      thread.copies.clear();
+      thread.groups.clear();
+      getcontext(&thread.fiber);
+      thread.fiber.uc_stack.ss_sp = thread.stack.data();
+      thread.fiber.uc_stack.ss_size = thread.stack.size();
+      thread.fiber.uc_link = nullptr;
+      makecontext(&thread.fiber, fiber_main, 0);
     }
-    for (size_t left = count; left > 0;)
+    while (block.alive > 0) {
+      bool progress = false;
       for (size_t t = 0; t < count; ++t) {
-        if (block.done[t]) continue;
+        Thread& thread = block.threads[t];
+        if (thread.done || (thread.barrier && thread.barrier->generation == thread.generation)) continue;
+        thread.barrier = nullptr;
+        progress = true;
         block.current = t;
         be_thread(t);
-        swapcontext(&block.scheduler, &block.fiber[t]);
-        if (block.done[t]) --left;
+        swapcontext(&block.scheduler, &thread.fiber);
       }
+      if (!progress) {
+        std::fprintf(stderr, "emulated kernel: its threads wait at different barriers\n");
+        std::abort();
+      }
+    }
+  }
+}
+
+// What every lane of the warp says, after all have said it. Two slots in turn, so that one barrier is enough.
+template <class Message>
+const Message* tell_warp(const Message& message) {
+  static_assert(sizeof(Message) <= kSlotBytes);
+  Thread& me = self();
+  const size_t turn = me.exchanges++ % 2, warp = block.current / 32;
+  std::memcpy(me.slot[turn], &message, sizeof(Message));
+  wait_at(&block.warps[warp], std::min<size_t>(32, block.count - warp * 32));
+  thread_local Message heard[32];
+  for (size_t lane = 0; lane < 32 && warp * 32 + lane < block.count; ++lane)
+    std::memcpy(&heard[lane], block.threads[warp * 32 + lane].slot[turn], sizeof(Message));
+  return heard;
+}
+
+inline void expect_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  std::fprintf(stderr, "emulated kernel: an access of %zu bytes is not aligned\n", bytes);
+  std::abort();
+}
+
+// ---- asynchronous copies, as late as allowed ------------------------------------------------------------------------
+
+inline void copy_async(void* to, const void* from, size_t bytes, bool valid) {
+  expect_aligned(to, bytes);
+  if (valid) expect_aligned(from, bytes);
+  self().copies.push_back({to, from, bytes, valid ? bytes : 0});
+}
+inline void copy_commit() {
+  self().groups.push_back(std::move(self().copies));
+  self().copies.clear();
+}
+inline void copy_wait(size_t pending) {
+  auto& groups = self().groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const Copy& c : groups.front()) {
+      if (c.valid) std::memcpy(c.to, c.from, c.valid);
+      std::memset(static_cast<char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+    }
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+
+// ldmatrix.x4: lane 8 i + r says where row r of matrix i is; lane l gets 32-bit word l % 4 of row l / 4 of each.
+inline void load_matrices(const void* row, uint32_t (&words)[4]) {
+  expect_aligned(row, 16);
+  const void* const* rows = tell_warp(row);
+  const size_t lane = block.current % 32;
+  for (size_t i = 0; i < 4; ++i) std::memcpy(&words[i], static_cast<const char*>(rows[i * 8 + lane / 4]) + lane % 4 * 4, 4);
+}
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+// mma.m16n8k32 of s8: element (i, k) of A is byte k % 4 of register (i / 8) + 2 (k / 16) of lane 4 (i % 8) + k % 16 / 4; element
+// (k, j) of B byte k % 4 of register k / 16 of lane 4 j + k % 16 / 4; (i, j) of C register j % 2 + 2 (i / 8) of lane 4 (i % 8) + j
+// / 2.
+inline void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const Fragments* of = tell_warp(mine);
+  const int lane = static_cast<int>(block.current % 32);
+  const auto byte = [](uint32_t word, int i) { return static_cast<int32_t>(static_cast<int8_t>(word >> (8 * i))); };
+  for (int r = 0; r < 4; ++r) {
+    const int i = lane / 4 + r / 2 * 8, j = lane % 4 * 2 + r % 2;
+    for (int k = 0; k < 32; ++k)
+      c[r] += byte(of[i % 8 * 4 + k % 16 / 4].a[i / 8 + k / 16 * 2], k % 4) * byte(of[j * 4 + k % 16 / 4].b[k / 16], k % 4);
   }
 }
 
 }  // namespace quant_ops::emulation
 
-inline void __syncthreads() { quant_ops::emulation::pass_on(); }
+inline void __syncthreads() {
+  quant_ops::emulation::wait_at(&quant_ops::emulation::block.barrier, quant_ops::emulation::block.alive);
+}
+inline void __syncwarp(unsigned = 0xffffffffu) { quant_ops::emulation::tell_warp(char{}); }
 
 // Lanes outside the block do not exist: blocks are whole warps.
 template <class T>
 T emulated_exchange(T value, size_t source) {
-  auto& block = quant_ops::emulation::block;
-  block.exchange[block.current] = static_cast<double>(value);
-  quant_ops::emulation::pass_on();
-  const T result = static_cast<T>(block.exchange[source]);
-  quant_ops::emulation::pass_on();
-  return result;
+  return quant_ops::emulation::tell_warp(value)[source % 32];
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -110,5 +241,5 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return emulated_exchange(value, quant_ops::emulation::block.current / 32 * 32 + static_cast<size_t>(lane));
+  return emulated_exchange(value, static_cast<size_t>(lane));
 }

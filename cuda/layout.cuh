@@ -133,4 +133,81 @@ inline int64_t blocks_for(int64_t work, int64_t per_block, int64_t limit) {
 
 constexpr int64_t kMaxGrid = 0x7fffffff;  // gridDim.x
 
+// ---- tiles of codes in shared memory and in registers ---------------------------------------------------------------
+
+constexpr int kChunk = 16;  // bytes: of an asynchronous copy, and of a row of an ldmatrix matrix
+
+// Where chunk `chunk` of row `row` is in a tile of rows of kRowBytes. Exclusive or with the row spreads the eight rows that
+// ldmatrix reads at once, and the eight lanes that write at once, over all banks.
+template <int kRowBytes>
+QO_HD_MEMBER int tile_offset(int row, int chunk) {
+  static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 bytes: two rows share the 32 banks");
+  const int spread = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
+  return row * kRowBytes + (chunk ^ spread) * kChunk;
+}
+
+// mma.m16n8k32 takes a 16 x 32 from four 8 x 16 matrices, ordered along rows first; b, whose rows are columns of the product, from
+// two along k. For both, an ldmatrix.x4 whose lane l names this row and chunk (of 16 bytes) of a 16 x 32 block:
+QO_HD_MEMBER int a_row(int lane) { return lane & 15; }
+QO_HD_MEMBER int a_chunk(int lane) { return lane >> 4; }
+QO_HD_MEMBER int b_row(int lane) { return (lane & 7) + (lane >> 4) * 8; }  // words 0, 1: columns 0 .. 7; 2, 3: columns 8 .. 15
+QO_HD_MEMBER int b_chunk(int lane) { return (lane >> 3) & 1; }
+
+// Registers 0, 1 and 2, 3 of an accumulator: two neighbouring columns of rows c_row and c_row + 8.
+QO_HD_MEMBER int c_row(int lane) { return lane >> 2; }
+QO_HD_MEMBER int c_column(int lane) { return (lane & 3) * 2; }
+
+// ---- convolution ----------------------------------------------------------------------------------------------------
+
+// The pixels of a convolution as rows of a product: row m is output pixel m, element k of a row is channel k % tap of the input
+// pixel under kernel position k / tap. Codes are NHWC; strides are in bytes.
+struct Gather {
+  const int8_t* codes = nullptr;
+  const int8_t* padding = nullptr;  // [samples][16]: the zero point's code; null: 0
+  int64_t sample = 0, row = 0, pixel = 0;
+  int64_t group = 0;  // channels of a group
+  int32_t height = 0, width = 0;
+  int32_t stride[2] = {}, pad[2] = {}, dilation[2] = {};
+  FastDiv pixels, columns;  // of the output: OH * OW, OW
+  FastDiv tap, kernel_columns;
+};
+
+// Where the kernel of an output pixel starts.
+struct GatherRow {
+  const int8_t* at;  // of row h, column w; outside of the image where these are
+  int32_t h, w, sample;
+};
+
+QO_HD_MEMBER GatherRow gather_row(const Gather& g, int64_t m, int64_t group) {
+  const int64_t sample = g.pixels.quotient(m), pixel = m - sample * g.pixels.divisor;
+  const int64_t oh = g.columns.quotient(pixel), ow = pixel - oh * g.columns.divisor;
+  GatherRow r;
+  r.h = static_cast<int32_t>(oh) * g.stride[0] - g.pad[0];
+  r.w = static_cast<int32_t>(ow) * g.stride[1] - g.pad[1];
+  r.at = g.codes + sample * g.sample + r.h * g.row + r.w * g.pixel + group * g.group;
+  r.sample = static_cast<int32_t>(sample);
+  return r;
+}
+
+// Element k of every row.
+struct GatherTap {
+  int32_t h, w;    // from the row's own
+  int64_t offset;  // bytes from its `at`
+};
+
+QO_HD_MEMBER GatherTap gather_tap(const Gather& g, int64_t k) {
+  const int64_t tap = g.tap.quotient(k), channel = k - tap * g.tap.divisor;
+  const int64_t r = g.kernel_columns.quotient(tap), s = tap - r * g.kernel_columns.divisor;
+  GatherTap t;
+  t.h = static_cast<int32_t>(r) * g.dilation[0];
+  t.w = static_cast<int32_t>(s) * g.dilation[1];
+  t.offset = t.h * g.row + t.w * g.pixel + channel;
+  return t;
+}
+
+QO_HD_MEMBER bool inside(const Gather& g, const GatherRow& r, const GatherTap& t) {
+  return static_cast<uint32_t>(r.h + t.h) < static_cast<uint32_t>(g.height) &&
+         static_cast<uint32_t>(r.w + t.w) < static_cast<uint32_t>(g.width);
+}
+
 }  // namespace quant_ops

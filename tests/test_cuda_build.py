@@ -24,8 +24,17 @@ from quant_ops import _library
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 BUILT = BUILD / "libquant_ops_cuda.so"
-OPERATORS = ["quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows"]
-QUANTIZE_FAMILY = ("quantize.cu", "quantize_backward.cu", "qparams.cu", "rowquant.cu")
+OPERATORS = [
+    "quant_tensor_forward",
+    "quant_tensor_backward",
+    "dequant_tensor",
+    "choose_qparams",
+    "quantize_rows",
+    "int8_gemm",
+    "int8_linear",
+    "int8_conv2d",
+    "pack_weight",
+]
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -50,19 +59,11 @@ def compile_cpp(sources, output: Path, *flags: str) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    sources = [ROOT / "cuda" / name for name in (*QUANTIZE_FAMILY, "bindings_cuda.cpp")]
-    library = tmp_path_factory.mktemp("emulation") / "libquant_ops_emulated.so"
-    torch.ops.load_library(compile_cpp(sources, library, "-shared", "-fPIC", "-fvisibility=hidden", "-DQUANT_OPS_EMULATION"))
-    return Subject(torch.ops.quant_ops_emulated, "cpu")
-
-
 @needs_compiler
 class TestEmulated(KernelCases):
     @pytest.fixture
     def subject(self, emulated):
-        return emulated
+        return Subject(emulated, "cpu")
 
 
 ARITHMETIC = r"""

@@ -21,6 +21,7 @@ _CUDA_LIBRARY = "libquant_ops_cuda.so"
 _BUILD = "pip install --no-build-isolation ."
 
 _c: ctypes.CDLL | None = None
+_c_cuda: ctypes.CDLL | None = None
 cpu_library: Path | None = None
 cuda_library: Path | None = None
 cuda_reason = ""  # why the CUDA operators are not loaded; empty when they are
@@ -39,7 +40,7 @@ def _find(name: str) -> Path | None:
 
 def load() -> None:
     """Registers the operators: the CPU library always, the CUDA library where torch itself has CUDA."""
-    global _c, cpu_library, cuda_library, cuda_reason  # noqa: PLW0603  one state per process, as the operators are
+    global _c, _c_cuda, cpu_library, cuda_library, cuda_reason  # noqa: PLW0603  one state per process, as the operators are
     if _c is not None:
         return
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -61,8 +62,9 @@ def load() -> None:
     for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_gemm_kernel):
         function.restype = ctypes.c_char_p
     _c.quant_ops_set_isa.argtypes = [ctypes.c_char_p]
-    _c.quant_ops_packed_bytes.argtypes = [ctypes.c_int64] * 5
-    _c.quant_ops_packed_bytes.restype = ctypes.c_int64
+    for function in (_c.quant_ops_packed_bytes, _c.quant_ops_cuda_packed_bytes):
+        function.argtypes = [ctypes.c_int64] * 5
+        function.restype = ctypes.c_int64
     cpu_library = path
 
     cuda_path = _find(_CUDA_LIBRARY)
@@ -73,6 +75,9 @@ def load() -> None:
     else:
         try:
             torch.ops.load_library(cuda_path)
+            _c_cuda = ctypes.CDLL(str(cuda_path))
+            _c_cuda.quant_ops_cuda_gemm_kernel.argtypes = [ctypes.c_int64] * 3
+            _c_cuda.quant_ops_cuda_gemm_kernel.restype = ctypes.c_char_p
             cuda_library = cuda_path
         except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
             cuda_reason = f"{_CUDA_LIBRARY} does not load: {error}. Rebuild it with: {_BUILD}"
@@ -113,6 +118,17 @@ def gemm_kernel() -> str:
     return _text(_library().quant_ops_gemm_kernel())
 
 
-def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: int) -> int:
-    """The length of what ``pack_weight`` gives for a weight ``(out_channels, in_channels, r, s)``."""
-    return int(_library().quant_ops_packed_bytes(out_channels, in_channels, r, s, groups))
+def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
+    """The kernel that multiplies ``(m, k)`` codes by an ``(n, k)`` weight on the current CUDA device; ``:4`` = K in four parts.
+
+    QUANT_OPS_CUDA_KERNEL names another one to use. Raises RuntimeError if it names none that takes these shapes.
+    """
+    if _c_cuda is None:
+        raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
+    return _text(_c_cuda.quant_ops_cuda_gemm_kernel(m, n, k))
+
+
+def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: int, device: str = "cpu") -> int:
+    """The length of what ``pack_weight`` gives for a weight ``(out_channels, in_channels, r, s)`` on a device."""
+    function = _library().quant_ops_cuda_packed_bytes if device == "cuda" else _library().quant_ops_packed_bytes
+    return int(function(out_channels, in_channels, r, s, groups))

@@ -60,6 +60,10 @@ def collect() -> dict[str, Any]:
             "choose_qparams": f"range_run_{report['isa']}",
             "quantize_rows": f"range_run_{report['isa']}, quantize_run_{report['isa']}",
         }
+        if _library.cuda_library and torch.cuda.is_available():
+            report["cuda_kernels"] = {
+                f"linear {m}x4096x4096": _library.cuda_gemm_kernel(m, 4096, 4096) for m in (1, 16, 64, 256, 4096)
+            }
         report["status"] = _self_check() or "OK"
     except RuntimeError as error:
         report["status"] = str(error)

@@ -94,8 +94,10 @@ class _QuantModule(nn.Module):
         return 1
 
     def _pack(self) -> None:
-        """Derives the packed copy; only the CPU kernels want one."""
-        self.packed_weight = pack_weight(self.weight, self._groups) if self.weight.device.type == "cpu" else None
+        """Derives the packed copy where there are kernels that read it."""
+        device = self.weight.device.type
+        packs = device == "cpu" or (device == "cuda" and _library.cuda_library is not None)
+        self.packed_weight = pack_weight(self.weight, self._groups) if packs else None
 
     def keep_packed_only(self) -> "_QuantModule":
         """Frees the plain weight and keeps the packed copy: half the memory of a layer on the CPU.
@@ -103,12 +105,12 @@ class _QuantModule(nn.Module):
         ``weight`` becomes a placeholder of the same shape; ``state_dict`` and ``plain_weight`` unpack. Returns the layer.
 
         Raises:
-            RuntimeError: the layer has no packed copy, because it is not on the CPU.
+            RuntimeError: the layer is not on the CPU, where alone the packed copy is all that the kernels read.
         """
-        if self.packed_weight is None:
+        if self.weight.device.type != "cpu":
             raise RuntimeError(
-                f"quant_ops.{type(self).__name__}: expected a layer on the CPU, got one on {self.weight.device}, which has no "
-                "packed copy of its weight. Move it with .to('cpu') first."
+                f"quant_ops.{type(self).__name__}: expected a layer on the CPU, got one on {self.weight.device}, whose kernels "
+                "read the weight itself. Move it with .to('cpu') first."
             )
         self.weight = torch.zeros((), dtype=torch.int8).expand(self.weight.shape)
         return self
@@ -116,7 +118,8 @@ class _QuantModule(nn.Module):
     @property
     def is_packed_only(self) -> bool:
         """Whether :meth:`keep_packed_only` has freed the plain weight."""
-        return self.packed_weight is not None and self.weight.numel() > 1 and not any(self.weight.stride())
+        packed = self.packed_weight is not None and self.weight.device.type == "cpu"
+        return packed and self.weight.numel() > 1 and not any(self.weight.stride())
 
     def plain_weight(self) -> Tensor:
         """The int8 weight, unpacked if only the packed copy is kept."""
@@ -211,7 +214,7 @@ class _QuantModule(nn.Module):
                 self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
         if before["weight"] is not self.weight and before["weight"].device != self.weight.device:  # type: ignore[union-attr]
             self._pack()
-        if packed_only and self.packed_weight is not None:
+        if packed_only and self.weight.device.type == "cpu":
             self.keep_packed_only()
         return self
 
@@ -230,7 +233,7 @@ class _QuantModule(nn.Module):
         self._check_scales()
         self._count_steps()
         self._pack()
-        if packed_only and self.packed_weight is not None:
+        if packed_only and self.weight.device.type == "cpu":
             self.keep_packed_only()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,7 +246,7 @@ class _QuantModule(nn.Module):
         packed_only = state.pop("_was_packed_only", False)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack()
-        if packed_only and self.packed_weight is not None:
+        if packed_only and self.weight.device.type == "cpu":
             self.keep_packed_only()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -521,7 +521,8 @@ def int8_linear(
         bias: floating ``(N,)``.
         x_scale: one element, or one per row, shape ``(..., 1)``.
         x_zero_point: like ``x_scale``; integer, or floating (rounded).
-        packed_weight: ``pack_weight(weight)``, for speed; without it the weight is packed in every call.
+        packed_weight: ``pack_weight(weight)``, for speed; without it the weight is packed in every call (on CUDA only where it
+            has to be).
         asymmetric: dynamic quantization with a zero point.
         out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``) for the next layer.
         out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x).
@@ -534,6 +535,8 @@ def int8_linear(
         TypeError: a dtype is not one of those above.
         ValueError: shapes do not fit; K > 131071 (65793 for uint8 or with a zero point); a zero point outside its range.
         RuntimeError: a gradient is asked for.
+
+    On CUDA values are not looked at, which would stop the stream: an integer zero point outside its range is used as it is.
     """
     return _call(
         _ops.int8_linear.default,
@@ -726,9 +729,10 @@ def _(
 
 
 def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
-    """An int8 weight, ``(N, K)`` or ``(O, C / groups, R, S)``, in the layout that the CPU kernels read (``cpp/pack.h``).
+    """An int8 weight, ``(N, K)`` or ``(O, C / groups, R, S)``, in the layout that its device's kernels read.
 
-    The same for every instruction set, derived from the weight, never to be saved.
+    On the CPU the same for every instruction set (``cpp/pack.h``), on CUDA for every GPU (``cuda/weights.h``: the sums of its
+    columns, and its rows where the weight itself will not do). Derived from the weight, never to be saved.
 
     Returns:
         int8, one dimension.
@@ -751,7 +755,8 @@ def _(weight: Tensor, groups: int = 1) -> Tensor:
         f"groups to divide the output channels of a convolution, got groups {groups} and weight.shape {_shape(weight.shape)}",
     )
     r, s = weight.shape[2:] if weight.dim() == 4 else (1, 1)
-    return weight.new_empty((_library.packed_bytes(weight.shape[0], weight.shape[1], r, s, groups),))
+    device = "cuda" if weight.device.type == "cuda" else "cpu"
+    return weight.new_empty((_library.packed_bytes(weight.shape[0], weight.shape[1], r, s, groups, device),))
 
 
 # ---- unpack_weight -----------------------------------------------------------------------------------------------
