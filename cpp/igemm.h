@@ -57,7 +57,7 @@ class Columns {
   void fill(const OutputParams& out, const PackedLayout& layout, const Scratch& scratch);
   TileOutput output(const OutputParams& out, const int32_t* column_sum, int64_t column) const;
   bool bounded(const OutputParams& out, const float* row_scale, int64_t rows) const {
-    return dtype_bytes(out.dtype) == 1 && is_bounded(out.out_scale, row_scale, rows, scale_, bias_, count_);
+    return dtype_bytes(out.dtype) == 1 && is_bounded(*out.out_scale, row_scale, rows, scale_, bias_, count_);
   }
 
  private:
