@@ -41,7 +41,7 @@ format: $(VENV)/built
 
 # The compiler is looked for when this runs; without one cmake says what is missing.
 cuda-build: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)" || echo "no $(CUTLASS): the Hopper engine is left out"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda
 

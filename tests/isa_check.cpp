@@ -243,8 +243,14 @@ struct Output {
         bias_(columns, [&](int64_t) { return random->real(4, 30); }),
         y_(elements * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; }),
         tile_(tile_output(dtype, random)) {
-    params = {y_.data(),         dtype,            scale_.data(),         1, random->one_in(3) ? nullptr : bias_.data(),
-              random->one_in(2), &tile_.out_scale, &tile_.out_zero_point};
+    params = {y_.data(),
+              dtype,
+              scale_.data(),
+              1,
+              random->one_in(3) ? nullptr : bias_.data(),
+              random->one_in(2),
+              &tile_.out_scale,
+              &tile_.out_zero_point};
   }
   Output(const Output&) = delete;
   void log(const std::string& name, Log* log) const { log->add(name, y_.data(), y_.bytes(), params.dtype); }

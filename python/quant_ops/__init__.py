@@ -11,6 +11,7 @@ _library.load()
 from .calibration import calibrate, synchronize_  # noqa: E402
 from .config import Int8Dynamic, Int8Static  # noqa: E402
 from .config import from_json as config_from_json  # noqa: E402
+from .conv1d import QuantConv1d  # noqa: E402
 from .fallback import FallbackResult, fallback_  # noqa: E402
 from .fold import FoldResult, fold_batchnorm_  # noqa: E402
 from .io import load_, save  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "Int8Dynamic",
     "Int8Static",
     "LayerReport",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
     "Report",
