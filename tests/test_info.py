@@ -199,3 +199,13 @@ def test_set_isa_none_goes_back_to_the_environment():
 def test_isas_begin_with_scalar():
     assert ISAS[0] == "scalar"
     assert len(set(ISAS)) == len(ISAS)
+
+
+def test_kernel_for_names_the_kernel():
+    assert qo.kernel_for(1, 64, 64) == _library.gemm_kernel()
+    for arguments in ((0, 1, 1, "cpu"), (1, 1, 1, "meta")):
+        with pytest.raises(ValueError, match=r"quant_ops\.kernel_for: expected sizes of at least 1 and device cpu or cuda"):
+            qo.kernel_for(*arguments)
+    if _library.cuda_library is None:
+        with pytest.raises(RuntimeError, match="CUDA"):
+            qo.kernel_for(1, 64, 64, "cuda")

@@ -14,6 +14,7 @@ from .config import from_json as config_from_json  # noqa: E402
 from .conv1d import QuantConv1d  # noqa: E402
 from .fallback import FallbackResult, fallback_  # noqa: E402
 from .fold import FoldResult, fold_batchnorm_  # noqa: E402
+from .info import kernel_for  # noqa: E402
 from .io import load_, save  # noqa: E402
 from .nn import QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
+    "kernel_for",
     "load_",
     "pack_weight",
     "prepare_",

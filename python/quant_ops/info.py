@@ -34,6 +34,24 @@ def _self_check() -> str:
     return ""
 
 
+def kernel_for(m: int, n: int, k: int, device: str | torch.device = "cpu") -> str:
+    """Name of the kernel that ``int8_gemm`` and a static ``int8_linear`` of (m, k) by (n, k) take on a device.
+
+    On CUDA it depends on the shape, on the current GPU and on ``QUANT_OPS_CUDA_KERNEL``; ":4" after it says that K is cut into four
+    parts. On the CPU it is the instruction set's.
+
+    Raises:
+        ValueError: a size below 1, or another kind of device.
+        RuntimeError: CUDA's operators are not there.
+    """
+    kind = torch.device(device).type
+    if min(m, n, k) < 1 or kind not in ("cpu", "cuda"):
+        raise ValueError(
+            f"quant_ops.kernel_for: expected sizes of at least 1 and device cpu or cuda, got {m}, {n}, {k} and {device}"
+        )
+    return _library.cuda_gemm_kernel(m, n, k) if kind == "cuda" else _library.gemm_kernel()
+
+
 def collect() -> dict[str, Any]:
     """Version, libraries, instruction set, kernel per operator, and a self-check; ``"status"`` is ``"OK"`` or one reason."""
     report: dict[str, Any] = {
