@@ -53,14 +53,21 @@ def _progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
     return tqdm(data, desc="calibrate", total=total, disable=None, leave=False)
 
 
-def _call(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
-    """Calls the model as :func:`calibrate` says; with the batch's tensors on the device, if there is one for all."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # whatever kind of mapping a tokenizer returns
-    if device is not None:
-        batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-    if isinstance(batch, dict):
+def run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+    """Calls a model with a batch as a data set gives it, or by ``forward``."""
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):  # whatever kind of mapping a tokenizer returns
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _on(device: torch.device | None, batch: Any) -> Any:
+    """The batch with its tensors on the device, if there is one for all."""
+    if device is None:
+        return batch
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def calibrate(
@@ -101,10 +108,7 @@ def calibrate(
     with _calibrating(model, layers.values()):
         try:
             for batch in _progress(data, total):
-                if forward is not None:
-                    forward(model, batch)
-                else:
-                    _call(model, batch, device)
+                run(model, batch if forward is not None else _on(device, batch), forward)
                 batches += 1
                 if batches == steps:
                     break

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .probe import Int8Layer, difference, outputs, pairs, quiet
+from .nn import Int8Layer
+from .probe import difference, outputs, pairs, quiet
 from .report import Report, decibel
 
 

@@ -24,15 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import _library, config
-from .nn import QuantConv2d, QuantLinear
+from .nn import Int8Layer, QuantConv2d, QuantLinear
 from .prepared import Prepared
-from .select import ConversionResult
+from .select import ConversionResult, leave_fused_paths
 
 FORMAT_VERSION = 1
 
 _KEY = "quant_ops"
-_Layer = QuantLinear | QuantConv2d
-_GEOMETRY: dict[type[_Layer], tuple[str, ...]] = {
+_GEOMETRY: dict[type[Int8Layer], tuple[str, ...]] = {
     QuantLinear: ("in_features", "out_features"),
     QuantConv2d: (
         "in_channels",
@@ -78,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     model = _without_compile(model)
-    if isinstance(model, _Layer):
+    if isinstance(model, Int8Layer):
         raise ValueError(
             f"quant_ops.save: expected a model that contains layers, got a bare {type(model).__name__}, which load_ could not "
             "replace in place. Wrap it in an nn.Sequential."
@@ -90,7 +89,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 "Call convert_ first, or keep the state_dict."
             )
     tensors, shared = _distinct(model.state_dict())
-    layers = {name: _describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _Layer)}
+    layers = {
+        name: _describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Int8Layer)
+    }
     header = {"format_version": FORMAT_VERSION, "quant_ops": _library.VERSION, "layers": layers, "shared": shared}
     with _replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
@@ -101,7 +102,7 @@ def _without_compile(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _describe(layer: _Layer) -> dict[str, Any]:
+def _describe(layer: Int8Layer) -> dict[str, Any]:
     """What it takes to build the layer again, its tensors apart."""
     settings = layer.config
     return {
@@ -199,7 +200,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     model.load_state_dict(_float_state(model, file, place), strict=False, assign=True)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    _leave_fused_paths(model)
+    leave_fused_paths(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear | nn.Conv2d)]
     return ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
 
@@ -320,10 +321,10 @@ def _from_json(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, _Layer]:
+def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Int8Layer]:
     """The int8 layers under their names; those whose tensors are all the same are one module."""
-    layers: dict[str, _Layer] = {}
-    made: dict[tuple[Any, ...], _Layer] = {}
+    layers: dict[str, Int8Layer] = {}
+    made: dict[tuple[Any, ...], Int8Layer] = {}
     for name, entry in file.layers.items():
         old: Any = model.get_submodule(name)
         sources = {key: file.sources[f"{name}.{key}"] for key in _DTYPES if f"{name}.{key}" in file.sources}
@@ -337,7 +338,7 @@ def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.devic
                     )
             kind: Any = _CLASSES[entry["class"]]
             arguments = {key: _from_json(value) for key, value in entry["arguments"].items()}
-            layer: _Layer = kind(**arguments, bias="bias" in state, device="meta")
+            layer: Int8Layer = kind(**arguments, bias="bias" in state, device="meta")
             layer.weight_bits = entry["weight_bits"]
             layer.config = entry["config"] and config.from_json(json.dumps(entry["config"]))
             try:
@@ -366,15 +367,3 @@ def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.
             made[source] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         state[name] = made[source]
     return state
-
-
-def _leave_fused_paths(model: nn.Module) -> None:
-    """The encoders of torch have fused inference paths, which would read float weights."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, _Layer) for part in module.modules()
-        ):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            else:
-                module.activation_relu_or_gelu = 0

@@ -505,3 +505,6 @@ class QuantConv2d(_QuantModule):
         if self.padding_mode != "zeros":
             parts.append(f"padding_mode={self.padding_mode!r}")
         return ", ".join([*parts, f"bias={self.bias is not None}", self._describe()])
+
+
+Int8Layer = QuantLinear | QuantConv2d

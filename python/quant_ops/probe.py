@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .nn import QuantConv2d, QuantLinear
+from .calibration import run
+from .nn import Int8Layer
 from .report import Forward, LayerReport, Report
-
-Int8Layer = QuantLinear | QuantConv2d
 
 
 def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Forward | None = None, repeats: int = 3) -> Report:
@@ -50,15 +49,6 @@ def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Fo
             error, cosine = difference(expected, outputs(model, batch, forward))
     layers, unreached = probes.results(inputs)
     return Report(layers, unreached, error, cosine, _source=(float_model, batch, forward))
-
-
-def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Calls a model with a batch as a data set gives it."""
-    if forward is not None:
-        return forward(model, batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def outputs(model: nn.Module, batch: Any, forward: Forward | None) -> list[Tensor]:

@@ -186,9 +186,17 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
         layer = make(module, places[module])
         for parent, attribute in places.pop(module).parents:
             setattr(parent, attribute, layer)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                parent.activation_relu_or_gelu = 0  # its fused inference path would read float weights and call no layer
         del module  # the last reference: the float weight is freed here
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, (*INT8, Prepared)) for m in encoder.modules()):
-            encoder.use_nested_tensor = False  # nested tensors are for the fused path
+    leave_fused_paths(model)
+
+
+def leave_fused_paths(model: nn.Module) -> None:
+    """torch's encoders have fused inference paths, which would read float weights and call no layer."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            isinstance(part, (*INT8, Prepared)) for part in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # nested tensors are for the fused path
+            else:
+                module.activation_relu_or_gelu = 0
