@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../cuda/weights.h"
-#include "bindings_int8.h"
+#include "operators.h"
 #include "parallel.h"
 
 namespace quant_ops {
@@ -93,44 +93,11 @@ struct Cpu {
 }  // namespace
 }  // namespace quant_ops
 
-STABLE_TORCH_LIBRARY(quant_ops, m) {
-  m.def(
-      "quant_tensor_forward(Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, bool asymmetric=False, "
-      "bool simulate=True, *, int[]? block_size=None) -> Tensor");
-  m.def(
-      "quant_tensor_backward(Tensor grad, Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
-      "bool asymmetric=False, *, int[]? block_size=None) -> (Tensor grad_tensor, Tensor grad_scale, Tensor grad_zero_point)");
-  m.def(
-      "dequant_tensor(Tensor tensor, Tensor scale, Tensor? zero_point=None, ScalarType dtype=float32, *, "
-      "int[]? block_size=None) -> Tensor");
-  m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor scale, Tensor zero_point)");
-  m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
-  m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
-  m.def(
-      "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
-      "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
-      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False) -> Tensor");
-  m.def(
-      "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
-      "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
-      "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
-      "bool relu=False) -> Tensor");
-  m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
-  m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
-  using namespace quant_ops;
-  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Cpu>));
-  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Cpu>));
-  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cpu>));
-  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cpu>));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cpu>));
-  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Cpu>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear<Cpu>));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Cpu>));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight<Cpu>));
-  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  quant_ops::implement_operators<quant_ops::Cpu>(m);
+  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight));
 }
 
 // ---- plain C, called through ctypes ---------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 // another name for CPU tensors, with the kernels emulated (host_emulation.h): a test build. Read next: launch.h.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings_int8.h"
 #include "launch.h"
+#include "operators.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
@@ -144,42 +144,8 @@ extern "C" __attribute__((visibility("default"))) const char* quant_ops_cuda_gem
 }
 
 #if defined(QUANT_OPS_EMULATION)
-STABLE_TORCH_LIBRARY(quant_ops_emulated, m) {
-  m.def(
-      "quant_tensor_forward(Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, bool asymmetric=False, "
-      "bool simulate=True, *, int[]? block_size=None) -> Tensor");
-  m.def(
-      "quant_tensor_backward(Tensor grad, Tensor tensor, Tensor scale, Tensor? zero_point, int qmin, int qmax, "
-      "bool asymmetric=False, *, int[]? block_size=None) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "dequant_tensor(Tensor tensor, Tensor scale, Tensor? zero_point=None, ScalarType dtype=float32, *, "
-      "int[]? block_size=None) -> Tensor");
-  m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor, Tensor)");
-  m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor, Tensor, Tensor)");
-  m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
-  m.def(
-      "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
-      "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
-      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False) -> Tensor");
-  m.def(
-      "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
-      "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
-      "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
-      "bool relu=False) -> Tensor");
-  m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
-}
-STABLE_TORCH_LIBRARY_IMPL(quant_ops_emulated, CPU, m) {
+STABLE_TORCH_LIBRARY(quant_ops_emulated, m) { quant_ops::define_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(quant_ops_emulated, CPU, m) { quant_ops::implement_operators<quant_ops::Cuda>(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(quant_ops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(quant_ops, CUDA, m) { quant_ops::implement_operators<quant_ops::Cuda>(m); }
 #endif
-  using namespace quant_ops;
-  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Cuda>));
-  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Cuda>));
-  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Cuda>));
-  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Cuda>));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Cuda>));
-  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Cuda>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear<Cuda>));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Cuda>));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight<Cuda>));
-}

@@ -1,6 +1,6 @@
 """The operators, one section each: typed wrapper with the documentation, fake kernel, autograd formula.
 
-Schemas and CPU kernels are registered by ``libquant_ops`` (``cpp/bindings.cpp``). The wrappers raise TypeError or ValueError where
+Schemas and CPU kernels are registered by ``libquant_ops`` (``cpp/operators.h``). The wrappers raise TypeError or ValueError where
 ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words. Formulas and rounding are those of ``cpp/quant_math.h``.
 """
 
