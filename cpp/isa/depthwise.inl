@@ -1,9 +1,10 @@
 // Depthwise convolution, written once: a run of output pixels of one row. Included after elementwise.inl; each file supplies
-//   Interleave::kBlocks  blocks of sixteen channels that are interleaved at once
-//   Interleave::run<kBlocks>(row, flip, to, block_stride)   block i of four rows: to[i * block_stride + 4 c + r] = row[r][16 i + c]
-//   ^ flip FourTaps::weights(const int8_t*)      N channels of four weights, as the next wants them FourTaps::start(const int32_t*
-//   sum)   what the sums of N channels start from, given the sums of their weights FourTaps::dot(I acc, const uint8_t* codes, W
-//   weights)
+// * Interleave::kBlocks: blocks of sixteen channels that are interleaved at once
+// * Interleave::run<kBlocks>(row, flip, to, block_stride): of four rows, block i goes to to[i * block_stride + 4 c + r] =
+//   row[r][16 i + c] ^ flip
+// * FourTaps::weights(const int8_t*): N channels of four weights, as dot wants them
+// * FourTaps::start(const int32_t* sum): what the sums of N channels start from, given the sums of their weights
+// * FourTaps::dot(I acc, const uint8_t* codes, W weights)
 //
 // Channels are lanes, and the four bytes of a lane are four rows of the kernel in one column of it. A column is interleaved once,
 // into a line that stays in the L1 cache, and read by every output pixel that it belongs to, whatever stride and dilation are.

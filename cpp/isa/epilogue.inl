@@ -203,5 +203,7 @@ QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
   unroll<kRows>([&](auto r) QO_LAMBDA {
     unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(sums + (r.value * kVectors + v.value) * N, sum(r, v)); });
   });
-  finish_sums(o, sums, kRows, kVectors * N);
+  TileOutput mine = o;  // a sweep over a panel leaves the columns behind its own to the next one
+  mine.columns = o.columns < kVectors * N ? o.columns : kVectors * N;
+  finish_sums(mine, sums, kRows, kVectors * N);
 }
