@@ -11,8 +11,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # headers of the Hopper engine; the Python packages that it would bring are not needed
 CUTLASS ?= nvidia-cutlass==4.2.0.0
-SOURCES := CMakeLists.txt pyproject.toml $(wildcard cpp/* cpp/isa/* cuda/* cuda/sm90/*)
-FORMATTED := $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda -type f)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
 .PHONY: demo test bench lint format cuda-build gpu-check clean
 

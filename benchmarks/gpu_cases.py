@@ -147,7 +147,7 @@ def linear_cases(device: str, small: bool):
 
 # ---- every kernel of int8_linear, forced -------------------------------------------------------------------------------
 
-# As cuda/dispatch.h and cuda/sm90/sm90.h name them; one that a machine or a shape does not allow is reported as not timed.
+# As choose.h and sm90.h in cuda/engine name them; one that a machine or a shape does not allow is reported as not timed.
 PORTABLE = ("16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x256x64")
 HOPPER = ("64x16x256_swapped", "64x32x256_swapped", "64x64x256_swapped", "64x128x128", "128x128x128", "128x256x128")
 KERNELS = ("gemv_s8s8_16x8_mma", *(f"igemm_s8s8_{t}_mma" for t in PORTABLE), *(f"gemm_s8s8_{t}_sm90a" for t in HOPPER))

@@ -2,14 +2,14 @@
 //
 //   y[n,o,oh,ow] = epilogue(sum_{c,r,s} a[n, c, oh*stride - pad + r*dilation, ...] b[o,c,r,s])
 //
-// The image becomes NHWC codes in a workspace (codes.cu), unless it is that already. Row m of the product is an output pixel, k
-// runs over kernel positions and channels (Gather in layout.cuh); a position beside the image reads the zero point's code, so that
-// the plain column-sum correction is right everywhere. Dynamic scales are per sample (qparams.cu). Pointwise convolutions over
+// The image becomes NHWC codes in a workspace (activations.cu), unless it is that already. Row m of the product is an output pixel,
+// k runs over kernel positions and channels (Gather in layout.cuh); a position beside the image reads the zero point's code, so
+// that the plain column-sum correction is right everywhere. Dynamic scales are per sample (qparams.cu). Pointwise convolutions over
 // dense codes are plain products. Depthwise convolutions multiply element by element. Bits are those of cpp/conv2d.cpp. Read next:
-// igemm.cuh.
+// portable.cuh.
 #include <cmath>
 
-#include "igemm.cuh"
+#include "engine/portable.cuh"
 #include "launch.h"
 
 namespace quant_ops {

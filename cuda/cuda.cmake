@@ -86,13 +86,13 @@ endif()
 
 # IEEE arithmetic as written, as on the CPU. ptxas reports registers and spills; the launcher keeps them in ptxas-*.log.
 function(quant_ops_cuda_target target)
-  target_include_directories(${target} PRIVATE cpp)
+  target_include_directories(${target} PRIVATE cpp cuda)
   target_compile_options(
     ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${QUANT_OPS_FLAGS}>
                       "$<$<COMPILE_LANGUAGE:CUDA>:${ARGN};-fmad=false;SHELL:-Xptxas -v;SHELL:-Xcompiler -Wall,-Wextra>")
   set_target_properties(
     ${target}
-    PROPERTIES CUDA_STANDARD 17
+    PROPERTIES CUDA_STANDARD 20
                CUDA_STANDARD_REQUIRED ON
                CUDA_EXTENSIONS OFF
                CUDA_ARCHITECTURES OFF
@@ -101,11 +101,12 @@ function(quant_ops_cuda_target target)
                CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_SOURCE_DIR}/cuda/ptxas_log.sh;${CMAKE_CURRENT_BINARY_DIR}")
 endfunction()
 
-add_library(quant_ops_cuda SHARED cuda/bindings_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu cuda/rowquant.cu
-                                  cuda/linear.cpp cuda/igemm.cu cuda/gemv.cu cuda/conv2d.cu cuda/codes.cu cuda/pack.cu)
+add_library(quant_ops_cuda SHARED cpp/torch/library_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu
+                                  cuda/quantize_rows.cu cuda/linear.cpp cuda/conv2d.cu cuda/activations.cu cuda/pack.cu
+                                  cuda/engine/portable.cu cuda/engine/gemv.cu)
 quant_ops_cuda_target(quant_ops_cuda ${QUANT_OPS_GENCODE})
 target_compile_definitions(quant_ops_cuda PRIVATE USE_CUDA)
 target_link_libraries(quant_ops_cuda PRIVATE torch_stable)
 set_target_properties(quant_ops_cuda PROPERTIES SKIP_BUILD_RPATH ON)
-include(cuda/sm90/sm90.cmake)
+include(cuda/engine/sm90/sm90.cmake)
 install(TARGETS quant_ops_cuda LIBRARY DESTINATION quant_ops)

@@ -2,9 +2,9 @@
 // current device, nothing waits for it. Errors of a launch are thrown as std::runtime_error. Read next: quantize.cu.
 #pragma once
 
-#include "igemm.h"
-#include "ops.h"
-#include "weights.h"
+#include "contract/cuda_weights.h"
+#include "contract/ops.h"
+#include "engine/problem.h"
 
 namespace quant_ops {
 
@@ -48,7 +48,7 @@ void quantize_rows_cuda(const QuantizeRowsParams& p, void* stream);
 int64_t int8_linear_cuda(const char* op, const Int8LinearParams& p, void* memory, void* stream);
 int64_t int8_conv2d_cuda(const Int8Conv2dParams& p, void* memory, void* stream);
 
-// sums and rows of weights.h; null: not wanted.
+// sums and rows of cuda_weights.h; null: not wanted.
 void pack_weight_cuda(const int8_t* weight, const CudaWeights& w, int32_t* sums, int8_t* rows, void* stream);
 
 // A weight as the kernels read it: in place, from its packed copy, or made in the workspace by prepare().

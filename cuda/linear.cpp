@@ -1,13 +1,13 @@
 // int8_linear and int8_gemm on CUDA: start reading here.
 //
-// Rows of x become int8 codes in a workspace, each row read once (rowquant.cu) or with the given scale (codes.cu); codes that can
-// be read where they are, are. Then one integer product with its epilogue (igemm.h). A few dynamic rows take one kernel (gemv.cu).
-// Bits are those of cpp/igemm.cpp.
+// Rows of x become int8 codes in a workspace, each row read once (quantize_rows.cu) or with the given scale (activations.cu); codes
+// that can be read where they are, are. Then one integer product with its epilogue (problem.h). A few dynamic rows take one kernel
+// (gemv.cu). Bits are those of cpp/cpu/linear.cpp.
 #include <cmath>
 
-#include "gemv.h"
+#include "device/layout.cuh"
+#include "engine/gemv.h"
 #include "launch.h"
-#include "layout.cuh"
 
 namespace quant_ops {
 

@@ -1,5 +1,5 @@
-// pack_weight on CUDA: the sums of a weight's columns, and its rows where it cannot be read as it is (weights.h).
-#include "common.cuh"
+// pack_weight on CUDA: the sums of a weight's columns, and its rows where it cannot be read as it is (cuda_weights.h).
+#include "device/common.cuh"
 #include "launch.h"
 
 namespace quant_ops {

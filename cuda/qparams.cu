@@ -1,12 +1,12 @@
-// choose_qparams on CUDA: the scale and zero point of every slice from its range (choose_qparams_of in quant_math.h).
+// choose_qparams on CUDA: the scale and zero point of every slice from its range (choose_qparams_of in arithmetic.h).
 //
 // Slices are cut into parts, so that few long ones occupy the whole GPU: one kernel leaves a range per part, a second one merges a
 // slice's parts; where slices are many, the first one finishes. A worker reads along its slice by 16-byte vectors; slices that are
 // neighbours in memory are read side by side, down the rows. Bits are those of cpp/qparams.cpp. Read next: range.cuh.
 #include <algorithm>
 
+#include "device/range.cuh"
 #include "launch.h"
-#include "range.cuh"
 
 namespace quant_ops {
 namespace {

@@ -8,7 +8,7 @@
 // by itself.
 #include <algorithm>
 
-#include "common.cuh"
+#include "device/common.cuh"
 #include "launch.h"
 
 namespace quant_ops {

@@ -4,9 +4,9 @@
 // same way, and is launched until one sum a slice is left. The order of every addition is the one that ops.h fixes (32 lanes, a
 // butterfly, chunks of chunks), so the bits are those of cpp/quantize.cpp. Lanes are a warp along the slice; where neighbouring
 // slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next: straight_through in
-// quant_math.h.
+// arithmetic.h.
+#include "device/range.cuh"
 #include "launch.h"
-#include "range.cuh"
 
 namespace quant_ops {
 namespace {

@@ -5,9 +5,9 @@
 #include <set>
 #include <vector>
 
-#include "common.cuh"
-#include "dispatch.h"
-#include "weights.h"
+#include "contract/cuda_weights.h"
+#include "device/common.cuh"
+#include "engine/choose.h"
 
 using namespace quant_ops;
 

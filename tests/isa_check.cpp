@@ -4,10 +4,10 @@
 //
 // Prints "<isa> <64-bit hash of all results>" for every table; the hashes agree between machines as well. Exit status 1 where a
 // result differs. Random cases and the log of results: isa_check.h.
-#include "isa_check.h"
+#include "tests/isa_check.h"
 
-#include "igemm.h"
-#include "parallel.h"
+#include "cpu/activations.h"
+#include "cpu/parallel.h"
 
 namespace quant_ops {
 

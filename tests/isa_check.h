@@ -14,9 +14,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "dtypes.h"
-#include "isa/kernels.h"
-#include "parallel.h"
+#include "contract/dtypes.h"
+#include "cpu/parallel.h"
+#include "kernels/table.h"
 
 namespace quant_ops {
 

@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "sm90/gemm.cuh"
+#include "engine/sm90/gemm.cuh"
 
 using namespace quant_ops;
 

@@ -1,12 +1,12 @@
-// Which problems the Hopper engine takes (cuda/sm90/sm90.h), against the rules of TMA and of the matrix instruction written down a
-// second time, over random problems of which most break one rule. Prints the first difference; run by test_cuda_sm90.py.
+// Which problems the Hopper engine takes (cuda/engine/sm90/sm90.h), against the rules of TMA and of the matrix instruction written
+// down a second time, over random problems of which most break one rule. Prints the first difference; run by test_cuda_sm90.py.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <set>
 #include <string>
 
-#include "sm90/sm90.h"
+#include "engine/sm90/sm90.h"
 
 using namespace quant_ops;
 

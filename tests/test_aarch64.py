@@ -26,7 +26,7 @@ def core_sources() -> list[str]:
 def built_objects() -> list[str]:
     """What `make test` has compiled already, or nothing where that is missing or older than the sources."""
     folder = ROOT / "build/editable/CMakeFiles/core.dir"
-    header = max(path.stat().st_mtime for suffix in ("h", "inl") for path in (ROOT / "cpp").rglob(f"*.{suffix}"))
+    header = max(path.stat().st_mtime for path in (ROOT / "cpp").rglob("*.h"))
     objects = []
     for source in core_sources():
         built = folder / f"{source}.o"
@@ -38,7 +38,7 @@ def built_objects() -> list[str]:
 
 def compile_command(compiler: str, program: Path, core: list[str], *options: str) -> list[str]:
     """The flags of CMakeLists.txt that matter for the bits: without the first, gcc contracts on aarch64."""
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Icpp"]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Icpp"]
     return [compiler, *flags, *options, "tests/isa_check.cpp", *core, "-o", str(program)]
 
 

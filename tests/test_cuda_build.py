@@ -1,6 +1,6 @@
 """What can be checked of the CUDA operators without a GPU.
 
-* The kernels run on the host (cuda/host_emulation.h) over all cases of test_cuda.py: addresses, arithmetic and summation order.
+* The kernels run on the host (host_emulation.h) over all cases of test_cuda.py: addresses, arithmetic and summation order.
 * The address arithmetic and the division-free quotient, exhaustively where that is possible.
 * The library that ``make cuda-build`` makes loads beside a torch for the CPU, registers its operators, and spills no registers.
 * Fake kernels describe CUDA tensors as the operators make them.
@@ -42,7 +42,7 @@ needs_library = pytest.mark.skipif(not BUILT.is_file(), reason=f"{BUILT.relative
 
 
 def compile_cpp(sources, output: Path, *flags: str) -> Path:
-    command = [CXX, "-std=c++17", "-O1", "-ffp-contract=off", "-w", f"-I{ROOT / 'cpp'}", f"-I{ROOT / 'cuda'}", *flags]
+    command = [CXX, "-std=c++20", "-O1", "-ffp-contract=off", "-w", f"-I{ROOT / 'cpp'}", f"-I{ROOT / 'cuda'}", *flags]
     command += ["-x", "c++", *map(str, sources), "-x", "none", "-o", str(output)]
     folder = Path(torch.__file__).parent
     if "-shared" in flags:
@@ -69,8 +69,8 @@ class TestEmulated(KernelCases):
 ARITHMETIC = r"""
 #include <cstdio>
 #include <random>
-#include "layout.cuh"
-#include "quotient.cuh"
+#include "device/layout.cuh"
+#include "device/quotient.cuh"
 using namespace quant_ops;
 
 static int fail(const char* what) { std::printf("%s\n", what); return 1; }
@@ -184,7 +184,7 @@ int main() {
 def test_rows_with_padding(tmp_path):
     source = tmp_path / "rows.cc"
     source.write_text(ROWS_WITH_PADDING)
-    program = compile_cpp([source, ROOT / "cuda" / "rowquant.cu"], tmp_path / "rows")
+    program = compile_cpp([source, ROOT / "cuda" / "quantize_rows.cu"], tmp_path / "rows")
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

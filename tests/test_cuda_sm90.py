@@ -1,4 +1,4 @@
-"""What can be checked of the Hopper engine (cuda/sm90) without a GPU.
+"""What can be checked of the Hopper engine (cuda/engine/sm90) without a GPU.
 
 * Which problems it takes, and the arguments it gives to CUTLASS, on the host: sm90_rules.cpp and sm90_arguments.cu.
 * Of the library that ``make cuda-build`` makes: each kernel multiplies by the asynchronous matrix instruction, loads and stores
@@ -19,7 +19,7 @@ from test_cuda_build import BUILD, BUILT, ROOT, compile_cpp, needs_compiler
 # name, m, n, k, cluster, stages, warpgroups, cooperative, swapped, blocks per multiprocessor
 TILES = re.findall(
     r'\{"gemm_s8s8_(\w+)_sm90a", (\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\w+), (\w+), (\d+)\}',
-    (ROOT / "cuda" / "sm90" / "sm90.h").read_text(),
+    (ROOT / "cuda" / "engine" / "sm90" / "sm90.h").read_text(),
 )
 DTYPES = 3
 
@@ -35,7 +35,7 @@ def commands() -> list[str]:
     """How the build compiles the engine; empty where the library is built without it."""
     database = BUILD / "compile_commands.json"
     entries = json.loads(database.read_text()) if database.is_file() and BUILT.is_file() else []
-    return [entry["command"] for entry in entries if "/cuda/sm90/gemm_" in entry["file"]]
+    return [entry["command"] for entry in entries if "/engine/sm90/gemm_" in entry["file"]]
 
 
 needs_engine = pytest.mark.skipif(not commands(), reason="the library is not built, or without the Hopper engine: make cuda-build")

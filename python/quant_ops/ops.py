@@ -1,7 +1,7 @@
 """The operators, one section each: typed wrapper with the documentation, fake kernel, autograd formula.
 
-Schemas and CPU kernels are registered by ``libquant_ops`` (``cpp/operators.h``). The wrappers raise TypeError or ValueError where
-``torch.ops.quant_ops.*`` raises RuntimeError, with the same words. Formulas and rounding are those of ``cpp/quant_math.h``.
+Schemas and CPU kernels are registered by ``libquant_ops`` (``cpp/torch/operators.h``). The wrappers raise TypeError or ValueError
+where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words. Formulas and rounding: ``cpp/contract/arithmetic.h``.
 """
 
 import re
@@ -731,8 +731,8 @@ def _(
 def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """An int8 weight, ``(N, K)`` or ``(O, C / groups, R, S)``, in the layout that its device's kernels read.
 
-    On the CPU the same for every instruction set (``cpp/pack.h``), on CUDA for every GPU (``cuda/weights.h``: the sums of its
-    columns, and its rows where the weight itself will not do). Derived from the weight, never to be saved.
+    On the CPU the same for every instruction set (``cpp/cpu/pack.h``), on CUDA for every GPU
+    (``cpp/contract/cuda_weights.h``: the sums of its columns, and its rows where the weight itself will not do). Derived from the weight, never to be saved.
 
     Returns:
         int8, one dimension.

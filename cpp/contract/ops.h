@@ -1,0 +1,170 @@
+// THE contract between the torch bindings and the kernels: one plain struct of pointers, sizes and strides per operator, and one
+// entry point per device. No torch, no CUDA headers. Strides are in elements, never in bytes. Entry points assume checked
+// arguments (the bindings check) and write nothing outside the described tensors.
+//
+// Letters: M, N, K for GEMM, y[M,N] = a[M,K] b[N,K]^T; N, C, H, W -> O, OH, OW with an R x S kernel for convolution.
+// Read next: arithmetic.h for the arithmetic, linear.cpp for the integer GEMM, kernels/table.h for the micro-kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "contract/arithmetic.h"
+
+namespace quant_ops {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt8, kUInt8, kInt16, kInt32 };
+
+// ---- iteration spaces (iteration.h makes them) ------------------------------------------------------------------------
+
+constexpr int kMaxDims = 32;     // a blocked dimension counts twice
+constexpr int kMaxOperands = 5;  // tensors walked together
+
+// Sizes, and for each operand the stride of every dimension; a broadcast dimension has stride 0. ndim 0 is one element.
+struct Iteration {
+  int ndim = 0;
+  int operands = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxOperands][kMaxDims] = {};
+};
+
+// A reduction: for every point of `kept` (a slice), a walk over `reduced` in row-major order.
+struct Reduction {
+  Iteration kept, reduced;
+};
+
+// ---- elementwise quantization (quantize.cpp, cuda/quantize.cu) ------------------------------------------------------
+
+// quant_tensor_forward: q = clamp(rne(x / scale) + zero_point, qmin, qmax);  y = simulate ? (q - zero_point) * scale : q
+struct QuantizeParams {
+  Iteration it;  // operands: x, y, scale, zero_point
+  const void* x;
+  void* y;
+  DType x_dtype, y_dtype;     // equal when simulating
+  const void* scale;          // float32; float64 when x is float64
+  const int32_t* zero_point;  // when symmetric one 0 of stride 0; on CUDA null
+  bool narrow;                // all |qmin - zero_point|, |qmax - zero_point| <= 2^24: the clamp is exact in float32
+  int32_t qmin, qmax;
+  bool simulate;
+};
+
+// quant_tensor_backward: dx = g where qmin <= rne(x / scale) + zero_point <= qmax, else 0; dscale and dzero_point are sums of
+// g * factor (straight_through in arithmetic.h) over each element's slice, in float64, in this fixed order: the slice in row-major
+// order is cut into chunks of kReduceChunk elements; element j of a chunk goes to lane j % 32; lanes are added as a butterfly
+// (16, 8, 4, 2, 1). The chunks' sums are added in the same way, and theirs, until one is left. So the sums depend neither on
+// threads nor on the device, and no chain of additions is long.
+constexpr int64_t kReduceChunk = 1024;
+constexpr int kReduceLanes = 32;
+struct QuantizeBackwardParams {
+  Iteration it;  // operands: x, grad, dx, scale, zero_point
+  const void* x;
+  const void* grad;
+  void* dx;
+  DType x_dtype;      // of x, grad and dx
+  const void* scale;  // as in QuantizeParams, likewise the next three
+  const int32_t* zero_point;
+  bool narrow;
+  int32_t qmin, qmax;
+  // operands of both spaces: x, grad, scale, zero_point;  kept also: the gradient
+  Reduction scale_sum, zero_sum;
+  void* dscale;  // float32; float64 when x is float64
+  void* dzero;   // likewise; null: not wanted
+};
+
+// dequant_tensor: y = (q - zero_point) * scale, computed in float32 (float64 when y is float64), rounded once to y's dtype
+struct DequantizeParams {
+  Iteration it;  // operands: q, y, scale, zero_point
+  const void* q;
+  void* y;
+  DType q_dtype, y_dtype;
+  const void* scale;  // float32; float64 when y is float64
+  const int32_t* zero_point;
+  bool narrow;  // all |zero_point| <= 2^24
+};
+
+// choose_qparams: the scale and zero point of every slice, from its minimum and maximum (choose_qparams_of in arithmetic.h)
+struct ChooseQParams {
+  Reduction range;  // operands of both: x;  kept also: the result
+  const void* x;
+  DType x_dtype;
+  void* scale;  // float32; float64 when x is float64
+  int32_t* zero_point;
+  int32_t qmin, qmax;
+  bool asymmetric;
+};
+
+// quantize_rows: choose_qparams over the last dimension and quantize to int8, each row read once from memory
+struct QuantizeRowsParams {
+  int64_t rows, columns;
+  const void* x;  // last dimension contiguous
+  int64_t x_stride;
+  DType x_dtype;
+  int8_t* q;  // [rows, columns], contiguous
+  float* scale;
+  int32_t* zero_point;
+  bool asymmetric;
+};
+
+void quantize_cpu(const QuantizeParams& p);
+void quantize_backward_cpu(const QuantizeBackwardParams& p);
+void dequantize_cpu(const DequantizeParams& p);
+void choose_qparams_cpu(const ChooseQParams& p);
+void quantize_rows_cpu(const QuantizeRowsParams& p);
+
+// ---- integer GEMM and convolution (linear.cpp, conv2d.cpp) -----------------------------------------------------------
+
+// How activations become integer codes.
+enum class Activation : int32_t {
+  kDynamic,            // scale from the data, symmetric: Linear per row, Conv2d per sample
+  kDynamicAsymmetric,  // scale and zero point from the data
+  kStatic,             // floating x, scale given: codes clamped to [-128, 127]
+  kQuantized,          // x is int8 or uint8 already
+};
+
+// What an output element becomes after y = fma(acc, scale_a * scale_b, bias) [, ReLU]:
+//   floating dtype: rounded once;  int8 / uint8: clamp(rne(y / out_scale) + out_zero_point);  int32: acc itself, no epilogue
+struct OutputParams {
+  void* y;
+  DType dtype;
+  const float* weight_scale;
+  int64_t weight_scale_stride;  // 1: per output channel, 0: per tensor
+  const float* bias;            // null: none
+  bool relu;
+  const float* out_scale;         // one element; null: floating or int32
+  const int32_t* out_zero_point;  // likewise; null: 0
+};
+
+struct InputParams {
+  const void* x;
+  DType dtype;
+  Activation mode;
+  const float* scale;  // static and quantized; stride 0 or 1 over rows (Linear) or samples (Conv2d)
+  int64_t scale_stride;
+  const int32_t* zero_point;
+  int64_t zero_point_stride;
+};
+
+struct Int8LinearParams {
+  int64_t M, N, K;
+  InputParams in;
+  int64_t x_stride;      // between rows; the last dimension is contiguous
+  const int8_t* weight;  // [N, K] contiguous; read only when packed is null
+  const int8_t* packed;  // from pack_weight, or null
+  OutputParams out;
+  int64_t y_stride;
+};
+
+struct Int8Conv2dParams {
+  int64_t N, C, H, W, O, R, S, OH, OW, groups;
+  int64_t stride[2], pad[2], dilation[2];  // pad: top and left; OH, OW already tell bottom and right
+  InputParams in;
+  int64_t x_stride[4];   // N, C, H, W; the stride of C or of W is 1
+  const int8_t* weight;  // [O, C/groups, R, S] contiguous
+  const int8_t* packed;
+  OutputParams out;
+  bool y_channels_last;  // y is dense, [N, OH, OW, O] or [N, O, OH, OW] in memory
+};
+
+void int8_linear_cpu(const Int8LinearParams& p);
+void int8_conv2d_cpu(const Int8Conv2dParams& p);
+
+}  // namespace quant_ops

@@ -1,0 +1,253 @@
+// AMX-INT8 kernels: tdpbusd multiplies a tile of 16 rows x 64 k by one of 64 k x 16 columns. The packed panel is what it reads: 16
+// groups of four k, 64 bytes of each (amx_tile.h). All but the GEMM is AVX-512, as in avx512vnni.cpp.
+//
+// Compiled a second time for the tests with QUANT_OPS_AMX_EMULATED: every tile instruction in software, the rest AVX2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/table.h"
+#include "kernels/target.h"
+
+#if defined(QUANT_OPS_AMX_EMULATED)
+QO_TARGET_BEGIN("avx2,fma,f16c")
+#else
+QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
+namespace quant_ops {
+namespace {
+
+#if defined(QUANT_OPS_AMX_EMULATED)
+#include "kernels/simd/avx2.h"
+#else
+#include "kernels/simd/avx512.h"
+#endif
+//
+#include "kernels/generic/unroll.h"
+//
+#include "kernels/generic/elementwise.h"
+//
+#include "kernels/simd/amx_tile.h"
+#if defined(QUANT_OPS_AMX_EMULATED)
+#include "kernels/simd/depthwise_avx2.h"
+using FourTaps = PairsOfTaps;
+#else
+#include "kernels/simd/depthwise_avx512.h"
+
+struct FourTaps {
+  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
+  }
+};
+#endif
+#include "kernels/generic/depthwise.h"
+
+constexpr int64_t kRows = 32;
+constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
+constexpr int64_t kTileGroups = 16;  // groups of four k of a tile
+constexpr int64_t kTileBytes = 64;   // bytes of a row of a tile
+constexpr int64_t kTileColumns = 16;
+
+// Tile registers: 2 x 2 sums (row tile r, column tile c is 2 r + c), two of activations, two of weights. Each loaded tile is used
+// twice: four loads (8 cycles each) hide behind four products (16 each).
+constexpr int kActivations = 4, kWeights = 6;
+
+// n groups of four k, n <= 16. Nothing outside is touched.
+QO_INLINE void copy_groups(uint8_t* to, const uint8_t* from, int64_t n) {
+#if defined(QUANT_OPS_AMX_EMULATED)
+  std::memcpy(to, from, static_cast<size_t>(n * kGroupK));
+#else
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  _mm512_mask_storeu_epi32(to, mask, _mm512_maskz_loadu_epi32(mask, from));
+#endif
+}
+
+// Walks along k, one block of `depth` groups of all rows at a time.
+class Activations {
+ public:
+  const uint8_t* a;  // the block: row r at a + r * stride
+  int64_t stride;
+
+  Activations(const GemmTile& t, int64_t rows, int64_t depth) : t_(t), offset_(t.a_offset), rows_(rows), depth_(depth) {
+    measure();
+  }
+
+  // The next `fresh` groups; fewer than `depth` of them are the last ones, with zeros before.
+  QO_INLINE void next(int64_t fresh) {
+    if (fresh == depth_ && k_ + depth_ <= t_.k4 && even_) {  // where they are
+      a = t_.a + offset_[0] + k_ * kGroupK;
+      stride = spacing_;
+      advance(depth_);
+      return;
+    }
+    if (fresh < depth_) std::memset(block_, 0, sizeof(block_));
+    for (int64_t at = depth_ - fresh; at < depth_;) {
+      const int64_t run = t_.k4 - k_ < depth_ - at ? t_.k4 - k_ : depth_ - at;
+      for (int64_t r = 0; r < rows_; ++r)
+        copy_groups(block_ + r * kTileBytes + at * kGroupK, t_.a + offset_[r] + k_ * kGroupK, run);
+      at += run;
+      advance(run);
+    }
+    a = block_;
+    stride = kTileBytes;
+  }
+
+ private:
+  void measure() {  // are the rows of this tap equally spaced?
+    spacing_ = rows_ > 1 ? offset_[1] - offset_[0] : kTileBytes;
+    even_ = true;
+    for (int64_t r = 2; r < rows_; ++r) even_ = even_ && offset_[r] - offset_[r - 1] == spacing_;
+  }
+  QO_INLINE void advance(int64_t groups) {
+    k_ += groups;
+    if (k_ < t_.k4) return;
+    k_ = 0;
+    offset_ += rows_;
+    if (++tap_ < t_.taps && t_.k4 >= depth_) measure();  // shorter taps are copied in any case
+  }
+
+  const GemmTile& t_;
+  const int64_t* offset_;  // of the tap
+  int64_t rows_, depth_, tap_ = 0, k_ = 0, spacing_;
+  bool even_;
+  alignas(64) uint8_t block_[kRows * kTileBytes];
+};
+
+// Columns [n, n + 16 * kColumnTiles) of the panel. Not inlined: tests/test_isa.py looks at its loop.
+template <int kRowTiles, int kColumnTiles>
+__attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_t rows, int64_t depth, int64_t n, int64_t width,
+                                         int32_t* sum) {
+  unroll<kRowTiles>(
+      [&](auto r) QO_LAMBDA { unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template zero<2 * r.value + c.value>(); }); });
+  const int64_t groups = t.taps * t.k4, b_stride = width * kGroupK;
+  Activations rows_of(t, rows, depth);
+  for (int64_t done = 0; done < groups;) {
+    const int64_t fresh = groups - done < depth ? groups - done : depth;
+    rows_of.next(fresh);
+    done += fresh;
+    // The last block ends with the panel: weights that were multiplied before meet zeros, and nothing behind the panel is read.
+    const int8_t* b = t.b + (done - depth) * b_stride + n * kGroupK;
+    unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template load<kWeights + c.value>(b + c.value * kTileBytes, b_stride); });
+    unroll<kRowTiles>([&](auto r) QO_LAMBDA {
+      tiles.template load<kActivations + r.value>(rows_of.a + r.value * kTileRows * rows_of.stride, rows_of.stride);
+      unroll<kColumnTiles>([&](auto c) QO_LAMBDA {
+        tiles.template multiply_add<2 * r.value + c.value, kActivations + r.value, kWeights + c.value>();
+      });
+    });
+  }
+  unroll<kRowTiles>([&](auto r) QO_LAMBDA {
+    unroll<kColumnTiles>([&](auto c) QO_LAMBDA {
+      tiles.template store<2 * r.value + c.value>(sum + r.value * kTileRows * kPanel + n + c.value * kTileColumns, kPanel * 4);
+    });
+  });
+}
+
+void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
+  alignas(64) int32_t sum[kRows * kPanel];
+  const int64_t groups = t.taps * t.k4;
+  if (groups == 0) {
+    std::memset(sum, 0, sizeof(sum));
+  } else {
+    const int64_t depth = groups < kTileGroups ? groups : kTileGroups;
+    const int64_t tile_rows[2] = {rows < kTileRows ? rows : kTileRows, rows < kTileRows ? 0 : rows - kTileRows};
+    TileConfig config;
+    for (int r = 0; r < 2 && tile_rows[r] > 0; ++r) {
+      for (int c = 0; c < 2; ++c) config.set(2 * r + c, tile_rows[r], kTileBytes);
+      config.set(kActivations + r, tile_rows[r], depth * kGroupK);
+    }
+    for (int c = 0; c < 2; ++c) config.set(kWeights + c, depth, kTileBytes);
+    Tiles tiles;
+    tiles.configure(config);
+    for (int64_t n = 0; n < t.out.columns; n += 2 * kTileColumns) {
+      const bool two = n + kTileColumns < width;
+      if (tile_rows[1] > 0)
+        two ? sweep_amx<2, 2>(tiles, t, rows, depth, n, width, sum) : sweep_amx<2, 1>(tiles, t, rows, depth, n, width, sum);
+      else
+        two ? sweep_amx<1, 2>(tiles, t, rows, depth, n, width, sum) : sweep_amx<1, 1>(tiles, t, rows, depth, n, width, sum);
+    }
+    tiles.release();  // per call: the table has no hook for the end of a thread's work, and live tiles make switches of tasks slow
+  }
+  finish_sums(t.out, sum, rows, kPanel);
+}
+
+#if defined(QUANT_OPS_AMX_EMULATED)
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) { gemm_u8s8_32x32_amx(tile, rows, width); }
+
+#else
+
+constexpr int64_t kFewRows = 7;  // up to here tiles are mostly empty, and vpdpbusd is as fast
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  if (rows <= kFewRows && rows <= kAvx512VnniKernels.gemm_rows) return kAvx512VnniKernels.gemm(tile, rows, width);
+  gemm_u8s8_32x32_amx(tile, rows, width);
+}
+
+#endif
+
+int64_t peak(int64_t iterations) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, kTileRows, kTileBytes);
+  Tiles tiles;
+  tiles.configure(config);
+  for (int64_t i = 0; i < iterations; ++i)
+    unroll<4>([&](auto c)
+                  QO_LAMBDA { tiles.template multiply_add<c.value, kActivations + c.value / 2, kWeights + c.value % 2>(); });
+  tiles.release();
+  return iterations * 4 * kTileRows * kTileColumns * kTileBytes;
+}
+
+}  // namespace
+
+#if defined(QUANT_OPS_AMX_EMULATED)
+const KernelTable kAmxEmulatedKernels = {
+    "amx_emulated",
+    "gemm_u8s8_32x32_amx",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
+};
+#else
+const KernelTable kAmxKernels = {
+    "amx",
+    "gemm_u8s8_32x32_amx",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
+};
+#endif
+
+}  // namespace quant_ops
+QO_TARGET_END
+#endif

@@ -1,0 +1,111 @@
+// AVX2 + FMA + F16C kernels. The product is exact: bytes are widened to int16 and multiplied with vpmaddwd, never with vpmaddubsw,
+// whose int16 sums saturate (255 * 127 * 2 > 32767).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/table.h"
+#include "kernels/target.h"
+
+QO_TARGET_BEGIN("avx2,fma,f16c")
+namespace quant_ops {
+namespace {
+
+#include "kernels/simd/avx2.h"
+//
+#include "kernels/generic/unroll.h"
+//
+#include "kernels/generic/elementwise.h"
+//
+#include "kernels/simd/depthwise_avx2.h"
+using FourTaps = PairsOfTaps;
+#include "kernels/generic/depthwise.h"
+
+struct Wide {
+  using V = __m256i;
+  static QO_INLINE V zero() { return _mm256_setzero_si256(); }
+  static QO_INLINE V load_weights(const int8_t* p) { return _mm256_cvtepi8_epi16(Simd::load128(p)); }
+  static QO_INLINE V broadcast(const uint16_t* p) {
+    int64_t four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    return _mm256_set1_epi64x(four);
+  }
+  static QO_INLINE V multiply_add(V acc, V a, V b) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    asm volatile("" : "+x"(acc));
+    return acc;
+  }
+  static QO_INLINE Simd::I columns(V low, V high) {
+    const V pairs = _mm256_hadd_epi32(low, high);  // columns 0 1 4 5 | 2 3 6 7
+    return _mm256_permute4x64_epi64(pairs, 0xd8);
+  }
+  static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint16_t* wide) {
+    int64_t g = 0;
+    for (; g + 4 <= groups; g += 4) store(wide + g * kGroupK, _mm256_cvtepu8_epi16(Simd::load128(a + g * kGroupK)));
+    for (; g < groups; ++g) {  // by value: nothing after the row's last byte is read
+      int32_t four;
+      __builtin_memcpy(&four, a + g * kGroupK, sizeof(four));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(wide + g * kGroupK), _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
+    }
+  }
+  static QO_INLINE void store(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+};
+
+#include "kernels/generic/widening.h"
+
+// 6 rows x 8 columns: 12 accumulators, each four columns of two partial sums, + 2 weights + 1 activation + 1 product = 16 ymm.
+template <int kRows, int kWidth>
+void gemm_u8s8_6x8_avx2(const GemmTile& t) {
+  widened_tile<kRows, kRows == 1 ? 4 : kRows <= 3 ? 2 : 1>(t, kWidth);
+}
+
+constexpr int64_t kRows = 6;
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x8_avx2<r.value, w.value>(tile); });
+}
+
+int64_t peak(int64_t iterations) {
+  constexpr int kChains = 12;
+  __m256i acc[kChains];
+  __m256i a = _mm256_set1_epi16(3);
+  const __m256i b = _mm256_set1_epi16(5);
+  unroll<kChains>([&](auto c) QO_LAMBDA { acc[c.value] = _mm256_setzero_si256(); });
+  for (int64_t i = 0; i < iterations; ++i)
+    unroll<kChains>([&](auto c) QO_LAMBDA {
+      asm volatile("" : "+x"(a));  // or the product would be moved out of the loop
+      acc[c.value] = Wide::multiply_add(acc[c.value], a, b);
+    });
+  unroll<kChains>([&](auto c) QO_LAMBDA { asm volatile("" ::"x"(acc[c.value])); });
+  return iterations * kChains * 16;
+}
+
+}  // namespace
+
+const KernelTable kAvx2Kernels = {
+    "avx2",
+    "gemm_u8s8_6x8_avx2",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
+};
+
+}  // namespace quant_ops
+QO_TARGET_END
+#endif

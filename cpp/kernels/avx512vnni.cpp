@@ -1,0 +1,180 @@
+// AVX-512 VNNI kernels: vpdpbusd adds four u8 x s8 products to an int32 lane, exactly (its saturating twin vpdpbusds is not used).
+// Lanes are output columns, so no sum ever crosses lanes.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/table.h"
+#include "kernels/target.h"
+
+QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+namespace quant_ops {
+namespace {
+
+#include "kernels/simd/avx512.h"
+//
+#include "kernels/generic/unroll.h"
+//
+#include "kernels/generic/elementwise.h"
+//
+#include "kernels/simd/depthwise_avx512.h"
+
+struct FourTaps {
+  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
+  }
+};
+
+#include "kernels/generic/depthwise.h"
+
+// 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
+// or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
+//
+// A full tile fetches a part of the next panel. A smaller one is mostly alone with its panel and waits for memory: it fetches its
+// own panel a little ahead, which takes the place of a reorder buffer that its products fill.
+//
+// Of narrow panels the tile is 12 x 32 or 12 x 16, so that there are as many sums.
+constexpr int64_t kRows = 6, kNarrowRows = 12;
+constexpr int64_t kAheadBytes = 4096;
+
+template <int kTileRows, int kWidth>
+void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
+  constexpr int kVectors = kWidth / 16;
+  __m512i acc[kTileRows][kVectors];
+  unroll<kTileRows>([&](auto r)
+                        QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm512_setzero_si512(); }); });
+  const int8_t* b = t.b;
+  const int8_t* ahead = t.ahead;
+  const int64_t* offset = t.a_offset;
+  const int64_t k_end = t.k4 * kGroupK;
+  const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(t.flip));
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows) {
+    const uint8_t* a[kTileRows];
+    unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
+    for (int64_t k = 0; k < k_end; k += kGroupK, b += kWidth * kGroupK) {
+      __m512i bv[kVectors];
+      if constexpr (kTileRows < kRows) {
+        unroll<kVectors>([&](auto v) QO_LAMBDA { _mm_prefetch(b + kAheadBytes + v.value * 64, _MM_HINT_T0); });
+      } else {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        ahead += kWidth;
+      }
+      unroll<kVectors>([&](auto v) QO_LAMBDA { bv[v.value] = _mm512_loadu_si512(b + v.value * 64); });
+      unroll<kTileRows>([&](auto r) QO_LAMBDA {
+        int32_t four;
+        __builtin_memcpy(&four, a[r.value] + k, 4);
+        const __m512i av = _mm512_xor_si512(_mm512_set1_epi32(four), flip);  // beside the products it costs no time
+        unroll<kVectors>([&](auto v)
+                             QO_LAMBDA { acc[r.value][v.value] = _mm512_dpbusd_epi32(acc[r.value][v.value], av, bv[v.value]); });
+      });
+    }
+  }
+  finish_tile<kTileRows, kVectors>(t.out, [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
+}
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  if (rows == kNarrowRows)
+    return width == 32 ? gemm_u8s8_6x64_avx512vnni<kNarrowRows, 32>(tile) : gemm_u8s8_6x64_avx512vnni<kNarrowRows, 16>(tile);
+  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x64_avx512vnni<r.value, w.value>(tile); });
+}
+
+// Four sums of sixteen lanes each -> their four totals.
+__m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Lanes are k here: four columns at a time, read as they lie, the next four fetched meanwhile. The barriers keep g++ from moving
+// products together, which spills the sums.
+template <int kTileRows>
+void dot_u8s8_4x4_avx512vnni(const DotTile& t) {
+  constexpr int kColumns = 4;
+  const __m512i ones = _mm512_set1_epi8(1);
+  alignas(64) int32_t acc[kTileRows][kPanel], column_sum[kPanel];
+  for (int64_t n = 0; n < t.out.columns; n += kColumns) {
+    const int8_t* b[kColumns];  // a column that does not exist is the last one again
+    unroll<kColumns>(
+        [&](auto j) QO_LAMBDA { b[j.value] = t.b + (n + j.value < t.out.columns ? n + j.value : t.out.columns - 1) * t.b_stride; });
+    __m512i sum[kColumns], product[kTileRows][kColumns];
+    unroll<kColumns>([&](auto j) QO_LAMBDA {
+      sum[j.value] = _mm512_setzero_si512();
+      unroll<kTileRows>([&](auto r) QO_LAMBDA { product[r.value][j.value] = _mm512_setzero_si512(); });
+    });
+    for (int64_t k = 0; k < t.k; k += 64) {
+      const __mmask64 mask = t.k - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (t.k - k)) - 1;
+      __m512i a[kTileRows];
+      unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = _mm512_maskz_loadu_epi8(mask, t.a + r.value * t.a_stride + k); });
+      unroll<kColumns>([&](auto j) QO_LAMBDA {
+        const __m512i bv = _mm512_maskz_loadu_epi8(mask, b[j.value] + k);
+        _mm_prefetch(b[j.value] + k + kColumns * t.b_stride, _MM_HINT_T0);
+        sum[j.value] = _mm512_dpbusd_epi32(sum[j.value], ones, bv);
+        asm volatile("" : "+v"(sum[j.value]));
+        unroll<kTileRows>([&](auto r) QO_LAMBDA {
+          product[r.value][j.value] = _mm512_dpbusd_epi32(product[r.value][j.value], a[r.value], bv);
+          asm volatile("" : "+v"(product[r.value][j.value]));
+        });
+      });
+    }
+    const auto store = [&](int32_t* to, const __m512i(&v)[kColumns])
+                           QO_LAMBDA { _mm_store_si128(reinterpret_cast<__m128i*>(to + n), totals(v[0], v[1], v[2], v[3])); };
+    store(column_sum, sum);
+    unroll<kTileRows>([&](auto r) QO_LAMBDA { store(acc[r.value], product[r.value]); });
+  }
+  TileOutput out = t.out;
+  out.column_sum = column_sum;
+  finish_sums(out, &acc[0][0], kTileRows, kPanel);
+}
+
+void dot(const DotTile& tile, int64_t rows) {
+  unroll<kDotRows>([&](auto r) QO_LAMBDA {
+    if (rows == r.value + 1) dot_u8s8_4x4_avx512vnni<r.value + 1>(tile);
+  });
+}
+
+int64_t peak(int64_t iterations) {
+  constexpr int kChains = 24;
+  __m512i acc[kChains];
+  const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+  unroll<kChains>([&](auto c) QO_LAMBDA { acc[c.value] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < iterations; ++i)
+    unroll<kChains>([&](auto c) QO_LAMBDA {
+      acc[c.value] = _mm512_dpbusd_epi32(acc[c.value], a, b);
+      asm volatile("" : "+v"(acc[c.value]));
+    });
+  return iterations * kChains * 64;
+}
+
+}  // namespace
+
+const KernelTable kAvx512VnniKernels = {
+    "avx512vnni",
+    "gemm_u8s8_6x64_avx512vnni",
+    kRows,
+    kNarrowRows,
+    true,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    dot,
+    peak,
+};
+
+}  // namespace quant_ops
+QO_TARGET_END
+#endif

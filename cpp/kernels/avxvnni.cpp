@@ -1,0 +1,119 @@
+// AVX-VNNI kernels: vpdpbusd on ymm registers, for processors with VNNI but without AVX-512 (Alder Lake and later clients).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/table.h"
+#include "kernels/target.h"
+
+QO_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
+namespace quant_ops {
+namespace {
+
+#include "kernels/simd/avx2.h"
+//
+#include "kernels/generic/unroll.h"
+//
+#include "kernels/generic/elementwise.h"
+//
+#include "kernels/simd/depthwise_avx2.h"
+
+struct FourTaps {
+  static QO_INLINE __m256i weights(const int8_t* p) { return Simd::load_int(reinterpret_cast<const int32_t*>(p)); }
+  static QO_INLINE __m256i start(const int32_t*) { return _mm256_setzero_si256(); }
+  static QO_INLINE __m256i dot(__m256i acc, const uint8_t* codes, __m256i w) {
+    return _mm256_dpbusd_avx_epi32(acc, Simd::load_int(reinterpret_cast<const int32_t*>(codes)), w);
+  }
+};
+
+#include "kernels/generic/depthwise.h"
+
+// Columns [n, n + 8 * kVectors) of the panel.
+template <int kRows, int kVectors>
+QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
+  __m256i acc[kRows][kVectors];
+  unroll<kRows>([&](auto r)
+                    QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm256_setzero_si256(); }); });
+  const int8_t* b = t.b + n * kGroupK;
+  const int64_t* offset = t.a_offset;
+  const int64_t k_end = t.k4 * kGroupK;
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows) {
+    const uint8_t* a[kRows];
+    unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
+    for (int64_t k = 0; k < k_end; k += kGroupK, b += b_stride) {
+      __m256i bv[kVectors];
+      unroll<kVectors>([&](auto v) QO_LAMBDA { bv[v.value] = Simd::load_int(reinterpret_cast<const int32_t*>(b + v.value * 32)); });
+      unroll<kRows>([&](auto r) QO_LAMBDA {
+        int32_t four;
+        __builtin_memcpy(&four, a[r.value] + k, 4);
+        const __m256i av = _mm256_set1_epi32(four);
+        unroll<kVectors>([&](auto v) QO_LAMBDA {
+          acc[r.value][v.value] = _mm256_dpbusd_avx_epi32(acc[r.value][v.value], av, bv[v.value]);
+          asm volatile("" : "+x"(acc[r.value][v.value]));  // row by row: g++ loads all rows first and spills accumulators
+        });
+      });
+    }
+  }
+  finish_tile<kRows, kVectors>(t.out.from_column(n), [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
+}
+
+// 6 rows x 16 columns: 12 accumulators + 2 weights + 1 activation = 15 of 16 ymm; the panel is swept sixteen columns at a time.
+template <int kRows>
+void gemm_u8s8_6x16_avxvnni(const GemmTile& t, int64_t width) {
+  constexpr int kVectors = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
+  int64_t n = 0;
+  for (; n + kVectors * 8 <= width && n < t.out.columns; n += kVectors * 8) sweep<kRows, kVectors>(t, n, width * kGroupK);
+  if constexpr (kVectors > 2)
+    for (; n < t.out.columns; n += 16) sweep<kRows, 2>(t, n, width * kGroupK);
+}
+
+constexpr int64_t kRows = 6;
+
+void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
+  unroll<kRows>([&](auto r) QO_LAMBDA {
+    if (rows == r.value + 1) gemm_u8s8_6x16_avxvnni<r.value + 1>(tile, width);
+  });
+}
+
+int64_t peak(int64_t iterations) {
+  constexpr int kChains = 12;
+  __m256i acc[kChains];
+  const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
+  unroll<kChains>([&](auto c) QO_LAMBDA { acc[c.value] = _mm256_setzero_si256(); });
+  for (int64_t i = 0; i < iterations; ++i)
+    unroll<kChains>([&](auto c) QO_LAMBDA {
+      acc[c.value] = _mm256_dpbusd_avx_epi32(acc[c.value], a, b);
+      asm volatile("" : "+x"(acc[c.value]));
+    });
+  return iterations * kChains * 32;
+}
+
+}  // namespace
+
+const KernelTable kAvxVnniKernels = {
+    "avxvnni",
+    "gemm_u8s8_6x16_avxvnni",
+    kRows,
+    kRows,
+    false,
+    gemm,
+    depthwise_run,
+    quantize_run,
+    dequantize_run,
+    ste_run,
+    ste_columns_run,
+    range_run,
+    range_columns_run,
+    codes_run,
+    pack_run,
+    nullptr,
+    peak,
+};
+
+}  // namespace quant_ops
+QO_TARGET_END
+#endif

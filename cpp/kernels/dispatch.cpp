@@ -1,0 +1,152 @@
+// Chooses the kernel table at run time: the fastest instruction set that the processor and the operating system offer, or the one
+// that QUANT_OPS_ISA names. An unknown or unrunnable name is an error, never ignored.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/table.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace quant_ops {
+namespace {
+
+#if defined(__x86_64__)
+
+// By cpuid: compilers differ in which of these names __builtin_cpu_supports knows.
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+// AMX needs the instructions (cpuid), tile registers that the system saves (xgetbv) and, on Linux, its permission for this process,
+// which a container may refuse. Without all three the first tile instruction would be a fault.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;                             // xgetbv
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // amx-tile, amx-int8
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+#elif defined(__aarch64__)
+
+// As the system tells; on one that does not, the plain C++ runs.
+bool has_dot() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  return true;  // every Apple processor that runs macOS
+#else
+  return false;
+#endif
+}
+
+bool has_i8mm() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM, which older headers do not name
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &value, &size, nullptr, 0) == 0 && value != 0;
+#else
+  return false;
+#endif
+}
+
+#endif
+
+struct Candidate {
+  const KernelTable* table;
+  bool runs;
+};
+
+// Worst first. __builtin_cpu_supports asks cpuid and xgetbv: a vector state that the system does not save counts as absent.
+int candidates(Candidate out[8]) {
+  int n = 0;
+  out[n++] = {&kScalarKernels, true};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  out[n++] = {&kAvx2Kernels, avx2};
+  out[n++] = {&kAvx512Kernels, avx512};
+  out[n++] = {&kAvxVnniKernels, avx2 && has_avxvnni()};
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  // Tested with emulated tiles only, never yet on a processor that has them: until then QUANT_OPS_ISA=amx must ask for it.
+  out[n++] = {&kAmxKernels, avx512vnni && has_amx()};
+  out[n++] = {&kAvx512VnniKernels, avx512vnni};
+#elif defined(__aarch64__)
+  out[n++] = {&kNeonDotKernels, has_dot()};
+  out[n++] = {&kNeonI8mmKernels, has_dot() && has_i8mm()};
+#endif
+  return n;
+}
+
+const KernelTable* choose(const char* name, const char* source) {
+  Candidate all[8];
+  const int n = candidates(all);
+  std::string known;
+  const KernelTable* best = nullptr;
+  for (int i = 0; i < n; ++i) {
+    if (!all[i].runs) continue;
+    best = all[i].table;
+    known += (known.empty() ? "" : ", ") + std::string(best->isa);
+    if (name && std::strcmp(name, best->isa) == 0) return best;
+  }
+  if (!name || !*name) return best;
+  throw std::runtime_error(std::string("quant_ops: expected ") + source + " to be one of " + known + " on this machine, got '" +
+                           name + "'. Unset it to choose automatically.");
+}
+
+std::atomic<const KernelTable*> current{nullptr};
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const KernelTable* table = current.load(std::memory_order_acquire);
+  if (table == nullptr) {  // racing first uses agree: the choice depends on the machine and the environment only
+    table = choose(std::getenv("QUANT_OPS_ISA"), "QUANT_OPS_ISA");
+    current.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+void set_isa(const char* name) {
+  current.store(*name ? choose(name, "the instruction set") : choose(std::getenv("QUANT_OPS_ISA"), "QUANT_OPS_ISA"),
+                std::memory_order_release);
+}
+
+int runnable_kernels(const KernelTable* tables[8]) {
+  Candidate all[8];
+  const int n = candidates(all);
+  int count = 0;
+  for (int i = 0; i < n; ++i)
+    if (all[i].runs) tables[count++] = all[i].table;
+  return count;
+}
+
+}  // namespace quant_ops

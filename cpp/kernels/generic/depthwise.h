@@ -1,0 +1,105 @@
+// Depthwise convolution, written once: a run of output pixels of one row. Included after elementwise.h; each file supplies
+// * Interleave::kBlocks: blocks of sixteen channels that are interleaved at once
+// * Interleave::run<kBlocks>(row, flip, to, block_stride): of four rows, block i goes to to[i * block_stride + 4 c + r] =
+//   row[r][16 i + c] ^ flip
+// * FourTaps::weights(const int8_t*): N channels of four weights, as dot wants them
+// * FourTaps::start(const int32_t* sum): what the sums of N channels start from, given the sums of their weights
+// * FourTaps::dot(I acc, const uint8_t* codes, W weights)
+//
+// Channels are lanes, and the four bytes of a lane are four rows of the kernel in one column of it. A column is interleaved once,
+// into a line that stays in the L1 cache, and read by every output pixel that it belongs to, whatever stride and dilation are.
+
+constexpr int64_t kBlockBytes = kPanelStep * kGroupK;  // sixteen channels of four taps
+
+// All input columns, for kBlocks blocks from `channel` on: [block][column][groups][16][4].
+template <int kBlocks>
+void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) {
+  const int64_t columns = d.columns(), pixel = d.pixel, step = groups * kBlockBytes, block_stride = columns * step;
+  const uint8_t flip = d.flip;
+  const int64_t before = d.first >= 0 ? 0 : -d.first < columns ? -d.first : columns;
+  const int64_t left = d.width - d.first, inside = left < before ? before : left < columns ? left : columns;
+  for (int64_t i = 0; i < kBlocks; ++i) {
+    uint8_t* line = d.line + i * block_stride;
+    std::memset(line, d.padding, static_cast<size_t>(before * step));
+    std::memset(line + inside * step, d.padding, static_cast<size_t>((columns - inside) * step));
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* row[kGroupK];
+    unroll<kGroupK>([&](auto r) QO_LAMBDA { row[r.value] = d.rows[g * kGroupK + r.value] + (d.first + before) * pixel + channel; });
+    uint8_t* to = d.line + before * step + g * kBlockBytes;
+    for (int64_t w = before; w < inside; ++w, to += step) {
+      Interleave::run<kBlocks>(row, flip, to, block_stride);
+      unroll<kGroupK>([&](auto r) QO_LAMBDA { row[r.value] += pixel; });
+    }
+  }
+}
+
+// Channels [column, column + N) of all pixels, from their line, four pixels at a time for the weights' sake; the last four may
+// overlap those before. kS, kGroups: columns and groups of rows of the kernel where they are known, which removes the loops; else
+// 0.
+template <class Y, bool kWhole, int kS, int kGroups>
+void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const int8_t* b) {
+  const TileOutput out = d.out.from_column(column);  // a copy that no store can change
+  const Rounding<Y> rounding(out);
+  const ColumnVector<true> parameters[1] = {ColumnVector<true>(out, 0)};
+  const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = kS > 0 ? kS : d.s;
+  const int64_t step = d.stride * groups * kBlockBytes, tap_step = d.dilation * groups * kBlockBytes;
+  const auto start = FourTaps::start(out.column_sum);
+  const auto finish = [&](auto count, int64_t pixel) QO_LAMBDA {
+    typename Simd::I acc[count.value];
+    unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
+    const uint8_t* a = line + pixel * step;
+    const int8_t* weights = b;
+    const auto tap = [&](const uint8_t* from) QO_LAMBDA {
+      const auto w = FourTaps::weights(weights);
+      unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = FourTaps::dot(acc[p.value], from + p.value * step, w); });
+      weights += kBlockBytes;
+    };
+    const auto taps_of_column = [&](const uint8_t* from) QO_LAMBDA {
+      if constexpr (kGroups > 0)
+        unroll<kGroups>([&](auto g) QO_LAMBDA { tap(from + g.value * kBlockBytes); });
+      else
+        for (int64_t g = 0; g < groups; ++g) tap(from + g * kBlockBytes);
+    };
+    if constexpr (kS > 0)
+      unroll<kS>([&](auto s) QO_LAMBDA { taps_of_column(a + s.value * tap_step); });
+    else
+      for (int64_t s = 0; s < columns; ++s, a += tap_step) taps_of_column(a);
+    finish_block<Y, count.value, 1, true, kWhole>(out, rounding, parameters, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
+                                                  out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
+  };
+  constexpr int kPixels = 4;
+  const int64_t pixels = d.pixels;
+  if (kWhole && pixels >= kPixels)
+    for (int64_t i = 0; i < pixels; i += kPixels) finish(Int<kPixels>{}, i + kPixels <= pixels ? i : pixels - kPixels);
+  else
+    for (int64_t i = 0; i < pixels; ++i) finish(Int<1>{}, i);
+}
+
+template <class Y>
+void depthwise_typed(const DepthwiseRun& d) {
+  constexpr int64_t kBlocks = Interleave::kBlocks;
+  const int64_t groups = d.groups(), block_stride = d.columns() * groups * kBlockBytes;
+  const bool three_by_three = groups == 1 && d.s == 3;
+  for (int64_t channel = 0, blocks; channel < d.out.columns; channel += blocks * kPanelStep) {
+    blocks = channel + (kBlocks - 1) * kPanelStep < d.out.columns ? kBlocks : 1;
+    blocks == kBlocks ? interleave_columns<kBlocks>(d, channel, groups) : interleave_columns<1>(d, channel, groups);
+    for (int64_t i = 0; i < blocks * kPanelStep && channel + i < d.out.columns; i += Simd::N) {
+      const int64_t column = channel + i, lane = i % kPanelStep * kGroupK;
+      const uint8_t* line = d.line + i / kPanelStep * block_stride + lane;
+      const int8_t* b = d.b + column / kPanelStep * d.s * groups * kBlockBytes + lane;
+      if (column + Simd::N > d.out.columns)
+        sum_taps<Y, false, 0, 0>(d, column, line, b);
+      else if (three_by_three)
+        sum_taps<Y, true, 3, 1>(d, column, line, b);
+      else if (groups == 2)
+        sum_taps<Y, true, 0, 2>(d, column, line, b);
+      else
+        sum_taps<Y, true, 0, 0>(d, column, line, b);
+    }
+  }
+}
+
+void depthwise_run(const DepthwiseRun& d) {
+  with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<std::remove_pointer_t<decltype(type)>>(d); });
+}

@@ -1,0 +1,340 @@
+// quant_ops._kernels: every micro-kernel callable by instruction set on numpy arrays, without torch, for tests and
+// micro-benchmarks. Outputs are written into arrays that the caller passes, so that he can surround them with guards.
+// float16 is numpy's; bfloat16 travels as uint16 bits with dtype="bfloat16".
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/activations.h"
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace quant_ops {
+
+// One thread: the module tests kernels, not drivers.
+void parallel_run(int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }
+int64_t parallel_threads() { return 1; }
+
+namespace {
+
+bool runs(const std::string& isa) {
+  const KernelTable* tables[8];
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
+    if (isa == tables[i]->isa) return true;
+  return false;
+}
+
+// Tables whose instructions are emulated; never chosen at run time.
+std::vector<std::string> emulated_isas() {
+#if defined(__x86_64__)
+  if (runs("avx2")) return {kAmxEmulatedKernels.isa};
+#endif
+  return {};
+}
+
+const KernelTable& table_of(const std::string& isa) {
+  const KernelTable* tables[8];
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
+    if (isa == tables[i]->isa) return *tables[i];
+#if defined(__x86_64__)
+  if (isa == kAmxEmulatedKernels.isa && runs("avx2")) return kAmxEmulatedKernels;
+#endif
+  throw py::value_error("this machine does not run the instruction set '" + isa + "'");
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "int8") return DType::kInt8;
+  if (name == "uint8") return DType::kUInt8;
+  if (name == "int16") return DType::kInt16;
+  if (name == "int32") return DType::kInt32;
+  throw py::value_error("unknown dtype '" + name + "'");
+}
+
+std::vector<std::string> isas() {
+  const KernelTable* tables[8];
+  std::vector<std::string> names;
+  for (int i = 0, n = runnable_kernels(tables); i < n; ++i) names.push_back(tables[i]->isa);
+  return names;
+}
+
+py::array_t<int8_t> pack_weight(const py::array_t<int8_t, py::array::c_style>& w, int64_t groups) {
+  const PackedLayout layout =
+      packed_layout(w.shape(0), w.shape(1), w.ndim() == 4 ? w.shape(2) : 1, w.ndim() == 4 ? w.shape(3) : 1, groups);
+  py::array_t<int8_t> packed(layout.bytes);
+  pack_weight_cpu(w.data(), layout, packed.mutable_data());
+  return packed;
+}
+
+template <class T>
+using Vector = py::array_t<T, py::array::c_style>;
+
+// y[M, N] from codes a[taps][M, 4 k4] and weights w[N, k, taps], in tiles of `rows` rows.
+void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
+          const Vector<int32_t>& row_zero, const Vector<float>& row_scale, const Vector<float>& column_scale,
+          const Vector<float>& bias, bool relu, float out_scale, int32_t out_zero_point, int64_t rows, uint32_t flip) {
+  const KernelTable& table = table_of(isa);
+  const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
+  const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
+  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 ||
+      (rows > table.gemm_rows && (rows != table.narrow_rows || layout.padded_n > kNarrow)) || (flip != 0 && !table.flips) ||
+      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
+      row_scale.size() != m_count)
+    throw py::value_error("inconsistent shapes");
+  std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
+  pack_weight_cpu(w.data(), layout, packed.data());
+  const bool bounded = is_bounded(out_scale, row_scale.data(), m_count, column_scale.data(), bias.data(), layout.padded_n);
+  for (int64_t panel = 0; panel < layout.panels(); ++panel) {
+    const int64_t column = panel * kPanel, width = layout.width(panel);
+    for (int64_t m = 0, count; m < m_count; m += count) {
+      count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
+      std::vector<int64_t> offsets;
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t r = 0; r < count; ++r) offsets.push_back((t * m_count + m + r) * row_bytes);
+      GemmTile tile;
+      tile.taps = taps;
+      tile.k4 = layout.k4;
+      tile.flip = flip;
+      tile.a = a.data();
+      tile.a_offset = offsets.data();
+      tile.b = tile.ahead = layout.panel(packed.data(), 0, panel);
+      tile.out.dtype = dtype_of(dtype);
+      tile.out.y = static_cast<char*>(y.mutable_data()) + m * y.strides(0) + column * y.itemsize();
+      tile.out.y_stride = y.strides(0) / y.itemsize();
+      tile.out.columns = std::min(width, n_count - column);
+      tile.out.column_sum = layout.column_sum(packed.data(), 0) + column;
+      tile.out.column_scale = column_scale.data() + column;
+      tile.out.bias = bias.data() + column;
+      tile.out.row_zero = row_zero.data() + m;
+      tile.out.row_scale = row_scale.data() + m;
+      tile.out.row_step = 1;
+      tile.out.floor = relu ? 0.0f : -INFINITY;
+      tile.out.out_scale = out_scale;
+      tile.out.out_zero_point = out_zero_point;
+      tile.out.bounded = bounded;
+      table.gemm(tile, count, width);
+    }
+  }
+}
+
+// A row y[pixels, C] from input rows a[R, W, channels rounded up to 16], of bytes that xor `flip` are codes, and weights w[C, 1, R,
+// S].
+void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
+               int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias, int64_t first,
+               int64_t stride, int64_t dilation, uint8_t padding, uint8_t flip) {
+  const KernelTable& table = table_of(isa);
+  const int64_t channels = w.shape(0);
+  const PackedLayout layout = packed_layout(channels, 1, w.shape(2), w.shape(3), channels);
+  if (!layout.depthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
+      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n)
+    throw py::value_error("inconsistent shapes");
+  std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
+  pack_weight_cpu(w.data(), layout, packed.data());
+  std::vector<const uint8_t*> rows;
+  for (int64_t r = 0; r < round_up(layout.r, kGroupK); ++r) rows.push_back(a.data(std::min(r, layout.r - 1), 0, 0));
+  DepthwiseRun run;
+  run.r = layout.r;
+  run.s = layout.s;
+  run.stride = stride;
+  run.dilation = dilation;
+  run.rows = rows.data();
+  run.pixel = layout.padded_n;
+  run.first = first;
+  run.width = a.shape(1);
+  run.flip = flip;
+  run.padding = padding;
+  run.b = packed.data() + layout.panels_offset;
+  run.pixels = y.shape(0);
+  std::vector<uint8_t> line(static_cast<size_t>(run.line_bytes()));
+  run.line = line.data();
+  run.out.y = y.mutable_data();
+  run.out.y_stride = y.strides(0) / y.itemsize();
+  run.out.dtype = dtype_of(dtype);
+  run.out.columns = channels;
+  run.out.column_sum = layout.column_sum(packed.data(), 0);
+  run.out.column_scale = column_scale.data();
+  run.out.bias = bias.data();
+  run.out.row_zero = &row_zero;
+  run.out.row_scale = &row_scale;
+  run.out.row_step = 0;
+  run.out.floor = -INFINITY;
+  run.out.out_scale = 1.0f;
+  run.out.out_zero_point = 0;
+  run.out.bounded = is_bounded(1.0f, &row_scale, 1, column_scale.data(), bias.data(), layout.padded_n);
+  table.depthwise(run);
+}
+
+// `size` elements in `rows` rows; scale and zero_point have one element, one an element of a row, or two dimensions that broadcast.
+void set_rows(RowsRun* run, int64_t rows, int64_t size, const Vector<float>& scale, const Vector<int32_t>& zero_point) {
+  run->rows = rows;
+  run->n = run->from_row = run->to_row = size / rows;
+  run->scale = scale.data();
+  run->zero_point = zero_point.data();
+  const auto steps = [](const py::array& a, int* step, int64_t* row) {
+    const int64_t columns = a.shape(a.ndim() - 1);
+    *step = columns > 1 ? 1 : 0;
+    *row = a.ndim() > 1 && a.shape(0) > 1 ? columns : 0;
+  };
+  steps(scale, &run->scale_step, &run->scale_row);
+  steps(zero_point, &run->zero_step, &run->zero_row);
+}
+
+// With divide, the kernel gets no reciprocals.
+void quantize(const std::string& isa, const py::array& x, const std::string& x_dtype, py::array y, const std::string& y_dtype,
+              const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin, int32_t qmax, bool simulate,
+              int64_t rows, bool divide) {
+  QuantizeRun run;
+  set_rows(&run, rows, x.size(), scale, zero_point);
+  std::vector<float> reciprocal;
+  for (int64_t i = 0; i < scale.size(); ++i) reciprocal.push_back(reciprocal_of(scale.data()[i]));
+  int64_t largest = 0;
+  for (int64_t i = 0; i < zero_point.size(); ++i)
+    for (int64_t bound : {qmin, qmax}) largest = std::max(largest, std::abs(bound - zero_point.data()[i]));
+  run.reciprocal = divide ? nullptr : reciprocal.data();
+  run.tie = tie_for(largest);
+  run.x = x.data();
+  run.y = y.mutable_data();
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.x_dtype = dtype_of(x_dtype);
+  run.y_dtype = dtype_of(y_dtype);
+  run.simulate = simulate;
+  table_of(isa).quantize(run);
+}
+
+void dequantize(const std::string& isa, const py::array& q, const std::string& q_dtype, py::array y, const std::string& y_dtype,
+                const Vector<float>& scale, const Vector<int32_t>& zero_point, int64_t rows) {
+  DequantizeRun run;
+  set_rows(&run, rows, q.size(), scale, zero_point);
+  run.q = q.data();
+  run.y = y.mutable_data();
+  run.q_dtype = dtype_of(q_dtype);
+  run.y_dtype = dtype_of(y_dtype);
+  table_of(isa).dequantize(run);
+}
+
+// Returns (sum for the scale, sum for the zero point) of up to 1024 elements, None for longer ones.
+py::object straight_through_run(const std::string& isa, const py::array& x, const py::array& grad, py::array dx,
+                                const std::string& dtype, const Vector<float>& scale, const Vector<int32_t>& zero_point,
+                                int32_t qmin, int32_t qmax) {
+  StraightThroughRun run;
+  double sums[2] = {0, 0};
+  run.x = x.data();
+  run.grad = grad.data();
+  run.dx = dx.mutable_data();
+  run.n = x.size();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.dtype = dtype_of(dtype);
+  const bool chunk = run.n <= kReduceChunk;
+  run.scale_sum = chunk ? &sums[0] : nullptr;
+  run.zero_sum = chunk ? &sums[1] : nullptr;
+  table_of(isa).straight_through(run);
+  if (!chunk) return py::none();
+  return py::make_tuple(sums[0], sums[1]);
+}
+
+// x, grad and dx are [rows, at most 64 columns]; adds to lanes[2][32][64], starting with `lane`.
+void straight_through_columns(const std::string& isa, const py::array& x, const py::array& grad, py::array dx,
+                              const std::string& dtype, const Vector<float>& scale, const Vector<int32_t>& zero_point, int32_t qmin,
+                              int32_t qmax, int64_t lane, Vector<double> lanes) {
+  StraightThroughColumnsRun run;
+  if (lanes.size() != 2 * kReduceLanes * kReduceColumns || x.shape(1) > kReduceColumns)
+    throw py::value_error("inconsistent shapes");
+  run.x = x.data();
+  run.grad = grad.data();
+  run.dx = dx.mutable_data();
+  run.rows = x.shape(0);
+  run.columns = x.shape(1);
+  run.x_row = x.strides(0) / x.itemsize();
+  run.grad_row = grad.strides(0) / grad.itemsize();
+  run.dx_row = dx.strides(0) / dx.itemsize();
+  run.scale = scale.data();
+  run.zero_point = zero_point.data();
+  run.scale_step = scale.size() == 1 ? 0 : 1;
+  run.zero_step = zero_point.size() == 1 ? 0 : 1;
+  run.qmin = qmin;
+  run.qmax = qmax;
+  run.dtype = dtype_of(dtype);
+  run.lane = lane;
+  run.scale_lanes = lanes.mutable_data();
+  run.zero_lanes = lanes.mutable_data() + kReduceLanes * kReduceColumns;
+  table_of(isa).straight_through_columns(run);
+}
+
+py::tuple range(const std::string& isa, const py::array& x, const std::string& dtype) {
+  Range r{INFINITY, -INFINITY, 0};
+  table_of(isa).range(x.data(), dtype_of(dtype), x.size(), false, &r);
+  return py::make_tuple(r.min, r.max, r.abs_bits);
+}
+
+// Folds the ranges of the columns of x into min, max and abs_bits.
+void range_columns(const std::string& isa, const py::array& x, const std::string& dtype, Vector<float> min, Vector<float> max,
+                   Vector<uint32_t> abs_bits) {
+  RangeColumnsRun run;
+  run.x = x.data();
+  run.dtype = dtype_of(dtype);
+  run.rows = x.shape(0);
+  run.columns = x.shape(1);
+  run.x_row = x.strides(0) / x.itemsize();
+  run.min = min.mutable_data();
+  run.max = max.mutable_data();
+  run.abs_bits = abs_bits.mutable_data();
+  table_of(isa).range_columns(run);
+}
+
+void codes(const std::string& isa, const py::array& x, const std::string& dtype, float scale, int32_t zero_point, py::array y) {
+  table_of(isa).codes(x.data(), dtype_of(dtype), x.size(), scale, zero_point, static_cast<uint8_t*>(y.mutable_data()));
+}
+
+int64_t peak(const std::string& isa, int64_t iterations) {
+  const KernelTable& table = table_of(isa);
+  py::gil_scoped_release release;
+  return table.peak(iterations);
+}
+
+}  // namespace
+}  // namespace quant_ops
+
+PYBIND11_MODULE(_kernels, m) {
+  namespace q = quant_ops;
+  using namespace py::literals;
+  m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
+  m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
+  m.def(
+      "narrow_rows", [](const std::string& isa) { return q::table_of(isa).narrow_rows; }, "isa"_a,
+      "Rows of the full tile of at most 32 columns.");
+  m.def("flips", [](const std::string& isa) { return q::table_of(isa).flips; }, "isa"_a, "Whether gemm takes a flip.");
+  m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
+  m.def("emulated_isas", &q::emulated_isas, "Names of kernels whose instructions are emulated, for tests only.");
+  m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
+  m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
+        "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1, "flip"_a = 0);
+  m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
+        "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0);
+  m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,
+        "simulate"_a, "rows"_a = 1, "divide"_a = false);
+  m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "rows"_a = 1);
+  m.def("straight_through", &q::straight_through_run, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a, "zero_point"_a,
+        "qmin"_a, "qmax"_a);
+  m.def("straight_through_columns", &q::straight_through_columns, "isa"_a, "x"_a, "grad"_a, "dx"_a, "dtype"_a, "scale"_a,
+        "zero_point"_a, "qmin"_a, "qmax"_a, "lane"_a, "lanes"_a.noconvert());
+  m.def("range_columns", &q::range_columns, "isa"_a, "x"_a, "dtype"_a, "min"_a.noconvert(), "max"_a.noconvert(),
+        "abs_bits"_a.noconvert());
+  m.def("range", &q::range, "isa"_a, "x"_a, "dtype"_a, "(min, max, bits of the largest magnitude) of x.");
+  m.def("codes", &q::codes, "isa"_a, "x"_a, "dtype"_a, "scale"_a, "zero_point"_a, "y"_a, "Activations for the GEMM, as bytes.");
+  m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
+}

@@ -1,0 +1,165 @@
+// Simd of elementwise.h by AVX-512 F, BW, DQ and VL. Included inside a target region and an unnamed namespace.
+struct Simd {
+  static constexpr int N = 16;
+  static constexpr bool kMasks = true;  // a store of the first n elements alone
+  using F = __m512;
+  using I = __m512i;
+  using Words = __m512i;  // int16
+  struct D {              // N float64
+    __m512d low, high;
+  };
+
+  static QO_INLINE F set(float v) { return _mm512_set1_ps(v); }
+  static QO_INLINE I set_int(int32_t v) { return _mm512_set1_epi32(v); }
+
+  static QO_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static QO_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static QO_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static QO_INLINE F load(const Half* p) { return _mm512_cvtph_ps(load256(p)); }
+  static QO_INLINE F load(const BFloat16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+  }
+  static QO_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE I load_int(const int8_t* p) { return _mm512_cvtepi8_epi32(load128(p)); }
+  static QO_INLINE I load_int(const uint8_t* p) { return _mm512_cvtepu8_epi32(load128(p)); }
+  static QO_INLINE I load_int(const int16_t* p) { return _mm512_cvtepi16_epi32(load256(p)); }
+  static QO_INLINE D load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+
+  static QO_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static QO_INLINE void store(Half* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static QO_INLINE void store(BFloat16* p, F v) {  // by integers: vcvtneps2bf16 flushes subnormals
+    const I u = _mm512_castps_si512(v), top = _mm512_srli_epi32(u, 16);
+    const I odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I q = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(q));
+  }
+  static QO_INLINE void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static QO_INLINE void store(int16_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
+  static QO_INLINE void store(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static QO_INLINE void store(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static QO_INLINE void store(double* p, D v) {
+    _mm512_storeu_pd(p, v.low);
+    _mm512_storeu_pd(p + 8, v.high);
+  }
+  // the first n < N elements
+  static QO_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static QO_INLINE void store(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static QO_INLINE void store(int32_t* p, I v, int64_t n) { _mm512_mask_storeu_epi32(p, first(n), v); }
+  template <class T>
+  static QO_INLINE void store(T* p, F v, int64_t n) {  // Half, BFloat16
+    T part[N];
+    store(part, v);
+    _mm256_mask_storeu_epi16(p, first(n), load256(part));
+  }
+
+  // 4 N bytes; packing works in 128-bit lanes: dword 4 j + lane of the result is dword j of the lane
+  static QO_INLINE void store_bytes(int8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_bytes(uint8_t* p, I a, I b, I c, I d) {
+    store_words(p, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static QO_INLINE void store_words(void* p, I v) {
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, v));
+  }
+
+  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
+  static QO_INLINE Words set_words(int16_t v) { return _mm512_set1_epi16(v); }
+  static QO_INLINE I set_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  template <class Y>
+  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
+    const I ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point),
+            cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero_point);
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, std::is_same_v<Y, int8_t> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd));
+  }
+  static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm512_max_epi8(a, b); }
+  static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm512_max_epu8(a, b); }
+  static QO_INLINE void store_codes(void* p, I codes) { _mm512_storeu_si512(p, codes); }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_extracti32x4_epi32(codes, kQuarter));
+  }
+  template <int kQuarter>
+  static QO_INLINE void store_quarter(void* p, I codes, int64_t n) {
+    _mm_mask_storeu_epi8(p, first(n), _mm512_extracti32x4_epi32(codes, kQuarter));
+  }
+
+  static QO_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static QO_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static QO_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static QO_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static QO_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static QO_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+  static QO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static QO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static QO_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QO_INLINE F fraction(F a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // a - rne(a)
+  static QO_INLINE F max_magnitude(F a, F b) { return _mm512_range_ps(a, b, 0xb); }                                // max(|a|, |b|)
+  static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
+    const __mmask16 above = _mm512_cmp_ps_mask(steps, lo, _CMP_GE_OQ);
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, steps, hi, _CMP_LE_OQ), v);
+  }
+  static QO_INLINE F keep_outside(F v, F steps, F lo, F hi) {
+    const __mmask16 below = _mm512_cmp_ps_mask(steps, lo, _CMP_LT_OQ), above = _mm512_cmp_ps_mask(steps, hi, _CMP_GT_OQ);
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(below | above), v);
+  }
+  static QO_INLINE F nan_to_zero(F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+  static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
+  static QO_INLINE I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+
+  static QO_INLINE D widen(F v) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+  }
+  static QO_INLINE D accumulate(D acc, F a, F b) {
+    const D x = widen(a), y = widen(b);
+    return {_mm512_fmadd_pd(x.low, y.low, acc.low), _mm512_fmadd_pd(x.high, y.high, acc.high)};
+  }
+
+  static QO_INLINE float reduce_min(F a) { return _mm512_reduce_min_ps(a); }
+  static QO_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  static QO_INLINE uint32_t reduce_max_unsigned(I a) { return _mm512_reduce_max_epu32(a); }
+
+  static QO_INLINE bool any_above(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b) != 0; }  // signed
+  static QO_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static QO_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static QO_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static QO_INLINE I min(I a, I b) { return _mm512_min_epi32(a, b); }
+  static QO_INLINE I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static QO_INLINE I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  // v[i] lane j <-> v[j] lane i
+  static QO_INLINE void transpose(I (&v)[N]) {
+    I pair[N], quad[N];
+    for (int i = 0; i < N; i += 2) {
+      pair[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < N; i += 4)  // in each quarter q: lane 4 q + j of v[i .. i + 3]
+      for (int j = 0; j < 2; ++j) {
+        quad[i + 2 * j] = _mm512_unpacklo_epi64(pair[i + j], pair[i + j + 2]);
+        quad[i + 2 * j + 1] = _mm512_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
+      }
+    for (int j = 0; j < 4; ++j) {  // a 4 x 4 transposition of quarters
+      const I even_low = _mm512_shuffle_i32x4(quad[j], quad[j + 4], 0x88),
+              odd_low = _mm512_shuffle_i32x4(quad[j], quad[j + 4], 0xdd);
+      const I even_high = _mm512_shuffle_i32x4(quad[j + 8], quad[j + 12], 0x88),
+              odd_high = _mm512_shuffle_i32x4(quad[j + 8], quad[j + 12], 0xdd);
+      v[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+      v[j + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+      v[j + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+      v[j + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+  // the sum of the four signed bytes of each lane
+  static QO_INLINE I sum_bytes(I a) {
+    const I even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), odd = _mm512_srai_epi16(a, 8);
+    return _mm512_madd_epi16(_mm512_add_epi16(even, odd), _mm512_set1_epi16(1));
+  }
+  static QO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static QO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
+};

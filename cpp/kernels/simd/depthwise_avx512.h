@@ -1,0 +1,47 @@
+// What depthwise.h asks for, by AVX-512: Interleave, and FourTaps without VNNI. Included after elementwise.h.
+struct Interleave {
+  static constexpr int kBlocks = 2;
+
+  // Dwords L of all rows into lane L (two rows lie in a vector), then a 4 x 4 transposition of bytes within each lane.
+  template <int kBlocks>
+  static QO_INLINE void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t block_stride) {
+    const __m512i bits = _mm512_set1_epi8(static_cast<char>(flip));
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const auto store = [&](int64_t block, __m512i v)
+                           QO_LAMBDA { _mm512_storeu_si512(to + block * block_stride, _mm512_shuffle_epi8(v, bytes)); };
+    if constexpr (kBlocks == 1) {
+      const __m256i v01 = _mm256_inserti128_si256(_mm256_castsi128_si256(Simd::load128(row[0])), Simd::load128(row[1]), 1);
+      const __m256i v23 = _mm256_inserti128_si256(_mm256_castsi128_si256(Simd::load128(row[2])), Simd::load128(row[3]), 1);
+      const __m512i v = _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(v01), v23, 1), bits);
+      const __m512i dwords = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      store(0, _mm512_permutexvar_epi32(dwords, v));
+    } else {
+      const auto two = [&](int r) QO_LAMBDA {
+        const __m512i low = _mm512_castsi256_si512(Simd::load256(row[r]));
+        return _mm512_xor_si512(_mm512_inserti64x4(low, Simd::load256(row[r + 1]), 1), bits);
+      };
+      const __m512i v01 = two(0), v23 = two(2);
+      const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+      const __m512i high = _mm512_setr_epi32(4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31);
+      store(0, _mm512_permutex2var_epi32(v01, low, v23));
+      store(1, _mm512_permutex2var_epi32(v01, high, v23));
+    }
+  }
+};
+
+// Even and odd bytes as int16: vpmaddwd multiplies two and two exactly, and lanes stay where they are.
+struct PairsOfTaps {
+  struct W {
+    __m512i even, odd;
+  };
+  static QO_INLINE W weights(const int8_t* p) {
+    const __m512i b = _mm512_loadu_si512(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), _mm512_srai_epi16(b, 8)};
+  }
+  static QO_INLINE Simd::I start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, const W& w) {
+    const __m512i a = _mm512_loadu_si512(codes);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), w.even);
+    return _mm512_add_epi32(acc, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), w.odd)));
+  }
+};

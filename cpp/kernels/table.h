@@ -1,0 +1,245 @@
+// The micro-kernels: one table per instruction set, every entry a plain function on plain pointers. dispatch.cpp picks a table at
+// run time; drivers only ever call through it; kernels_module.cpp shows every table to the tests. All tables give the same bits.
+//
+// To add a kernel: a function in elementwise.h (written once, against each file's Simd) or in the kernels/*.cpp, and a field here.
+#pragma once
+
+#include <cstdint>
+
+#include "contract/ops.h"
+
+namespace quant_ops {
+
+constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
+constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
+constexpr int kPanelStep = 16;
+constexpr int kNarrow = 32;          // columns: so few that more rows make a tile
+constexpr int kGroupK = 4;           // consecutive k of one column: the four bytes of a vpdpbusd lane
+constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
+
+// The epilogue of one tile. Arrays over columns have `width` readable elements.
+struct TileOutput {
+  void* y;           // first element of the tile
+  int64_t y_stride;  // between rows; columns are contiguous
+  DType dtype;
+  int64_t columns;            // valid ones, 1 .. width
+  const int32_t* column_sum;  // sum_k b[n,k]
+  const float* column_scale;
+  const float* bias;        // -0 where there is none
+  const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
+  const float* row_scale;
+  int64_t row_step;  // 0 or 1
+  float floor;       // 0 for ReLU, else -inf
+  float out_scale;   // int8 / uint8 output
+  int32_t out_zero_point;
+  bool bounded = false;  // no sum that there can be makes NaN or |y / out_scale| >= 2^30, and 1 / out_scale is a normal number
+
+  // The same tile from column n on.
+  __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
+    TileOutput o = *this;
+    const int64_t bytes = dtype == DType::kInt8 || dtype == DType::kUInt8         ? 1
+                          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
+                                                                                  : 4;
+    o.y = static_cast<char*>(y) + n * bytes;
+    o.columns -= n;
+    o.column_sum += n;
+    o.column_scale += n;
+    o.bias += n;
+    return o;
+  }
+};
+
+// acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
+// acc -= row_zero[r] * column_sum[n] and the epilogue. A GEMM has one tap; a convolution one per kernel position.
+// b is one packed panel: [taps * k4][width][4].
+struct GemmTile {
+  int64_t taps;
+  int64_t k4;         // groups of four k per tap
+  uint32_t flip = 0;  // what is read of a, xor this, is the unsigned codes; not 0 only for a table that says `flips`
+  const uint8_t* a;
+  const int64_t* a_offset;  // [taps][rows]
+  const int8_t* b;
+  const int8_t* ahead;  // fetched into the cache meanwhile: a quarter as many bytes as are read of b, of the next panel
+  TileOutput out;
+};
+
+// A run of output pixels of one row of a depthwise convolution, over all channels:
+//   acc[i][c] = sum over r and s of a(row r, column first + i * stride + s * dilation)[c] * b[c][r][s]
+// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane.
+struct DepthwiseRun {
+  int64_t r, s;                // of the kernel
+  int64_t stride, dilation;    // along the row
+  const uint8_t* const* rows;  // [r rounded up to 4] of the input, from its column 0 on; those beyond r can be any
+  int64_t pixel;               // bytes between columns; as many can be read of each as there are channels, rounded up to 16
+  int64_t first, width;
+  uint8_t flip;     // what is read, xor this, is the unsigned code
+  uint8_t padding;  // an unsigned code
+  const int8_t* b;
+  uint8_t* line;  // scratch of line_bytes()
+  int64_t pixels;
+  TileOutput out;  // a row for each pixel; row_step 0
+
+  int64_t groups() const { return (r + kGroupK - 1) / kGroupK; }
+  int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
+  int64_t line_bytes() const { return kDepthwiseBlocks * columns() * groups() * kPanelStep * kGroupK; }
+};
+
+// One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and their sums. Zeros where either ends.
+struct PackRun {
+  const int8_t* weight;
+  int64_t column_step;  // bytes between columns
+  int64_t columns, width, k;
+  int8_t* packed;
+  int32_t* column_sum;  // [width]
+};
+constexpr int64_t kPackAhead = 256;  // bytes of a column fetched ahead
+
+// A few rows by a few columns of a weight that is not packed: acc[r][n] = sum_k a[r * a_stride + k] b[n * b_stride + k], corrected
+// and finished as a GemmTile's; the sums of the columns are made on the way.
+struct DotTile {
+  int64_t k;
+  const uint8_t* a;
+  int64_t a_stride;
+  const int8_t* b;
+  int64_t b_stride;
+  TileOutput out;  // at most kPanel columns; column_sum is not read
+};
+constexpr int64_t kDotRows = 4;
+
+// Rows of n contiguous elements. Scale and zero point of row i start at scale + i * scale_row and zero_point + i * zero_row and
+// step by 0 (one for the row) or 1 along it.
+struct RowsRun {
+  int64_t n;
+  int64_t rows = 1;
+  int64_t from_row = 0, to_row = 0;  // elements from one row to the next, of what is read and of what is written
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+  int64_t scale_row = 0, zero_row = 0;
+};
+
+// Needs |qmin - zero_point| and |qmax - zero_point| <= 2^24. With reciprocals the kernel multiplies, and divides only what lies so
+// close to a tie that the product might round otherwise than the quotient.
+struct QuantizeRun : RowsRun {
+  const void* x;
+  void* y;
+  const float* reciprocal = nullptr;  // reciprocal_of each scale, stepping like it; null: divide
+  float tie = 0.0f;                   // tie_for the largest distance of qmin or qmax from a zero point
+  int32_t qmin, qmax;
+  DType x_dtype, y_dtype;
+  bool simulate;
+};
+
+// The reciprocal that stands for a scale, or NaN for a scale that only division does justice to: both roundings of x * (1 / scale)
+// must be relative ones, so neither the scale nor its reciprocal may be subnormal.
+static inline __attribute__((always_inline, unused)) float reciprocal_of(float scale) {
+  return scale >= 0x1p-126f && scale <= 0x1p126f ? 1.0f / scale : __builtin_nanf("");
+}
+
+// How far x * (1 / scale) may be from its nearest integer and still round like the IEEE quotient: below 1/2 by more than the error
+// of three roundings of half a unit each, relative to the largest value that does not saturate. Negative, hence never, where codes
+// are so wide that most groups of elements would have to be divided anyway.
+static inline __attribute__((always_inline, unused)) float tie_for(int64_t largest_step) {
+  return largest_step <= 1024 ? 0.5f - static_cast<float>(largest_step + 2) * 0x1p-22f : -1.0f;
+}
+
+struct DequantizeRun : RowsRun {
+  const void* q;
+  void* y;
+  DType q_dtype, y_dtype;  // q_dtype int8, uint8 or int16
+};
+
+// The straight-through gradient of n contiguous elements: dx = grad where qmin <= rne(x / scale) + zero_point <= qmax, else 0, and
+// the sums of grad * factor (straight_through in arithmetic.h) in the order that ops.h fixes.
+struct StraightThroughRun {
+  const void* x;
+  const void* grad;
+  void* dx;  // null: not wanted
+  int64_t n;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;  // 0 or 1
+  int32_t qmin, qmax;
+  DType dtype;                  // of x, grad and dx
+  double* scale_sum = nullptr;  // one sum, of a chunk: n <= kReduceChunk; null: not wanted
+  double* zero_sum = nullptr;   // likewise; wanted only with scale_sum
+};
+
+// The same for slices that lie side by side: column c of every row belongs to slice c, and has a scale and a zero point of its own
+// (step 1) or shares one (step 0). The products of row i are added to lane (lane + i) % kReduceLanes of its slice.
+constexpr int kReduceColumns = 64;  // most columns of a run: 32 lanes of them are 16 KiB, so that both sums stay in the first cache
+struct StraightThroughColumnsRun {
+  const void* x;
+  const void* grad;
+  void* dx;  // null: not wanted
+  int64_t rows, columns;
+  int64_t x_row, grad_row, dx_row;
+  const float* scale;
+  const int32_t* zero_point;
+  int scale_step, zero_step;
+  int32_t qmin, qmax;
+  DType dtype;
+  int64_t lane;
+  double* scale_lanes;  // [kReduceLanes][kReduceColumns]
+  double* zero_lanes;   // likewise; null: not wanted
+};
+
+// Minimum and maximum of a run (NaN ignored) and whether all of it is finite; folded into what `range` holds already.
+struct Range {
+  float min, max;
+  uint32_t abs_bits;  // bits of the largest magnitude, as an integer; >= 0x7f800000 if any element is Inf or NaN
+};
+
+// The same for every column of a matrix, one array a field.
+struct RangeColumnsRun {
+  const void* x;
+  DType dtype;
+  int64_t rows, columns;
+  int64_t x_row;
+  float* min;
+  float* max;
+  uint32_t* abs_bits;
+};
+
+struct KernelTable {
+  const char* isa;
+  const char* gemm_name;  // of the full tile
+  int64_t gemm_rows;      // of the full tile, at most kMaxGemmRows
+  int64_t narrow_rows;    // likewise, of a panel of at most kNarrow columns
+  bool flips;             // gemm reads signed codes where they lie
+  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or narrow_rows for a narrow panel
+  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
+  void (*depthwise)(const DepthwiseRun&);
+  void (*quantize)(const QuantizeRun&);
+  void (*dequantize)(const DequantizeRun&);
+  void (*straight_through)(const StraightThroughRun&);
+  void (*straight_through_columns)(const StraightThroughColumnsRun&);
+  void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);  // then min and max are not touched
+  void (*range_columns)(const RangeColumnsRun&);
+  // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
+  void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
+  void (*pack)(const PackRun&);
+  void (*dot)(const DotTile& tile, int64_t rows);  // 1 <= rows <= kDotRows; null: there is none, packing is as fast
+  int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvxVnniKernels;
+extern const KernelTable kAvx512VnniKernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;  // in _kernels only
+#elif defined(__aarch64__)
+extern const KernelTable kNeonDotKernels;
+extern const KernelTable kNeonI8mmKernels;
+#endif
+
+// The table in use: the best this machine runs, or what QUANT_OPS_ISA or set_isa names.
+// Throws std::runtime_error for a name that is unknown or that this machine cannot run.
+const KernelTable& kernels();
+void set_isa(const char* name);                      // "" = automatic again
+int runnable_kernels(const KernelTable* tables[8]);  // all tables this machine runs, worst first
+
+}  // namespace quant_ops

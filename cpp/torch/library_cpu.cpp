@@ -1,0 +1,160 @@
+// The op library: schemas and CPU kernels of torch.ops.quant_ops, on torch's stable ABI, and a few C functions for
+// python/quant_ops/_library.py. Fake kernels and autograd formulas are in python/quant_ops/ops.py; checks and allocation in
+// torch/quantize.h and torch/int8.h.
+#include <pthread.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "contract/cuda_weights.h"
+#include "cpu/parallel.h"
+#include "torch/operators.h"
+
+namespace quant_ops {
+
+namespace {
+// A forked child has none of its parent's threads, and GNU's OpenMP would wait for them forever: the child of a process whose
+// operators ran on several threads runs on one.
+std::atomic<bool> threads_started{false}, threads_lost{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_lost || threads_started; });
+}  // namespace
+
+// torch's own threads: at::parallel_for's pool, its nesting rules and torch.set_num_threads.
+void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (threads_lost) return body(context, 0, n);
+  threads_started = true;
+  struct Call {
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+  } call{body, context};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context, begin, end); }, &call));
+}
+
+int64_t parallel_threads() { return threads_lost ? 1 : torch::stable::get_num_threads(); }
+
+namespace {
+
+struct Cpu {
+  static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
+  static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
+  static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
+  static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
+  static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
+
+  static const int32_t* no_zero_point() {
+    static const int32_t zero = 0;
+    return &zero;
+  }
+
+  static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
+    const bool floating = is_floating(t.scalar_type());
+    Tensor wide = to_type(t, floating ? ScalarType::Double : ScalarType::Long);
+    wide = torch::stable::contiguous(wide);
+    Tensor z = torch::stable::new_empty(t, t.sizes(), ScalarType::Int);
+    int32_t* out = z.mutable_data_ptr<int32_t>();
+    bool small = true;
+    for (int64_t i = 0; i < z.numel(); ++i) {
+      int64_t value = floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i];
+      value = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : value;
+      small = small && value >= -(1 << 23) && value <= (1 << 23);
+      out[i] = static_cast<int32_t>(value);
+    }
+    return {z, small};
+  }
+
+  static constexpr bool kReadsPlainBesidePacked = false;
+  static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
+  static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
+
+  static const int32_t* given_zero_points(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax,
+                                          Holder* holder) {
+    holder->integers.push_back(zero_point_values(op, name, t, qmin, qmax));
+    return holder->integers.back().data();
+  }
+
+  static PackedLayout layout_of(const WeightShape& w) { return packed_layout(w.o, w.c, w.r, w.s, w.groups); }
+  static int64_t packed_bytes(const WeightShape& w) { return layout_of(w).bytes; }
+  static void pack(const Tensor& weight, const WeightShape& w, Tensor& packed) {
+    pack_weight_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
+  }
+  static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
+    return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
+  }
+
+  // what int8_gemm, which has no scales, gives for a weight's
+  static const float* one() {
+    static const float value = 1.0f;
+    return &value;
+  }
+};
+
+}  // namespace
+}  // namespace quant_ops
+
+STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
+  quant_ops::implement_operators<quant_ops::Cpu>(m);
+  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight));
+}
+
+// ---- plain C, called through ctypes ---------------------------------------------------------------------------------
+
+#define QO_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Each returns a text that stays valid until the thread's next call; one that starts with "quant_ops" is an error.
+namespace {
+const char* keep(std::string text) {
+  thread_local std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+template <class F>
+const char* guarded(const F& f) {
+  try {
+    return keep(f());
+  } catch (const std::exception& e) {
+    return keep(e.what());
+  }
+}
+}  // namespace
+
+// The instruction set in use.
+QO_EXPORT const char* quant_ops_isa() {
+  return guarded([] { return std::string(quant_ops::kernels().isa); });
+}
+
+// Chooses another one; "" = automatic.
+QO_EXPORT const char* quant_ops_set_isa(const char* name) {
+  return guarded([&] {
+    quant_ops::set_isa(name);
+    return std::string(quant_ops::kernels().isa);
+  });
+}
+
+// Bytes of a weight packed by pack_weight, for its fake kernel.
+QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::packed_layout(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// The same of a weight on CUDA, known without the CUDA library.
+QO_EXPORT int64_t quant_ops_cuda_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::cuda_weights(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// All that this machine runs, worst first, separated by commas.
+QO_EXPORT const char* quant_ops_isas() {
+  return guarded([] {
+    const quant_ops::KernelTable* tables[8];
+    std::string names;
+    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
+    return names;
+  });
+}
+
+// The micro-kernel that int8_gemm, int8_linear and int8_conv2d call.
+QO_EXPORT const char* quant_ops_gemm_kernel() {
+  return guarded([] { return std::string(quant_ops::kernels().gemm_name); });
+}

@@ -1,0 +1,262 @@
+// The portable integer engine (sm_80 and newer): one kernel over a loader of rows, for GEMM and for implicit-GEMM convolution.
+//
+// A block computes a tile of [kM, kN]. Its codes come through a ring of kStages buffers of [kM + kN][kK] bytes in shared memory,
+// filled by cp.async that run kStages - 1 steps ahead; warps read them by ldmatrix and multiply by mma.sync. Buffers are swizzled
+// (tile_offset), so that neither side meets a bank conflict. Sums leave through shared memory, 16 rows of a warp at a time, so that
+// stores are vectors. K may be split over blocks: each part then writes its sums, and join_kernel adds and finishes them.
+// Read next: layout.cuh for the addresses, epilogue.cuh, portable.cu.
+#pragma once
+
+#include "device/epilogue.cuh"
+#include "device/machine.cuh"
+#include "engine/choose.h"
+
+namespace quant_ops {
+
+struct IgemmArgs {
+  static constexpr bool kBarriers = true;
+  int64_t M, N, K;  // of one group
+  const int8_t* a;  // dense rows; else `gather`
+  int64_t a_stride;
+  const int8_t* b;  // [groups][N][b_stride]
+  int64_t b_stride;
+  Gather gather;
+  Epilogue out;
+  int64_t tiles_m, tiles_n, groups;
+  int64_t part_k;       // elements of K of a part, a multiple of the tile's
+  int64_t part_stride;  // elements of y between parts
+};
+
+template <int M, int N, int K, int WarpsM, int WarpsN, int Stages>
+struct Tile {
+  static constexpr int kM = M, kN = N, kK = K, kWarpsM = WarpsM, kWarpsN = WarpsN, kStages = Stages;
+  static constexpr int kThreads = WarpsM * WarpsN * kWarp;
+  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
+  static constexpr int kStageBytes = (M + N) * K;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "mma.m16n8k32, two of them by one ldmatrix.x4");
+};
+
+// ---- loaders --------------------------------------------------------------------------------------------------------
+
+// A thread copies the same chunk column of every kStep-th row.
+template <int kRows, int kK, int kThreads>
+struct Share {
+  static constexpr int kChunks = kK / kChunk, kStep = kThreads / kChunks, kCount = kRows / kStep;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "whole rows, alike for every thread");
+  __device__ __forceinline__ static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / kChunks + i * kStep; }
+};
+
+// Rows [first, rows) of a matrix whose K is contiguous; others are zeros.
+template <int kRows, int kK, int kThreads>
+struct DenseRows : Share<kRows, kK, kThreads> {
+  using Share<kRows, kK, kThreads>::kCount;
+  const int8_t* at;  // the thread's chunk of its first row
+  const int8_t* safe;
+  int64_t step, K;
+  uint32_t exists;
+
+  __device__ __forceinline__ DenseRows(const int8_t* matrix, int64_t stride, int64_t first, int64_t rows, int64_t K_)
+      : safe(matrix), step(stride * this->kStep), K(K_), exists(0) {
+    at = matrix + (first + this->row(0)) * stride + this->chunk() * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) exists |= static_cast<uint32_t>(first + this->row(i) < rows) << i;
+  }
+
+  __device__ __forceinline__ void load(char* tile, int64_t k) const {
+    const bool within = k + this->chunk() * kChunk < K;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid = within && (exists >> i & 1);
+      copy_async<kChunk>(tile + tile_offset<kK>(this->row(i), this->chunk()), valid ? at + i * step + k : safe, valid);
+    }
+  }
+};
+
+struct DenseLoader {
+  template <class T>
+  struct Rows : DenseRows<T::kM, T::kK, T::kThreads> {
+    __device__ __forceinline__ Rows(const IgemmArgs& a, int64_t first, int64_t)
+        : DenseRows<T::kM, T::kK, T::kThreads>(a.a, a.a_stride, first, a.M, a.K) {}
+  };
+};
+
+// Pixels of a convolution, by copies of kBytes, within which the kernel position does not change. Rows beyond the last repeat it.
+template <int kBytes>
+struct GatherLoader {
+  template <class T>
+  struct Rows : Share<T::kM, T::kK, T::kThreads> {
+    using Share<T::kM, T::kK, T::kThreads>::kCount;
+    const Gather& g;
+    int64_t K;
+    GatherRow rows[kCount];
+
+    __device__ __forceinline__ Rows(const IgemmArgs& a, int64_t first, int64_t group) : g(a.gather), K(a.K) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t m = first + this->row(i);
+        rows[i] = gather_row(g, m < a.M ? m : a.M - 1, group);
+      }
+    }
+
+    __device__ __forceinline__ void load(char* tile, int64_t k) const {
+#pragma unroll
+      for (int byte = 0; byte < kChunk; byte += kBytes) {
+        const int64_t element = k + this->chunk() * kChunk + byte;
+        const bool within = element < K;
+        const GatherTap tap = gather_tap(g, element);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const bool pixel = within && inside(g, rows[i], tap), padded = within && g.padding != nullptr;
+          const int8_t* from = pixel ? rows[i].at + tap.offset : padded ? g.padding + int64_t{rows[i].sample} * kChunk : g.codes;
+          copy_async<kBytes>(tile + tile_offset<T::kK>(this->row(i), this->chunk()) + byte, from, pixel || padded);
+        }
+      }
+    }
+  };
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+// Blocks that run together share rows: they go down kTall tiles before the next column of tiles.
+struct TilePlace {
+  int64_t m, n, group, part;
+};
+__device__ __forceinline__ TilePlace tile_place(const IgemmArgs& a) {
+  constexpr uint32_t kTall = 8;
+  const uint32_t tiles_m = static_cast<uint32_t>(a.tiles_m), tiles_n = static_cast<uint32_t>(a.tiles_n), tiles = tiles_m * tiles_n;
+  const uint32_t outer = blockIdx.x / tiles, tile = blockIdx.x - outer * tiles, groups = static_cast<uint32_t>(a.groups);
+  const uint32_t band = tile / (kTall * tiles_n), in_band = tile - band * kTall * tiles_n, left = tiles_m - band * kTall;
+  const uint32_t height = left < kTall ? left : kTall, column = in_band / height;
+  return {band * kTall + in_band - column * height, column, outer % groups, outer / groups};
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_stage(const char* stage, int warp_m, int warp_n, int lane,
+                                               int32_t (&sums)[T::kWarpM / 16][T::kWarpN / 8][4]) {
+  const char* tile_b = stage + T::kM * T::kK;
+#pragma unroll
+  for (int k = 0; k < T::kK / 32; ++k) {
+    uint32_t a[T::kWarpM / 16][4], b[T::kWarpN / 16][4];
+#pragma unroll
+    for (int i = 0; i < T::kWarpM / 16; ++i)
+      load_matrices(stage + tile_offset<T::kK>(warp_m * T::kWarpM + i * 16 + a_row(lane), k * 2 + a_chunk(lane)), a[i]);
+#pragma unroll
+    for (int j = 0; j < T::kWarpN / 16; ++j)
+      load_matrices(tile_b + tile_offset<T::kK>(warp_n * T::kWarpN + j * 16 + b_row(lane), k * 2 + b_chunk(lane)), b[j]);
+#pragma unroll
+    for (int i = 0; i < T::kWarpM / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < T::kWarpN / 8; ++j) {
+        const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        multiply(sums[i][j], a[i], half);
+      }
+  }
+}
+
+// The warp's sums to y, from row m and column n (of its group; `first` is the group's first column) on.
+template <class T>
+__device__ __forceinline__ void finish_warp(const Epilogue& e, char* staging, int64_t m, int64_t M, int64_t n, int64_t N,
+                                            int64_t first, int lane, const int32_t (&sums)[T::kWarpM / 16][T::kWarpN / 8][4]) {
+  constexpr int kPitch = T::kWarpN + 8;  // eight more: the lanes' pairs of columns lie in different banks
+  constexpr int kAcross = T::kWarpN / kFour, kRowsAtOnce = kWarp / kAcross;
+  int32_t* block = reinterpret_cast<int32_t*>(staging);
+  const bool across = e.y_column == 1;  // else rows are contiguous in y: lanes go down the 16 rows first
+  const auto columns_from = [&](int64_t column) { return static_cast<int>(N - column < kFour ? N - column : kFour); };
+  ColumnParams columns;
+  if (across && n + lane % kAcross * kFour < N)
+    columns = column_params(e, first + n + lane % kAcross * kFour, columns_from(n + lane % kAcross * kFour));
+#pragma unroll
+  for (int i = 0; i < T::kWarpM / 16; ++i) {
+    __syncwarp();  // of the 16 rows before, everything is read
+#pragma unroll
+    for (int j = 0; j < T::kWarpN / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int32_t* to = block + (c_row(lane) + half * 8) * kPitch + j * 8 + c_column(lane);
+        store_vector<2>(to, {sums[i][j][half * 2], sums[i][j][half * 2 + 1]});
+      }
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < 16 / kRowsAtOnce; ++r) {
+      const int row = across ? r * kRowsAtOnce + lane / kAcross : lane & 15;
+      const int column = across ? lane % kAcross * kFour : (r * 2 + (lane >> 4)) * kFour;
+      if (m + i * 16 + row >= M || n + column >= N) continue;
+      const int count = columns_from(n + column);
+      if (!across) columns = column_params(e, first + n + column, count);
+      const auto words = load_vector<kFour>(block + row * kPitch + column);
+      int32_t four[kFour];
+#pragma unroll
+      for (int c = 0; c < kFour; ++c) four[c] = words.get(c);
+      finish_four(e, row_params(e, m + i * 16 + row), columns, first + n + column, count, four);
+    }
+  }
+}
+
+template <class T, class Loader>
+__global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTANT IgemmArgs args) {
+  char* memory = shared_memory();
+  const TilePlace place = tile_place(args);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp_m = warp / T::kWarpsN, warp_n = warp % T::kWarpsN;
+
+  // the block's rows, columns and k
+  const typename Loader::template Rows<T> a(args, place.m * T::kM, place.group);
+  const DenseRows<T::kN, T::kK, T::kThreads> b(args.b + place.group * args.N * args.b_stride, args.b_stride, place.n * T::kN,
+                                               args.N, args.K);
+  const int64_t k_begin = place.part * args.part_k, left = args.K - k_begin;
+  const int steps = static_cast<int>(((left < args.part_k ? left : args.part_k) + T::kK - 1) / T::kK);
+  const auto load = [&](int step) {
+    if (step < steps) {
+      char* stage = memory + step % T::kStages * T::kStageBytes;
+      a.load(stage, k_begin + int64_t{step} * T::kK);
+      b.load(stage + T::kM * T::kK, k_begin + int64_t{step} * T::kK);
+    }
+    copy_commit();
+  };
+
+  // products
+  int32_t sums[T::kWarpM / 16][T::kWarpN / 8][4] = {};
+#pragma unroll 1
+  for (int step = 0; step < T::kStages - 1; ++step) load(step);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<T::kStages - 2>();
+    __syncthreads();              // this step's codes are there for all; of the step before, everything is read
+    load(step + T::kStages - 1);  // into the buffer of the step before
+    multiply_stage<T>(memory + step % T::kStages * T::kStageBytes, warp_m, warp_n, lane, sums);
+  }
+  copy_wait<0>();
+  __syncthreads();
+
+  // results
+  Epilogue e = args.out;
+  if (place.part > 0) e.y = static_cast<int32_t*>(e.y) + place.part * args.part_stride;
+  char* staging = memory + warp * (16 * (T::kWarpN + 8) * 4);
+  finish_warp<T>(e, staging, place.m * T::kM + warp_m * T::kWarpM, args.M, place.n * T::kN + warp_n * T::kWarpN, args.N,
+                 place.group * args.N, lane, sums);
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+using IgemmKernel = void (*)(IgemmArgs);
+
+// Of every tile of choose.h.
+template <class Loader>
+IgemmKernel igemm_kernel_of(int tile) {
+#define QO_IGEMM_KERNEL(m, n, k, wm, wn, s) igemm_kernel<Tile<m, n, k, wm, wn, s>, Loader>,
+  static constexpr IgemmKernel kernels[] = {QO_IGEMM_TILES(QO_IGEMM_KERNEL)};
+#undef QO_IGEMM_KERNEL
+  return kernels[tile];
+}
+
+const GpuLimits& gpu_limits();  // of the current device
+
+// choose_igemm, remembered.
+IgemmChoice portable_choice(const IgemmShape& shape, const GpuLimits& gpu, const ForcedKernel& forced);
+
+// Takes memory for the parts' sums and launches; `args` needs no tiles and parts yet.
+void run_igemm(const char* op, IgemmArgs args, const IgemmChoice& choice, IgemmKernel (*kernel_of)(int), Workspace* workspace,
+               void* stream);
+
+}  // namespace quant_ops
