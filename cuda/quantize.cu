@@ -4,8 +4,8 @@
 //
 // Dense, aligned data is one flat array, whatever its shape: each thread handles 16-byte vectors, and Lookup (layout.cuh) says
 // which scale and zero point they meet. Everything else (other strides, float64, 32-bit codes) takes the generic kernels, one
-// element a thread. Bits are those of cpp/quantize.cpp. ops.h's `narrow` is not used: every thread sees its zero point and decides
-// by itself.
+// element a thread. Bits are those of cpp/quantize.cpp. ops.h's `exact_in_float32` is not used: every thread sees its zero point
+// and decides by itself.
 #include <algorithm>
 
 #include "device/common.cuh"

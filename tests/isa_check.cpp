@@ -28,7 +28,7 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
   const int64_t columns = random->one_in(2) ? width : random->between(width - kPanelStep + 1, width);
   const int64_t row_step = random->between(0, 1);
   const PackedLayout layout = packed_layout(columns, k, taps, 1, 1);
-  const int64_t row_bytes = layout.k4 * kGroupK, y_stride = columns + random->between(0, 3);
+  const int64_t row_bytes = layout.quads * kQuad, y_stride = columns + random->between(0, 3);
   const bool plain = random->one_in(4), extreme = k > 1000 || random->one_in(4);  // at the largest k sums pass 2^31
   const Bytes a(taps * m_count * row_bytes, [&](int64_t) { return extreme ? uint8_t{255} : static_cast<uint8_t>(random->bits()); });
   const Edge<int8_t> w(columns * k * taps,
@@ -46,7 +46,7 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
   GemmTile tile;
   tile.out = tile_output(dtype, random);
   tile.taps = taps;
-  tile.k4 = layout.k4;
+  tile.quads = layout.quads;
   tile.a = a.data();
   tile.b = tile.ahead = layout.panel(packed.data(), 0, 0);
   tile.out.y_stride = y_stride;
@@ -60,8 +60,8 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
   const int64_t y_bytes = ((m_count - 1) * y_stride + columns) * dtype_bytes(dtype);
   std::vector<uint8_t> first;
   tile.out.bounded = is_bounded(tile.out.out_scale, row_scale.data(), settings, column_scale.data(), bias.data(), width);
-  for (int64_t rows = 1; rows <= std::min(width <= kNarrow ? table.narrow_rows : table.gemm_rows, m_count); ++rows) {
-    if (rows > table.gemm_rows && rows != table.narrow_rows) continue;
+  for (int64_t rows = 1; rows <= std::min(width <= kSlimColumns ? table.slim_rows : table.gemm_rows, m_count); ++rows) {
+    if (rows > table.gemm_rows && rows != table.slim_rows) continue;
     const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
     for (int64_t m = 0, count; m < m_count; m += count) {
       count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
@@ -105,7 +105,7 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   run.padding = static_cast<uint8_t>(random->between(0, 255));
   run.pixel = layout.padded_n;
   const Bytes a(r * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
-  const Edge<const uint8_t*> rows(round_up(r, kGroupK),
+  const Edge<const uint8_t*> rows(round_up(r, kQuad),
                                   [&](int64_t i) { return a.data() + std::min(i, r - 1) * run.width * run.pixel; });
   const Bytes line(run.line_bytes());
   const Edge<float> column_scale(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
@@ -348,7 +348,7 @@ void check_backward(Random* random, DType dtype, Log* log) {
   p.x_dtype = dtype;
   p.scale = &scale;
   p.zero_point = &zero;
-  p.narrow = random->one_in(2);
+  p.exact_in_float32 = random->one_in(2);
   p.qmin = -128;
   p.qmax = 127;
   p.dscale = &gradients[0];

@@ -160,7 +160,7 @@ def test_emulated_epilogue_rounds_as_specified(isa, dtype):
 
 @functools.cache
 def products(taps: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Activations [taps, 70, 4 k4], weights [80, k, taps] and their exact products."""
+    """Activations [taps, 70, 4 quads], weights [80, k, taps] and their exact products."""
     rng = np.random.default_rng(taps * 1000 + k)
     a = rng.integers(0, 256, (taps, 70, (k + 3) // 4 * 4)).astype(np.uint8)
     b = rng.integers(-128, 128, (80, k, taps)).astype(np.int8)

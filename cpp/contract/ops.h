@@ -2,7 +2,20 @@
 // entry point per device. No torch, no CUDA headers. Strides are in elements, never in bytes. Entry points assume checked
 // arguments (the bindings check) and write nothing outside the described tensors.
 //
-// Letters: M, N, K for GEMM, y[M,N] = a[M,K] b[N,K]^T; N, C, H, W -> O, OH, OW with an R x S kernel for convolution.
+// Letters: M, N, K for GEMM, y[M,N] = a[M,K] b[N,K]^T; N, C, H, W -> O, OH, OW with an R x S kernel for convolution. A group is
+// always a group of a convolution.
+//
+// Units of work and shapes, in every file of cpp/ and cuda/:
+//   tile    rows x columns of a product that one micro-kernel call (CPU) or one thread block (CUDA) computes
+//   panel   neighbouring columns of a packed weight (kPanel of them, CPU); slim if it has at most kSlimColumns
+//   tap     a position (r, s) of a convolution kernel; a linear layer has one
+//   quad    four consecutive k of one column: the four bytes of one lane of a dot-product instruction
+//   run     consecutive elements that one micro-kernel call handles
+//   slice   elements that share one scale
+//   chunk   kReduceChunk elements of a slice, whose gradients are summed before the sums are
+//   pass    the rows or samples whose codes are in scratch at one time
+//   share   what one thread does of a pass
+//   split   a part of K that is multiplied on its own, its sums added to the other splits' (CUDA)
 // Read next: arithmetic.h for the arithmetic, linear.cpp for the integer GEMM, kernels/table.h for the micro-kernels.
 #pragma once
 
@@ -42,7 +55,7 @@ struct QuantizeParams {
   DType x_dtype, y_dtype;     // equal when simulating
   const void* scale;          // float32; float64 when x is float64
   const int32_t* zero_point;  // when symmetric one 0 of stride 0; on CUDA null
-  bool narrow;                // all |qmin - zero_point|, |qmax - zero_point| <= 2^24: the clamp is exact in float32
+  bool exact_in_float32;      // all |qmin - zero_point|, |qmax - zero_point| <= 2^24: the clamp is exact in float32
   int32_t qmin, qmax;
   bool simulate;
 };
@@ -62,7 +75,7 @@ struct QuantizeBackwardParams {
   DType x_dtype;      // of x, grad and dx
   const void* scale;  // as in QuantizeParams, likewise the next three
   const int32_t* zero_point;
-  bool narrow;
+  bool exact_in_float32;
   int32_t qmin, qmax;
   // operands of both spaces: x, grad, scale, zero_point;  kept also: the gradient
   Reduction scale_sum, zero_sum;
@@ -78,7 +91,7 @@ struct DequantizeParams {
   DType q_dtype, y_dtype;
   const void* scale;  // float32; float64 when y is float64
   const int32_t* zero_point;
-  bool narrow;  // all |zero_point| <= 2^24
+  bool exact_in_float32;  // all |zero_point| <= 2^24
 };
 
 // choose_qparams: the scale and zero point of every slice, from its minimum and maximum (choose_qparams_of in arithmetic.h)

@@ -32,9 +32,9 @@ inline bool only_magnitude(const InputParams& in) { return in.mode == Activation
 // Rows of the next tile of `left`: full ones, except that the last two share what is left evenly, since narrow tiles are slow.
 inline int64_t tile_rows(int64_t left, int64_t full) { return left <= full ? left : left < 2 * full ? (left + 1) / 2 : full; }
 
-// The same of a panel; `narrow`: of at most kNarrow columns.
+// The same of a panel; `narrow`: of at most kSlimColumns columns.
 inline int64_t tile_rows(const KernelTable& table, int64_t left, bool narrow) {
-  return narrow && left >= table.narrow_rows ? table.narrow_rows : tile_rows(left, table.gemm_rows);
+  return narrow && left >= table.slim_rows ? table.slim_rows : tile_rows(left, table.gemm_rows);
 }
 
 // Whether the GEMM reads the codes of quantized activations where they lie, and with which flip.

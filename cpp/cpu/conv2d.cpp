@@ -43,8 +43,8 @@ struct Plan {
 Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, const KernelTable& table) {
   Plan plan;
   plan.layout = layout;
-  plan.narrow = layout.panels() == 1 && layout.width(0) <= kNarrow;
-  plan.group_channels = layout.rows ? p.C : layout.k4 * kGroupK;
+  plan.narrow = layout.panels() == 1 && layout.width(0) <= kSlimColumns;
+  plan.group_channels = layout.rows ? p.C : layout.quads * kQuad;
   plan.nhwc_input = p.x_stride[1] == 1;
   const int64_t reach[2] = {(p.OH - 1) * p.stride[0] + p.dilation[0] * (p.R - 1) + 1,
                             (p.OW - 1) * p.stride[1] + p.dilation[1] * (p.S - 1) + 1};
@@ -60,9 +60,9 @@ Plan make_plan(const Int8Conv2dParams& p, const PackedLayout& layout, const Kern
     plan.left = p.pad[1] * plan.pixel;
     plan.row = std::max(p.pad[1] + p.W, reach[1]) * plan.pixel;
     // one row of padding; the last group of four k of a kernel row may reach three bytes further, where the weight is zero
-    plan.sample = round_up((p.H + 1) * plan.row + kGroupK, 64);
+    plan.sample = round_up((p.H + 1) * plan.row + kQuad, 64);
   }
-  const int64_t tile = plan.narrow ? table.narrow_rows : table.gemm_rows;
+  const int64_t tile = plan.narrow ? table.slim_rows : table.gemm_rows;
   plan.block = std::clamp<int64_t>(kOffsetBytes / (layout.taps * 8) / tile, 1, kBlockTiles) * tile;
   const bool merged = plan.row == p.W * plan.pixel;
   plan.pointwise = p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && !padded && merged && p.OH == p.H && p.OW == p.W;
@@ -282,7 +282,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
           block.store(g * layout.n + column, valid, [&](char* y, int64_t y_stride) {
             GemmTile tile;
             tile.taps = layout.taps;
-            tile.k4 = layout.k4;
+            tile.quads = layout.quads;
             tile.a = a + g * plan.group_channels;
             tile.flip = plan.in_place ? flip_of(p.in) : 0;
             tile.b = layout.panel(packed, g, panel);
@@ -295,7 +295,7 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
             tile.out.bounded = bounded;
             tile.ahead = tile.b;
             // offsets that are not in tiles go with any
-            const bool narrow = plan.pointwise ? width <= kNarrow : plan.narrow;
+            const bool narrow = plan.pointwise ? width <= kSlimColumns : plan.narrow;
             for (int64_t m = 0, count; m < rows; m += count) {
               count = tile_rows(table, rows - m, narrow);
               tile.a_offset = offsets + m * layout.taps;

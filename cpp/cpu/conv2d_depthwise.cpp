@@ -100,7 +100,7 @@ void int8_conv2d_depthwise_cpu(const Int8Conv2dParams& p) {
   const Plan plan = make_plan(p);
   const PackedLayout& layout = plan.layout;
   const int64_t threads = parallel_threads(), out_bytes = dtype_bytes(p.out.dtype);
-  const int64_t band_rows = (plan.band - 1) * p.stride[0] + plan.reach, row_pointers = round_up(p.R, kGroupK);
+  const int64_t band_rows = (plan.band - 1) * p.stride[0] + plan.reach, row_pointers = round_up(p.R, kQuad);
   const int64_t pieces = ceil_div(p.H, plan.piece);
 
   DepthwiseRun run;
@@ -171,64 +171,63 @@ void int8_conv2d_depthwise_cpu(const Int8Conv2dParams& p) {
   // 2. bands of output rows
   run.out.bounded = true;
   for (int64_t n = 0; n < p.N && run.out.bounded; ++n) run.out.bounded = columns.bounded(p.out, &samples[n].scale, 1);
-  shares(p.N * p.OH, p.N * p.OH * p.OW * p.O * (2 + ceil_div(layout.taps, kGroupK)),
-         [&](int64_t worker, int64_t begin, int64_t end) {
-           const int64_t mine = workers_at + worker * worker_bytes;
-           uint8_t* const codes = scratch.at<uint8_t>(mine + codes_own);
-           uint8_t* const padding = scratch.at<uint8_t>(mine + padding_own);
-           uint8_t* const buffer = scratch.at<uint8_t>(mine + buffer_own);
-           const uint8_t** const rows = scratch.at<const uint8_t*>(mine + rows_own);
-           char* const block_y = scratch.at<char>(mine + y_own);
-           DepthwiseRun d = run;
-           d.rows = rows;
-           d.line = scratch.at<uint8_t>(mine + line_own);
-           int64_t from = 0, to = 0;  // input rows whose codes are there
-           for (int64_t task = begin, count; task < end; task += count) {
-             const int64_t n = task / p.OH, oh = task % p.OH;
-             count = std::min({plan.band, p.OH - oh, end - task});
-             const RowCodes& sample = samples[n];
-             if (task == begin || oh == 0) {
-               from = to = 0;
-               d.padding = static_cast<uint8_t>(sample.zero_point);
-               std::memset(padding, d.padding ^ d.flip, static_cast<size_t>(plan.row));
-             }
-             const int64_t top = oh * p.stride[0] - p.pad[0], bottom = top + (count - 1) * p.stride[0] + plan.reach;
-             const int64_t first = std::clamp<int64_t>(top, 0, p.H), last = std::clamp<int64_t>(bottom, first, p.H);
-             const uint8_t* band = codes;
-             if (plan.in_place) {
-               band = static_cast<const uint8_t*>(p.in.x) + n * p.x_stride[0] + first * p.x_stride[2];
-             } else {
-               const int64_t kept = std::max<int64_t>(0, to - first);
-               if (kept > 0) std::memmove(codes, codes + (first - from) * plan.row, static_cast<size_t>(kept * plan.row));
-               for (int64_t h = first + kept, left; h < last; h += left) {
-                 left = std::min(plan.piece, last - h);
-                 quantize_rows(table, p, plan, n, h, left, sample, codes + (h - first) * plan.row, buffer);
-               }
-               from = first;
-               to = last;
-             }
-             const int64_t row_step = plan.in_place ? p.x_stride[2] : plan.row, pixels = count * p.OW;
-             char* const y = p.y_channels_last ? static_cast<char*>(p.out.y) + task * p.OW * p.O * out_bytes : block_y;
-             d.out.y_stride = p.O;
-             d.out.row_zero = &sample.zero_point;
-             d.out.row_scale = &sample.scale;
-             for (int64_t i = 0; i < count; ++i) {
-               for (int64_t r = 0; r < row_pointers; ++r) {
-                 const int64_t h = top + i * p.stride[0] + std::min(r, p.R - 1) * p.dilation[0];
-                 rows[r] = h >= 0 && h < p.H ? band + (h - first) * row_step : padding;
-               }
-               for (int64_t ow = 0; ow < p.OW; ow += plan.run) {
-                 d.first = ow * p.stride[1] - p.pad[1];
-                 d.pixels = std::min(plan.run, p.OW - ow);
-                 d.out.y = y + (i * p.OW + ow) * p.O * out_bytes;
-                 table.depthwise(d);
-               }
-             }
-             if (!p.y_channels_last)
-               transpose_store(out_bytes, block_y, pixels, p.O, p.O,
-                               static_cast<char*>(p.out.y) + (n * p.O * p.OH + oh) * p.OW * out_bytes, p.OH * p.OW);
-           }
-         });
+  shares(p.N * p.OH, p.N * p.OH * p.OW * p.O * (2 + ceil_div(layout.taps, kQuad)), [&](int64_t worker, int64_t begin, int64_t end) {
+    const int64_t mine = workers_at + worker * worker_bytes;
+    uint8_t* const codes = scratch.at<uint8_t>(mine + codes_own);
+    uint8_t* const padding = scratch.at<uint8_t>(mine + padding_own);
+    uint8_t* const buffer = scratch.at<uint8_t>(mine + buffer_own);
+    const uint8_t** const rows = scratch.at<const uint8_t*>(mine + rows_own);
+    char* const block_y = scratch.at<char>(mine + y_own);
+    DepthwiseRun d = run;
+    d.rows = rows;
+    d.line = scratch.at<uint8_t>(mine + line_own);
+    int64_t from = 0, to = 0;  // input rows whose codes are there
+    for (int64_t task = begin, count; task < end; task += count) {
+      const int64_t n = task / p.OH, oh = task % p.OH;
+      count = std::min({plan.band, p.OH - oh, end - task});
+      const RowCodes& sample = samples[n];
+      if (task == begin || oh == 0) {
+        from = to = 0;
+        d.padding = static_cast<uint8_t>(sample.zero_point);
+        std::memset(padding, d.padding ^ d.flip, static_cast<size_t>(plan.row));
+      }
+      const int64_t top = oh * p.stride[0] - p.pad[0], bottom = top + (count - 1) * p.stride[0] + plan.reach;
+      const int64_t first = std::clamp<int64_t>(top, 0, p.H), last = std::clamp<int64_t>(bottom, first, p.H);
+      const uint8_t* band = codes;
+      if (plan.in_place) {
+        band = static_cast<const uint8_t*>(p.in.x) + n * p.x_stride[0] + first * p.x_stride[2];
+      } else {
+        const int64_t kept = std::max<int64_t>(0, to - first);
+        if (kept > 0) std::memmove(codes, codes + (first - from) * plan.row, static_cast<size_t>(kept * plan.row));
+        for (int64_t h = first + kept, left; h < last; h += left) {
+          left = std::min(plan.piece, last - h);
+          quantize_rows(table, p, plan, n, h, left, sample, codes + (h - first) * plan.row, buffer);
+        }
+        from = first;
+        to = last;
+      }
+      const int64_t row_step = plan.in_place ? p.x_stride[2] : plan.row, pixels = count * p.OW;
+      char* const y = p.y_channels_last ? static_cast<char*>(p.out.y) + task * p.OW * p.O * out_bytes : block_y;
+      d.out.y_stride = p.O;
+      d.out.row_zero = &sample.zero_point;
+      d.out.row_scale = &sample.scale;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t r = 0; r < row_pointers; ++r) {
+          const int64_t h = top + i * p.stride[0] + std::min(r, p.R - 1) * p.dilation[0];
+          rows[r] = h >= 0 && h < p.H ? band + (h - first) * row_step : padding;
+        }
+        for (int64_t ow = 0; ow < p.OW; ow += plan.run) {
+          d.first = ow * p.stride[1] - p.pad[1];
+          d.pixels = std::min(plan.run, p.OW - ow);
+          d.out.y = y + (i * p.OW + ow) * p.O * out_bytes;
+          table.depthwise(d);
+        }
+      }
+      if (!p.y_channels_last)
+        transpose_store(out_bytes, block_y, pixels, p.O, p.O,
+                        static_cast<char*>(p.out.y) + (n * p.O * p.OH + oh) * p.OW * out_bytes, p.OH * p.OW);
+    }
+  });
 }
 
 }  // namespace quant_ops

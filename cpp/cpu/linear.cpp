@@ -122,7 +122,7 @@ void int8_linear_cpu(const Int8LinearParams& p) {
   if (p.M == 0 || p.N == 0) return;
   const KernelTable& table = kernels();
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
-  const int64_t row_bytes = layout.k4 * kGroupK;
+  const int64_t row_bytes = layout.quads * kQuad;
   const bool in_place = p.K == row_bytes && reads_in_place(table, p.in);
   const int64_t pass_rows = std::min(p.M, std::max(table.gemm_rows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
   const int64_t threads = parallel_threads();
@@ -201,7 +201,7 @@ void int8_linear_cpu(const Int8LinearParams& p) {
             }
             GemmTile tile;
             tile.taps = 1;
-            tile.k4 = layout.k4;
+            tile.quads = layout.quads;
             tile.a = in_place ? static_cast<const uint8_t*>(p.in.x) + m0 * p.x_stride : codes;
             tile.flip = in_place ? flip_of(p.in) : 0;
             const int32_t* column_sum;
@@ -217,9 +217,9 @@ void int8_linear_cpu(const Int8LinearParams& p) {
             }
             // the next panel is fetched while this one is used, a quarter by each of the first four tiles
             const int8_t* ahead = p.packed && panel + 1 < to ? tile.b + width * row_bytes : tile.b;
-            const int64_t quarter = width * row_bytes / kGroupK;
+            const int64_t quarter = width * row_bytes / kQuad;
             for (int64_t m = first, count; m < last; m += count) {
-              count = tile_rows(table, last - m, width <= kNarrow);
+              count = tile_rows(table, last - m, width <= kSlimColumns);
               int64_t a_offset[kMaxGemmRows];
               for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * code_stride;
               tile.a_offset = a_offset;

@@ -29,15 +29,15 @@ int64_t source(const PackedLayout& l, int64_t group, int64_t j, int64_t t, int64
 }
 
 // Four bytes of a column whose k step by `step` in memory; beyond k zeros.
-void copy_group(const int8_t* from, int64_t k4, int64_t k, int64_t step, int8_t* to) {
-  for (int64_t i = 0; i < kGroupK; ++i) to[i] = k4 * kGroupK + i < k ? from[(k4 * kGroupK + i) * step] : int8_t{0};
+void copy_group(const int8_t* from, int64_t quads, int64_t k, int64_t step, int8_t* to) {
+  for (int64_t i = 0; i < kQuad; ++i) to[i] = quads * kQuad + i < k ? from[(quads * kQuad + i) * step] : int8_t{0};
 }
 
 }  // namespace
 
 void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int64_t panel, int8_t* packed_panel,
                 int32_t* column_sum) {
-  const int64_t width = l.width(panel), columns = std::min(width, l.n - panel * kPanel), row = width * kGroupK;
+  const int64_t width = l.width(panel), columns = std::min(width, l.n - panel * kPanel), row = width * kQuad;
   const int64_t first = group * l.n + panel * kPanel, column_step = l.in_channels * l.r * l.s;
   const int8_t* w = weight + first * column_step;
   if (l.taps == 1 && l.merged == 1 && !l.rows)
@@ -47,17 +47,17 @@ void pack_panel(const int8_t* weight, const PackedLayout& l, int64_t group, int6
     for (int64_t i = 0; j < columns && i < column_step; ++i) sum += w[j * column_step + i];
     column_sum[j] = sum;
   }
-  std::memset(packed_panel, 0, static_cast<size_t>(l.taps * l.k4 * row));
+  std::memset(packed_panel, 0, static_cast<size_t>(l.taps * l.quads * row));
   for (int64_t j = 0; j < columns; ++j)
-    for (int64_t k4 = 0; k4 < l.k4; ++k4)
+    for (int64_t quads = 0; quads < l.quads; ++quads)
       for (int64_t t = 0; t < l.taps; ++t) {
-        int8_t* to = packed_panel + (t * l.k4 + k4) * row + j * kGroupK;
+        int8_t* to = packed_panel + (t * l.quads + quads) * row + j * kQuad;
         if (l.merged == 1 && !l.rows) {
-          copy_group(w + j * column_step + t, k4, l.k, l.taps, to);
+          copy_group(w + j * column_step + t, quads, l.k, l.taps, to);
           continue;
         }
-        for (int64_t i = 0; i < kGroupK && k4 * kGroupK + i < l.k; ++i) {
-          const int64_t from = source(l, group, panel * kPanel + j, t, k4 * kGroupK + i);
+        for (int64_t i = 0; i < kQuad && quads * kQuad + i < l.k; ++i) {
+          const int64_t from = source(l, group, panel * kPanel + j, t, quads * kQuad + i);
           if (from >= 0) to[i] = weight[from];
         }
       }
@@ -95,13 +95,13 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
   l.n = n * l.merged;
   l.k = l.rows ? s * l.in_channels : l.in_channels * l.merged;
   l.taps = l.rows ? r : r * s;
-  l.k4 = ceil_div(l.k, kGroupK);
+  l.quads = ceil_div(l.k, kQuad);
   l.padded_n = round_up(l.depthwise ? groups : l.n, kPanelStep);
   const int64_t sums = l.depthwise ? l.padded_n : l.groups * l.padded_n;
   l.column_sum_offset = 64;
   l.panels_offset = round_up(l.column_sum_offset + sums * 4, 64);
-  l.group_bytes = l.padded_n * l.taps * l.k4 * kGroupK;
-  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * round_up(r, kGroupK) * s : l.groups * l.group_bytes);
+  l.group_bytes = l.padded_n * l.taps * l.quads * kQuad;
+  l.bytes = l.panels_offset + (l.depthwise ? l.padded_n * round_up(r, kQuad) * s : l.groups * l.group_bytes);
   return l;
 }
 
@@ -129,12 +129,12 @@ void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weig
   }
   for (int64_t group = 0; group < l.groups; ++group)
     for (int64_t j = 0; j < l.n; ++j) {
-      const int64_t panel = j / kPanel, row = l.width(panel) * kGroupK;
-      const int8_t* column = l.panel(packed, group, panel) + j % kPanel * kGroupK;
+      const int64_t panel = j / kPanel, row = l.width(panel) * kQuad;
+      const int8_t* column = l.panel(packed, group, panel) + j % kPanel * kQuad;
       for (int64_t t = 0; t < l.taps; ++t)
         for (int64_t k = 0; k < l.k; ++k) {
           const int64_t to = source(l, group, j, t, k);
-          if (to >= 0) weight[to] = column[(t * l.k4 + k / kGroupK) * row + k % kGroupK];
+          if (to >= 0) weight[to] = column[(t * l.quads + k / kQuad) * row + k % kQuad];
         }
     }
 }

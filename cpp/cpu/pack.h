@@ -23,7 +23,7 @@ struct PackedLayout {
   bool depthwise, rows;                                  // kept as above; rows: of few channels
   int64_t merged;                                        // groups of the weight in one of the product
   int64_t groups, n, k, taps;                            // of the product: n columns and k inputs of one group and tap
-  int64_t k4, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
+  int64_t quads, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t width(int64_t panel) const { return panel * kPanel + kPanel <= padded_n ? kPanel : padded_n - panel * kPanel; }
@@ -32,13 +32,12 @@ struct PackedLayout {
     return reinterpret_cast<const int32_t*>(packed + column_sum_offset) + group * padded_n;
   }
   const int8_t* panel(const int8_t* packed, int64_t group, int64_t panel) const {
-    return packed + panels_offset + group * group_bytes + panel * kPanel * taps * k4 * kGroupK;
+    return packed + panels_offset + group * group_bytes + panel * kPanel * taps * quads * kQuad;
   }
   // Where the weight of a channel of a depthwise convolution at row i and column j of its kernel is, after panels_offset.
   int64_t depthwise_place(int64_t channel, int64_t i, int64_t j) const {
-    const int64_t groups_of_rows = (r + kGroupK - 1) / kGroupK;
-    return (((channel / kPanelStep * s + j) * groups_of_rows + i / kGroupK) * kPanelStep + channel % kPanelStep) * kGroupK +
-           i % kGroupK;
+    const int64_t groups_of_rows = (r + kQuad - 1) / kQuad;
+    return (((channel / kPanelStep * s + j) * groups_of_rows + i / kQuad) * kPanelStep + channel % kPanelStep) * kQuad + i % kQuad;
   }
 };
 

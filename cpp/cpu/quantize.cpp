@@ -594,7 +594,7 @@ void quantize_cpu(const QuantizeParams& p) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   const KernelTable& table = kernels();
-  if (p.narrow && p.x_dtype != DType::kFloat64 && writes_rows(it)) {
+  if (p.exact_in_float32 && p.x_dtype != DType::kFloat64 && writes_rows(it)) {
     const DenseParameters dense(&it, static_cast<const float*>(p.scale), p.zero_point);
     const Parameters parameters = dense.with_codes(p.qmin, p.qmax);
     QuantizeRun all;
@@ -628,7 +628,7 @@ void quantize_cpu(const QuantizeParams& p) {
 }
 
 void quantize_backward_cpu(const QuantizeBackwardParams& p) {
-  const bool vector = p.narrow && p.x_dtype != DType::kFloat64;
+  const bool vector = p.exact_in_float32 && p.x_dtype != DType::kFloat64;
   const bool fused = vector && same_strides(p.it, 0, 2);  // dx in the pass that sums
   const bool together =
       p.dzero && same_space(p.scale_sum.kept, p.zero_sum.kept) && same_space(p.scale_sum.reduced, p.zero_sum.reduced);
@@ -644,7 +644,7 @@ void dequantize_cpu(const DequantizeParams& p) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   const KernelTable& table = kernels();
-  if (p.narrow && p.q_dtype != DType::kInt32 && p.y_dtype != DType::kFloat64 && writes_rows(it)) {
+  if (p.exact_in_float32 && p.q_dtype != DType::kInt32 && p.y_dtype != DType::kFloat64 && writes_rows(it)) {
     const DenseParameters dense(&it, static_cast<const float*>(p.scale), p.zero_point);
     return parallel_for(numel(it), kGrain, [&](int64_t begin, int64_t end) {
       DequantizeRun run;

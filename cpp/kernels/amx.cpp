@@ -62,7 +62,7 @@ constexpr int kActivations = 4, kWeights = 6;
 // n groups of four k, n <= 16. Nothing outside is touched.
 QO_INLINE void copy_groups(uint8_t* to, const uint8_t* from, int64_t n) {
 #if defined(QUANT_OPS_AMX_EMULATED)
-  std::memcpy(to, from, static_cast<size_t>(n * kGroupK));
+  std::memcpy(to, from, static_cast<size_t>(n * kQuad));
 #else
   const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
   _mm512_mask_storeu_epi32(to, mask, _mm512_maskz_loadu_epi32(mask, from));
@@ -81,17 +81,16 @@ class Activations {
 
   // The next `fresh` groups; fewer than `depth` of them are the last ones, with zeros before.
   QO_INLINE void next(int64_t fresh) {
-    if (fresh == depth_ && k_ + depth_ <= t_.k4 && even_) {  // where they are
-      a = t_.a + offset_[0] + k_ * kGroupK;
+    if (fresh == depth_ && k_ + depth_ <= t_.quads && even_) {  // where they are
+      a = t_.a + offset_[0] + k_ * kQuad;
       stride = spacing_;
       advance(depth_);
       return;
     }
     if (fresh < depth_) std::memset(block_, 0, sizeof(block_));
     for (int64_t at = depth_ - fresh; at < depth_;) {
-      const int64_t run = t_.k4 - k_ < depth_ - at ? t_.k4 - k_ : depth_ - at;
-      for (int64_t r = 0; r < rows_; ++r)
-        copy_groups(block_ + r * kTileBytes + at * kGroupK, t_.a + offset_[r] + k_ * kGroupK, run);
+      const int64_t run = t_.quads - k_ < depth_ - at ? t_.quads - k_ : depth_ - at;
+      for (int64_t r = 0; r < rows_; ++r) copy_groups(block_ + r * kTileBytes + at * kQuad, t_.a + offset_[r] + k_ * kQuad, run);
       at += run;
       advance(run);
     }
@@ -107,10 +106,10 @@ class Activations {
   }
   QO_INLINE void advance(int64_t groups) {
     k_ += groups;
-    if (k_ < t_.k4) return;
+    if (k_ < t_.quads) return;
     k_ = 0;
     offset_ += rows_;
-    if (++tap_ < t_.taps && t_.k4 >= depth_) measure();  // shorter taps are copied in any case
+    if (++tap_ < t_.taps && t_.quads >= depth_) measure();  // shorter taps are copied in any case
   }
 
   const GemmTile& t_;
@@ -126,14 +125,14 @@ __attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_
                                          int32_t* sum) {
   unroll<kRowTiles>(
       [&](auto r) QO_LAMBDA { unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template zero<2 * r.value + c.value>(); }); });
-  const int64_t groups = t.taps * t.k4, b_stride = width * kGroupK;
+  const int64_t groups = t.taps * t.quads, b_stride = width * kQuad;
   Activations rows_of(t, rows, depth);
   for (int64_t done = 0; done < groups;) {
     const int64_t fresh = groups - done < depth ? groups - done : depth;
     rows_of.next(fresh);
     done += fresh;
     // The last block ends with the panel: weights that were multiplied before meet zeros, and nothing behind the panel is read.
-    const int8_t* b = t.b + (done - depth) * b_stride + n * kGroupK;
+    const int8_t* b = t.b + (done - depth) * b_stride + n * kQuad;
     unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template load<kWeights + c.value>(b + c.value * kTileBytes, b_stride); });
     unroll<kRowTiles>([&](auto r) QO_LAMBDA {
       tiles.template load<kActivations + r.value>(rows_of.a + r.value * kTileRows * rows_of.stride, rows_of.stride);
@@ -151,7 +150,7 @@ __attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_
 
 void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
   alignas(64) int32_t sum[kRows * kPanel];
-  const int64_t groups = t.taps * t.k4;
+  const int64_t groups = t.taps * t.quads;
   if (groups == 0) {
     std::memset(sum, 0, sizeof(sum));
   } else {
@@ -160,7 +159,7 @@ void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
     TileConfig config;
     for (int r = 0; r < 2 && tile_rows[r] > 0; ++r) {
       for (int c = 0; c < 2; ++c) config.set(2 * r + c, tile_rows[r], kTileBytes);
-      config.set(kActivations + r, tile_rows[r], depth * kGroupK);
+      config.set(kActivations + r, tile_rows[r], depth * kQuad);
     }
     for (int c = 0; c < 2; ++c) config.set(kWeights + c, depth, kTileBytes);
     Tiles tiles;

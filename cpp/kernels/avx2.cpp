@@ -45,11 +45,11 @@ struct Wide {
   }
   static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint16_t* wide) {
     int64_t g = 0;
-    for (; g + 4 <= groups; g += 4) store(wide + g * kGroupK, _mm256_cvtepu8_epi16(Simd::load128(a + g * kGroupK)));
+    for (; g + 4 <= groups; g += 4) store(wide + g * kQuad, _mm256_cvtepu8_epi16(Simd::load128(a + g * kQuad)));
     for (; g < groups; ++g) {  // by value: nothing after the row's last byte is read
       int32_t four;
-      __builtin_memcpy(&four, a + g * kGroupK, sizeof(four));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(wide + g * kGroupK), _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
+      __builtin_memcpy(&four, a + g * kQuad, sizeof(four));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(wide + g * kQuad), _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
     }
   }
   static QO_INLINE void store(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }

@@ -46,7 +46,7 @@ struct Wide {
   static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint16_t* wide) {
     for (int64_t g = 0; g < groups; g += 8) {
       const __mmask8 mask = static_cast<__mmask8>(groups - g >= 8 ? 0xff : (1 << (groups - g)) - 1);
-      _mm512_storeu_si512(wide + g * kGroupK, _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi32(mask, a + g * kGroupK)));
+      _mm512_storeu_si512(wide + g * kQuad, _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi32(mask, a + g * kQuad)));
     }
   }
 };

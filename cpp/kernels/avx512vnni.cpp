@@ -52,12 +52,12 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
   const int8_t* b = t.b;
   const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
-  const int64_t k_end = t.k4 * kGroupK;
+  const int64_t k_end = t.quads * kQuad;
   const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(t.flip));
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows) {
     const uint8_t* a[kTileRows];
     unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
-    for (int64_t k = 0; k < k_end; k += kGroupK, b += kWidth * kGroupK) {
+    for (int64_t k = 0; k < k_end; k += kQuad, b += kWidth * kQuad) {
       __m512i bv[kVectors];
       if constexpr (kTileRows < kRows) {
         unroll<kVectors>([&](auto v) QO_LAMBDA { _mm_prefetch(b + kAheadBytes + v.value * 64, _MM_HINT_T0); });

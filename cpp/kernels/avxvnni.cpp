@@ -38,13 +38,13 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
   __m256i acc[kRows][kVectors];
   unroll<kRows>([&](auto r)
                     QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm256_setzero_si256(); }); });
-  const int8_t* b = t.b + n * kGroupK;
+  const int8_t* b = t.b + n * kQuad;
   const int64_t* offset = t.a_offset;
-  const int64_t k_end = t.k4 * kGroupK;
+  const int64_t k_end = t.quads * kQuad;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows) {
     const uint8_t* a[kRows];
     unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
-    for (int64_t k = 0; k < k_end; k += kGroupK, b += b_stride) {
+    for (int64_t k = 0; k < k_end; k += kQuad, b += b_stride) {
       __m256i bv[kVectors];
       unroll<kVectors>([&](auto v) QO_LAMBDA { bv[v.value] = Simd::load_int(reinterpret_cast<const int32_t*>(b + v.value * 32)); });
       unroll<kRows>([&](auto r) QO_LAMBDA {
@@ -66,9 +66,9 @@ template <int kRows>
 void gemm_u8s8_6x16_avxvnni(const GemmTile& t, int64_t width) {
   constexpr int kVectors = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
   int64_t n = 0;
-  for (; n + kVectors * 8 <= width && n < t.out.columns; n += kVectors * 8) sweep<kRows, kVectors>(t, n, width * kGroupK);
+  for (; n + kVectors * 8 <= width && n < t.out.columns; n += kVectors * 8) sweep<kRows, kVectors>(t, n, width * kQuad);
   if constexpr (kVectors > 2)
-    for (; n < t.out.columns; n += 16) sweep<kRows, 2>(t, n, width * kGroupK);
+    for (; n < t.out.columns; n += 16) sweep<kRows, 2>(t, n, width * kQuad);
 }
 
 constexpr int64_t kRows = 6;

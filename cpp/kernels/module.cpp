@@ -78,15 +78,15 @@ py::array_t<int8_t> pack_weight(const py::array_t<int8_t, py::array::c_style>& w
 template <class T>
 using Vector = py::array_t<T, py::array::c_style>;
 
-// y[M, N] from codes a[taps][M, 4 k4] and weights w[N, k, taps], in tiles of `rows` rows.
+// y[M, N] from codes a[taps][M, 4 quads] and weights w[N, k, taps], in tiles of `rows` rows.
 void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
           const Vector<int32_t>& row_zero, const Vector<float>& row_scale, const Vector<float>& column_scale,
           const Vector<float>& bias, bool relu, float out_scale, int32_t out_zero_point, int64_t rows, uint32_t flip) {
   const KernelTable& table = table_of(isa);
   const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
   const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
-  if (layout.k4 * kGroupK != row_bytes || w.shape(2) != taps || rows < 1 ||
-      (rows > table.gemm_rows && (rows != table.narrow_rows || layout.padded_n > kNarrow)) || (flip != 0 && !table.flips) ||
+  if (layout.quads * kQuad != row_bytes || w.shape(2) != taps || rows < 1 ||
+      (rows > table.gemm_rows && (rows != table.slim_rows || layout.padded_n > kSlimColumns)) || (flip != 0 && !table.flips) ||
       column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
       row_scale.size() != m_count)
     throw py::value_error("inconsistent shapes");
@@ -102,7 +102,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
         for (int64_t r = 0; r < count; ++r) offsets.push_back((t * m_count + m + r) * row_bytes);
       GemmTile tile;
       tile.taps = taps;
-      tile.k4 = layout.k4;
+      tile.quads = layout.quads;
       tile.flip = flip;
       tile.a = a.data();
       tile.a_offset = offsets.data();
@@ -140,7 +140,7 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
   std::vector<const uint8_t*> rows;
-  for (int64_t r = 0; r < round_up(layout.r, kGroupK); ++r) rows.push_back(a.data(std::min(r, layout.r - 1), 0, 0));
+  for (int64_t r = 0; r < round_up(layout.r, kQuad); ++r) rows.push_back(a.data(std::min(r, layout.r - 1), 0, 0));
   DepthwiseRun run;
   run.r = layout.r;
   run.s = layout.s;
@@ -315,7 +315,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
   m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
   m.def(
-      "narrow_rows", [](const std::string& isa) { return q::table_of(isa).narrow_rows; }, "isa"_a,
+      "slim_rows", [](const std::string& isa) { return q::table_of(isa).slim_rows; }, "isa"_a,
       "Rows of the full tile of at most 32 columns.");
   m.def("flips", [](const std::string& isa) { return q::table_of(isa).flips; }, "isa"_a, "Whether gemm takes a flip.");
   m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");

@@ -118,9 +118,9 @@ struct Simd {
 struct Interleave {
   static constexpr int kBlocks = 1;
   template <int>
-  static void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t) {
+  static void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     for (int c = 0; c < kPanelStep; ++c)
-      for (int r = 0; r < kGroupK; ++r) to[c * kGroupK + r] = row[r][c] ^ flip;
+      for (int r = 0; r < kQuad; ++r) to[c * kQuad + r] = row[r][c] ^ flip;
   }
 };
 
@@ -128,7 +128,7 @@ struct FourTaps {
   static const int8_t* weights(const int8_t* p) { return p; }
   static int32_t start(const int32_t*) { return 0; }
   static int32_t dot(int32_t acc, const uint8_t* codes, const int8_t* w) {
-    for (int i = 0; i < kGroupK; ++i) acc = Simd::add(acc, int32_t{codes[i]} * w[i]);
+    for (int i = 0; i < kQuad; ++i) acc = Simd::add(acc, int32_t{codes[i]} * w[i]);
     return acc;
   }
 };
@@ -141,11 +141,11 @@ void gemm_u8s8_6x64_scalar(const GemmTile& t) {
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows)
-    for (int64_t k = 0; k < t.k4; ++k, b += kWidth * kGroupK)
+    for (int64_t k = 0; k < t.quads; ++k, b += kWidth * kQuad)
       for (int r = 0; r < kRows; ++r) {
-        const uint8_t* a = t.a + offset[r] + k * kGroupK;
+        const uint8_t* a = t.a + offset[r] + k * kQuad;
         for (int64_t n = 0; n < kWidth; ++n)
-          for (int i = 0; i < kGroupK; ++i) acc[r][n] = Simd::add(acc[r][n], int32_t{a[i]} * b[n * kGroupK + i]);
+          for (int i = 0; i < kQuad; ++i) acc[r][n] = Simd::add(acc[r][n], int32_t{a[i]} * b[n * kQuad + i]);
       }
   finish_sums(t.out, &acc[0][0], kRows, kPanel);
 }

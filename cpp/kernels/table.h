@@ -13,8 +13,8 @@ namespace quant_ops {
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
-constexpr int kNarrow = 32;          // columns: so few that more rows make a tile
-constexpr int kGroupK = 4;           // consecutive k of one column: the four bytes of a vpdpbusd lane
+constexpr int kSlimColumns = 32;     // columns: so few that more rows make a tile
+constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
 // The epilogue of one tile. Arrays over columns have `width` readable elements.
@@ -51,10 +51,10 @@ struct TileOutput {
 
 // acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
 // acc -= row_zero[r] * column_sum[n] and the epilogue. A GEMM has one tap; a convolution one per kernel position.
-// b is one packed panel: [taps * k4][width][4].
+// b is one packed panel: [taps * quads][width][4].
 struct GemmTile {
   int64_t taps;
-  int64_t k4;         // groups of four k per tap
+  int64_t quads;      // groups of four k per tap
   uint32_t flip = 0;  // what is read of a, xor this, is the unsigned codes; not 0 only for a table that says `flips`
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
@@ -79,9 +79,9 @@ struct DepthwiseRun {
   int64_t pixels;
   TileOutput out;  // a row for each pixel; row_step 0
 
-  int64_t groups() const { return (r + kGroupK - 1) / kGroupK; }
+  int64_t groups() const { return (r + kQuad - 1) / kQuad; }
   int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
-  int64_t line_bytes() const { return kDepthwiseBlocks * columns() * groups() * kPanelStep * kGroupK; }
+  int64_t line_bytes() const { return kDepthwiseBlocks * columns() * groups() * kPanelStep * kQuad; }
 };
 
 // One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and their sums. Zeros where either ends.
@@ -205,9 +205,9 @@ struct KernelTable {
   const char* isa;
   const char* gemm_name;  // of the full tile
   int64_t gemm_rows;      // of the full tile, at most kMaxGemmRows
-  int64_t narrow_rows;    // likewise, of a panel of at most kNarrow columns
+  int64_t slim_rows;      // likewise, of a panel of at most kSlimColumns columns
   bool flips;             // gemm reads signed codes where they lie
-  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or narrow_rows for a narrow panel
+  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a narrow panel
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   void (*depthwise)(const DepthwiseRun&);
   void (*quantize)(const QuantizeRun&);

@@ -96,7 +96,7 @@ Tensor quant_tensor_forward(const Tensor& tensor, const Tensor& scale, const std
   p.y_dtype = to_dtype(y.scalar_type());
   p.scale = q.scale.const_data_ptr();
   p.zero_point = q.template zero_points<Backend>();
-  p.narrow = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
+  p.exact_in_float32 = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
   p.qmin = static_cast<int32_t>(qmin);
   p.qmax = static_cast<int32_t>(qmax);
   p.simulate = simulate;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
     p.x_dtype = to_dtype(type);
     p.scale = q.scale.const_data_ptr();
     p.zero_point = q.template zero_points<Backend>();
-    p.narrow = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
+    p.exact_in_float32 = q.small && qmin >= -(1 << 23) && qmax <= (1 << 23);
     p.qmin = static_cast<int32_t>(qmin);
     p.qmax = static_cast<int32_t>(qmax);
     p.scale_sum = slices.reduction(dscale);
@@ -187,7 +187,7 @@ Tensor dequant_tensor(const Tensor& tensor, const Tensor& scale, const std::opti
   p.y_dtype = to_dtype(dtype);
   p.scale = q.scale.const_data_ptr();
   p.zero_point = q.template zero_points<Backend>();
-  p.narrow = q.small;
+  p.exact_in_float32 = q.small;
   Backend::dequantize(p, tensor);
   return y;
 }

@@ -732,7 +732,8 @@ def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """An int8 weight, ``(N, K)`` or ``(O, C / groups, R, S)``, in the layout that its device's kernels read.
 
     On the CPU the same for every instruction set (``cpp/cpu/pack.h``), on CUDA for every GPU
-    (``cpp/contract/cuda_weights.h``: the sums of its columns, and its rows where the weight itself will not do). Derived from the weight, never to be saved.
+    (``cpp/contract/cuda_weights.h``: the sums of its columns, and its rows where the weight itself will not do). Derived from the
+    weight, never to be saved.
 
     Returns:
         int8, one dimension.

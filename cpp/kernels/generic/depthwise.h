@@ -9,7 +9,7 @@
 // Channels are lanes, and the four bytes of a lane are four rows of the kernel in one column of it. A column is interleaved once,
 // into a line that stays in the L1 cache, and read by every output pixel that it belongs to, whatever stride and dilation are.
 
-constexpr int64_t kBlockBytes = kPanelStep * kGroupK;  // sixteen channels of four taps
+constexpr int64_t kBlockBytes = kPanelStep * kQuad;  // sixteen channels of four taps
 
 // All input columns, for kBlocks blocks from `channel` on: [block][column][groups][16][4].
 template <int kBlocks>
@@ -24,12 +24,12 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
     std::memset(line + inside * step, d.padding, static_cast<size_t>((columns - inside) * step));
   }
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* row[kGroupK];
-    unroll<kGroupK>([&](auto r) QO_LAMBDA { row[r.value] = d.rows[g * kGroupK + r.value] + (d.first + before) * pixel + channel; });
+    const uint8_t* row[kQuad];
+    unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] = d.rows[g * kQuad + r.value] + (d.first + before) * pixel + channel; });
     uint8_t* to = d.line + before * step + g * kBlockBytes;
     for (int64_t w = before; w < inside; ++w, to += step) {
       Interleave::run<kBlocks>(row, flip, to, block_stride);
-      unroll<kGroupK>([&](auto r) QO_LAMBDA { row[r.value] += pixel; });
+      unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] += pixel; });
     }
   }
 }
@@ -85,7 +85,7 @@ void depthwise_typed(const DepthwiseRun& d) {
     blocks = channel + (kBlocks - 1) * kPanelStep < d.out.columns ? kBlocks : 1;
     blocks == kBlocks ? interleave_columns<kBlocks>(d, channel, groups) : interleave_columns<1>(d, channel, groups);
     for (int64_t i = 0; i < blocks * kPanelStep && channel + i < d.out.columns; i += Simd::N) {
-      const int64_t column = channel + i, lane = i % kPanelStep * kGroupK;
+      const int64_t column = channel + i, lane = i % kPanelStep * kQuad;
       const uint8_t* line = d.line + i / kPanelStep * block_stride + lane;
       const int8_t* b = d.b + column / kPanelStep * d.s * groups * kBlockBytes + lane;
       if (column + Simd::N > d.out.columns)

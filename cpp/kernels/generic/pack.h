@@ -1,8 +1,8 @@
 // A panel of a weight whose k are contiguous, by transposition of vectors. Part of elementwise.h.
 
 void pack_run(const PackRun& r) {
-  constexpr int64_t kBytes = Simd::N * kGroupK;
-  const int64_t row = r.width * kGroupK;
+  constexpr int64_t kBytes = Simd::N * kQuad;
+  const int64_t row = r.width * kQuad;
   for (int64_t n = 0; n < r.width; n += Simd::N) {
     auto sum = Simd::set_int(0);
     for (int64_t k = 0; k < r.k; k += kBytes) {
@@ -24,9 +24,9 @@ void pack_run(const PackRun& r) {
         __builtin_prefetch(from + j.value * step + kPackAhead);
       });
       Simd::transpose(v);
-      int8_t* to = r.packed + k / kGroupK * row + n * kGroupK;
+      int8_t* to = r.packed + k / kQuad * row + n * kQuad;
       unroll<Simd::N>([&](auto g) QO_LAMBDA {
-        if (k + g.value * kGroupK < r.k) {
+        if (k + g.value * kQuad < r.k) {
           Simd::store(reinterpret_cast<int32_t*>(to + g.value * row), v[g.value]);
           sum = Simd::add(sum, Simd::sum_bytes(v[g.value]));
         }

@@ -12,7 +12,7 @@
 
 constexpr int64_t kChunk = 256;  // groups of k; a full tile of widened activations fits the L1 cache
 constexpr int64_t kSlack = 32;   // elements that widen may write after its last group
-constexpr int64_t kWideRow = kChunk * kGroupK + kSlack;
+constexpr int64_t kWideRow = kChunk * kQuad + kSlack;
 
 // sum[r][0 .. kVectors * N) += the product of one chunk. The accumulators live in registers.
 template <int kRows, int kVectors>
@@ -21,10 +21,10 @@ QO_INLINE void widened_product(const uint16_t* wide, const int8_t* b, int64_t gr
   unroll<kRows>([&](auto r) QO_LAMBDA {
     unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value][0] = acc[r.value][v.value][1] = Wide::zero(); });
   });
-  for (int64_t g = 0; g < groups; ++g, wide += kGroupK, b += b_stride) {
+  for (int64_t g = 0; g < groups; ++g, wide += kQuad, b += b_stride) {
     unroll<kVectors>([&](auto v) QO_LAMBDA {
-      const auto low = Wide::load_weights(b + v.value * Simd::N * kGroupK);
-      const auto high = Wide::load_weights(b + v.value * Simd::N * kGroupK + Simd::N * kGroupK / 2);
+      const auto low = Wide::load_weights(b + v.value * Simd::N * kQuad);
+      const auto high = Wide::load_weights(b + v.value * Simd::N * kQuad + Simd::N * kQuad / 2);
       unroll<kRows>([&](auto r) QO_LAMBDA {
         const auto a = Wide::broadcast(wide + r.value * kWideRow);
         auto& pair = acc[r.value][v.value];
@@ -48,25 +48,25 @@ QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
   alignas(64) int32_t sum[kRows * kPanel] = {};
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
-  const int64_t b_stride = width * kGroupK;
+  const int64_t b_stride = width * kQuad;
   int64_t k = 0;  // next group of the tap that `offset` points to; a chunk may span taps
-  for (int64_t left = t.taps * t.k4; left > 0; left -= kChunk) {
+  for (int64_t left = t.taps * t.quads; left > 0; left -= kChunk) {
     const int64_t groups = left < kChunk ? left : kChunk;
     for (int64_t done = 0; done < groups;) {
-      const int64_t run = t.k4 - k < groups - done ? t.k4 - k : groups - done;
-      for (int64_t r = 0; r < kRows; ++r) Wide::widen(t.a + offset[r] + k * kGroupK, run, wide + r * kWideRow + done * kGroupK);
+      const int64_t run = t.quads - k < groups - done ? t.quads - k : groups - done;
+      for (int64_t r = 0; r < kRows; ++r) Wide::widen(t.a + offset[r] + k * kQuad, run, wide + r * kWideRow + done * kQuad);
       done += run;
       k += run;
-      if (k == t.k4) {
+      if (k == t.quads) {
         k = 0;
         offset += kRows;
       }
     }
     int64_t n = 0;
     for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N)
-      widened_product<kRows, kVectors>(wide, b + n * kGroupK, groups, b_stride, sum + n);
+      widened_product<kRows, kVectors>(wide, b + n * kQuad, groups, b_stride, sum + n);
     if constexpr (kVectors > 1)
-      for (; n < t.out.columns; n += Simd::N) widened_product<kRows, 1>(wide, b + n * kGroupK, groups, b_stride, sum + n);
+      for (; n < t.out.columns; n += Simd::N) widened_product<kRows, 1>(wide, b + n * kQuad, groups, b_stride, sum + n);
     b += groups * b_stride;
   }
   finish_sums(t.out, sum, kRows, kPanel);

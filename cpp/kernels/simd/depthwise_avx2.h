@@ -3,10 +3,10 @@ struct Interleave {
   static constexpr int kBlocks = 1;
 
   template <int>
-  static QO_INLINE void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t) {
+  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     const __m128i bits = _mm_set1_epi8(static_cast<char>(flip));
-    __m128i v[kGroupK];
-    unroll<kGroupK>([&](auto r) QO_LAMBDA { v[r.value] = _mm_xor_si128(Simd::load128(row[r.value]), bits); });
+    __m128i v[kQuad];
+    unroll<kQuad>([&](auto r) QO_LAMBDA { v[r.value] = _mm_xor_si128(Simd::load128(row[r.value]), bits); });
     const __m128i low01 = _mm_unpacklo_epi8(v[0], v[1]), high01 = _mm_unpackhi_epi8(v[0], v[1]);
     const __m128i low23 = _mm_unpacklo_epi8(v[2], v[3]), high23 = _mm_unpackhi_epi8(v[2], v[3]);
     __m128i* q = reinterpret_cast<__m128i*>(to);

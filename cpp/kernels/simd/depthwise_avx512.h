@@ -4,7 +4,7 @@ struct Interleave {
 
   // Dwords L of all rows into lane L (two rows lie in a vector), then a 4 x 4 transposition of bytes within each lane.
   template <int kBlocks>
-  static QO_INLINE void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t block_stride) {
+  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t block_stride) {
     const __m512i bits = _mm512_set1_epi8(static_cast<char>(flip));
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const auto store = [&](int64_t block, __m512i v)

@@ -22,14 +22,14 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
     const Simd::I start = Dot::start(t.out.column_sum + n + v.value * Simd::N);
     unroll<kRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = start; });
   });
-  const int8_t* b = t.b + n * kGroupK;
+  const int8_t* b = t.b + n * kQuad;
   const int64_t* offset = t.a_offset;
-  const int64_t k_end = t.k4 * kGroupK;
+  const int64_t k_end = t.quads * kQuad;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows) {
     const uint8_t* a[kRows];
     unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
     int64_t k = 0;
-    for (; k + 4 * kGroupK <= k_end; k += 4 * kGroupK) {
+    for (; k + 4 * kQuad <= k_end; k += 4 * kQuad) {
       Dot::A av[kRows];
       unroll<kRows>([&](auto r) QO_LAMBDA { av[r.value] = Dot::load16(a[r.value] + k); });
       unroll<4>([&](auto group) QO_LAMBDA {
@@ -41,7 +41,7 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
         b += b_stride;
       });
     }
-    for (; k < k_end; k += kGroupK, b += b_stride) {
+    for (; k < k_end; k += kQuad, b += b_stride) {
       Dot::A av[kRows];
       unroll<kRows>([&](auto r) QO_LAMBDA { av[r.value] = Dot::load4(a[r.value] + k); });
       unroll<kVectors>([&](auto v) QO_LAMBDA {
@@ -64,10 +64,9 @@ template <int kRows>
 QO_INLINE void swept_tile(const GemmTile& t, int64_t width) {
   constexpr int kVectors = kRows <= 2 ? 8 : kRows <= 4 ? 4 : 2;
   int64_t n = 0;
-  for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N)
-    sweep<kRows, kVectors>(t, n, width * kGroupK);
+  for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N) sweep<kRows, kVectors>(t, n, width * kQuad);
   if constexpr (kVectors > 4)
-    for (; n < t.out.columns; n += kPanelStep) sweep<kRows, 4>(t, n, width * kGroupK);
+    for (; n < t.out.columns; n += kPanelStep) sweep<kRows, 4>(t, n, width * kQuad);
 }
 
 constexpr int64_t kRows = 8;
@@ -91,9 +90,9 @@ int64_t peak(int64_t iterations) {
 struct Interleave {
   static constexpr int kBlocks = 1;
   template <int>
-  static QO_INLINE void run(const uint8_t* const (&row)[kGroupK], uint8_t flip, uint8_t* to, int64_t) {
+  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     uint8x16x4_t v;
-    unroll<kGroupK>([&](auto r) QO_LAMBDA { v.val[r.value] = veorq_u8(vld1q_u8(row[r.value]), vdupq_n_u8(flip)); });
+    unroll<kQuad>([&](auto r) QO_LAMBDA { v.val[r.value] = veorq_u8(vld1q_u8(row[r.value]), vdupq_n_u8(flip)); });
     vst4q_u8(to, v);
   }
 };
