@@ -1,49 +1,77 @@
 """The documents keep what they promise: snippets run, links lead somewhere, figures come from a committed run."""
 
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import table  # noqa: E402
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+SNIPPETS = {
+    f"{document}-{i}": snippet
+    for document in DOCUMENTS
+    for i, snippet in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE))
+}
+FOLDERS = "cpp|cuda|python|examples|benchmarks|tests|docs"
 
 
-def test_readme_has_snippets():
-    assert len(SNIPPETS) >= 3
+def anchors(path):
+    """The headings of a document as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet_runs_by_itself(snippet):
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+def test_documents_have_snippets():
+    assert sum(name.startswith("README.md") for name in SNIPPETS) >= 3
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet_runs_by_itself(name):
+    exec(compile(SNIPPETS[name], name, "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_named_files_exist(document):
     path = ROOT / document
-    text = path.read_text()
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in link]
-    missing = [link for link in links if not (path.parent / link).exists()]
-    named = re.findall(r"`((?:cpp|cuda|python|examples|benchmarks|tests)/[\w./]*)`", prose)
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        target, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        if not (path.parent / target).exists() or (anchor and anchor not in anchors(path.parent / target if target else path)):
+            missing.append(link)
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./]*)`", prose)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_commands_exist(document):
+    """`python -m benchmarks.x` names a module, `make x` a target."""
+    text = (ROOT / document).read_text()
+    modules = re.findall(r"python -m (benchmarks\.[\w.]+)", text)
+    assert not [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
 def test_benchmark_tables_are_those_of_the_newest_results():
-    spec = importlib.util.spec_from_file_location("benchmark_table", ROOT / "benchmarks" / "table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    newest = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*cpu*.json")):
+    document, newest = table.DOCUMENT.read_text(), {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(path.read_text())
-        threads = data["machine"]["threads"]
-        if threads == 1 or isinstance(threads, list):  # a run of whole models holds all its thread counts
-            newest[data.get("kind", "operators")] = data
-    placed = {kind for kind, place in table.PLACES.items() if f"<!-- {place} -->" in README}
-    assert newest.keys() == placed >= {"operators", "linear", "model"}
+        threads = data["machine"].get("threads")
+        if threads in (None, 1) or isinstance(threads, list):  # a run of whole models holds all its thread counts
+            newest[table.kind(data)] = data
+    assert (
+        newest.keys() == {kind for kind in table.SHOW if f"<!-- {kind} table -->" in document} >= {"operators", "linear", "model"}
+    )
     for data in newest.values():
-        assert table.with_tables(README, data) == README, "run: python benchmarks/table.py readme <results>"
+        assert table.with_tables(document, data) == document, "run: python -m benchmarks.table document <results>"

@@ -1,8 +1,8 @@
-"""What gpu_bench.py times: data, contenders and floors of every row.
+"""What bench.py times: data, contenders and floors of every row.
 
-A case makes problems (one set of buffers each) and has contenders: from a problem to a call that a CUDA graph can capture. Every
-contender starts from the same data; weights are prepared before the call. The floor of a case counts each tensor once. Tensors of a
-rehearsal are small and on the CPU; the code is the same. Read next: gpu_bench.py, shapes.py.
+A case makes problems (one set of buffers each) and has contenders, which make from a problem a call that a CUDA graph can capture.
+Every contender starts from the same data; weights are prepared before the call. The floor of a case counts each tensor once. A
+rehearsal runs the same code on small tensors on the CPU. Read next: bench.py, common/shapes.py.
 """
 
 import functools
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import shapes
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.common import shapes
 from quant_ops import _library
 
 BF16 = torch.bfloat16

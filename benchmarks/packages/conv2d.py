@@ -1,30 +1,27 @@
-"""Times a Conv2d in quant_ops and in every other package that is installed, in turns, in one process; writes JSON, prints tables.
+"""Times one Conv2d in quant_ops and in every other package that is installed.
 
-python benchmarks/conv2d.py                                   all layers of ResNet-50 and MobileNetV2, and others: minutes
-python benchmarks/conv2d.py --threads 8 --out conv2d-8.json
-python benchmarks/conv2d.py --sets others --seconds 1
-python benchmarks/conv2d.py --sets smoke --seconds 0
+python -m benchmarks.packages.conv2d                                   all layers of ResNet-50 and MobileNetV2, and others: minutes
+python -m benchmarks.packages.conv2d --threads 8 --out conv2d-8.json
+python -m benchmarks.packages.conv2d --sets others --seconds 1
+python -m benchmarks.packages.conv2d --sets smoke --seconds 0
 
 From float32 to float32, as nn.Conv2d, and from codes to codes, as in a network that is int8 from layer to layer. Static contenders
-have the scale of their input, and of their result if it is rounded to 8 bits, from the data itself. Images are channels_last, also
-in ONNX Runtime's static convolution, which has an attribute for it. Read next: peers.py, networks.py.
+take the scale of their input from the data, and that of their result if they round it to 8 bits. Images are channels_last, also
+in ONNX Runtime's static convolution, which has an attribute for it. Read next: run.py, networks.py.
 """
 
-import argparse
 import copy
 import functools
 import logging
 import tempfile
 from pathlib import Path
 
-import networks
-import peers
-import shapes
-import table
 import torch
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.common import machine, shapes
+from benchmarks.packages import networks, run
 
 LEAST_SQNR = 20.0  # dB against float32; torch.ao's x86 saturates intermediate sums of depthwise convolutions
 
@@ -81,7 +78,7 @@ def bf16(p):
 
 
 def torch_ao_packed(engine, p):
-    peers.use_engine(engine)
+    run.use_engine(engine)
     s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
     weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
     return torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
@@ -132,8 +129,8 @@ def onnx_static(p, nodes, x, y):
         [value("y" if after else "y_codes", types[y.dtype], y.shape)],
         [tensor(weight.numpy(), name) for name, weight in weights.items()],
     )
-    model = peers.onnx_model(graph, {"com.microsoft": 1}).SerializeToString()
-    return peers.onnx_call(model, p.threads, {graph.input[0].name: x.numpy()}, y.numpy(), graph.output[0].name)
+    model = run.onnx_model(graph, {"com.microsoft": 1}).SerializeToString()
+    return run.onnx_call(model, p.threads, {graph.input[0].name: x.numpy()}, y.numpy(), graph.output[0].name)
 
 
 def onnx_runtime(p):
@@ -167,10 +164,10 @@ def onnx_runtime_dynamic(p):
     )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        onnx.save(peers.onnx_model(graph), source)
+        onnx.save(run.onnx_model(graph), source)
         quantize_dynamic(source, target, weight_type=QuantType.QInt8)
         y = torch.empty(p.reference.shape).numpy()
-        return peers.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
+        return run.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
 
 
 # ---- from codes to codes ---------------------------------------------------------------------------------------------------
@@ -228,46 +225,38 @@ INT8 = {
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def measure(name, shape, machine, options):
-    """The rows of one shape, and why contenders are missing."""
+def measure(name, shape, results):
     with torch.no_grad():
-        problem = Problem(shape, machine["threads"])
-    rows, missing = [], {}
+        problem = Problem(shape, results.options.threads)
     for stem, contenders, width in (("conv2d", FLOAT, 4), ("conv2d int8", INT8, 1)):
-        calls, distances, absent = peers.prepare(contenders, problem, reference=problem.reference, least=LEAST_SQNR)
-        limit = peers.limit_us(shape.macs, problem.sizes(width), machine["threads"], machine["peak_gops"])
-        for row in peers.timed(calls, distances, options, stem=stem, set=name, shape=str(shape)):
-            if limit:
-                row |= {"limit_us": float(f"{limit:.4g}"), "percent_of_limit": round(100 * limit / row["min_us"], 1)}
-            rows.append(row)
-        missing |= {f"{contender} ({stem})": reason for contender, reason in absent.items()}
-    return rows, missing
+        results.measure(
+            contenders,
+            problem,
+            reference=problem.reference,
+            least=LEAST_SQNR,
+            case=str(shape),
+            label=f"{{}} ({stem})",
+            limit_us=machine.limit_us(shape.macs, problem.sizes(width), results.machine),
+            stem=stem,
+            set=name,
+            shape=str(shape),
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.CONV_PEERS
+    parser = run.parser(__doc__, seconds=0.5)
+    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.PACKAGES_CONV
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sets", nargs="+", choices=["smoke", "default", *sets], default=["default"])
-    parser.add_argument("--seconds", type=float, default=1, help="per shape, half of it from codes to codes (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least, per shape (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--cpu", help="a better name for the processor")
     options = parser.parse_args()
-    options.seconds /= 2
     logging.disable(logging.WARNING)  # ONNX Runtime recommends a step for which one layer has no use
     torch.set_num_threads(options.threads)
-    data = {"kind": "conv2d", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
+    results = run.Run("conv2d", options)
     chosen = {"smoke": shapes.SMOKE, "default": sets.keys() - shapes.SMOKE}
     for name in sorted({name for choice in options.sets for name in chosen.get(choice, [choice])}, key=list(sets).index):
         for shape in sets[name]() if callable(sets[name]) else sets[name]:
-            rows, missing = measure(name, shape, data["machine"], options)
-            data["results"] += rows
-            for contender, reason in missing.items():
-                data["missing"].setdefault(contender, {})[str(shape)] = reason
-    if options.out:
-        options.out.write_text(table.text(data))
-    print(table.show(data))
+            measure(name, shape, results)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ int8 contenders quantize float activations, convolve, scale and add a bias withi
 import functools
 
 import pytest
-import shapes
 import torch
-from conftest import cases, sqnr
 
 import quant_ops as qo
+from benchmarks.common import shapes
+from benchmarks.operators.cases import cases, check
 
 
 class Problem:
@@ -46,7 +46,7 @@ def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# Each contender: from a problem to (the call, and the exact result or the least SQNR in dB against float32).
+# Each contender makes from a problem the call, and its exact result or the least SQNR in dB against float32.
 
 
 def ours_dynamic(p):
@@ -120,10 +120,6 @@ CONTENDERS = {
 def bench_int8_conv2d(measure, case, contender):
     p = problem(case[1])
     call, expected = CONTENDERS[contender](p)
-    result = call()
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(result, expected)
-    else:
-        assert sqnr(p.reference, result) >= expected
+    check(call(), expected, p.reference)
     is_int8 = contender.startswith(("ours", "torch.ao"))
     measure(call, stem="int8_conv2d", case=case, contender=contender, macs=case[1].macs, share=is_int8)
