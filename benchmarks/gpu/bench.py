@@ -38,7 +38,7 @@ class Timer:
         return min(MOST_SETS, -(-ROTATE_BYTES // max(size, 1))) if self.on_gpu else 2
 
     def prepare(self, calls):
-        """(what runs all calls once, what it keeps alive)"""
+        """(what runs all calls once, what must be kept for as long as that is used)"""
         if not self.on_gpu:
             return lambda: [call() for call in calls], None
         stream = torch.cuda.Stream()
@@ -49,10 +49,12 @@ class Timer:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = [call() for call in calls]  # kept: every call has its own output
+            results = [call() for call in calls]
         graph.replay()
         torch.cuda.synchronize()
-        return graph.replay, results
+        # Every call has its own output. The calls hold tensors that the graph reads: without them the next capture, which empties the
+        # allocator's cache, would unmap their memory.
+        return graph.replay, (results, calls)
 
     def turn(self, replay, repeats: int) -> float:
         """Microseconds of `repeats` replays."""
