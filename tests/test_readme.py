@@ -30,11 +30,16 @@ def anchors(path):
 
 def test_documents_have_snippets():
     assert sum(name.startswith("README.md") for name in SNIPPETS) >= 3
+    assert sum(name.startswith("docs/guide.md") for name in SNIPPETS) >= 3
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs_by_itself(name):
     exec(compile(SNIPPETS[name], name, "exec"), {"__name__": "snippet"})
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -70,8 +75,29 @@ def test_benchmark_tables_are_those_of_the_newest_results():
         threads = data["machine"].get("threads")
         if threads in (None, 1) or isinstance(threads, list):  # a run of whole models holds all its thread counts
             newest[table.kind(data)] = data
-    assert (
-        newest.keys() == {kind for kind in table.SHOW if f"<!-- {kind} table -->" in document} >= {"operators", "linear", "model"}
-    )
+    assert newest.keys() == {kind for kind in table.SHOW if f"<!-- {kind} table -->" in document}
+    assert newest.keys() >= {"operators", "linear", "model"}
     for data in newest.values():
         assert table.with_tables(document, data) == document, "run: python -m benchmarks.table document <results>"
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    """Each row of the table of speeds, except for the mean: ours, float, the fastest other int8 package and the last ratio."""
+    expected = []
+    for file, stem, shape, ours, floating, unit in (
+        ("linear-cpu-zen5-1-thread", "linear", "128x3072x768", "ours dynamic", "fp32", 1),
+        ("linear-cpu-zen5-1-thread", "linear", "1x4096x4096", "ours dynamic", "fp32", 1),
+        ("model-cpu-zen5", "bert", "1x128", "ours dynamic", "fp32", 1e3),
+        ("networks-cpu-zen5-1-thread", "resnet-50", "1x3x224x224", "ours static chained", "fp32", 1e3),
+        ("h200-gpu", "linear", "4096x4096x4096", "ours dynamic", "bf16", 1),
+    ):
+        data = json.loads((ROOT / "benchmarks" / "results" / f"2026-11-{file}.json").read_text())
+        rows = [r for r in data["results"] if (r["stem"], r["shape"], r.get("threads", 1)) == (stem, shape, 1)]
+        times = {r["contender"]: r["median_us" if table.kind(data) == "gpu" else "min_us"] / unit for r in rows}
+        int8 = [t for name, t in times.items() if not name.startswith(("ours", "fp32", "fp16", "bf16"))]
+        figures = [times[ours], times[floating], min(int8)]
+        digits = 0 if unit == 1 else 1
+        expected.append([*(f"{figure:.{digits}f}" for figure in figures), f"{min(int8) / times[ours]:.2f}"])
+    section = (ROOT / "README.md").read_text().split("## Speed")[1].split("## Support")[0]
+    lines = [line for line in section.splitlines() if re.search(r"\d (us|ms) \|", line)]
+    assert [re.findall(r"\| ([\d.]+)", line) for line in lines] == expected

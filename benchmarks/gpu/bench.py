@@ -52,8 +52,8 @@ class Timer:
             results = [call() for call in calls]
         graph.replay()
         torch.cuda.synchronize()
-        # Every call has its own output. The calls hold tensors that the graph reads: without them the next capture, which empties the
-        # allocator's cache, would unmap their memory.
+        # Every call has its own output. The calls hold tensors that the graph reads. Without them the next capture, which empties
+        # the allocator's cache, would unmap their memory.
         return graph.replay, (results, calls)
 
     def turn(self, replay, repeats: int) -> float:
