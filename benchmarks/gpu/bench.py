@@ -1,4 +1,4 @@
-"""Times the operators on a GPU against torch's and other packages'; one section a process, results added to check.py's JSON.
+"""Times the operators on a GPU against torch's and other packages'; results are added to check.py's JSON.
 
 python -m benchmarks.gpu.bench --out out/gpu_check.json --section linear --seconds 60
 python -m benchmarks.gpu.bench --out out/gpu_check.json --section linear --seconds 60 --rehearse     the same on small CPU tensors
@@ -167,35 +167,40 @@ def run_case(case: cases.Case, record: Record, timer: Timer, compiling: bool) ->
     record.save()
 
 
+def run_section(section: str, record: Record, timer: Timer, options: argparse.Namespace, stop: float) -> None:
+    device = "cuda" if timer.on_gpu else "cpu"
+    if section == "ceilings":
+        ceilings(record, timer, device)
+        return
+    for case in cases.SECTIONS[section](device, options.rehearse):
+        if time.monotonic() > stop:
+            record.data["cut"].append(f"{section} from {case.stem} {case.set} {case.shape} on: time was up")
+            break
+        try:
+            run_case(case, record, timer, not options.no_compile)
+        except Exception as error:  # of the data or the reference; the other rows still run
+            record.data["missing"].setdefault("all", {})[f"{case.stem} {case.set} {case.shape}"] = str(error)[:300]
+    record.save()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON that check.py began")
-    parser.add_argument("--section", choices=["ceilings", *cases.SECTIONS], required=True)
+    parser.add_argument("--section", choices=["ceilings", *cases.SECTIONS], nargs="+", required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="rows that would start later are left out")
     parser.add_argument("--rehearse", action="store_true", help="small tensors on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's contenders out")
     options = parser.parse_args()
     stop = time.monotonic() + options.seconds
-    device = "cpu" if options.rehearse else "cuda"
     torch.manual_seed(0)
     if options.rehearse:
         torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # one compilation a case
     torch.backends.cudnn.benchmark = True  # cuDNN at its best
-    record, timer = Record(options.out, fresh=False), Timer(device)
+    record, timer = Record(options.out, fresh=False), Timer("cpu" if options.rehearse else "cuda")
     with torch.inference_mode():
-        if options.section == "ceilings":
-            ceilings(record, timer, device)
-            return
-        for case in cases.SECTIONS[options.section](device, options.rehearse):
-            if time.monotonic() > stop:
-                record.data["cut"].append(f"{options.section} from {case.stem} {case.set} {case.shape} on: time was up")
-                break
-            try:
-                run_case(case, record, timer, not options.no_compile)
-            except Exception as error:  # of the data or the reference; the other rows still run
-                record.data["missing"].setdefault("all", {})[f"{case.stem} {case.set} {case.shape}"] = str(error)[:300]
-        record.save()
+        for section in options.section:
+            run_section(section, record, timer, options, stop)
     wrong = {name: why for name, why in record.data["missing"].items() if name.startswith("ours") or name == "all"}
     if wrong:
         raise SystemExit(f"expected every case of ours to run and to be right, got {wrong}")

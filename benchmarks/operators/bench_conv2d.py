@@ -3,43 +3,34 @@
 int8 contenders quantize float activations, convolve, scale and add a bias within the timed call, as a model would.
 """
 
+import copy
 import functools
 
 import pytest
 import torch
 
 import quant_ops as qo
-from benchmarks.common import shapes
+from benchmarks.common import problems, shapes
+from benchmarks.common.problems import ConvProblem
 from benchmarks.operators.cases import cases, check
 
 
-class Problem:
-    """One layer's data: float x and convolution, and the int8 layer."""
-
-    def __init__(self, shape):
-        generator = torch.Generator().manual_seed(0)
-        self.shape = shape
-        self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, generator=generator)
-        conv = torch.nn.Conv2d(*_arguments(shape))
-        with torch.no_grad():
-            fan_in = conv.weight[0].numel()
-            conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator) / fan_in**0.5)
-            conv.bias.copy_(torch.randn(shape.O, generator=generator))
-        self.conv = conv.requires_grad_(False)
-        self.layer = qo.QuantConv2d.from_float(conv)
-        self.scale = self.x.abs().max().reshape(()) / 127
-        self.reference = conv(self.x)
+class Problem(ConvProblem):
+    """In NCHW, from which contenders make channels_last."""
 
     def exact(self, scale):
         """The epilogue of ops.h on exact sums. float64 holds the sums and the product of a sum and a scale exactly."""
         codes = qo.quant_tensor_forward(self.x, scale, None, -127, 127, simulate=False)
         s = self.shape
-        sums = torch.nn.functional.conv2d(codes.double(), self.layer.weight.double(), None, s.s, s.p, s.d, s.groups)
-        scales = (scale * self.layer.weight_scale.reshape(-1, 1, 1)).double()
-        return (sums.float().double() * scales + self.layer.bias.double().reshape(-1, 1, 1)).float()
+        sums = torch.nn.functional.conv2d(codes.double(), self.int8_layer.weight.double(), None, s.s, s.p, s.d, s.groups)
+        scales = (scale * self.int8_layer.weight_scale.reshape(-1, 1, 1)).double()
+        return (sums.float().double() * scales + self.int8_layer.bias.double().reshape(-1, 1, 1)).float()
 
 
-problem = functools.lru_cache(maxsize=1)(Problem)
+@functools.lru_cache(maxsize=1)
+def problem(shape):
+    torch.manual_seed(0)
+    return Problem(shape, memory_format=torch.contiguous_format)
 
 
 def _channels_last(x):
@@ -51,41 +42,32 @@ def _channels_last(x):
 
 def ours_dynamic(p):
     scale, _ = qo.choose_qparams(p.x, [1, 2, 3], -127, 127)
-    return lambda: p.layer(p.x), p.exact(scale)
+    return problems.ours_dynamic(p), p.exact(scale)
 
 
 def ours_dynamic_nhwc(p):
-    x = _channels_last(p.x)
-    return lambda: p.layer(x), ours_dynamic(p)[1]
+    return functools.partial(p.int8_layer, _channels_last(p.x)), ours_dynamic(p)[1]
 
 
 def ours_static_nhwc(p):
-    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.scale), _channels_last(p.x)
-    return lambda: layer(x), p.exact(p.scale)
+    return functools.partial(p.static_layer, _channels_last(p.x)), p.exact(p.input_scale)
 
 
 def fp32(p):
-    return lambda: p.conv(p.x), 100.0
+    return problems.floating(torch.float32, p), 100.0
 
 
-def _like(p, dtype):
-    conv = torch.nn.utils.skip_init(type(p.conv), *_arguments(p.shape)).to(dtype).requires_grad_(False)
-    conv.load_state_dict(p.conv.state_dict())
-    return conv.to(memory_format=torch.channels_last), _channels_last(p.x.to(dtype))
-
-
-def _arguments(s):
-    return s.C, s.O, s.k, s.s, s.p, s.d, s.groups
+def _nhwc(dtype, p):
+    layer = copy.deepcopy(p.float_layer).to(dtype, memory_format=torch.channels_last)
+    return functools.partial(layer, _channels_last(p.x.to(dtype)))
 
 
 def fp32_nhwc(p):
-    conv, x = _like(p, torch.float32)
-    return lambda: conv(x), 100.0
+    return _nhwc(torch.float32, p), 100.0
 
 
 def bf16_nhwc(p):
-    conv, x = _like(p, torch.bfloat16)
-    return lambda: conv(x), 35.0
+    return _nhwc(torch.bfloat16, p), 35.0
 
 
 def _torch_ao(engine, layout):
@@ -94,8 +76,8 @@ def _torch_ao(engine, layout):
             pytest.skip(f"torch {torch.__version__} has no torch.ops.quantized.conv2d_dynamic for the engine {engine}")
         torch.backends.quantized.engine = engine
         s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
-        weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
-        packed = torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
+        weight = torch.quantize_per_channel(p.float_layer.weight, p.int8_layer.weight_scale.double(), zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.conv2d_prepack(weight, p.float_layer.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
         x = layout(p.x)
         return lambda: torch.ops.quantized.conv2d_dynamic(x, packed), 20.0  # it rounds its result to 8 bits as well
 

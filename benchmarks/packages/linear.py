@@ -13,66 +13,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import quant_ops as qo
 from benchmarks.common import machine, shapes
+from benchmarks.common.problems import LinearProblem, floating, ours_dynamic, ours_static
 from benchmarks.packages import run
 
 LEAST_SQNR = 30.0  # dB against float32
 
 
-class Problem:
-    """One layer's data: float x, layer and result."""
-
-    def __init__(self, shape, threads):
-        generator = torch.Generator().manual_seed(0)
-        self.shape, self.threads = shape, threads
-        self.x = torch.randn(shape.M, shape.K, generator=generator)
-        self.linear = nn.Linear(shape.K, shape.N).requires_grad_(False)
-        self.linear.weight.copy_(torch.randn(shape.N, shape.K, generator=generator) / shape.K**0.5)
-        self.linear.bias.copy_(torch.randn(shape.N, generator=generator))
-        self.reference = self.linear(self.x)
-
-
-# Each contender: from a problem to a call that goes from float activations to float results. Weights are prepared before it.
-# An exception is the reason why a contender is missing.
-
-
-def ours_dynamic(p):
-    layer, x = qo.QuantLinear.from_float(p.linear), p.x
-    return lambda: layer(x)
-
-
-def ours_static(p):
-    layer, x = qo.QuantLinear.from_float(p.linear, input_scale=p.x.abs().max() / 127), p.x
-    return lambda: layer(x)
+# Each contender makes from a problem a call that goes from float activations to float results. Weights are prepared before it. An
+# exception is the reason why a contender is missing.
 
 
 def ours_dynamic_bf16(p):
-    layer, x = qo.QuantLinear.from_float(p.linear), p.x.bfloat16()
-    return lambda: layer(x)
-
-
-def fp32(p):
-    layer, x = p.linear, p.x
-    return lambda: layer(x)
-
-
-def bf16(p):
-    layer, x = copy.deepcopy(p.linear).bfloat16(), p.x.bfloat16()
-    return lambda: layer(x)
+    return functools.partial(p.int8_layer, p.x.bfloat16())
 
 
 def torch_ao(engine, p):
     run.use_engine(engine)
-    linear = copy.deepcopy(p.linear)
+    linear = copy.deepcopy(p.float_layer)
     linear.qconfig = torch.ao.quantization.per_channel_dynamic_qconfig
-    layer, x = torch.ao.nn.quantized.dynamic.Linear.from_float(linear), p.x
-    return lambda: layer(x)
+    return functools.partial(torch.ao.nn.quantized.dynamic.Linear.from_float(linear), p.x)
 
 
 def int_mm(p):
-    layer, x = qo.QuantLinear.from_float(p.linear), p.x
-    weight, weight_scale, bias = layer.weight.t(), layer.weight_scale, p.linear.bias
+    x, weight, weight_scale, bias = p.x, p.int8_layer.weight.t(), p.int8_layer.weight_scale, p.float_layer.bias
 
     def call():
         scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
@@ -85,9 +49,9 @@ def int_mm(p):
 def torchao(p):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    layer, x = nn.Sequential(copy.deepcopy(p.linear)), p.x
+    layer = nn.Sequential(copy.deepcopy(p.float_layer))
     quantize_(layer, Int8DynamicActivationInt8WeightConfig())
-    return lambda: layer(x)
+    return functools.partial(layer, p.x)
 
 
 def torchao_compiled(p):
@@ -111,21 +75,21 @@ def onnx_runtime(p):
         "linear",
         [value("x", onnx.TensorProto.FLOAT, [M, K])],
         [value("y", onnx.TensorProto.FLOAT, [M, N])],
-        [tensor(p.linear.weight.t().contiguous().numpy(), "w"), tensor(p.linear.bias.numpy(), "b")],
+        [tensor(p.float_layer.weight.t().contiguous().numpy(), "w"), tensor(p.float_layer.bias.numpy(), "b")],
     )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         onnx.save(run.onnx_model(graph), source)
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
-        return run.onnx_call(target, p.threads, {"x": p.x.numpy()}, torch.empty(M, N).numpy())
+        return run.onnx_call(target, torch.get_num_threads(), {"x": p.x.numpy()}, torch.empty(M, N).numpy())
 
 
 CONTENDERS = {
     "ours dynamic": ours_dynamic,
     "ours static": ours_static,
     "ours dynamic bf16": ours_dynamic_bf16,
-    "fp32": fp32,
-    "bf16": bf16,
+    "fp32": functools.partial(floating, torch.float32),
+    "bf16": functools.partial(floating, torch.bfloat16),
     "torch.ao fbgemm": functools.partial(torch_ao, "fbgemm"),
     "torch.ao onednn": functools.partial(torch_ao, "onednn"),
     "torch._int_mm": int_mm,
@@ -147,7 +111,8 @@ def main():
     results = run.Run("linear", options)
     for name, group in shapes.PACKAGES_LINEAR.items():
         for shape in group if options.shapes == "default" or name in shapes.SMOKE else ():
-            problem = Problem(shape, options.threads)
+            torch.manual_seed(0)
+            problem = LinearProblem(shape)
             results.measure(
                 CONTENDERS,
                 problem,
