@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import check
 from quant_ops.observers import Observer
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,10 @@ def test_gpu_check_is_found_where_it_was(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--rehearse" in done.stdout
+
+
+def test_gpu_check_names_tests_that_exist():
+    assert [name for name in check.CPU_TESTS if not (ROOT / name).exists()] == []
 
 
 def test_tables_of_results():

@@ -7,6 +7,7 @@ Read next: bench.py, cases.py, smoke.py.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import table
@@ -45,6 +47,7 @@ BENCHMARK = ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels")
 RESERVED = 150.0  # for the benchmark, out of the stages before it
 CORRECTNESS = ("build", "test", "memcheck", "racecheck", "cpu")  # unfinished, they are the script's failure, as any failed stage is
 SASS = ("IGMMA", "IMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+CPU_TESTS = [f"tests/test_{name}.py" for name in ("kernels", "isa", "igemm", "conv2d", "quantize", "qparams")]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 PARALLEL = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 Outcome = tuple[str, str]  # ok | failed | timeout | skipped, and the end of what was printed
@@ -179,8 +182,7 @@ def cpu(limit: float) -> Outcome:
     """The micro-kernels of every instruction set that this processor runs."""
     if not list((SITE / "quant_ops").glob("_kernels*.so")):
         return "skipped", "the module of micro-kernels was not built: pybind11 is missing"
-    files = [f"tests/test_{name}.py" for name in ("kernels", "isa", "igemm", "conv2d", "quantize", "qparams")]
-    return run([*PYTEST, "-x", *PARALLEL, *files], limit, environment())
+    return run([*PYTEST, "-x", *PARALLEL, *CPU_TESTS], limit, environment())
 
 
 def bench(section: str, out: Path, on_gpu: bool, limit: float) -> Outcome:
@@ -192,13 +194,48 @@ def bench(section: str, out: Path, on_gpu: bool, limit: float) -> Outcome:
 # ---- all together --------------------------------------------------------------------------------------------------------------
 
 
+class Stages:
+    """Runs stages one after the other, each within its own limit and what is left of the whole, and records what came of them."""
+
+    def __init__(self, record: Record, chosen: list[str], on_gpu: bool):
+        self.record, self.chosen, self.on_gpu, self.start = record, chosen, on_gpu, time.monotonic()
+        self.slower = 1.0 if on_gpu else REHEARSAL_FACTOR
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def run(self, name: str, work: Callable[[float], Outcome]) -> None:
+        if name not in self.chosen:
+            return
+        begin = self.seconds()
+        left = TOTAL_SECONDS * self.slower - begin - (0.0 if name in BENCHMARK else RESERVED)
+        try:
+            status, text = work(max(10.0, min(LIMITS[name] * self.slower, left)))
+        except Exception as error:  # recorded, so that the later stages still run
+            status, text = "failed", repr(error)
+        if name in BENCHMARK:  # its process has added to the file
+            self.record.data = json.loads(self.record.path.read_text())
+        seconds = round(self.seconds() - begin, 1)
+        entry = {"status": status, "seconds": seconds, "clocks": clocks() if self.on_gpu else "", "output": text}
+        self.record.data["stages"][name] = entry
+        self.record.save()
+        print(f"{name:<12}{status:<9}{seconds:>7.1f} s", flush=True)
+        if status in ("failed", "timeout"):
+            print(text[-3000:], flush=True)
+
+    def failed(self) -> bool:
+        statuses = {name: entry["status"] for name, entry in self.record.data["stages"].items()}
+        late = [name for name in CORRECTNESS if statuses.get(name) == "timeout"]
+        return bool(late) or "failed" in statuses.values()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out") / "gpu_check.json")
     parser.add_argument("--rehearse", action="store_true", help="run on a machine without a GPU, as far as that goes")
     parser.add_argument("--stages", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="only these, on what is built")
     options = parser.parse_args()
-    start, record = time.monotonic(), Record(options.out, fresh=True)
+    record = Record(options.out, fresh=True)
     try:
         facts = describe_machine()
     except ImportError as error:
@@ -211,48 +248,22 @@ def main() -> int:
         print("no GPU that torch can use; --rehearse goes as far as this machine can")
         return 1
     print(f"{facts['gpu'] or 'no GPU'}, torch {facts['torch']}, architecture {architecture(facts)}", flush=True)
-    slower = 1.0 if on_gpu else REHEARSAL_FACTOR
 
-    def stage(name: str, work) -> str:
-        if name not in options.stages:
-            return "skipped"
-        begin = time.monotonic()
-        left = TOTAL_SECONDS * slower - (begin - start) - (0.0 if name in BENCHMARK else RESERVED)
-        try:
-            status, text = work(max(10.0, min(LIMITS[name] * slower, left)))
-        except Exception as error:  # recorded, so that the later stages still run
-            status, text = "failed", repr(error)
-        if name in BENCHMARK:  # its process has added to the file
-            record.data = json.loads(options.out.read_text())
-        entry = {
-            "status": status,
-            "seconds": round(time.monotonic() - begin, 1),
-            "clocks": clocks() if on_gpu else "",
-            "output": text,
-        }
-        record.data["stages"][name] = entry
-        record.save()
-        print(f"{name:<12}{status:<9}{entry['seconds']:>7.1f} s", flush=True)
-        if status in ("failed", "timeout"):
-            print(text[-3000:], flush=True)
-        return status
-
-    stage("build", lambda limit: build(facts, limit))
+    stages = Stages(record, options.stages, on_gpu)
+    stages.run("build", functools.partial(build, facts))
     if not (SITE / "quant_ops" / LIBRARIES[1]).is_file():
         print(f"nothing to test: {LIBRARIES[1]} was not built")
         return 1
-    stage("code", code)
-    stage("test", lambda limit: test(on_gpu, limit))
+    stages.run("code", code)
+    stages.run("test", functools.partial(test, on_gpu))
     for tool in ("memcheck", "racecheck"):
-        stage(tool, lambda limit, tool=tool: sanitize(tool, on_gpu, limit))
-    stage("cpu", cpu)
+        stages.run(tool, functools.partial(sanitize, tool, on_gpu))
+    stages.run("cpu", cpu)
     for section in BENCHMARK:
-        stage(section, lambda limit, section=section: bench(section, options.out, on_gpu, limit))
+        stages.run(section, functools.partial(bench, section, options.out, on_gpu))
     print(table.show(record.data))
-    print(f"written to {options.out}, {time.monotonic() - start:.0f} s in all")
-    statuses = {name: entry["status"] for name, entry in record.data["stages"].items()}
-    late = [name for name in CORRECTNESS if statuses.get(name) == "timeout"]
-    return int(bool(late) or "failed" in statuses.values())
+    print(f"written to {options.out}, {stages.seconds():.0f} s in all")
+    return int(stages.failed())
 
 
 if __name__ == "__main__":
