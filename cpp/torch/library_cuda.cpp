@@ -68,7 +68,7 @@ struct Cuda {
   // Values stay on the device, so that nothing waits for it; whether they are small is known from the dtype alone.
   static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
     const ScalarType type = t.scalar_type();
-    const bool small = is_floating(type) ? qmin >= -(1 << 23) && qmax <= (1 << 23)
+    const bool small = is_floating(type) ? qmin >= -kSmallZeroPoint && qmax <= kSmallZeroPoint
                                          : is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short});
     if (type == ScalarType::Int) return {t, small};
     const OnDeviceOf device("zero_point", t);
@@ -141,6 +141,11 @@ extern "C" __attribute__((visibility("default"))) const char* quant_ops_cuda_gem
     kept = e.what();
   }
   return kept.c_str();
+}
+
+// As quant_ops_is_dtype_refusal of exports.cpp, for the refusals of this library.
+extern "C" __attribute__((visibility("default"))) int quant_ops_cuda_is_dtype_refusal(const char* sentence) {
+  return quant_ops::last_dtype_refusal() == sentence;
 }
 
 #if defined(QUANT_OPS_EMULATION)
