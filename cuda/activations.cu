@@ -29,9 +29,9 @@ struct Encoder {
   int32_t zero;
 
   __device__ __forceinline__ Encoder(const CodesParams& p, int64_t sample) {
-    scale = p.scale[sample * p.scale_step];
+    scale = p.in.scale[sample * p.in.scale_stride];
     reciprocal = safe_reciprocal(scale);
-    zero = p.zero_point != nullptr ? p.zero_point[sample * p.zero_step] : 0;
+    zero = zero_at(p.in.zero_point, sample * p.in.zero_point_stride);
   }
   __device__ __forceinline__ int8_t operator()(X x) const {
     const float value = widen(x),
@@ -55,7 +55,7 @@ struct Encoder<uint8_t> {
 template <class X, int V>
 __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT CodesArgs a) {
   const CodesParams& p = a.p;
-  const X* x = static_cast<const X*>(p.x);
+  const X* x = static_cast<const X*>(p.in.x);
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.total; i += step) {
     const int64_t slow = a.inner.quotient(i), fast = i - slow * a.inner.divisor;
@@ -83,47 +83,47 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT 
   }
 }
 
-struct ParamsArgs {
+struct SampleParamsArgs {
   static constexpr bool kBarriers = false;
   SampleParams p;
 };
 
-__global__ void __launch_bounds__(kThreads) sample_params_kernel(const QO_GRID_CONSTANT ParamsArgs args) {
+__global__ void __launch_bounds__(kThreads) sample_params_kernel(const QO_GRID_CONSTANT SampleParamsArgs args) {
   const SampleParams& p = args.p;
   const int64_t sample = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (sample >= p.samples) return;
-  const int32_t zero = (p.zero_point != nullptr ? p.zero_point[sample * p.zero_step] : 0) - p.offset;
-  if (p.scale_out != nullptr) p.scale_out[sample] = p.scale != nullptr ? p.scale[sample * p.scale_step] : 1.0f;
-  if (p.zero_out != nullptr) p.zero_out[sample] = zero;
+  const int32_t zero = zero_at(p.zero_point, sample * p.zero_point_stride) - p.offset;
+  if (p.scale_out != nullptr) p.scale_out[sample] = p.scale != nullptr ? p.scale[sample * p.scale_stride] : 1.0f;
+  if (p.zero_point_out != nullptr) p.zero_point_out[sample] = zero;
   if (p.padding == nullptr) return;
-  int8_t line[kChunk];
+  int8_t line[kVectorBytes];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) line[i] = static_cast<int8_t>(zero);
-  store_vector<kChunk>(p.padding + sample * kChunk, line);
+  for (int i = 0; i < kVectorBytes; ++i) line[i] = static_cast<int8_t>(zero);
+  store_vector<kVectorBytes>(p.padding + sample * kVectorBytes, line);
 }
 
 }  // namespace
 
-void write_codes_cuda(const char* op, const CodesParams& p, void* stream) {
+void write_codes_cuda(const CodesParams& p, const Launch& at) {
   if (p.pixel == 0 || p.samples * p.height * p.width == 0) return;
   CodesArgs a{};
   a.p = p;
-  const int64_t bytes = p.tap % kChunk == 0 ? kChunk : 4, parts = p.pixel / bytes, pixels = p.samples * p.height * p.width;
+  const int64_t bytes = p.tap % kVectorBytes == 0 ? kVectorBytes : 4, parts = p.pixel / bytes, pixels = p.samples * p.height * p.width;
   a.pixels = FastDiv(p.height * p.width);
   a.columns = FastDiv(p.width);
   a.tap = FastDiv(p.tap);
   a.total = pixels * parts;
   a.pixels_first = p.stride[1] != 1;
   a.inner = FastDiv(a.pixels_first ? pixels : parts);
-  const int64_t element = dtype_bytes(p.x_dtype), load = bytes * element < 16 ? bytes * element : 16;
-  a.vectors = p.stride[1] == 1 && p.channels % bytes == 0 && is_aligned(p.x, load);
+  const int64_t element = dtype_bytes(p.in.dtype), load = bytes * element < 16 ? bytes * element : 16;
+  a.vectors = p.stride[1] == 1 && p.channels % bytes == 0 && is_aligned(p.in.x, load);
   for (int d : {0, 2, 3}) a.vectors = a.vectors && p.stride[d] * element % load == 0;
   const auto run = [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
-    launch(op, bytes == kChunk ? codes_kernel<X, kChunk> : codes_kernel<X, 4>, blocks_for(a.total, kThreads, kMaxGrid),
-           dim3(kThreads), stream, a);
+    launch(at, bytes == kVectorBytes ? codes_kernel<X, kVectorBytes> : codes_kernel<X, 4>, blocks_for(a.total, kThreads, kMaxGrid),
+           dim3(kThreads), a);
   };
-  switch (p.x_dtype) {
+  switch (p.in.dtype) {
     case DType::kFloat32: return run(static_cast<float*>(nullptr));
     case DType::kFloat16: return run(static_cast<Half*>(nullptr));
     case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
@@ -132,9 +132,9 @@ void write_codes_cuda(const char* op, const CodesParams& p, void* stream) {
   }
 }
 
-void sample_params_cuda(const char* op, const SampleParams& p, void* stream) {
+void write_sample_params_cuda(const SampleParams& p, const Launch& at) {
   if (p.samples == 0) return;
-  launch(op, sample_params_kernel, blocks_for(p.samples, kThreads, kMaxGrid), dim3(kThreads), stream, ParamsArgs{p});
+  launch(at, sample_params_kernel, blocks_for(p.samples, kThreads, kMaxGrid), dim3(kThreads), SampleParamsArgs{p});
 }
 
 }  // namespace quant_ops

@@ -6,8 +6,7 @@
 
 namespace quant_ops {
 
-// groups == C == O; `rows` is the packed weight.
-void run_depthwise(const Int8Conv2dParams& p, const Gather& gather, const Epilogue& out, const CudaWeights& w, const int8_t* rows,
-                   void* stream);
+// groups == C == O. `weight` is [R * S][gather.group], as pack_weight makes it.
+void run_depthwise(const Int8Conv2dParams& p, const Gather& gather, const Epilogue& out, const int8_t* weight, const Launch& at);
 
 }  // namespace quant_ops

@@ -38,33 +38,32 @@ __global__ void __launch_bounds__(kThreads) depthwise_kernel(const QO_GRID_CONST
         tap.offset = tap.h * g.row + tap.w * g.pixel;
         const bool pixel = inside(g, row, tap);
         if (!pixel && g.padding == nullptr) continue;
-        const auto codes = load_vector<kFour>(pixel ? row.at + tap.offset + channel : g.padding + int64_t{row.sample} * kChunk);
+        const auto codes = load_vector<kFour>(pixel ? row.at + tap.offset + channel : g.padding + int64_t{row.sample} * kVectorBytes);
         const auto weights = load_vector<kFour>(weight);
 #pragma unroll
         for (int c = 0; c < kFour; ++c) sums[c] += int32_t{codes.get(c)} * weights.get(c);
       }
     const int count = static_cast<int>(a.channels - channel < kFour ? a.channels - channel : kFour);
-    if (count > 0) finish_four(a.out, row_params(a.out, m), column_params(a.out, channel, count), channel, count, sums);
+    if (count > 0) finish_four(a.out, output_row(a.out, m), output_columns(a.out, channel, count), channel, count, sums);
   }
 }
 
 }  // namespace
 
-void run_depthwise(const Int8Conv2dParams& p, const Gather& gather, const Epilogue& out, const CudaWeights& w, const int8_t* rows,
-                   void* stream) {
-  DepthwiseArgs a{};
-  a.gather = gather;
-  a.out = out;
-  a.weight = rows;
-  a.pitch = w.rows_bytes / w.taps;
-  a.M = p.N * p.OH * p.OW;
-  a.channels = p.C;
-  a.r = static_cast<int32_t>(p.R);
-  a.s = static_cast<int32_t>(p.S);
-  a.run = out.y_column == 1 ? 1 : 8;
-  a.words = FastDiv((p.C + kFour - 1) / kFour);
-  a.total = (a.M + a.run - 1) / a.run * a.run * a.words.divisor;
-  launch("int8_conv2d", depthwise_kernel, blocks_for(a.total, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+void run_depthwise(const Int8Conv2dParams& p, const Gather& gather, const Epilogue& out, const int8_t* weight, const Launch& at) {
+  const int64_t run = out.y_column == 1 ? 1 : 8, M = p.N * p.OH * p.OW, words = (p.C + kFour - 1) / kFour;
+  const DepthwiseArgs a{.gather = gather,
+                        .out = out,
+                        .weight = weight,
+                        .pitch = gather.group,
+                        .M = M,
+                        .channels = p.C,
+                        .total = (M + run - 1) / run * run * words,
+                        .r = static_cast<int32_t>(p.R),
+                        .s = static_cast<int32_t>(p.S),
+                        .run = run,
+                        .words = FastDiv(words)};
+  launch(at, depthwise_kernel, blocks_for(a.total, kThreads, kMaxGrid), dim3(kThreads), a);
 }
 
 }  // namespace quant_ops

@@ -122,8 +122,8 @@ struct FlatArgs {
   const typename Op::In* in;
   typename Op::Out* out;
   FlatLayout layout;
-  int64_t step;  // columns: vectors between a thread's vectors
-  bool reload;   // columns: scale and zero point change from vector to vector
+  int64_t step = 0;     // columns: vectors between a thread's vectors
+  bool reload = false;  // columns: scale and zero point change from vector to vector
 };
 
 // Scale and zero point are constant over the tensor or over runs. Loads of all vectors are issued before anything is computed.
@@ -215,9 +215,12 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTAN
 
 // Launches the kernel for dense, aligned data; false: there is none. `it` is sorted by the result and coalesced.
 template <class Op>
-bool launch_flat(const char* name, const Op& op, const Iteration& it, const void* in, void* out, void* stream) {
+bool launch_flat(const Op& op, const Iteration& it, const void* in, void* out, const Launch& at) {
   constexpr int V = Op::kVector;
-  FlatArgs<Op> a{op, static_cast<const typename Op::In*>(in), static_cast<typename Op::Out*>(out), flat_layout(it, V), 0, false};
+  FlatArgs<Op> a{.op = op,
+                 .in = static_cast<const typename Op::In*>(in),
+                 .out = static_cast<typename Op::Out*>(out),
+                 .layout = flat_layout(it, V)};
   const FlatLayout& layout = a.layout;
   if (layout.lookup == Lookup::kNone || !is_aligned(in, V * sizeof(typename Op::In)) ||
       !is_aligned(out, V * sizeof(typename Op::Out)))
@@ -230,14 +233,14 @@ bool launch_flat(const char* name, const Op& op, const Iteration& it, const void
     a.step = threads / row * row;
     a.reload = layout.outer_varies || a.step == 0;
     if (a.step == 0) a.step = threads;
-    launch(name, columns_kernel<Op>, blocks, dim3(kThreads), stream, a);
+    launch(at, columns_kernel<Op>, blocks, dim3(kThreads), a);
     return true;
   }
   const int64_t blocks = blocks_for(layout.numel, int64_t{kThreads} * kUnroll * V, kMaxGrid);
   if (layout.lookup == Lookup::kUniform)
-    launch(name, flat_kernel<Op, Lookup::kUniform>, blocks, dim3(kThreads), stream, a);
+    launch(at, flat_kernel<Op, Lookup::kUniform>, blocks, dim3(kThreads), a);
   else
-    launch(name, flat_kernel<Op, Lookup::kRuns>, blocks, dim3(kThreads), stream, a);
+    launch(at, flat_kernel<Op, Lookup::kRuns>, blocks, dim3(kThreads), a);
   return true;
 }
 
@@ -252,8 +255,8 @@ struct StridedArgs {
   const void* scale;
   const int32_t* zero_point;
   DType code;  // of the codes read or written
-  int32_t qmin, qmax;
-  bool simulate;
+  int32_t qmin = 0, qmax = 0;  // to quantize, and likewise the next one
+  bool simulate = false;
 };
 
 template <class X>
@@ -291,14 +294,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_strided_kernel(const QO_G
 
 struct ZeroPointArgs {
   static constexpr bool kBarriers = false;
-  const void* from;
-  int32_t* to;
-  int64_t n, qmin, qmax;
-  DType dtype;
-  bool is_int64;
+  ZeroPointParams p;
 };
 
-__global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CONSTANT ZeroPointArgs a) {
+__global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CONSTANT ZeroPointArgs args) {
+  const ZeroPointParams& a = args.p;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.n; i += step) {
     const auto learned = [&](double z) { return round_zero_point(z, a.qmin, a.qmax); };
@@ -320,14 +320,13 @@ __global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CON
 
 }  // namespace
 
-void quantize_cuda(const QuantizeParams& p, void* stream) {
-  const char* name = "quant_tensor_forward";
+void quantize_cuda(const QuantizeParams& p, const Launch& at) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   const auto flat = [&](auto* x, auto* y) {
     using Op = Quantize<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>>;
     const Op op{static_cast<const float*>(p.scale), p.zero_point, p.qmin, p.qmax};
-    return launch_flat(name, op, it, p.x, p.y, stream);
+    return launch_flat(op, it, p.x, p.y, at);
   };
   with_float_type(p.x_dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
@@ -341,13 +340,21 @@ void quantize_cuda(const QuantizeParams& p, void* stream) {
       }
     }
     const int64_t n = numel(it);
-    const StridedArgs a{make_dims<4>(it, 0, it.ndim), n, p.x, p.y, p.scale, p.zero_point, p.y_dtype, p.qmin, p.qmax, p.simulate};
-    launch(name, quantize_strided_kernel<X>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+    const StridedArgs a{.dims = make_dims<4>(it, 0, it.ndim),
+                        .n = n,
+                        .in = p.x,
+                        .out = p.y,
+                        .scale = p.scale,
+                        .zero_point = p.zero_point,
+                        .code = p.y_dtype,
+                        .qmin = p.qmin,
+                        .qmax = p.qmax,
+                        .simulate = p.simulate};
+    launch(at, quantize_strided_kernel<X>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), a);
   });
 }
 
-void dequantize_cuda(const DequantizeParams& p, void* stream) {
-  const char* name = "dequant_tensor";
+void dequantize_cuda(const DequantizeParams& p, const Launch& at) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   with_float_type(p.y_dtype, [&](auto* y) {
@@ -355,20 +362,24 @@ void dequantize_cuda(const DequantizeParams& p, void* stream) {
     if constexpr (!std::is_same_v<Y, double>) {
       if (p.q_dtype == DType::kInt8 || p.q_dtype == DType::kUInt8) {
         const Dequantize<Y> op{static_cast<const float*>(p.scale), p.zero_point, p.q_dtype == DType::kInt8 ? 128 : 0};
-        if (launch_flat(name, op, it, p.q, p.y, stream)) return;
+        if (launch_flat(op, it, p.q, p.y, at)) return;
       }
     }
     const int64_t n = numel(it);
-    const StridedArgs a{make_dims<4>(it, 0, it.ndim), n, p.q, p.y, p.scale, p.zero_point, p.q_dtype, 0, 0, false};
-    launch(name, dequantize_strided_kernel<Y>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+    const StridedArgs a{.dims = make_dims<4>(it, 0, it.ndim),
+                        .n = n,
+                        .in = p.q,
+                        .out = p.y,
+                        .scale = p.scale,
+                        .zero_point = p.zero_point,
+                        .code = p.q_dtype};
+    launch(at, dequantize_strided_kernel<Y>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), a);
   });
 }
 
-void zero_points_cuda(const void* from, DType dtype, bool is_int64, int32_t* to, int64_t n, int64_t qmin, int64_t qmax,
-                      void* stream) {
-  if (n == 0) return;
-  const ZeroPointArgs a{from, to, n, qmin, qmax, dtype, is_int64};
-  launch("zero_points", zero_points_kernel, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+void zero_points_cuda(const ZeroPointParams& p, const Launch& at) {
+  if (p.n == 0) return;
+  launch(at, zero_points_kernel, blocks_for(p.n, kThreads, kMaxGrid), dim3(kThreads), ZeroPointArgs{p});
 }
 
 }  // namespace quant_ops

@@ -19,7 +19,7 @@ constexpr int kVectors = 4;         // 16 bytes each, that a thread keeps and ha
 constexpr int32_t kHighest = 127;
 
 template <class X>
-struct RowArgs {
+struct QuantizeRowsArgs {
   static constexpr bool kBarriers = true;
   int64_t rows, columns;
   const X* x;
@@ -29,7 +29,7 @@ struct RowArgs {
   float* scale;
   int32_t* zero_point;  // null: not wanted
   bool asymmetric;
-  int width;  // threads of a row, where a block has several
+  int width = 0;  // threads of a row, where a block has several
 };
 
 // From a row's elements to its codes. Bounds are so narrow that float32 holds all of it exactly.
@@ -49,7 +49,7 @@ struct RowCode {
 
 // kBlock: a block per row, else `width` lanes. kHeld: the row fits the registers of its threads.
 template <class X, bool kBlock, bool kHeld>
-__global__ void __launch_bounds__(kBlock ? kMostThreads : kThreads) quantize_rows_kernel(const QO_GRID_CONSTANT RowArgs<X> a) {
+__global__ void __launch_bounds__(kBlock ? kMostThreads : kThreads) quantize_rows_kernel(const QO_GRID_CONSTANT QuantizeRowsArgs<X> a) {
   constexpr int V = 16 / sizeof(X);
   __shared__ SliceRange<float> shared[kWarp];
   const int width = kBlock ? static_cast<int>(blockDim.x) : a.width, thread = kBlock ? threadIdx.x : threadIdx.x % width;
@@ -120,45 +120,39 @@ __global__ void __launch_bounds__(kBlock ? kMostThreads : kThreads) quantize_row
 }
 
 template <class X>
-void launch_rows(RowArgs<X> a, void* stream) {
+void launch_rows(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at) {
   constexpr int64_t V = 16 / sizeof(X);
-  const char* name = "quantize_rows";
+  QuantizeRowsArgs<X> a{.rows = p.rows,
+                        .columns = p.columns,
+                        .x = static_cast<const X*>(p.x),
+                        .x_stride = p.x_stride,
+                        .q = p.q,
+                        .q_stride = q_stride,
+                        .scale = p.scale,
+                        .zero_point = p.zero_point,
+                        .asymmetric = p.asymmetric};
   const bool aligned = is_aligned(a.x, 16) && (a.x_stride % V == 0 || a.rows == 1);
   const int64_t vectors = (a.columns + V - 1 + (aligned ? 0 : V - 1)) / V;  // that a row may lie in
-  // rows that leave multiprocessors idle are spread over more threads: what counts is their latency
+  // Rows that leave multiprocessors idle are spread over more threads, because only their latency counts.
   const int64_t each = a.rows < 2 * multiprocessors() ? 1 : kVectors, threads = (vectors + each - 1) / each;
   if (threads <= kWarp) {
     a.width = lanes_for(threads);
-    launch(name, quantize_rows_kernel<X, false, true>, blocks_for(a.rows, kThreads / a.width, kMaxGrid), dim3(kThreads), stream, a);
-    return;
+    return launch(at, quantize_rows_kernel<X, false, true>, blocks_for(a.rows, kThreads / a.width, kMaxGrid), dim3(kThreads), a);
   }
   a.width = static_cast<int>(std::min<int64_t>((threads + kWarp - 1) / kWarp * kWarp, kMostThreads));
   const auto kernel =
       vectors <= int64_t{a.width} * kVectors ? quantize_rows_kernel<X, true, true> : quantize_rows_kernel<X, true, false>;
-  launch(name, kernel, blocks_for(a.rows, 1, kMaxGrid), dim3(static_cast<unsigned>(a.width)), stream, a);
-}
-
-void quantize_any_rows(const RowQuantParams& p, bool asymmetric, void* stream) {
-  if (p.rows == 0) return;
-  const auto typed = [&](auto* x) {
-    using X = std::remove_pointer_t<decltype(x)>;
-    launch_rows(RowArgs<X>{p.rows, p.columns, static_cast<const X*>(p.x), p.x_stride, p.q, p.q_stride, p.scale, p.zero_point,
-                           asymmetric, 0},
-                stream);
-  };
-  switch (p.x_dtype) {
-    case DType::kFloat32: return typed(static_cast<float*>(nullptr));
-    case DType::kFloat16: return typed(static_cast<Half*>(nullptr));
-    default: return typed(static_cast<BFloat16*>(nullptr));
-  }
+  launch(at, kernel, blocks_for(a.rows, 1, kMaxGrid), dim3(static_cast<unsigned>(a.width)), a);
 }
 
 }  // namespace
 
-void quantize_rows_cuda(const RowQuantParams& p, void* stream) { quantize_any_rows(p, p.zero_point != nullptr, stream); }
-
-void quantize_rows_cuda(const QuantizeRowsParams& p, void* stream) {
-  quantize_any_rows({p.rows, p.columns, p.x, p.x_dtype, p.x_stride, p.q, p.columns, p.scale, p.zero_point}, p.asymmetric, stream);
+void quantize_rows_cuda(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at) {
+  if (p.rows == 0) return;
+  with_float_type(p.x_dtype, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<X, double>) launch_rows<X>(p, q_stride, at);
+  });
 }
 
 }  // namespace quant_ops

@@ -104,12 +104,12 @@ static void check(std::mt19937_64& random) {
 int main() {
   std::mt19937_64 random(1);
   // every tile; the dtype only changes y's alignment
-  check<sm90_kernel("gemm_s8s8_64x16x256_swapped_sm90a"), DType::kBFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_64x32x256_swapped_sm90a"), DType::kFloat32>(random);
-  check<sm90_kernel("gemm_s8s8_64x64x256_swapped_sm90a"), DType::kFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_64x128x128_sm90a"), DType::kFloat32>(random);
-  check<sm90_kernel("gemm_s8s8_128x128x128_sm90a"), DType::kFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_128x256x128_sm90a"), DType::kBFloat16>(random);
-  static_assert(kSm90Kernels == 6, "every tile is checked");
+  check<sm90::kernel_named("gemm_s8s8_64x16x256_swapped_sm90a"), DType::kBFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x32x256_swapped_sm90a"), DType::kFloat32>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x64x256_swapped_sm90a"), DType::kFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x128x128_sm90a"), DType::kFloat32>(random);
+  check<sm90::kernel_named("gemm_s8s8_128x128x128_sm90a"), DType::kFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_128x256x128_sm90a"), DType::kBFloat16>(random);
+  static_assert(sm90::kKernels == 6, "every tile is checked");
   return 0;
 }

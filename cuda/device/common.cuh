@@ -10,6 +10,7 @@
 #include "contract/dtypes.h"
 #include "device/layout.cuh"
 #include "device/quotient.cuh"
+#include "device/workspace.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -26,10 +27,9 @@ constexpr int kWarp = 32;
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 // Args::kBarriers says whether the kernel's threads wait for each other; only the emulation needs to know.
-// An error of an earlier launch may surface here too; the text says which operator noticed.
+// An error of an earlier launch may surface here too; the message names the operator that noticed.
 template <class Args>
-void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, void* stream, const Args& args,
-            int shared_bytes = 0) {
+void launch(const Launch& at, void (*kernel)(Args), int64_t blocks, dim3 threads, const Args& args, int shared_bytes = 0) {
 #if defined(__CUDACC__)
   static_cast<void>(Args::kBarriers);
   constexpr int kWithoutAsking = 48 << 10;
@@ -37,18 +37,18 @@ void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, 
   if (shared_bytes > kWithoutAsking)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(
-        args);
+    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes),
+             static_cast<cudaStream_t>(at.stream)>>>(args);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("quant_ops.") + op + ": expected the kernel launch to succeed, got " +
+    throw std::runtime_error(std::string("quant_ops.") + at.op + ": expected the kernel launch to succeed, got " +
                              cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
                              (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction
                                   ? ". Build for this GPU: set QUANT_OPS_CUDA_ARCHS to its architecture."
                                   : ". Set CUDA_LAUNCH_BLOCKING=1 to find the launch that failed."));
 #else
-  (void)op, (void)stream;
+  static_cast<void>(at);
   emulation::run([&] { kernel(args); }, blocks, threads, Args::kBarriers, static_cast<size_t>(shared_bytes));
 #endif
 }

@@ -135,23 +135,23 @@ constexpr int64_t kMaxGrid = 0x7fffffff;  // gridDim.x
 
 // ---- tiles of codes in shared memory and in registers ---------------------------------------------------------------
 
-constexpr int kChunk = 16;  // bytes: of an asynchronous copy, and of a row of an ldmatrix matrix
+constexpr int kVectorBytes = 16;  // of an asynchronous copy, and of a row of an ldmatrix matrix
 
-// Where chunk `chunk` of row `row` is in a tile of rows of kRowBytes. Exclusive or with the row spreads the eight rows that
+// Where vector `vector` of row `row` is in a tile of rows of kRowBytes. The exclusive or with the row spreads the eight rows that
 // ldmatrix reads at once, and the eight lanes that write at once, over all banks.
 template <int kRowBytes>
-QO_HD_MEMBER int tile_offset(int row, int chunk) {
+QO_HD_MEMBER int tile_offset(int row, int vector) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 bytes: two rows share the 32 banks");
   const int spread = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
-  return row * kRowBytes + (chunk ^ spread) * kChunk;
+  return row * kRowBytes + (vector ^ spread) * kVectorBytes;
 }
 
 // mma.m16n8k32 takes a 16 x 32 from four 8 x 16 matrices, ordered along rows first; b, whose rows are columns of the product, from
-// two along k. For both, an ldmatrix.x4 whose lane l names this row and chunk (of 16 bytes) of a 16 x 32 block:
+// two along k. For both, lane l of an ldmatrix.x4 names this row and 16-byte vector of a 16 x 32 block:
 QO_HD_MEMBER int a_row(int lane) { return lane & 15; }
-QO_HD_MEMBER int a_chunk(int lane) { return lane >> 4; }
+QO_HD_MEMBER int a_vector(int lane) { return lane >> 4; }
 QO_HD_MEMBER int b_row(int lane) { return (lane & 7) + (lane >> 4) * 8; }  // words 0, 1: columns 0 .. 7; 2, 3: columns 8 .. 15
-QO_HD_MEMBER int b_chunk(int lane) { return (lane >> 3) & 1; }
+QO_HD_MEMBER int b_vector(int lane) { return (lane >> 3) & 1; }
 
 // Registers 0, 1 and 2, 3 of an accumulator: two neighbouring columns of rows c_row and c_row + 8.
 QO_HD_MEMBER int c_row(int lane) { return lane >> 2; }

@@ -144,7 +144,7 @@ struct QuantizedRows<int8_t> {
       for_each_vector(a, static_cast<const int8_t*>(a.x) + m * a.x_stride,
                       [&](int c, const int8_t (&elements)[16]) { store_vector<16>(codes + m * a.pitch + c, elements); });
     if (static_cast<int>(threadIdx.x) >= a.M) return;
-    const RowParams row = row_params(a.out, static_cast<int>(threadIdx.x));
+    const OutputRow row = output_row(a.out, static_cast<int>(threadIdx.x));
     scale[threadIdx.x] = row.scale;
     zero[threadIdx.x] = row.zero;
   }
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 3) gemv_kernel(const QO_GRID_CONSTAN
 
   // the first weights are on their way while rows are quantized
   const int8_t* at[2];
-  for (int h = 0; h < 2; ++h) at[h] = a.weight + (n + g + h * 8 < a.N ? n + g + h * 8 : a.N - 1) * a.weight_stride + t * kChunk;
+  for (int h = 0; h < 2; ++h) at[h] = a.weight + (n + g + h * 8 < a.N ? n + g + h * 8 : a.N - 1) * a.weight_stride + t * kVectorBytes;
   uint32_t weights[kUnroll][2][4];
   const auto load = [&](int piece) {
 #pragma unroll
@@ -169,13 +169,13 @@ __global__ void __launch_bounds__(kThreads, 3) gemv_kernel(const QO_GRID_CONSTAN
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int k = (piece + u * kWarps) * kPiece;
-        load_once(at[h] + k, k + t * kChunk < a.K, weights[u][h]);
+        load_once(at[h] + k, k + t * kVectorBytes < a.K, weights[u][h]);
       }
   };
   const int pieces = (a.K + kPiece - 1) / kPiece;
   load(warp);
   // rows that do not exist, and the end of the last piece, are zeros
-  for (int i = static_cast<int>(threadIdx.x) * kChunk; i < kGemvRows * a.pitch; i += kThreads * kChunk)
+  for (int i = static_cast<int>(threadIdx.x) * kVectorBytes; i < kGemvRows * a.pitch; i += kThreads * kVectorBytes)
     if (i / a.pitch >= a.M || i % a.pitch >= a.K) store_vector<4>(reinterpret_cast<int32_t*>(codes + i), {0, 0, 0, 0});
   QuantizedRows<X>::write(a, codes, scale, zero, reinterpret_cast<RowRange*>(parts));
   __syncthreads();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 3) gemv_kernel(const QO_GRID_CONSTAN
     for (int u = 0; u < kUnroll; ++u) {
       if (piece + u * kWarps >= pieces) break;
       const auto row =
-          load_vector<4>(reinterpret_cast<const uint32_t*>(codes + g * a.pitch + (piece + u * kWarps) * kPiece + t * kChunk));
+          load_vector<4>(reinterpret_cast<const uint32_t*>(codes + g * a.pitch + (piece + u * kWarps) * kPiece + t * kVectorBytes));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t w[4] = {weights[u][0][half * 2], weights[u][1][half * 2], weights[u][0][half * 2 + 1],
@@ -211,36 +211,38 @@ __global__ void __launch_bounds__(kThreads, 3) gemv_kernel(const QO_GRID_CONSTAN
 #pragma unroll
     for (int c = 0; c < kFour; ++c) four[c] += parts[(w * 16 + column + c) * kGemvRows + m];
   const int count = static_cast<int>(a.N - n - column < kFour ? a.N - n - column : kFour);
-  finish_four(a.out, {scale[m], zero[m], m * a.out.y_sample}, column_params(a.out, n + column, count), n + column, count, four);
+  finish_four(a.out, {scale[m], zero[m], m * a.out.y_sample}, output_columns(a.out, n + column, count), n + column, count, four);
+}
+
+// `x` holds the rows: codes, or floating elements of dtype X.
+template <class X>
+void launch_gemv(const IgemmProblem& p, const X* x, int64_t x_stride, int64_t columns, bool asymmetric, const Launch& at) {
+  const bool vectors = is_aligned(x, 16) && (p.M == 1 || x_stride * int64_t{sizeof(X)} % 16 == 0);
+  const GemvArgs a{.weight = p.b,
+                   .weight_stride = p.b_stride,
+                   .N = p.N,
+                   .M = static_cast<int>(p.M),
+                   .K = static_cast<int>(p.K),
+                   .pitch = static_cast<int>(gemv_pitch(p.K)),
+                   .x = x,
+                   .x_stride = x_stride,
+                   .columns = static_cast<int>(columns),
+                   .asymmetric = asymmetric,
+                   .vectors = vectors,
+                   .out = epilogue_of(p)};
+  launch(at, gemv_kernel<X>, (p.N + kGemvColumns - 1) / kGemvColumns, dim3(kThreads), a, static_cast<int>(gemv_shared_bytes(p.K)));
 }
 
 }  // namespace
 
-void gemv_cuda(const char* op, const IgemmProblem& p, const FloatingRows* rows, void* stream) {
-  GemvArgs a{};
-  a.weight = p.b;
-  a.weight_stride = p.b_stride;
-  a.N = p.N;
-  a.M = static_cast<int>(p.M);
-  a.K = static_cast<int>(p.K);
-  a.pitch = static_cast<int>(gemv_pitch(p.K));
-  a.out = epilogue_of(p);
-  a.x = rows != nullptr ? rows->x : p.a;
-  a.x_stride = rows != nullptr ? rows->stride : p.a_stride;
-  a.columns = static_cast<int>(rows != nullptr ? rows->columns : p.K);
-  a.asymmetric = rows != nullptr && rows->asymmetric;
-  const int64_t element = rows != nullptr ? dtype_bytes(rows->dtype) : 1;
-  a.vectors = is_aligned(a.x, 16) && (p.M == 1 || a.x_stride * element % 16 == 0);
-  const auto run = [&](auto* x) {
-    launch(op, gemv_kernel<std::remove_pointer_t<decltype(x)>>, (p.N + 15) / 16, dim3(kThreads), stream, a,
-           static_cast<int>(gemv_shared_bytes(p.K)));
-  };
-  if (rows == nullptr) return run(static_cast<int8_t*>(nullptr));
-  switch (rows->dtype) {
-    case DType::kFloat32: return run(static_cast<float*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Half*>(nullptr));
-    default: return run(static_cast<BFloat16*>(nullptr));
-  }
+void run_gemv(const IgemmProblem& p, const Launch& at) { launch_gemv(p, p.a, p.a_stride, p.K, false, at); }
+
+void run_quantizing_gemv(const IgemmProblem& p, const QuantizeRowsParams& rows, const Launch& at) {
+  with_float_type(rows.x_dtype, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<X, double>)
+      launch_gemv(p, static_cast<const X*>(rows.x), rows.x_stride, rows.columns, rows.asymmetric, at);
+  });
 }
 
 }  // namespace quant_ops
