@@ -2,7 +2,7 @@
 //
 //   floating x:  q = clamp(rne(x / scale) + zero_point, -128, 127)      int8 x: itself      uint8 x: x - 128
 //
-// Rows of a linear layer are samples of one pixel. Zero points of uint8 codes lose 128 too. Read next: conv2d.cu.
+// A row of a linear layer is a sample of one pixel. Zero points of uint8 codes become smaller by 128 as well. Read next: conv2d.cu.
 #include "device/common.cuh"
 #include "launch.h"
 
@@ -10,44 +10,36 @@ namespace quant_ops {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int32_t kLowest = -128, kHighest = 127;
 
 struct CodesArgs {
   static constexpr bool kBarriers = false;
   CodesParams p;
   FastDiv pixels, columns;  // of a sample, of a row of the image
-  FastDiv inner;            // of a thread's index, the faster of (pixel, part of it)
+  FastDiv inner;            // of a thread's index, whose faster part is the pixel or the vector within it
   FastDiv tap;
   int64_t total;
   bool pixels_first;  // neighbouring threads take neighbouring pixels: columns are contiguous in x
   bool vectors;       // channels are contiguous, aligned and whole
 };
 
+// From the elements of a sample to its codes.
 template <class X>
-struct Encoder {
-  float scale, reciprocal;
-  int32_t zero;
+struct ToCode {
+  Quantizer quantizer;
 
-  __device__ __forceinline__ Encoder(const CodesParams& p, int64_t sample) {
-    scale = p.in.scale[sample * p.in.scale_stride];
-    reciprocal = safe_reciprocal(scale);
-    zero = zero_at(p.in.zero_point, sample * p.in.zero_point_stride);
-  }
-  __device__ __forceinline__ int8_t operator()(X x) const {
-    const float value = widen(x),
-                quotient = reciprocal != 0.0f ? mended_quotient(value, scale, reciprocal) : quantize_steps(value, scale);
-    const int32_t steps = nearest_int(quotient), lo = kLowest - zero, hi = kHighest - zero;
-    return static_cast<int8_t>((steps < lo ? lo : steps > hi ? hi : steps) + zero);
-  }
+  __device__ __forceinline__ ToCode(const CodesParams& p, int64_t sample)
+      : quantizer(Quantizer::of(p.in.scale[sample * p.in.scale_stride], zero_at(p.in.zero_point, sample * p.in.zero_point_stride),
+                                -128, 127)) {}
+  __device__ __forceinline__ int8_t operator()(X x) const { return static_cast<int8_t>(quantizer(widen(x))); }
 };
 template <>
-struct Encoder<int8_t> {
-  __device__ __forceinline__ Encoder(const CodesParams&, int64_t) {}
+struct ToCode<int8_t> {
+  __device__ __forceinline__ ToCode(const CodesParams&, int64_t) {}
   __device__ __forceinline__ int8_t operator()(int8_t x) const { return x; }
 };
 template <>
-struct Encoder<uint8_t> {
-  __device__ __forceinline__ Encoder(const CodesParams&, int64_t) {}
+struct ToCode<uint8_t> {
+  __device__ __forceinline__ ToCode(const CodesParams&, int64_t) {}
   __device__ __forceinline__ int8_t operator()(uint8_t x) const { return static_cast<int8_t>(x ^ 0x80u); }
 };
 
@@ -65,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT 
     const int64_t group = a.tap.quotient(byte), channel = byte - group * a.tap.divisor;
     const int64_t at =
         sample * p.stride[0] + (group * p.channels + channel) * p.stride[1] + row * p.stride[2] + column * p.stride[3];
-    const Encoder<X> encode(p, sample);
+    const ToCode<X> to_code(p, sample);
     int8_t codes[V];
     if (a.vectors) {
       constexpr int kLoad = V * sizeof(X) < 16 ? V : 16 / sizeof(X);
@@ -73,11 +65,11 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT 
       for (int v = 0; v < V / kLoad; ++v) {
         const auto in = load_vector<kLoad>(x + at + v * kLoad);
 #pragma unroll
-        for (int e = 0; e < kLoad; ++e) codes[v * kLoad + e] = encode(in.get(e));
+        for (int e = 0; e < kLoad; ++e) codes[v * kLoad + e] = to_code(in.get(e));
       }
     } else {
 #pragma unroll
-      for (int e = 0; e < V; ++e) codes[e] = channel + e < p.channels ? encode(x[at + e * p.stride[1]]) : int8_t{0};
+      for (int e = 0; e < V; ++e) codes[e] = channel + e < p.channels ? to_code(x[at + e * p.stride[1]]) : int8_t{0};
     }
     store_vector<V>(p.q + m * p.pixel + byte, codes);
   }
@@ -108,7 +100,8 @@ void write_codes_cuda(const CodesParams& p, const Launch& at) {
   if (p.pixel == 0 || p.samples * p.height * p.width == 0) return;
   CodesArgs a{};
   a.p = p;
-  const int64_t bytes = p.tap % kVectorBytes == 0 ? kVectorBytes : 4, parts = p.pixel / bytes, pixels = p.samples * p.height * p.width;
+  const int64_t bytes = p.tap % kVectorBytes == 0 ? kVectorBytes : 4, parts = p.pixel / bytes,
+                pixels = p.samples * p.height * p.width;
   a.pixels = FastDiv(p.height * p.width);
   a.columns = FastDiv(p.width);
   a.tap = FastDiv(p.tap);

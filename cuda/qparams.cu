@@ -1,8 +1,9 @@
 // choose_qparams on CUDA: the scale and zero point of every slice from its range (choose_qparams_of in arithmetic.h).
 //
-// Slices are cut into parts, so that few long ones occupy the whole GPU: one kernel leaves a range per part, a second one merges a
-// slice's parts; where slices are many, the first one finishes. A worker reads along its slice by 16-byte vectors; slices that are
-// neighbours in memory are read side by side, down the rows. Bits are those of cpp/qparams.cpp. Read next: range.cuh.
+// A few long slices are cut into parts, so that they occupy the whole GPU: one kernel leaves a range per part, a second one merges
+// the parts of a slice. Many slices have one part each, and the first kernel finishes them. Threads read along a slice by 16-byte
+// vectors. Slices that are neighbours in memory are read side by side, down the rows. Bits are those of cpp/cpu/qparams.cpp. Read
+// next: range.cuh.
 #include <algorithm>
 
 #include "device/range.cuh"
@@ -24,19 +25,19 @@ struct Results {
   Dims<2> kept;  // x, result
   T* scale;
   int32_t* zero_point;
-  SliceRange<T>* partial;  // [slices, parts]
+  Range<T>* partial;  // [slices, parts]
   int64_t slices, parts;
   int32_t qmin, qmax;
   bool asymmetric;
 
-  __device__ __forceinline__ void finish(int64_t slice, const SliceRange<T>& range) const {
+  __device__ __forceinline__ void finish(int64_t slice, const Range<T>& range) const {
     int64_t at[2];
     kept.seek(slice, at);
     const auto p = choose_qparams_of<T>(range.min, range.max, range.finite(), qmin, qmax, asymmetric);
     scale[at[1]] = p.scale;
     zero_point[at[1]] = p.zero_point;
   }
-  __device__ __forceinline__ void write(int64_t slice, int64_t part, const SliceRange<T>& range) const {
+  __device__ __forceinline__ void write(int64_t slice, int64_t part, const Range<T>& range) const {
     if (parts == 1)
       finish(slice, range);
     else
@@ -56,16 +57,16 @@ struct AlongArgs {
   Dims<1> runs;
   int64_t length, units, part_units;
   FastDiv pitch, parts;
-  int width;  // threads of a task, where a block has several
+  int width;  // threads of a task, if a block has several tasks
 };
 
-// A part of a slice by a block (kBlock) or by `width` lanes. Four blocks a multiprocessor leave a thread 64 registers; for more
+// A block (kBlock) or `width` lanes read a part of a slice. Four blocks a multiprocessor leave a thread 64 registers; with more
 // blocks ptxas would spill.
 template <class X, bool kBlock>
 __global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_CONSTANT AlongArgs<X> a) {
   using T = Compute<X>;
   constexpr int V = 16 / sizeof(X);
-  __shared__ SliceRange<T> shared[kThreads / kWarp];
+  __shared__ Range<T> shared[kThreads / kWarp];
   const int width = kBlock ? kThreads : a.width, thread = threadIdx.x % width;
   const int64_t block_tasks = kThreads / width, tasks = a.results.slices * a.results.parts;
   for (int64_t first = blockIdx.x * block_tasks; first < tasks; first += gridDim.x * block_tasks) {
@@ -74,12 +75,12 @@ __global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_
     const int64_t begin = part * a.part_units, end = begin + a.part_units < a.units ? begin + a.part_units : a.units;
     int64_t at[2];
     a.results.kept.seek(slice, at);
-    SliceRange<T> range = empty_range<T>();
+    Range<T> range = empty_range<T>();
     for (int64_t unit = begin + thread; unit < end; unit += int64_t{width} * kUnroll) {
       Vector<X, V> in[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // beyond the end, and beyond the end of a run, elements of the slice come once more
+        // Beyond the end of the part or of a run, elements of the slice are read once more, which changes no range.
         const int64_t wanted = unit + int64_t{u} * width, own_unit = wanted < end ? wanted : end - 1;
         const int64_t run = a.pitch.quotient(own_unit), vector = own_unit - run * a.pitch.divisor;
         int64_t offset[1];
@@ -112,7 +113,7 @@ template <class X, int V>
 __global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONSTANT DownArgs<X> a) {
   using T = Compute<X>;
   constexpr int kAcross = V > 1 ? 8 : kWarp, kDown = kThreads / kAcross, kTile = kAcross * V;
-  __shared__ SliceRange<T> shared[kDown][kTile];
+  __shared__ Range<T> shared[kDown][kTile];
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
   const int64_t columns = a.columns.divisor, bundles = a.results.slices / columns;
   const int64_t tasks = bundles * a.tiles.divisor * a.results.parts;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONS
     a.results.kept.seek(bundle * columns, at);
     const int64_t wanted = column + across * V;
     const X* const x = a.x + at[0] + (wanted < columns ? wanted : columns - V);
-    SliceRange<T> range[V];
+    Range<T> range[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) range[i] = empty_range<T>();
     for (int64_t row = begin + down; row < end; row += kDown * kUnroll) {
@@ -141,13 +142,13 @@ __global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONS
 #pragma unroll
         for (int i = 0; i < V; ++i) range[i].add(widen(in[u].get(i)));
     }
-    __syncthreads();  // of the task before, everything is read
+    __syncthreads();  // all threads have read the task before
 #pragma unroll
     for (int i = 0; i < V; ++i) shared[down][across * V + i] = range[i];
     __syncthreads();
     const int64_t own = column + threadIdx.x;
     if (threadIdx.x < kTile && own < columns) {
-      SliceRange<T> all = shared[0][threadIdx.x];
+      Range<T> all = shared[0][threadIdx.x];
       for (int d = 1; d < kDown; ++d) all.merge(shared[d][threadIdx.x]);
       a.results.write(bundle * columns + own, part, all);
     }
@@ -163,7 +164,7 @@ struct FinishArgs {
   int width;
 };
 
-// `width` lanes per slice. No parts at all: the slice is empty, and like one of zeros.
+// `width` lanes merge the parts of a slice. A slice without parts is empty, and gets what a slice of zeros gets.
 template <class X>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT FinishArgs<X> a) {
   using T = Compute<X>;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT
   const int64_t block_slices = kThreads / a.width;
   for (int64_t first = blockIdx.x * block_slices; first < r.slices; first += gridDim.x * block_slices) {
     const int64_t slice = first + threadIdx.x / a.width;
-    SliceRange<T> range = r.parts > 0 ? empty_range<T>() : SliceRange<T>{T(0), T(0)};
+    Range<T> range = r.parts > 0 ? empty_range<T>() : Range<T>{T(0), T(0)};
     if (slice < r.slices)
       for (int64_t part = lane; part < r.parts; part += a.width) range.merge(r.partial[slice * r.parts + part]);
     range = over_lanes(range, a.width);
@@ -211,8 +212,8 @@ int64_t plan_along(const ChooseQParams& p, QParamsPlan* plan) {
   const int64_t widest = 16 / dtype_bytes(p.x_dtype);
   plan->vector = widest;
   plan->run = inner >= 0 && inner_stride(reduced, 0) == 1 ? reduced.size[inner] : 1;
-  const bool whole = is_aligned(p.x, 16) && plan->run % widest == 0 && is_multiple(kept, kept.ndim, widest) &&
-                     is_multiple(reduced, inner, widest);
+  const bool whole =
+      is_aligned(p.x, 16) && plan->run % widest == 0 && is_multiple(kept, kept.ndim, widest) && is_multiple(reduced, inner, widest);
   const int64_t slack = whole || plan->run == 1 ? 0 : widest - 1;
   plan->units = numel(reduced) / plan->run * ((plan->run + widest - 1 + slack) / widest);
   plan->workers = plan->slices;
@@ -225,7 +226,7 @@ Results<X> results_of(const QParamsPlan& plan, const ChooseQParams& p, void* mem
   return {.kept = make_dims<2>(plan.range.kept, 0, plan.range.kept.ndim),
           .scale = static_cast<T*>(p.scale),
           .zero_point = p.zero_point,
-          .partial = static_cast<SliceRange<T>*>(memory),
+          .partial = static_cast<Range<T>*>(memory),
           .slices = plan.slices,
           .parts = plan.parts,
           .qmin = p.qmin,
@@ -261,8 +262,8 @@ void run_along(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at
   const bool block = plan.part_units > kWarp * kUnroll;
   int width = kThreads;
   if (!block)  // slices that leave multiprocessors idle are spread over more lanes
-    width = lanes_for(plan.slices < multiprocessors() * kThreads / kWarp ? plan.part_units
-                                                                         : (plan.part_units + kUnroll - 1) / kUnroll);
+    width =
+        lanes_for(plan.slices < multiprocessors() * kThreads / kWarp ? plan.part_units : (plan.part_units + kUnroll - 1) / kUnroll);
   const int64_t runs = numel(reduced) / plan.run;
   const AlongArgs<X> a{.results = results_of<X>(plan, p, at.memory),
                        .x = static_cast<const X*>(p.x),
@@ -296,7 +297,7 @@ QParamsPlan plan_choose_qparams(const ChooseQParams& p, int64_t multiprocessors)
     plan.part_units = (plan.units + plan.parts - 1) / plan.parts;
     plan.parts = (plan.units + plan.part_units - 1) / plan.part_units;
   }
-  if (plan.parts > 1) plan.bytes = plan.slices * plan.parts * int64_t{sizeof(SliceRange<double>)};
+  if (plan.parts > 1) plan.bytes = plan.slices * plan.parts * int64_t{sizeof(Range<double>)};
   return plan;
 }
 
