@@ -6,7 +6,6 @@ rehearsal are small and on the CPU; the code is the same. Read next: gpu_bench.p
 """
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,23 +153,22 @@ KERNELS = ("gemv_s8s8_16x8_mma", *(f"igemm_s8s8_{t}_mma" for t in PORTABLE), *(f
 FORCED = [shapes.Linear(M, 4096, 4096) for M in (1, 8, 16, 64, 256, 1024, 4096)] + [shapes.Linear(8192, 8192, 8192)]
 
 
-def forced(kernel: str, p):
+def forced(device: str, kernel: str, p):
     def call():
-        before = os.environ.get("QUANT_OPS_CUDA_KERNEL")
-        os.environ["QUANT_OPS_CUDA_KERNEL"] = kernel
+        if device == "cuda":
+            _library.set_cuda_kernel(kernel)
         try:
             return p.layer(p.x)
         finally:
-            del os.environ["QUANT_OPS_CUDA_KERNEL"]
-            if before is not None:
-                os.environ["QUANT_OPS_CUDA_KERNEL"] = before
+            if device == "cuda":
+                _library.set_cuda_kernel(None)
 
     return call
 
 
 def kernel_cases(device: str, small: bool):
     for s in SMALL_LINEAR["rehearsal"] if small else FORCED:
-        contenders = {"ours chosen": dynamic} | {kernel: functools.partial(forced, kernel) for kernel in KERNELS}
+        contenders = {"ours chosen": dynamic} | {kernel: functools.partial(forced, device, kernel) for kernel in KERNELS}
         size = 2 * s.M * s.K + s.N * s.K + 2 * s.M * s.N + 8 * s.N
         make = functools.partial(LinearProblem, s, device)
         yield Case(
