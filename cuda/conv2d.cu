@@ -130,8 +130,8 @@ void encode_samples(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Lau
 
 // Whether output pixels are input pixels, which lie in memory as dense rows of one product with one scale.
 bool is_dense(const Int8Conv2dParams& p, const CudaWeights& w, const Gather& g, int64_t row_step) {
-  const bool same_pixels = w.taps == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 &&
-                           p.pad[1] == 0;
+  const bool same_pixels =
+      w.taps == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 && p.pad[1] == 0;
   const bool one_matrix = w.groups == 1 && !w.depthwise && g.pixel % kVectorBytes == 0 && (p.H == 1 || g.row == p.W * g.pixel) &&
                           (p.N == 1 || g.sample == p.H * p.W * g.pixel);
   return same_pixels && one_matrix && row_step == 0 && channels_are_contiguous(p);

@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads) depthwise_kernel(const QO_GRID_CONST
         tap.offset = tap.h * g.row + tap.w * g.pixel;
         const bool pixel = inside(g, row, tap);
         if (!pixel && g.padding == nullptr) continue;
-        const auto codes = load_vector<kFour>(pixel ? row.at + tap.offset + channel : g.padding + int64_t{row.sample} * kVectorBytes);
+        const auto codes =
+            load_vector<kFour>(pixel ? row.at + tap.offset + channel : g.padding + int64_t{row.sample} * kVectorBytes);
         const auto weights = load_vector<kFour>(weight);
 #pragma unroll
         for (int c = 0; c < kFour; ++c) sums[c] += int32_t{codes.get(c)} * weights.get(c);

@@ -43,12 +43,12 @@ void zero_points_cuda(const ZeroPointParams& p, const Launch& at);
 struct QParamsPlan {
   Reduction range;  // coalesced and sorted
   int64_t slices = 0, length = 0;
-  bool down = false;             // neighbouring slices are neighbours in memory, and are read side by side
-  int64_t vector = 1;            // elements of a load
-  int64_t run = 1;               // along: neighbouring elements of a slice
-  int64_t units = 0;             // along: vectors of a slice; down: its rows
-  int64_t workers = 0;           // tasks of one part of every slice
-  int64_t parts = 0;             // of a slice, each with its own range; 0: slices are empty
+  bool down = false;    // neighbouring slices are neighbours in memory, and are read side by side
+  int64_t vector = 1;   // elements of a load
+  int64_t run = 1;      // along: neighbouring elements of a slice
+  int64_t units = 0;    // along: vectors of a slice; down: its rows
+  int64_t workers = 0;  // tasks of one part of every slice
+  int64_t parts = 0;    // of a slice, each with its own range; 0: slices are empty
   int64_t part_units = 0;
   int64_t bytes = 0;
 };
@@ -139,10 +139,10 @@ void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch&
 struct Conv2dPlan {
   WeightPlan weight;
   Encoder encoder;
-  Gather gather;        // addresses of codes and padding: run_conv2d
-  int64_t channels;     // of a group of the codes
-  bool dense;           // a pointwise convolution that is a plain product of codes
-  IgemmProblem product;  // if dense, as in LinearPlan
+  Gather gather;                     // addresses of codes and padding: run_conv2d
+  int64_t channels;                  // of a group of the codes
+  bool dense;                        // a pointwise convolution that is a plain product of codes
+  IgemmProblem product;              // if dense, as in LinearPlan
   std::optional<QParamsPlan> range;  // of samples that have pixels, for scales from the data
   Slot<char> range_memory;
   Slot<int8_t> codes;

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) pack_rows_kernel(const QO_GRID_CONST
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t o = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (o >= a.w.o) return;
-  const int64_t own = o % a.w.n / (a.w.n / a.w.joined_groups) * a.w.c;  // the column's first channel among those of the joined groups
+  const int64_t own =
+      o % a.w.n / (a.w.n / a.w.joined_groups) * a.w.c;  // the column's first channel among those of the joined groups
   const int8_t* from = a.weight + o * a.w.c * a.w.taps;
   if (a.rows != nullptr)
     for (int64_t k = lane; k < a.w.row_bytes; k += kWarp) {

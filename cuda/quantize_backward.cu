@@ -2,9 +2,9 @@
 //
 // One kernel reads x and g once, writes dx and leaves one float64 per chunk of 1024 elements. A second kernel adds 1024 chunks in
 // the same way, and is launched until one sum a slice is left. The order of every addition is the one that ops.h fixes (32 lanes, a
-// butterfly, chunks of chunks), so the bits are those of cpp/quantize.cpp. Lanes are a warp along the slice; where neighbouring
-// slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next: straight_through in
-// arithmetic.h.
+// butterfly, chunks of chunks), so the bits are those of the CPU. A lane of that order is a lane of a warp that lies along the
+// slice. If neighbouring slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next:
+// straight_through in arithmetic.h.
 #include "device/range.cuh"
 #include "launch.h"
 
@@ -35,8 +35,8 @@ struct BackwardArgs {
   double* zero_sum;
 };
 
-// A lane's share of a chunk: elements first, first + 32, ... below end of the slice that starts at `slice`. kConstant: scale and
-// zero point do not change within a slice.
+// Sums over a lane's elements of a chunk: first, first + 32, ... below `end`, of the slice that starts at `slice`. kConstant tells
+// that scale and zero point do not change within a slice.
 template <class X, bool kConstant>
 __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64_t (&slice)[4], int64_t first, int64_t end,
                                            double* scale_sum, double* zero_sum) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64
   constexpr int kBatch = quant_ops::kBatch<X>, kMoving = kConstant ? 2 : 4;
   const int inner = a.reduced.ndim - 1;
   const int64_t length = inner >= 0 ? a.reduced.size[inner].divisor : 1;
-  int64_t at[4] = {0, 0, 0, 0}, column = length;  // index in the last dimension; `length` makes the first element seek
+  int64_t at[4] = {0, 0, 0, 0}, column = length;  // index in the last dimension; starting at `length` makes the first element seek
   const X* const x_slice = a.x + slice[kX];
   const X* const grad_slice = a.grad + slice[kGrad];
   X* const dx_slice = a.dx ? a.dx + slice[kX] : nullptr;
@@ -161,7 +161,7 @@ struct AddChunksArgs {
   static constexpr bool kBarriers = true;
   Dims<1> kept;        // of the gradient
   const double* from;  // [slices, count]
-  double* to;          // [slices, chunks]; the last level goes to the gradient instead
+  double* to;          // [slices, chunks]; the last level writes the gradient instead
   T* gradient;
   int64_t slices, count;
   FastDiv chunks;  // of kReduceChunk sums, of a slice
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) straight_through_kernel(const QO_GRI
 
 int64_t chunks_of(int64_t n) { return (n + kReduceChunk - 1) / kReduceChunk; }
 
-// Of all levels of chunks of chunks.
+// The number of sums in all levels of chunks of chunks.
 int64_t partial_sums(const Reduction& r) {
   int64_t count = chunks_of(numel(r.reduced)), sums = count;
   for (; count > 1; sums += count) count = chunks_of(count);
@@ -247,7 +247,7 @@ bool same_space(const Iteration& a, const Iteration& b) {
   return true;
 }
 
-// Sums over the slices of r; dx too where it is not null.
+// Sums over the chunks of the slices of r, and dx unless it is null.
 template <class X>
 void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* scale_sum, double* zero_sum, const Launch& at) {
   coalesce(&r.kept);
@@ -282,7 +282,7 @@ void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* sca
   }
 }
 
-// `sum` holds partial_sums(r) numbers, the first ones those of the chunks.
+// Adds the chunks' sums, level by level. `sum` holds partial_sums(r) numbers, and starts with those of the chunks.
 template <class X>
 void add_chunks(Reduction r, double* sum, void* gradient, const Launch& at) {
   using T = Compute<X>;

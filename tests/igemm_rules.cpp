@@ -51,7 +51,8 @@ static void check_swizzle() {
       expect_no_conflict(offsets, "ldmatrix");
     }
   for (int first = 0; first < kRows * kVectors; first += 8) {  // copies: neighbouring lanes, along rows
-    for (int lane = 0; lane < 8; ++lane) offsets[lane] = tile_offset<kRowBytes>((first + lane) / kVectors, (first + lane) % kVectors);
+    for (int lane = 0; lane < 8; ++lane)
+      offsets[lane] = tile_offset<kRowBytes>((first + lane) / kVectors, (first + lane) % kVectors);
     expect_no_conflict(offsets, "copy");
   }
 }
@@ -309,7 +310,8 @@ static void check_linear_plans(Random random) {
   p.in.mode = Activation::kQuantized;
   p.in.dtype = DType::kInt8;
   EXPECT(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).bytes == 0, "codes in place need no memory");
-  EXPECT(kernel_text(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).kernel) == "igemm_s8s8_32x64x128_mma", "wanted");
+  EXPECT(kernel_text(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).kernel) == "igemm_s8s8_32x64x128_mma",
+         "wanted");
   EXPECT(plan_linear(p, kGpu, KernelChoice("nothing")).kernel.engine == Engine::kNone, "no such kernel");
 }
 

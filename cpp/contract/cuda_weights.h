@@ -18,11 +18,11 @@ namespace quant_ops {
 struct CudaWeights {
   int64_t o, c, taps;  // of the weight: columns, channels of a group, taps
   bool depthwise;
-  bool plain;              // the rows are the weight itself
-  int64_t joined_groups;   // groups of the weight in one group of the product
-  int64_t groups, n;       // of the product: groups, and columns of each
-  int64_t tap_bytes;       // a multiple of 16, or of 4 if there are several taps
-  int64_t k, row_bytes;    // of the product, multiples of 16
+  bool plain;             // the rows are the weight itself
+  int64_t joined_groups;  // groups of the weight in one group of the product
+  int64_t groups, n;      // of the product: groups, and columns of each
+  int64_t tap_bytes;      // a multiple of 16, or of 4 if there are several taps
+  int64_t k, row_bytes;   // of the product, multiples of 16
   int64_t rows_offset, rows_bytes, bytes;
 
   int64_t channels() const { return c * joined_groups; }  // of one group of the product

@@ -7,7 +7,7 @@
 
 namespace quant_ops {
 
-// Four neighbouring columns of a row are finished at once.
+// A thread finishes this many neighbouring columns of a row at once.
 constexpr int kFour = 4;
 
 // Members are those of IgemmProblem. Row m belongs to sample m / rows: in a convolution rows are pixels, in a GEMM every row is a
@@ -25,7 +25,7 @@ struct Epilogue {
   DType dtype = DType::kFloat32;
   FastDiv rows = FastDiv(1);
   int64_t y_sample = 0, y_row = 0, y_column = 0;  // strides
-  bool vectors = false;  // results of four neighbouring columns are one aligned vector
+  bool vectors = false;                           // results of four neighbouring columns are one aligned vector
   const float* out_scale = nullptr;
   const int32_t* out_zero_point = nullptr;
 };
@@ -75,7 +75,7 @@ struct OutputColumns {
   int32_t sum[kFour];
 };
 
-// Columns n .. n + 3, of which `count` exist.
+// What the epilogue reads for columns n .. n + 3, of which `count` exist.
 __device__ __forceinline__ OutputColumns output_columns(const Epilogue& e, int64_t n, int count) {
   OutputColumns c;
 #pragma unroll
@@ -121,7 +121,7 @@ __device__ __forceinline__ void convert_and_store(const Epilogue& e, int64_t off
   store_four(e, offset, count, values);
 }
 
-// Sums of columns n .. n + 3 of a row, of which `count` exist, to y.
+// Writes the results of columns n .. n + 3 of a row, of which `count` exist, from their sums.
 __device__ __forceinline__ void finish_four(const Epilogue& e, const OutputRow& row, const OutputColumns& columns, int64_t n,
                                             int count, int32_t (&sums)[kFour]) {
 #pragma unroll

@@ -96,7 +96,8 @@ KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const Kern
     }
     const int64_t steps = (shape.K + t.k - 1) / t.k;
     consider(shape, gpu, i, 1, &best);
-    for (int64_t splits = 2; splits <= kMostSplits && steps / splits >= kLeastSteps && splits * sum_bytes <= kMostSumBytes; ++splits)
+    for (int64_t splits = 2; splits <= kMostSplits && steps / splits >= kLeastSteps && splits * sum_bytes <= kMostSumBytes;
+         ++splits)
       consider(shape, gpu, i, splits, &best);
   }
   return best;

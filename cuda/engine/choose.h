@@ -1,4 +1,5 @@
-// Which kernel an integer product gets on a GPU, and how many splits of K: a model of the time that each would take. Plain host code.
+// Which kernel an integer product gets on a GPU, and how many splits of K: a model of the time that each would take. Plain host
+// code.
 //
 //   blocks = tiles * groups * splits;   time = waves * (start + steps * step) + the splits' extra traffic
 //
@@ -35,14 +36,8 @@ struct IgemmTile {
   constexpr int shared_bytes() const { return ring_bytes() > staging_bytes() ? ring_bytes() : staging_bytes(); }
 };
 
-#define QO_IGEMM_TILE(M, N, K, WarpsM, WarpsN, Stages)     \
-  {.name = "igemm_s8s8_" #M "x" #N "x" #K "_mma",          \
-   .m = M,                                                 \
-   .n = N,                                                 \
-   .k = K,                                                 \
-   .warps_m = WarpsM,                                      \
-   .warps_n = WarpsN,                                      \
-   .stages = Stages},
+#define QO_IGEMM_TILE(M, N, K, WarpsM, WarpsN, Stages) \
+  {.name = "igemm_s8s8_" #M "x" #N "x" #K "_mma", .m = M, .n = N, .k = K, .warps_m = WarpsM, .warps_n = WarpsN, .stages = Stages},
 constexpr IgemmTile kIgemmTiles[] = {QO_IGEMM_TILES(QO_IGEMM_TILE)};
 #undef QO_IGEMM_TILE
 constexpr int kIgemmTileCount = sizeof(kIgemmTiles) / sizeof(kIgemmTiles[0]);
@@ -107,7 +102,8 @@ inline double igemm_time(const IgemmShape& shape, const IgemmTile& t, const GpuL
 constexpr int kGemvRows = 8, kGemvColumns = 16, kGemvWarps = 8;
 constexpr const char* kGemvName = "gemv_s8s8_16x8_mma";
 
-// Bytes between rows in shared memory. All banks are 128 bytes; an odd multiple of 64 keeps the eight lanes that read at once apart.
+// Bytes between rows in shared memory. All banks are 128 bytes; an odd multiple of 64 keeps the eight lanes that read at once
+// apart.
 inline int64_t gemv_pitch(int64_t K) { return (K + 127) / 128 * 128 + 64; }
 inline int64_t gemv_shared_bytes(int64_t K) {
   return kGemvRows * gemv_pitch(K) + kGemvWarps * kGemvColumns * kGemvRows * 4 + kGemvRows * 8;

@@ -1,4 +1,4 @@
-// The portable engine's host side: limits of this GPU, launches, the join of split products; and the dense product by any engine.
+// The portable engine's host side: limits of this GPU, launches, the join of split products, and the dense product by any engine.
 // Read next: portable.cuh.
 #include "engine/gemv.h"
 #include "engine/portable.cuh"

@@ -1,8 +1,8 @@
 // The portable integer engine (sm_80 and newer): one kernel over a loader of rows, for GEMM and for implicit-GEMM convolution.
 //
 // A block computes a tile of [kM, kN]. Its codes come through a ring of kStages buffers of [kM + kN][kK] bytes in shared memory,
-// filled by cp.async that run kStages - 1 steps ahead; warps read them by ldmatrix and multiply by mma.sync. Buffers are swizzled
-// (tile_offset), so that neither side meets a bank conflict. Sums leave through shared memory, 16 rows of a warp at a time, so that
+// which cp.async fills kStages - 1 steps ahead. Warps read them by ldmatrix and multiply by mma.sync. Buffers are swizzled
+// (tile_offset), so that neither side has bank conflicts. Sums leave through shared memory, 16 rows of a warp at a time, so that
 // stores are vectors. K may be split over blocks: each split then writes its sums, and join_kernel adds and finishes them.
 // Read next: layout.cuh for the addresses, epilogue.cuh, portable.cu.
 #pragma once
@@ -16,7 +16,7 @@ namespace quant_ops {
 struct IgemmArgs {
   static constexpr bool kBarriers = true;
   int64_t M, N, K;  // of one group
-  const int8_t* a;  // dense rows; else `gather`
+  const int8_t* a;  // of dense products; convolutions have `gather`
   int64_t a_stride;
   const int8_t* b;  // [groups][N][b_stride]
   int64_t b_stride;
@@ -108,7 +108,9 @@ struct GatherLoader {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const bool pixel = within && inside(g, rows[i], tap), padded = within && g.padding != nullptr;
-          const int8_t* from = pixel ? rows[i].at + tap.offset : padded ? g.padding + int64_t{rows[i].sample} * kVectorBytes : g.codes;
+          const int8_t* from = pixel    ? rows[i].at + tap.offset
+                               : padded ? g.padding + int64_t{rows[i].sample} * kVectorBytes
+                                        : g.codes;
           copy_async<kBytes>(tile + tile_offset<T::kK>(this->row(i), this->vector()) + byte, from, pixel || padded);
         }
       }
@@ -118,7 +120,7 @@ struct GatherLoader {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// Blocks that run together share rows: they go down kTall tiles before the next column of tiles.
+// Blocks that run at the same time share rows and columns: they go down kTall tiles before the next column of tiles.
 struct TilePlace {
   int64_t m, n, group, split;
 };
@@ -154,21 +156,21 @@ __device__ __forceinline__ void multiply_stage(const char* stage, int warp_m, in
   }
 }
 
-// The warp's sums to y, from row m and column n (of its group; `first` is the group's first column) on.
+// Writes the warp's results to y, from row m and column n on. n counts from the group's first column, which is `first`.
 template <class T>
 __device__ __forceinline__ void finish_warp(const Epilogue& e, char* staging, int64_t m, int64_t M, int64_t n, int64_t N,
                                             int64_t first, int lane, const int32_t (&sums)[T::kWarpM / 16][T::kWarpN / 8][4]) {
-  constexpr int kPitch = T::kWarpN + 8;  // eight more: the lanes' pairs of columns lie in different banks
+  constexpr int kPitch = T::kWarpN + 8;  // with eight more, the lanes' pairs of columns lie in different banks
   constexpr int kAcross = T::kWarpN / kFour, kRowsAtOnce = kWarp / kAcross;
   int32_t* block = reinterpret_cast<int32_t*>(staging);
-  const bool across = e.y_column == 1;  // else rows are contiguous in y: lanes go down the 16 rows first
+  const bool across = e.y_column == 1;  // else rows are contiguous in y, and lanes go down the 16 rows first
   const auto columns_from = [&](int64_t column) { return static_cast<int>(N - column < kFour ? N - column : kFour); };
   OutputColumns columns;
   if (across && n + lane % kAcross * kFour < N)
     columns = output_columns(e, first + n + lane % kAcross * kFour, columns_from(n + lane % kAcross * kFour));
 #pragma unroll
   for (int i = 0; i < T::kWarpM / 16; ++i) {
-    __syncwarp();  // of the 16 rows before, everything is read
+    __syncwarp();  // all lanes have read the 16 rows before
 #pragma unroll
     for (int j = 0; j < T::kWarpN / 8; ++j)
 #pragma unroll
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<T::kStages - 2>();
-    __syncthreads();              // this step's codes are there for all; of the step before, everything is read
+    __syncthreads();              // all threads have this step's codes, and have read those of the step before
     load(step + T::kStages - 1);  // into the buffer of the step before
     multiply_stage<T>(memory + step % T::kStages * T::kStageBytes, warp_m, warp_n, lane, sums);
   }

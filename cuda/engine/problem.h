@@ -46,11 +46,11 @@ enum class Engine : int32_t {
 // The kernel that computes a product, and how it splits K.
 struct KernelPlan {
   Engine engine = Engine::kNone;
-  int kernel = 0;        // of the engine's table
-  int64_t splits = 1;    // of K
-  int64_t split_k = 0;   // elements of each, a multiple of the tile's k
-  double time = 0.0;     // in clocks, of the model in choose.h
-  int64_t sums = 0;      // int32 values that the splits leave in the workspace
+  int kernel = 0;       // of the engine's table
+  int64_t splits = 1;   // of K
+  int64_t split_k = 0;  // elements of each, a multiple of the tile's k
+  double time = 0.0;    // in clocks, of the model in choose.h
+  int64_t sums = 0;     // int32 values that the splits leave in the workspace
 };
 
 // Computes a dense product with the kernel that choose_kernel gave for it. `sums` is workspace for kernel.sums values.

@@ -117,8 +117,8 @@ struct Gemm {
                                       std::conditional_t<kTile.warpgroups == 2, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                                          cutlass::gemm::KernelTmaWarpSpecialized>>;
   using CollectiveMainloop =
-      typename cutlass::gemm::collective::CollectiveBuilder<Sm90, TensorOp, int8_t, Rows, 16, int8_t, Columns, 16, int32_t, TileShape,
-                                                            Cluster, cutlass::gemm::collective::StageCount<kTile.stages>,
+      typename cutlass::gemm::collective::CollectiveBuilder<Sm90, TensorOp, int8_t, Rows, 16, int8_t, Columns, 16, int32_t,
+                                                            TileShape, Cluster, cutlass::gemm::collective::StageCount<kTile.stages>,
                                                             Schedule>::CollectiveOp;
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue,
@@ -187,7 +187,7 @@ void launch(const IgemmProblem& p, const Launch& at) {
 // Instantiates the tile of that name for every output dtype.
 #define QO_SM90_INSTANCE(kernel, dtype) \
   template void quant_ops::sm90::launch<kernel, quant_ops::DType::dtype>(const quant_ops::IgemmProblem&, const quant_ops::Launch&)
-#define QO_SM90_TILE(name)                                        \
+#define QO_SM90_TILE(name)                                         \
   QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kFloat32); \
   QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kFloat16); \
   QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kBFloat16)
