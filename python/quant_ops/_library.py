@@ -122,7 +122,7 @@ def gemm_kernel() -> str:
 def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
     """The kernel that multiplies ``(m, k)`` codes by an ``(n, k)`` weight on the current CUDA device; ``:4`` = K in four parts.
 
-    QUANT_OPS_CUDA_KERNEL, which is read once, names another one to use. Raises RuntimeError if it names none that takes these shapes.
+    QUANT_OPS_CUDA_KERNEL, read once, names another one to use. Raises RuntimeError if it names none that takes these shapes.
     """
     if _c_cuda is None:
         raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
