@@ -23,11 +23,11 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
-	$(BIN)/python benchmarks/linear.py
-	$(BIN)/python benchmarks/conv2d.py
-	$(BIN)/python benchmarks/bench_model.py
-	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python -m pytest benchmarks/operators $(PYTEST_FLAGS)
+	$(BIN)/python -m benchmarks.packages.linear
+	$(BIN)/python -m benchmarks.packages.conv2d
+	$(BIN)/python -m benchmarks.packages.models
+	$(BIN)/python -m benchmarks.packages.networks
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
