@@ -3,6 +3,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 #if defined(QUANT_OPS_SM90)
@@ -78,9 +80,13 @@ const KernelChoice& kernel_choice() {
   return *choice;
 }
 
-// What was wanted before is never freed: another thread may still read it.
+// Every choice stays where it is, since another thread may still read the one before.
 void set_kernel_choice(const char* text) {
-  current.store(new KernelChoice(text == nullptr || *text == 0 ? from_environment() : text), std::memory_order_release);
+  static std::mutex mutex;
+  static std::map<std::string, KernelChoice>& choices = *new std::map<std::string, KernelChoice>;
+  const std::string wanted = text == nullptr || *text == 0 ? from_environment() : text;
+  const std::lock_guard<std::mutex> lock(mutex);
+  current.store(&choices.try_emplace(wanted, wanted).first->second, std::memory_order_release);
 }
 
 KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted) {
