@@ -152,8 +152,8 @@ int main() {
           std::vector<int8_t> q(static_cast<size_t>(rows * q_stride + 2), 99);
           std::vector<float> scale(static_cast<size_t>(rows));
           std::vector<int32_t> zero(static_cast<size_t>(rows), 12345);
-          quantize_rows_cuda(RowQuantParams{rows, columns, x.data(), DType::kFloat32, x_stride, q.data() + 1, q_stride,
-                                            scale.data(), asymmetric ? zero.data() : nullptr}, nullptr);
+          quantize_rows_cuda(QuantizeRowsParams{rows, columns, x.data(), x_stride, DType::kFloat32, q.data() + 1, scale.data(),
+                                                asymmetric ? zero.data() : nullptr, asymmetric}, q_stride, {"", nullptr, nullptr});
           bool ok = q.front() == 99 && q.back() == 99;
           for (int64_t r = 0; r < rows; ++r) {
             float min = 0, max = 0;

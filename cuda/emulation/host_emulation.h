@@ -1,7 +1,7 @@
-// Runs the kernels of this folder on the host, for tests on machines without a GPU: a block's threads are fibers, taken in turn;
-// one that waits at a barrier hands over to the next. Checks addresses, arithmetic and missing waits, not speed, races within a
-// barrier's interval or launch limits. A block in which no thread can go on aborts. The tensor-core instructions follow the tables
-// of the PTX manual; asynchronous copies happen as late as the program allows. Read next: common.cuh, machine.cuh.
+// Runs the CUDA kernels on the host, for tests on machines without a GPU. The threads of a block are fibers that take turns; one
+// that waits at a barrier hands over to the next. This checks addresses, arithmetic and missing waits, but not speed, launch limits
+// or races between two barriers. A block in which no thread can go on aborts. The tensor-core instructions follow the tables of the
+// PTX manual, and asynchronous copies happen as late as the program allows. Read next: common.cuh, machine.cuh.
 #pragma once
 
 #include <ucontext.h>
@@ -152,7 +152,8 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t s
   }
 }
 
-// What every lane of the warp says, after all have said it. Two slots in turn, so that one barrier is enough.
+// Tells the warp a message, and gives those of all lanes once all have told theirs. Two slots take turns, so that one barrier is
+// enough.
 template <class Message>
 const Message* tell_warp(const Message& message) {
   static_assert(sizeof(Message) <= kSlotBytes);
