@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import quant_ops as qo
-from quant_ops.observers import Observer
+from quant_ops.observe import Observer
 
 
 class Residual(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import quant_ops as qo
-from quant_ops.observers import Observer
-from quant_ops.prepared import Prepared, PreparedConv2d, PreparedLinear
+from quant_ops.convert.prepared import Prepared, PreparedConv2d, PreparedLinear
+from quant_ops.observe import Observer
 
 KINDS = sorted(Observer.kinds)
 

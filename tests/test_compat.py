@@ -233,8 +233,8 @@ def test_torch_quantizer_benchmark_commands(options):
 
 
 def test_torch_quantizer_benchmark_functions(capsys, monkeypatch):
-    from quant_ops import bench
     from quant_ops.compat import torch_quantizer as tq
+    from quant_ops.report import bench
 
     monkeypatch.setattr(bench, "_in_turns", lambda calls, *_: {name: 1e-3 for name, call in calls.items() if call() is not None})
     tq.benchmark_linear(3, 32, 64)

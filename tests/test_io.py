@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quant_ops as qo
-from quant_ops import io
+from quant_ops.convert import files
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -134,7 +134,7 @@ def test_version_1_files_are_still_read(isa):
 
 def test_every_format_has_a_fixture():
     assert [path.name for path in sorted(FIXTURES.glob("format_?.safetensors"))] == [
-        f"format_{version}.safetensors" for version in range(1, io.FORMAT_VERSION + 1)
+        f"format_{version}.safetensors" for version in range(1, files.FORMAT_VERSION + 1)
     ]
 
 
@@ -352,11 +352,11 @@ def test_a_killed_write_leaves_the_old_file_whole(tmp_path):
     before = path.read_bytes()
     script = f"""
 import os, signal, torch, quant_ops as qo
-from quant_ops import io
+from quant_ops.convert import files
 def save_half(tensors, name, metadata):
     open(name, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
-io.save_file = save_half
+files.save_file = save_half
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 qo.quantize_(model)
 qo.save(model, {str(path)!r})
@@ -404,7 +404,7 @@ def test_save_into_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(io.tempfile, "mkdtemp", refuse)  # root may write everywhere
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)  # root may write everywhere
     with pytest.raises(OSError, match=r"^quant_ops.save: .*/m was not written: \[Errno 13\] Permission denied"):
         qo.save(Net(), tmp_path / "m")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quant_ops as qo
-from quant_ops.qat import QatConv2d, QatLinear
+from quant_ops.convert.qat import QatConv2d, QatLinear
 
 
 @pytest.fixture(autouse=True)

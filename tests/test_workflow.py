@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import quant_ops as qo
-from quant_ops import config
+from quant_ops.convert import config
 
 
 def sqnr(expected, got):

@@ -26,8 +26,8 @@ from torch import nn
 
 import quant_ops as qo
 
-from ..probe import Probes, quiet
-from ..report import LayerReport
+from ..report.compare import Probes, quiet
+from ..report.report import LayerReport
 
 __all__ = ["AmpModule", "Backend", "Device", "ModuleFilter", "Quantizer"]
 

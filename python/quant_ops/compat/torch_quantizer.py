@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 
-from ..bench import conv2d, linear, text
+from ..report.bench import conv2d, linear, text
 
 _log = logging.getLogger("quant_ops")
 _OBSERVERS = {"max": "minmax", "mse": "mse"}

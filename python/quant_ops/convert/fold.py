@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .nn import QuantConv2d, QuantLinear
+from ..nn import QuantConv2d, QuantLinear
 
 _log = logging.getLogger("quant_ops")
 

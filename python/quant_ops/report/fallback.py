@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .nn import Int8Layer
-from .probe import difference, outputs, pairs, quiet
+from ..nn import Int8Layer
+from .compare import difference, outputs, pairs, quiet
 from .report import Report, decibel
 
 
@@ -48,8 +48,8 @@ def fallback_(
 ) -> FallbackResult:
     """Returns the most sensitive int8 layers to float, in place, those of the largest normalised error first.
 
-    A layer's error does not depend on the other layers (see probe.py), so their order stays. With ``target`` the metric is measured
-    anew after every return, and the first model that meets the target is kept.
+    A layer's error does not depend on the other layers (see compare.py), so their order stays. With ``target`` the metric is
+    measured anew after every return, and the first model that meets the target is kept.
 
     Args:
         model: the quantized model that the report is about.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn import QuantConv2d, QuantLinear
 from .config import Config
-from .nn import QuantConv2d, QuantLinear
 from .prepared import Prepared
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]

@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import _library, config
-from .nn import Int8Layer, QuantConv2d, QuantLinear
+from .. import _library
+from ..nn import Int8Layer, QuantConv2d, QuantLinear
+from . import config
 from .prepared import Prepared
 from .select import ConversionResult, leave_fused_paths
 

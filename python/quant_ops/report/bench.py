@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _library
-from .nn import QuantConv2d, QuantLinear
-from .ops import choose_qparams
+from .. import _library
+from ..nn import QuantConv2d, QuantLinear
+from ..ops import choose_qparams
 
 _LEAST_SQNR = 30.0  # dB: less is a wrong result, not a rounding error
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import QuantConv2d
+from .conv import QuantConv2d
 
 
 class QuantConv1d(nn.Module):

@@ -2,7 +2,7 @@
 
     SQNR = 10 log10(sum y^2 / sum (y - y_q)^2) dB        normalised error = sum (y - y_q)^2 / sum y^2
 
-How the figures are measured: probe.py.
+How the figures are measured: compare.py.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .observers import Observer
+from ..observe import Observer
 from .prepared import Prepared
 
 _log = logging.getLogger("quant_ops")

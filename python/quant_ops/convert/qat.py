@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import QuantConv2d, QuantLinear
+from ..observe import Observer
+from ..ops import choose_qparams, quant_tensor_forward
 from .config import Config, Int8Static
-from .nn import QuantConv2d, QuantLinear
-from .observers import Observer
-from .ops import choose_qparams, quant_tensor_forward
 from .prepared import Prepared, choose_weight_scale, to_int8
 
 _TINY = torch.finfo(torch.float32).tiny

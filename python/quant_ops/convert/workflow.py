@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..nn import QuantConv2d, QuantLinear
 from .config import Config, Int8Dynamic, Int8Static
-from .nn import QuantConv2d, QuantLinear
 from .prepared import Prepared, PreparedConv2d, PreparedLinear, to_int8
 from .qat import QatConv2d, QatLinear
 from .select import FLOAT, Configs, ConversionResult, Filter, Places, all_layers, check_model, replace_, select

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..nn import QuantConv2d, QuantLinear
+from ..observe import Observer
 from .config import Config, Int8Static
-from .nn import QuantConv2d, QuantLinear
-from .observers import Observer
 
 
 def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calibration import run
-from .nn import Int8Layer
+from ..convert.calibrate import run
+from ..nn import Int8Layer
 from .report import Forward, LayerReport, Report
 
 

@@ -2,7 +2,7 @@
 
 An observer keeps one statistic per row, where a row is a step (``num_steps``) and a channel or group. All state is in buffers, on
 the model's device, and is updated by tensor operations alone: no batch waits for the host. Two observers merge into what one would
-have seen. ``observers.py`` has those that need extremes and means, ``histograms.py`` those that need the distribution.
+have seen. This file has those that need extremes and means, histogram.py those that need the distribution.
 """
 
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ops import choose_qparams
+from ..ops import choose_qparams
 
 
 class Observer(nn.Module):

@@ -4,8 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from . import histograms  # noqa: F401  # its observers
-from .observers import Observer
+from ..observe import Observer
 
 
 @dataclasses.dataclass(frozen=True)

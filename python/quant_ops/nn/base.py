@@ -8,16 +8,12 @@ derived: rebuilt when weights arrive or move, never saved, never made in forward
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import _library
-from .config import Config
-from .ops import choose_qparams, dequant_tensor, pack_weight, quant_tensor_forward, unpack_weight
+from .. import _library
+from ..ops import choose_qparams, dequant_tensor, pack_weight, quant_tensor_forward, unpack_weight
 
-_linear = torch.ops.quant_ops.int8_linear.default
-_conv2d = torch.ops.quant_ops.int8_conv2d.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -60,7 +56,7 @@ class _QuantModule(nn.Module):
     _float_class: ClassVar[type[nn.Module]]
     _OPTIONAL = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
-    config: Config | None = None  # what a converting call made the layer by
+    config: Any = None  # what a converting call made the layer by
 
     weight: Tensor
     weight_scale: Tensor
@@ -70,7 +66,7 @@ class _QuantModule(nn.Module):
     output_scale: Tensor | None
     output_zero_point: Tensor | None
     packed_weight: Tensor | None
-    timestep: Tensor | None  # the current step, 0-dim, of a layer with more than one; see steps.py
+    timestep: Tensor | None  # the current step, 0-dim, of a layer with more than one; see convert/steps.py
 
     def __init__(
         self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None, asymmetric: bool, relu: bool
@@ -297,214 +293,3 @@ class _QuantModule(nn.Module):
         return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{relu}, kernel={kernel}"
 
     _granularity = ""
-
-
-class QuantLinear(_QuantModule):
-    """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
-
-    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
-    with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
-    ``load_state_dict``; writing into ``weight`` in place would leave the packed copy behind.
-
-    Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
-    static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
-    """
-
-    _float_class = nn.Linear
-    _granularity = "per row"
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        *,
-        asymmetric: bool = False,
-        relu: bool = False,
-    ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        super().__init__((out_features, in_features), bias, device, asymmetric, relu)
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Linear,
-        *,
-        weight_bits: int = 8,
-        weight_scale: Tensor | None = None,
-        input_scale: Tensor | float | None = None,
-        input_zero_point: Tensor | int | None = None,
-        asymmetric: bool = False,
-        output_scale: Tensor | float | None = None,
-        output_zero_point: Tensor | int | None = None,
-        relu: bool = False,
-    ) -> "QuantLinear":
-        """The int8 layer of a float one, which is left as it is.
-
-        Args:
-            module: an nn.Linear.
-            weight_bits: 2 to 8.
-            weight_scale: one per output channel; without it the largest magnitude becomes the largest code.
-            input_scale, input_zero_point: static quantization of the input; without them every row is quantized from its data. One
-                element, or one per step (see :func:`timestep`).
-            asymmetric: dynamic quantization with a zero point.
-            output_scale, output_zero_point: int8 output for the next layer.
-            relu: fuse a ReLU.
-
-        Raises:
-            TypeError: module is not an nn.Linear.
-            ValueError: NaN or Inf in the weights, a scale that is not positive and finite, or settings that exclude each other.
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"quant_ops.QuantLinear.from_float: expected an nn.Linear, got {type(module).__name__}")
-        layer = cls(module.in_features, module.out_features, bias=False, device="meta")
-        inputs, output = (input_scale, input_zero_point, asymmetric), (output_scale, output_zero_point, relu)
-        layer._take(module, weight_bits, weight_scale, *inputs, *output)
-        return layer
-
-    def _run(self, x: Tensor) -> Tensor:
-        b = self._buffers
-        return _linear(x, b["weight"], b["weight_scale"], b["bias"], **self._options())
-
-    def dequantize(self) -> nn.Linear:
-        """A float32 nn.Linear with the weights that this layer computes with."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
-        with torch.no_grad():
-            linear.weight.copy_(self._float_weight())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear.train(self.training)
-
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, {self._describe()}"
-
-
-class QuantConv2d(_QuantModule):
-    """int8 nn.Conv2d for inference: any channels, stride, padding, dilation and groups; see :class:`QuantLinear`.
-
-    Dynamic quantization is per sample. channels_last input gives channels_last output without a copy.
-    """
-
-    _float_class = nn.Conv2d
-    _granularity = "per sample"
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        *,
-        asymmetric: bool = False,
-        relu: bool = False,
-    ) -> None:
-        # nn.Conv2d knows how to read these arguments; on the meta device it costs no memory
-        conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, padding_mode
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        self._pad_input = [left, right, top, bottom] if padding_mode != "zeros" else None
-        self._pad = [0] if padding_mode != "zeros" else [top, bottom, left, right]
-        geometry = {"stride": conv.stride, "padding": self._pad, "dilation": conv.dilation, "groups": groups}
-        defaults = {"stride": ((1, 1),), "padding": ([0], [0] * 4), "dilation": ((1, 1),), "groups": (1,)}
-        self._geometry = {name: value for name, value in geometry.items() if value not in defaults[name]}
-        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu)
-
-    @property
-    def _groups(self) -> int:
-        return self.groups
-
-    @classmethod
-    def from_float(
-        cls,
-        module: nn.Conv2d,
-        *,
-        weight_bits: int = 8,
-        weight_scale: Tensor | None = None,
-        input_scale: Tensor | float | None = None,
-        input_zero_point: Tensor | int | None = None,
-        asymmetric: bool = False,
-        output_scale: Tensor | float | None = None,
-        output_zero_point: Tensor | int | None = None,
-        relu: bool = False,
-    ) -> "QuantConv2d":
-        """The int8 layer of a float nn.Conv2d; arguments and errors as in :meth:`QuantLinear.from_float`."""
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"quant_ops.QuantConv2d.from_float: expected an nn.Conv2d, got {type(module).__name__}")
-        layer = cls(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            module.groups,
-            False,
-            module.padding_mode,
-            device="meta",
-        )
-        inputs, output = (input_scale, input_zero_point, asymmetric), (output_scale, output_zero_point, relu)
-        layer._take(module, weight_bits, weight_scale, *inputs, *output)
-        return layer
-
-    def _run(self, x: Tensor) -> Tensor:
-        b = self._buffers
-        if self._pad_input is not None:
-            x = F.pad(x, self._pad_input, self.padding_mode)
-        return _conv2d(x, b["weight"], b["weight_scale"], b["bias"], **self._geometry, **self._options())
-
-    def dequantize(self) -> nn.Conv2d:
-        """A float32 nn.Conv2d with the weights that this layer computes with."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,  # type: ignore[arg-type]
-            device=self.weight.device,
-        )
-        with torch.no_grad():
-            conv.weight.copy_(self._float_weight())
-            if self.bias is not None and conv.bias is not None:
-                conv.bias.copy_(self.bias)
-        return conv.train(self.training)
-
-    def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        if any(p != 0 for p in (self._pad_input or self._pad)):
-            parts.append(f"padding={self.padding!r}")
-        if self.dilation != (1, 1):
-            parts.append(f"dilation={self.dilation}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        return ", ".join([*parts, f"bias={self.bias is not None}", self._describe()])
-
-
-Int8Layer = QuantLinear | QuantConv2d
