@@ -17,6 +17,7 @@ from torch import nn
 import quant_ops as qo
 from quant_ops.convert.prepared import Prepared, PreparedConv2d, PreparedLinear
 from quant_ops.observe import Observer
+from quant_ops.report.error import sqnr
 
 KINDS = sorted(Observer.kinds)
 
@@ -62,11 +63,6 @@ def inputs(model, data):
     for handle in handles:
         handle.remove()
     return {name: torch.cat(tensors) for name, tensors in seen.items()}
-
-
-def sqnr(expected, got):
-    expected, got = expected.detach().double(), got.detach().double()
-    return float(10 * torch.log10(expected.square().sum() / (expected - got).square().sum()))
 
 
 # ---- prepared layers are the float layers --------------------------------------------------------------------------------
@@ -332,8 +328,12 @@ def test_one_layer_two_configs():
     [
         ({"config": "int8"}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got str$"),
         ({"config": {"head": 8}}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got int$"),
-        ({"config": {"tail": qo.Int8Static()}}, ValueError, "expected the pattern 'tail' to match a Linear or Conv2d, got none of"),
-        ({"include": [nn.LSTM]}, ValueError, "expected the class LSTM to match a Linear or Conv2d, got none of"),
+        (
+            {"config": {"tail": qo.Int8Static()}},
+            ValueError,
+            "expected the pattern 'tail' to match a Linear, Conv1d or Conv2d, got none of",
+        ),
+        ({"include": [nn.LSTM]}, ValueError, "expected the class LSTM to match a Linear, Conv1d or Conv2d, got none of"),
         ({"include": "head"}, TypeError, r"expected include to be a list of patterns, got one str\. Write \['head'\]\."),
     ],
 )

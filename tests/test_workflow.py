@@ -199,7 +199,9 @@ def test_left_alone(layer, reason):
 
 
 def test_other_layers_are_not_mentioned():
-    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.Embedding(3, 3), nn.LSTM(3, 3), nn.BatchNorm2d(3))
+    model = nn.Sequential(
+        nn.ConvTranspose1d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.Embedding(3, 3), nn.LSTM(3, 3), nn.BatchNorm2d(3)
+    )
     before = list(model)
     result = qo.quantize_(model)
     assert (result.converted, result.skipped) == ([], [])

@@ -21,6 +21,7 @@ import quant_ops as qo
 
 from .. import info
 from ..convert import config, files
+from ..nn import Int8Layer
 from ..report import bench
 
 _EXAMPLES = """examples:
@@ -103,7 +104,7 @@ def _quantize(options: argparse.Namespace) -> int:
         if options.target is not None:
             fallback = qo.fallback_(model, report, target=options.target)
             texts.append(str(fallback))
-            left = [name for name in result.converted if isinstance(model.get_submodule(name), qo.QuantLinear | qo.QuantConv2d)]
+            left = [name for name in result.converted if isinstance(model.get_submodule(name), Int8Layer)]
             result.skipped += [(name, "returned to float for the target") for name in result.converted if name not in left]
             result.converted = left
             met = bool(fallback.reached and left)
@@ -250,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     sub.add_argument("--seconds", type=float, default=1.0, help="how long to measure (default 1)")
 
-    sub = command("quantize", _quantize, "make a model's Linear and Conv2d layers int8 and write it to a safetensors file")
+    sub = command("quantize", _quantize, "make a model's Linear, Conv1d and Conv2d layers int8 and write it to a safetensors file")
     sub.add_argument("model", help="module:function that returns the trained float model (a class or an nn.Module will do)")
     sub.add_argument("out", help="file to write, e.g. model.safetensors; quant_ops.load_ fits it into the float model again")
     sub.add_argument(

@@ -1,4 +1,4 @@
-"""Observers: what they have seen of a tensor chooses its scale."""
+"""Observers collect statistics of tensors, batch by batch, and choose scales from them."""
 
 from .histogram import MSE, Entropy, Histogram, Percentile
 from .observer import EMA, LSQ, MinMax, Observer
