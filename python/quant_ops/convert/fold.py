@@ -1,8 +1,8 @@
 """Folds BatchNorms into the Linear or convolution before them: w' = w * g, b' = (b - mean) * g + beta, g = gamma / sqrt(var + eps).
 
 A pair may be folded if the BatchNorm is all that ever sees the layer's output. That is read off the graph of ``torch.fx`` and off a
-run on an example; where neither is to be had, neighbours in an ``nn.Sequential`` are taken. Whatever cannot be seen to be safe is
-left as it was, with a reason.
+run on an example; where neither is available, neighbours in an ``nn.Sequential`` are folded. A pair that is not known to be safe
+is left as it was, with a reason.
 """
 
 import copy
@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .nn import QuantConv2d, QuantLinear
+from .._models import Result, Table, has_hooks, reasons
+from ..nn import Int8Layer
 
 _log = logging.getLogger("quant_ops")
 
@@ -37,14 +38,16 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: nn.BatchNorm3d,
 }
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Of these a BatchNorm1d takes an output of another rank as well, and then normalizes something else than their channels.
+# A BatchNorm1d accepts outputs of another rank from these layers too, but then it does not normalize their channels.
 _RANK: dict[type[nn.Module], int] = {nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3}
+
+_WATCHED = (*_PAIRS, _BatchNorm, Int8Layer)  # leaves of the graph, and what a run watches
 
 _Found = nn.Module | str  # the layer that a BatchNorm may be folded into, or the reason why there is none
 
 
 @dataclasses.dataclass
-class FoldResult:
+class FoldResult(Result):
     """What :func:`fold_batchnorm_` did. ``print(result)`` shows it as a table.
 
     Attributes:
@@ -55,11 +58,10 @@ class FoldResult:
     folded: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def __str__(self) -> str:
-        lines = [f"{len(self.folded)} folded, {len(self.skipped)} skipped"]
-        lines += [f"  folded   {batchnorm} into {layer}" for layer, batchnorm in self.folded]
-        lines += [f"  skipped  {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
+    def _table(self) -> Table:
+        lines = [("folded", f"{batchnorm} into {layer}") for layer, batchnorm in self.folded]
+        lines += [("skipped", text) for text in reasons(self.skipped)]
+        return f"{len(self.folded)} folded, {len(self.skipped)} skipped", ("folded", "skipped"), lines
 
 
 # ---- the model's modules -------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ class _Modules:
 
 
 def _unfit(module: nn.Module, modules: _Modules) -> str | None:
-    """Why this layer or BatchNorm cannot take part, whatever is around it."""
+    """Why this layer or BatchNorm cannot be folded, regardless of its neighbours; None if it can."""
     names = modules.names[module]
     if len(names) > 1:
         return f"{type(module).__name__} is shared by {names}"
@@ -95,7 +97,7 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
         return f"{type(module).__name__} is a subclass whose forward may differ"
     if parametrize.is_parametrized(module):
         return f"the weight of {modules.describe(module)} is parametrized. Remove the parametrization first"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return f"{modules.describe(module)} has hooks, which would see other values"
     for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
@@ -111,7 +113,7 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
 
 def _misfit(layer: Any, batchnorm: nn.Module, modules: _Modules) -> str | None:
     """Why this BatchNorm cannot be folded into this layer, although it directly follows it."""
-    if isinstance(layer, QuantLinear | QuantConv2d):
+    if isinstance(layer, Int8Layer):
         return f"{modules.describe(layer)} before it is int8 already. Fold before quantizing"
     if type(layer) not in _PAIRS and not isinstance(layer, tuple(_PAIRS)):
         return f"it follows {modules.describe(layer)}, no Linear or convolution"
@@ -132,7 +134,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # a forward that reads running_mean itself shows in the graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, (*_PAIRS, _BatchNorm, QuantLinear, QuantConv2d))
+        known = isinstance(m, _WATCHED)
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -149,11 +151,11 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
         defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         scratch = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # forward may set attributes
         graphs = [_Tracer().trace(scratch, concrete_args=values) for values in ([None, defaults] if defaults else [None])]
-    except Exception as error:  # whatever a forward raises on proxies
+    except Exception as error:  # a forward may raise anything when it is given proxies
         _log.debug("torch.fx cannot trace %s: %s", type(model).__name__, error)
         return []
     kept = any(isinstance(leaf, fx.Proxy) for module in scratch.modules() for leaf in tree_leaves(vars(module)))
-    return [] if kept else graphs  # a tensor in an attribute is used by who knows whom
+    return [] if kept else graphs  # anything may read a tensor that an attribute keeps
 
 
 def _by_graph(graph: fx.Graph, modules: _Modules) -> dict[nn.Module, _Found]:
@@ -236,7 +238,7 @@ class _Watch(TorchDispatchMode):
 def _by_run(modules: _Modules, example: Any) -> dict[nn.Module, _Found]:
     watch, handles = _Watch(modules), []
     for module in modules.names:
-        if isinstance(module, (*_PAIRS, _BatchNorm, QuantLinear, QuantConv2d)):
+        if isinstance(module, _WATCHED):
             handles.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
             handles.append(module.register_forward_hook(watch.after))
     try:
@@ -283,7 +285,7 @@ def _by_neighbours(modules: _Modules) -> dict[nn.Module, _Found]:
     for parent in modules.names:
         if type(parent) is nn.Sequential:
             for layer, batchnorm in itertools.pairwise(parent):
-                if batchnorm in found and isinstance(layer, (*_PAIRS, QuantLinear, QuantConv2d)):
+                if batchnorm in found and isinstance(layer, (*_PAIRS, Int8Layer)):
                     found[batchnorm] = layer
     return found
 
@@ -342,10 +344,10 @@ def fold_batchnorm_(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] |
     """Folds the BatchNorms of a model in eval mode into the Linear or convolution before them, in place, before :func:`quantize_`.
 
     The layer gets a new weight and bias, computed in float64, and the BatchNorm becomes an nn.Identity; the results of the model
-    stay the same up to rounding. A BatchNorm is folded only if nothing else uses the layer or its output. Whether that is so is
-    read off the graph that ``torch.fx`` traces and, with ``example_inputs``, off a run; both have to agree where both are to be
-    had. Of a model that cannot be traced, and without an example, direct neighbours in an nn.Sequential are folded, which takes for
-    granted that nothing else reads from inside of the Sequential.
+    stay the same up to rounding. A BatchNorm is folded only if nothing else uses the layer or its output, by the graph that
+    ``torch.fx`` traces and, with ``example_inputs``, by a run; if both are available, they have to agree. In a model that cannot be
+    traced, and without an example, direct neighbours in an nn.Sequential are folded; this assumes that nothing else reads from
+    inside of the Sequential.
 
     Folds BatchNorm1d, 2d and 3d into convolutions and transposed convolutions of as many dimensions, and BatchNorm1d into Linear.
     Since a BatchNorm1d after a Linear would normalize tokens, not features, in an input of three dimensions, the nn.Identity in its

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .config import Config, Int8Dynamic, Int8Static
-from .nn import QuantConv2d, QuantLinear
-from .prepared import Prepared, PreparedConv2d, PreparedLinear, to_int8
-from .qat import QatConv2d, QatLinear
+from ..nn import Int8Layer, float_class
+from .config import Int8Dynamic, Int8Static, Scheme
+from .prepared import PREPARED, Prepared, to_int8
+from .qat import QAT
 from .select import FLOAT, Configs, ConversionResult, Filter, Places, all_layers, check_model, replace_, select
 from .steps import connect_
 
@@ -23,12 +23,12 @@ def quantize_(
     include: Sequence[Filter] = _EVERYTHING,
     exclude: Sequence[Filter] = (),
 ) -> ConversionResult:
-    """Replaces the nn.Linear and nn.Conv2d layers of a model by int8 ones, in place, without data.
+    """Replaces the nn.Linear, nn.Conv1d and nn.Conv2d layers of a model by int8 ones, in place, without data.
 
     A layer that the model uses in several places stays shared. Each float weight is freed as soon as its layer is replaced.
 
     Args:
-        model: any module; its own layers are replaced, so it must not be a Linear or Conv2d itself.
+        model: any module; its own layers are replaced, so it must not be such a layer itself.
         config: default ``Int8Dynamic()``. A mapping from filters to configs gives every layer the config of the first filter that
             matches; None leaves it float.
         include, exclude: filters: patterns of ``fnmatch`` over the names of ``model.named_modules()`` (``["*.head"]``), classes
@@ -39,7 +39,7 @@ def quantize_(
 
     Raises:
         TypeError: config is of another kind, or a filter list is one string.
-        ValueError: model is a Linear or Conv2d itself, a pattern or class matches no layer, a weight holds NaN or Inf, or a layer
+        ValueError: model is such a layer itself, a pattern or class matches no layer, a weight holds NaN or Inf, or a layer
             with two names gets two configs.
     """
     config = Int8Dynamic() if config is None else config
@@ -56,7 +56,7 @@ def prepare_(
     include: Sequence[Filter] = _EVERYTHING,
     exclude: Sequence[Filter] = (),
 ) -> ConversionResult:
-    """Replaces the nn.Linear and nn.Conv2d layers of a model by float ones that observe their inputs, in place.
+    """Replaces the nn.Linear, nn.Conv1d and nn.Conv2d layers of a model by float ones that observe their inputs, in place.
 
     Then :func:`calibrate`, or call the model on data in any other way, and :func:`convert_`. The new layers have the same
     parameters, under the same names; the model may have control flow, shared layers, and layers that it calls many times.
@@ -69,7 +69,7 @@ def prepare_(
     places, result = select("prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic), result_kind="prepared")
 
     def make(module: nn.Module, place: Places) -> nn.Module:
-        return (PreparedLinear if isinstance(module, nn.Linear) else PreparedConv2d).from_float(module, place.config)
+        return PREPARED[float_class(module)].from_float(module, place.config)
 
     replace_(model, places, make)
     connect_(model)
@@ -95,14 +95,14 @@ def prepare_qat_(
         config: default: that of a prepared layer, else ``Int8Static()``; an ``Int8Dynamic`` trains for dynamic quantization.
             Mappings, include, exclude, result and errors as in :func:`quantize_`.
     """
-    accepted = (*FLOAT, PreparedLinear, PreparedConv2d)
-    kinds: tuple[type[Config], ...] = (Int8Static, Int8Dynamic)
+    accepted = (*FLOAT, *PREPARED.values())
+    kinds: tuple[type[Scheme], ...] = (Int8Static, Int8Dynamic)
     chosen = Int8Static() if config is None else config
     places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind="qat")
 
     def make(module: nn.Module, place: Places) -> nn.Module:
         wanted = module.config if config is None and isinstance(module, Prepared) else place.config
-        return (QatLinear if isinstance(module, nn.Linear) else QatConv2d).from_float(module, wanted)
+        return QAT[float_class(module)].from_float(module, wanted)
 
     replace_(model, places, make)
     connect_(model)
@@ -127,7 +127,7 @@ def convert_(model: nn.Module) -> ConversionResult:
         if isinstance(module, Prepared):
             places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
         else:
-            result.skipped.append((name, "int8 already" if isinstance(module, QuantLinear | QuantConv2d) else "it is not prepared"))
+            result.skipped.append((name, "int8 already" if isinstance(module, Int8Layer) else "it is not prepared"))
     if not places:
         raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
     unreached = {
@@ -145,7 +145,7 @@ def convert_(model: nn.Module) -> ConversionResult:
             raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
         result.notes += [(name, note) for note in _assumptions(module)]
         result.converted.append(name)
-    module = None  # type: ignore[assignment]  # so that only `places` holds the last layer
+    module = None  # type: ignore[assignment]  # only `places` may hold the last layer, so that replacing it frees it
     layers.clear()
 
     def make(module: nn.Module, place: Places) -> nn.Module:
@@ -159,7 +159,7 @@ def convert_(model: nn.Module) -> ConversionResult:
 
 
 def _assumptions(layer: Prepared) -> list[str]:
-    """What had to be assumed for want of data."""
+    """The assumptions that replace missing data."""
     observer = layer.observer
     if observer is None:
         return []

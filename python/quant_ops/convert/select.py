@@ -1,4 +1,4 @@
-"""Which layers of a model a call is about, with which config, and how one layer takes the place of another."""
+"""Chooses the layers that a call converts, each with its config, and replaces one layer by another."""
 
 import dataclasses
 import fnmatch
@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config
-from .nn import QuantConv2d, QuantLinear
+from .._models import Result, Table, has_hooks, reasons
+from ..nn import INT8_LAYERS, Int8Layer, float_class
+from .config import Config, Scheme
 from .prepared import Prepared
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-Configs = Config | Mapping[Filter, Config | None]
-FLOAT = (nn.Linear, nn.Conv2d)
-INT8 = (QuantLinear, QuantConv2d)
+Configs = Scheme | Mapping[Filter, Scheme | None]
+FLOAT = tuple(INT8_LAYERS)  # the float layers that have an int8 one
+FLOAT_OR_INT8: tuple[type[nn.Module], ...] = (*FLOAT, Int8Layer)
+KINDS = "Linear, Conv1d or Conv2d"  # the same, for messages
 
 
 @dataclasses.dataclass
-class ConversionResult:
+class ConversionResult(Result):
     """What a converting call did. ``print(result)`` shows it as a table.
 
     Attributes:
         converted: names of the layers that are now of the kind that the call makes.
-        skipped: name and reason of every Linear or Conv2d that stayed as it was.
+        skipped: name and reason of every Linear, Conv1d or Conv2d that stayed as it was.
         notes: name of a converted layer and what had to be assumed for it.
         kind: what the call makes: "int8", "prepared" or "qat".
     """
@@ -34,16 +36,11 @@ class ConversionResult:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     kind: str = "int8"
 
-    def __str__(self) -> str:
-        width = max(5, len(self.kind))
-        notes: dict[str, list[str]] = {}
-        for name, note in self.notes:
-            notes.setdefault(name, []).append(note)
-        lines = [f"{len(self.converted)} converted, {len(self.skipped)} skipped"]
-        for name in self.converted:
-            lines.append(f"  {self.kind:<{width}}  {name}" + "".join(f"; {note}" for note in notes.get(name, ())))
-        lines += [f"  {'float':<{width}}  {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
+    def _table(self) -> Table:
+        notes = {name: "".join(f"; {note}" for of, note in self.notes if of == name) for name, _ in self.notes}
+        lines = [(self.kind, name + notes.get(name, "")) for name in self.converted]
+        lines += [("float", text) for text in reasons(self.skipped)]
+        return f"{len(self.converted)} converted, {len(self.skipped)} skipped", (self.kind, "float"), lines
 
 
 @dataclasses.dataclass
@@ -51,7 +48,7 @@ class Places:
     """A layer's name, and every parent and attribute where it has to be replaced; with its config."""
 
     name: str
-    config: Config
+    config: Scheme
     parents: list[tuple[nn.Module, str]]
 
 
@@ -74,7 +71,7 @@ def _show_all(filters: Iterable[Filter]) -> str:
 
 
 def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.Module], ...]) -> str | None:
-    if isinstance(module, INT8):
+    if isinstance(module, Int8Layer):
         return "int8 already"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself and never calls the layer"
@@ -84,7 +81,7 @@ def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tupl
         if isinstance(module, Prepared):
             return f"{module.kind} already. convert_ makes it int8"
         return f"{type(module).__name__} is a subclass whose forward may differ"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     return None
 
@@ -92,20 +89,20 @@ def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tupl
 def check_model(op: str, model: nn.Module) -> None:
     """A layer cannot be replaced in place in itself."""
     if isinstance(model, FLOAT):
-        name = next(kind.__name__ for kind in FLOAT if isinstance(model, kind))
+        kind = float_class(model)
         raise ValueError(
-            f"quant_ops.{op}: expected a model that contains layers, got a bare {name}, which cannot be replaced in place. Use "
-            "QuantLinear.from_float or QuantConv2d.from_float, or wrap it in an nn.Sequential."
+            f"quant_ops.{op}: expected a model that contains layers, got a bare {kind.__name__}, which cannot be replaced in "
+            f"place. Use {INT8_LAYERS[kind].__name__}.from_float, or wrap it in an nn.Sequential."
         )
 
 
 def all_layers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, str]]:
-    """Name, layer, parent and attribute of every Linear and Conv2d, under every name that it has."""
+    """Name, layer, parent and attribute of every float or int8 layer of these kinds, under every name that it has."""
     return [
         (f"{prefix}.{attribute}" if prefix else attribute, module, parent, attribute)
         for prefix, parent in model.named_modules(remove_duplicate=False)
         for attribute, module in parent._modules.items()  # named_children would name a repeated module once
-        if isinstance(module, (*FLOAT, *INT8))
+        if isinstance(module, FLOAT_OR_INT8)
     ]
 
 
@@ -115,15 +112,15 @@ def select(
     config: Configs,
     include: Sequence[Filter],
     exclude: Sequence[Filter],
-    kinds: tuple[type[Config], ...],
+    kinds: tuple[type[Scheme], ...],
     accepted: tuple[type[nn.Module], ...] = FLOAT,
     result_kind: str = "int8",
 ) -> tuple[dict[nn.Module, Places], ConversionResult]:
-    """The layers that a converting call is about, in the model's order, and why it leaves out the others.
+    """The layers that a call converts, in the model's order, and why it leaves out the others.
 
     Nothing has been changed when an error is raised: weights are looked at here.
     """
-    configs: Mapping[Filter, Config | None] = config if isinstance(config, Mapping) else {"*": config}
+    configs: Mapping[Filter, Scheme | None] = config if isinstance(config, Mapping) else {"*": config}
     for one in configs.values():
         if one is not None and not isinstance(one, kinds):
             names = " or an ".join(kind.__name__ for kind in kinds)
@@ -139,16 +136,16 @@ def select(
         if exact and not any(_matches(name, module, filter) for name, module, *_ in layers):
             what = "pattern" if isinstance(filter, str) else "class"
             raise ValueError(
-                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a Linear or Conv2d, got none of "
+                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {KINDS}, got none of "
                 f"{[name for name, *_ in layers]}"
             )
 
     result = ConversionResult(kind=result_kind)
     places: dict[nn.Module, Places] = {}
     for name, module, parent, attribute in layers:
-        chosen: Config | None = None
+        chosen: Scheme | None = None
         found: Filter | None
-        reason = "int8 already" if isinstance(module, INT8) else None
+        reason = "int8 already" if isinstance(module, Int8Layer) else None
         if reason is None and (found := _first(exclude, name, module)) is not None:
             reason = f"excluded by {_show(found)}"
         elif reason is None and _first(include, name, module) is None:
@@ -191,10 +188,10 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
 
 
 def leave_fused_paths(model: nn.Module) -> None:
-    """torch's encoders have fused inference paths, which would read float weights and call no layer."""
+    """Turns off the fused inference paths of torch's encoders, which read float weights and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, (*INT8, Prepared)) for part in module.modules()
+            isinstance(part, Int8Layer | Prepared) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # nested tensors are for the fused path

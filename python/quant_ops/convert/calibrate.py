@@ -3,14 +3,15 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .observers import Observer
+from .._models import Forward, call, evaluating
+from ..observe import Observer
 from .prepared import Prepared
 
 _log = logging.getLogger("quant_ops")
@@ -30,18 +31,14 @@ def _not_finite(layers: Mapping[str, Prepared]) -> list[str]:
 @contextlib.contextmanager
 def _calibrating(model: nn.Module, layers: Iterable[Prepared]) -> Iterator[None]:
     """Eval mode, no gradients, and observers on; afterwards every module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for layer in layers:
-        layer.begin_calibration()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+    with evaluating(model):
         for layer in layers:
-            layer.end_calibration()
-        for module, training in modes:
-            module.training = training
+            layer.begin_calibration()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.end_calibration()
 
 
 def _progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
@@ -51,15 +48,6 @@ def _progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
     except ImportError:
         return data
     return tqdm(data, desc="calibrate", total=total, disable=None, leave=False)
-
-
-def run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> Any:
-    """Calls a model with a batch as a data set gives it, or by ``forward``."""
-    if forward is not None:
-        return forward(model, batch)
-    if isinstance(batch, Mapping):  # whatever kind of mapping a tokenizer returns
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _on(device: torch.device | None, batch: Any) -> Any:
@@ -73,7 +61,7 @@ def _on(device: torch.device | None, batch: Any) -> Any:
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     steps: int | None = None,
 ) -> int:
     """Runs a prepared model on data, in eval mode and without gradients; the layers observe their inputs.
@@ -108,7 +96,7 @@ def calibrate(
     with _calibrating(model, layers.values()):
         try:
             for batch in _progress(data, total):
-                run(model, batch if forward is not None else _on(device, batch), forward)
+                call(model, batch if forward is not None else _on(device, batch), forward)
                 batches += 1
                 if batches == steps:
                     break
@@ -136,7 +124,8 @@ def synchronize_(model: nn.Module, group: Any = None) -> None:
         ValueError: the model is not prepared, or the processes' models differ.
     """
     layers = _observed("synchronize_", model)
-    mine = {name: {key: value.cpu() for key, value in layer.observer.state_dict().items()} for name, layer in layers.items()}  # type: ignore[union-attr]
+    observers = {name: layer.observer for name, layer in layers.items() if layer.observer is not None}
+    mine = {name: {key: value.cpu() for key, value in observer.state_dict().items()} for name, observer in observers.items()}
     everyones: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(everyones, mine, group)
     for theirs in everyones:
@@ -145,12 +134,11 @@ def synchronize_(model: nn.Module, group: Any = None) -> None:
             raise ValueError(
                 f"quant_ops.synchronize_: expected the same prepared layers in every process, got a difference in {names}"
             )
-    for name, layer in layers.items():
-        assert layer.observer is not None
-        layer.observer.load_state_dict(everyones[0][name])  # in the order of ranks, so that all get the same bits
+    for name, observer in observers.items():
+        observer.load_state_dict(everyones[0][name])  # in the order of ranks, so that all get the same bits
         for state in everyones[1:]:
-            layer.observer.merge_(_restore(layer.observer, state[name]))
-        layer.end_calibration()
+            observer.merge_(_restore(observer, state[name]))
+        layers[name].end_calibration()
 
 
 def _restore(like: Observer, state: Mapping[str, Tensor]) -> Observer:

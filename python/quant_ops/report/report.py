@@ -1,21 +1,19 @@
 """The report of :func:`quant_ops.compare`: what int8 costs each layer, as a table, JSON and picture.
 
-    SQNR = 10 log10(sum y^2 / sum (y - y_q)^2) dB        normalised error = sum (y - y_q)^2 / sum y^2
-
-How the figures are measured: probe.py.
+What the figures mean: error.py. How they are measured: compare.py.
 """
 
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-Forward = Callable[[nn.Module, Any], Any]
+from .._models import Forward
+from .error import decibel
 
 
 @dataclasses.dataclass
@@ -168,10 +166,6 @@ class Report:
             axes.invert_yaxis()
             axes.legend()
         figure.savefig(path, dpi=120)
-
-
-def decibel(error: float) -> float:
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def _finite(value: Any) -> Any:

@@ -1,23 +1,23 @@
 """Measures every int8 layer beside its float original, on the very input that the original sees in the float model.
 
-So a layer's figures are its own: they do not hold what layers before it have lost. The whole model's are those of its output. Read
-next: report.py, fallback.py.
+A layer's figures therefore exclude the errors of the layers before it. The figures of the whole model are those of its output.
+Read next: report.py, fallback.py.
 """
 
 import contextlib
 import functools
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .calibration import run
-from .nn import Int8Layer
-from .report import Forward, LayerReport, Report
+from .._models import Forward, call, evaluating
+from ..nn import Int8Layer
+from .error import Sums
+from .report import LayerReport, Report
+from .timing import interleave
 
 
 def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Forward | None = None, repeats: int = 3) -> Report:
@@ -53,7 +53,7 @@ def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Fo
 
 def outputs(model: nn.Module, batch: Any, forward: Forward | None) -> list[Tensor]:
     """The floating tensors in the model's output."""
-    leaves = [leaf for leaf in tree_leaves(run(model, batch, forward)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = [leaf for leaf in tree_leaves(call(model, batch, forward)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not leaves:
         raise TypeError(
             "quant_ops.compare: expected floating tensors in the model's output, got none. Pass forward= to return some."
@@ -62,12 +62,13 @@ def outputs(model: nn.Module, batch: Any, forward: Forward | None) -> list[Tenso
 
 
 def difference(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
+    """Normalised error and cosine over all tensors."""
     if [leaf.shape for leaf in expected] != [leaf.shape for leaf in got]:
         shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (expected, got)]
         raise ValueError(
             f"quant_ops.compare: expected outputs of the same shapes from both models, got {shapes[0]} and {shapes[1]}"
         )
-    sums = _Sums()
+    sums = Sums()
     for a, b in zip(expected, got, strict=True):
         sums.add(a, b)
     return sums.error, sums.cosine
@@ -76,22 +77,18 @@ def difference(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no fused encoder path, which would not call its layers. Every module gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager
 def _watching(model: nn.Module, inputs: dict[str, torch.dtype]) -> Iterator[None]:
-    """Notes what dtype each int8 layer is given."""
+    """Records the dtype of each int8 layer's input."""
 
     def note(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         inputs[name] = (*args, *kwargs.values())[0].dtype
@@ -108,33 +105,8 @@ def _watching(model: nn.Module, inputs: dict[str, torch.dtype]) -> Iterator[None
             handle.remove()
 
 
-class _Sums:
-    """Sums over the elements of a float output and of its int8 form, in float64."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = self.power = self.product = 0.0
-
-    def add(self, expected: Tensor, got: Tensor) -> None:
-        expected, got = expected.double(), got.double()
-        self.signal += float(expected.square().sum())
-        self.noise += float((expected - got).square().sum())
-        self.power += float(got.square().sum())
-        self.product += float((expected * got).sum())
-
-    @property
-    def error(self) -> float:
-        if self.signal:
-            return self.noise / self.signal
-        return math.inf if self.noise else 0.0
-
-    @property
-    def cosine(self) -> float:
-        length = math.sqrt(self.signal) * math.sqrt(self.power)
-        return self.product / length if length else float(self.signal == self.power)
-
-
-class _Layer(_Sums):
-    """One int8 layer, its float original, and what has been measured so far."""
+class _Layer(Sums):
+    """One int8 layer, its float original, and the measurements so far."""
 
     def __init__(self, name: str, original: nn.Module, layer: Int8Layer) -> None:
         super().__init__()
@@ -184,9 +156,11 @@ class Probes:
             codes = torch.round(x.float() / scale) + (0 if zero_point is None else zero_point)
             of.clipped += int(((codes < -128) | (codes > 127)).sum())
         if self.repeats:
-            times = [(_seconds(of.original.forward, x), _seconds(of.layer, x)) for _ in range(self.repeats)]  # in turns
-            of.float_seconds += min(t for t, _ in times)
-            of.seconds += min(t for _, t in times)
+            calls = {"float": functools.partial(of.original.forward, x), "int8": functools.partial(of.layer, x)}
+            wait = functools.partial(torch.cuda.synchronize, x.device) if x.is_cuda else None
+            times = interleave(calls, rounds=self.repeats, turn=0.0, warm=False, synchronize=wait)
+            of.float_seconds += min(times["float"])
+            of.seconds += min(times["int8"])
 
     def results(self, inputs: Mapping[str, torch.dtype]) -> tuple[list[LayerReport], list[str]]:
         """The reached layers and the names of the others; ``inputs`` says which dtype each has in its own model."""
@@ -218,8 +192,8 @@ def pairs(op: str, float_model: nn.Module, model: nn.Module) -> dict[str, tuple[
         if not isinstance(layer, Int8Layer):
             continue
         original = modules.get(name)
-        if type(original) is not layer._float_class or original.weight.shape != layer.weight.shape:
-            wanted = f"{layer._float_class.__name__} of weight {tuple(layer.weight.shape)}"
+        if original is None or type(original) is not layer.float_class or original.weight.shape != layer.weight.shape:
+            wanted = f"{layer.float_class.__name__} of weight {tuple(layer.weight.shape)}"
             shape = getattr(getattr(original, "weight", None), "shape", None)
             got = "nothing" if original is None else type(original).__name__ + (f" of weight {tuple(shape)}" if shape else "")
             raise ValueError(f"quant_ops.{op}: expected {name!r} of the float model to be a {wanted}, got {got}")
@@ -232,7 +206,7 @@ def pairs(op: str, float_model: nn.Module, model: nn.Module) -> dict[str, tuple[
 
 
 def _now(layer: Int8Layer, values: Tensor | None) -> Any:
-    """Of scales for several steps, that of the current one."""
+    """The current step's value of scales that differ by step."""
     step = layer._buffers.get("timestep")
     return values if values is None or step is None else values[step]
 
@@ -247,13 +221,3 @@ def _chained(layer: Int8Layer, input_dtype: torch.dtype | None) -> str:
 
 def _bytes(layer: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
-
-
-def _seconds(call: Callable[[Tensor], Any], x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
-    call(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .nn import Int8Layer
-from .probe import difference, outputs, pairs, quiet
-from .report import Report, decibel
+from .._models import Result, Table, reasons
+from ..nn import Int8Layer
+from .compare import difference, outputs, pairs, quiet
+from .error import decibel
+from .report import Report
 
 
 @dataclasses.dataclass
-class FallbackResult:
+class FallbackResult(Result):
     """What :func:`fallback_` did. ``print(result)`` shows it as a table.
 
     Attributes:
@@ -28,13 +30,13 @@ class FallbackResult:
     reached: bool | None = None
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         verdict = {None: "", True: ", target met", False: ", target NOT met"}[self.reached]
-        lines = [f"{len(self.returned)} returned to float{verdict}"]
         after = [f"  {value:.4g}" for value in self.values] or [""] * (len(self.returned) + 1)
-        lines += [f"  {'before':<8}{after[0]}"] if self.values else []
-        lines += [f"  float   {value}  {name}" for name, value in zip(self.returned, after[1:], strict=True)]
-        return "\n".join([*lines, *(f"  int8    {name}: {reason}" for name, reason in self.skipped)])
+        lines = [("before", after[0])] if self.values else []
+        lines += [("float", f"{value}  {name}") for name, value in zip(self.returned, after[1:], strict=True)]
+        lines += [("int8", text) for text in reasons(self.skipped)]
+        return f"{len(self.returned)} returned to float{verdict}", ("before", "float", "int8"), lines
 
 
 def fallback_(
@@ -48,8 +50,8 @@ def fallback_(
 ) -> FallbackResult:
     """Returns the most sensitive int8 layers to float, in place, those of the largest normalised error first.
 
-    A layer's error does not depend on the other layers (see probe.py), so their order stays. With ``target`` the metric is measured
-    anew after every return, and the first model that meets the target is kept.
+    A layer's error does not depend on the other layers (see compare.py), so their order stays. With ``target`` the metric is
+    measured anew after every return, and the first model that meets the target is kept.
 
     Args:
         model: the quantized model that the report is about.

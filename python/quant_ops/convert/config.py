@@ -4,8 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from . import histograms  # noqa: F401  # its observers
-from .observers import Observer
+from ..observe import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +82,12 @@ class Int8Static(Config):
         self._expect(0 < self.momentum <= 1, f"0 < momentum <= 1, got {self.momentum}")
 
 
-_CONFIGS: dict[str, type[Config]] = {config.__name__: config for config in (Int8Dynamic, Int8Static)}
+Scheme = Int8Dynamic | Int8Static
+
+_CONFIGS: dict[str, type[Scheme]] = {config.__name__: config for config in (Int8Dynamic, Int8Static)}
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str) -> Scheme:
     """The config that :meth:`Config.to_json` wrote. Raises ValueError for another name or field."""
     fields: dict[str, Any] = json.loads(text)
     if not isinstance(fields, dict):

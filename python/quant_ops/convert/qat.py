@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, Int8Static
-from .nn import QuantConv2d, QuantLinear
-from .observers import Observer
-from .ops import choose_qparams, quant_tensor_forward
+from ..nn import Int8Layer
+from ..observe import Observer
+from ..ops import choose_qparams, quant_tensor_forward
+from .config import Int8Static, Scheme
 from .prepared import Prepared, choose_weight_scale, to_int8
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -41,7 +41,7 @@ class Qat(Prepared):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def _prepare(self, config: Config) -> None:
+    def _prepare(self, config: Scheme) -> None:
         before = self._modules.get("observer")  # of a prepared layer
         for name in Prepared.own:
             if hasattr(self, name):
@@ -86,7 +86,7 @@ class Qat(Prepared):
         self.observing = True
 
     def end_calibration(self) -> None:
-        """Takes the scales from what has been observed, if anything has."""
+        """Takes the scales from the observed data, if there are any."""
         self.observing = False
         observer = self.observer
         if observer is None or observer.empty:
@@ -100,7 +100,7 @@ class Qat(Prepared):
         self.started = True
 
     def _start(self, x: Tensor) -> None:
-        """Scales that are kept need data before the first step: the first batch will do for one process that learns them."""
+        """Takes the first scales from the first batch, which is allowed only where a single process learns them afterwards."""
         assert self.observer is not None
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         alone = not distributed or torch.distributed.get_world_size() == 1
@@ -131,7 +131,7 @@ class Qat(Prepared):
 
     def _simulate_input(self, x: Tensor) -> Tensor:
         if self.observer is None:
-            asymmetric: bool = self.config.asymmetric  # type: ignore[attr-defined]
+            asymmetric = self.config.asymmetric
             qmin = -128 if asymmetric else -127
             scale, zero_point = choose_qparams(x.detach(), self._dynamic_dims(x), qmin, 127, asymmetric)
             return quant_tensor_forward(x, scale, zero_point, qmin, 127, asymmetric)
@@ -155,7 +155,7 @@ class Qat(Prepared):
 
     @property
     def _weight_qmax(self) -> int:
-        return 2 ** (self.config.weight_bits - 1) - 1  # type: ignore[attr-defined]
+        return 2 ** (self.config.weight_bits - 1) - 1
 
     def _range_scale(self) -> Tensor:
         return choose_qparams(self.weight.detach(), list(range(1, self.weight.dim())), -self._weight_qmax, self._weight_qmax)[0]
@@ -188,7 +188,7 @@ class Qat(Prepared):
                 return f"expected a finite {name}, got NaN or Inf from training, in layer"
         return super().problem()
 
-    def to_int8(self) -> QuantLinear | QuantConv2d:
+    def to_int8(self) -> Int8Layer:
         """The int8 layer with the codes that this one computes with."""
         scale = None if self.weight_scale is None else self.weight_scale.detach().abs().clamp(min=_TINY).flatten()
         if scale is None:
@@ -208,13 +208,28 @@ class QatLinear(Qat, nn.Linear):
         return [-1]
 
 
-class QatConv2d(Qat, nn.Conv2d):
+class _QatConv(Qat):
+    """What the trainable convolutions share; dynamic quantization is per sample."""
+
+    bias: Tensor | None
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+
+    def _dynamic_dims(self, x: Tensor) -> list[int]:
+        return list(range(1 - self.weight.dim(), 0))
+
+
+class QatConv1d(_QatConv, nn.Conv1d):
+    """nn.Conv1d that trains with quantized weights and inputs."""
+
+    float_class = nn.Conv1d
+
+
+class QatConv2d(_QatConv, nn.Conv2d):
     """nn.Conv2d that trains with quantized weights and inputs."""
 
     float_class = nn.Conv2d
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
 
-    def _dynamic_dims(self, x: Tensor) -> list[int]:
-        return [-3, -2, -1]
+QAT: dict[type[nn.Module], type[Qat]] = {kind.float_class: kind for kind in (QatLinear, QatConv1d, QatConv2d)}

@@ -2,7 +2,7 @@
 
 An observer keeps one statistic per row, where a row is a step (``num_steps``) and a channel or group. All state is in buffers, on
 the model's device, and is updated by tensor operations alone: no batch waits for the host. Two observers merge into what one would
-have seen. ``observers.py`` has those that need extremes and means, ``histograms.py`` those that need the distribution.
+have seen. This file has those that need extremes and means, histogram.py those that need the distribution.
 """
 
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ops import choose_qparams
+from ..ops import choose_qparams
 
 
 class Observer(nn.Module):
@@ -29,7 +29,7 @@ class Observer(nn.Module):
 
     kinds: ClassVar[dict[str, type["Observer"]]] = {}
     name: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]] = ()  # arguments of its own, which configs have as fields
+    settings: ClassVar[tuple[str, ...]] = ()  # the subclass's own arguments, which are fields of the configs
     live: ClassVar[bool] = False  # cheap enough to choose the scale again in every step of training
 
     min: Tensor
@@ -60,7 +60,7 @@ class Observer(nn.Module):
     # ---- state -----------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, tuple[tuple[int, ...], float, torch.dtype]]:
-        """Of every statistic the shape of one row's value, its start, and its dtype."""
+        """For every statistic: the shape of one row's value, its initial value, and its dtype."""
         return {"min": ((), float("inf"), torch.float32), "max": ((), float("-inf"), torch.float32)}
 
     def _allocate(self, grid: tuple[int, ...], device: torch.device | str | None) -> None:

@@ -1,4 +1,4 @@
-"""Layers between float and int8: float layers that observe their input, in place of nn.Linear and nn.Conv2d.
+"""Layers between float and int8: float layers that observe their input, in place of nn.Linear, nn.Conv1d and nn.Conv2d.
 
 They are subclasses that share the float layer's parameters, under the same names, so that optimizers, tied weights and code that
 reads ``layer.weight`` go on working, and the observers' statistics are part of the state_dict.
@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .config import Config, Int8Static
-from .nn import QuantConv2d, QuantLinear
-from .observers import Observer
+from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..observe import Observer
+from .config import Int8Static, Scheme
 
 
 def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -21,7 +21,7 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return layer
 
 
-def choose_weight_scale(weight: Tensor, config: Any) -> Tensor | None:
+def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
     """One scale per output channel by the config's observer; None for the largest magnitude, which the layer finds itself."""
     if config.weight_observer == "minmax" or weight.is_meta:
         return None
@@ -31,15 +31,14 @@ def choose_weight_scale(weight: Tensor, config: Any) -> Tensor | None:
     return observer.qparams()[0].flatten()
 
 
-def to_int8(layer: nn.Module, config: Config, weight_scale: Tensor | None = None, **settings: Any) -> QuantLinear | QuantConv2d:
+def to_int8(layer: Any, config: Scheme, weight_scale: Tensor | None = None, **settings: Any) -> Int8Layer:
     """The int8 layer of a float one by its config; settings are those of ``from_float``."""
-    bits: int = config.weight_bits  # type: ignore[attr-defined]
     if weight_scale is None:
-        weight_scale = choose_weight_scale(layer.weight, config)  # type: ignore[arg-type]
-    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+        weight_scale = choose_weight_scale(layer.weight, config)
+    kind = INT8_LAYERS[float_class(layer)]
     if not isinstance(config, Int8Static):
-        settings["asymmetric"] = config.asymmetric  # type: ignore[attr-defined]
-    made: QuantLinear | QuantConv2d = kind.from_float(layer, weight_bits=bits, weight_scale=weight_scale, **settings)  # type: ignore[arg-type]
+        settings["asymmetric"] = config.asymmetric
+    made = kind.from_float(layer, weight_bits=config.weight_bits, weight_scale=weight_scale, **settings)
     made.config = config
     return made
 
@@ -49,24 +48,24 @@ class Prepared(nn.Module):
 
     kind: ClassVar[str] = "prepared"
     float_class: ClassVar[type[nn.Module]]
-    own: ClassVar[tuple[str, ...]] = ("config", "observer", "timestep")  # what the float layer does not have
+    own: ClassVar[tuple[str, ...]] = ("config", "observer", "timestep")  # attributes that the float layer does not have
 
-    config: Config
+    weight: Tensor
+    config: Scheme
     observer: Observer | None
     timestep: Tensor | None
 
     @classmethod
-    def from_float(cls, module: nn.Module, config: Config) -> "Prepared":
+    def from_float(cls, module: nn.Module, config: Scheme) -> "Prepared":
         """The prepared layer of a float or prepared one."""
         layer = recast(module, cls)
         assert isinstance(layer, Prepared)
         layer._prepare(config)
         return layer
 
-    def _prepare(self, config: Config) -> None:
+    def _prepare(self, config: Scheme) -> None:
         self.config = config
         weight = self.weight
-        assert isinstance(weight, Tensor)
         self.observer = None  # of a dynamic layer
         self.register_buffer("timestep", None, persistent=False)
         if isinstance(config, Int8Static):
@@ -88,10 +87,10 @@ class Prepared(nn.Module):
         return super().forward(x)
 
     def begin_calibration(self) -> None:
-        """Called by :func:`calibrate`: from now on forward computes in float and observes, as it does here anyway."""
+        """Called by :func:`calibrate` at its start. There is nothing to do: forward always computes in float and observes."""
 
     def end_calibration(self) -> None:
-        """Called by :func:`calibrate` at its end; the observer has all that is needed."""
+        """Called by :func:`calibrate` at its end. There is nothing to do: the observer holds the statistics."""
 
     def to_float(self) -> nn.Module:
         """The float layer with this layer's parameters."""
@@ -109,8 +108,8 @@ class Prepared(nn.Module):
         return {"input_scale": scale, "input_zero_point": zero_point} if self.observer.asymmetric else {"input_scale": scale}
 
     def problem(self) -> str | None:
-        """Why there is no int8 layer to be had, as an error's sentence up to the layer's name."""
-        if not self.weight.isfinite().all():  # type: ignore[operator]
+        """Why no int8 layer can be made, as the beginning of an error message that ends with the layer's name; None if one can."""
+        if not self.weight.isfinite().all():
             return "expected finite weights, got NaN or Inf, in layer"
         if self.observer is not None and not self.observer.is_finite():
             return (
@@ -119,8 +118,8 @@ class Prepared(nn.Module):
             )
         return None
 
-    def to_int8(self) -> QuantLinear | QuantConv2d:
-        """The int8 layer with the scales of what has been observed."""
+    def to_int8(self) -> Int8Layer:
+        """The int8 layer, with scales from the observed data."""
         return to_int8(self, self.config, **self.input_qparams())
 
     def extra_repr(self) -> str:
@@ -133,7 +132,18 @@ class PreparedLinear(Prepared, nn.Linear):
     float_class = nn.Linear
 
 
+class PreparedConv1d(Prepared, nn.Conv1d):
+    """nn.Conv1d that observes its input."""
+
+    float_class = nn.Conv1d
+
+
 class PreparedConv2d(Prepared, nn.Conv2d):
     """nn.Conv2d that observes its input."""
 
     float_class = nn.Conv2d
+
+
+PREPARED: dict[type[nn.Module], type[Prepared]] = {
+    kind.float_class: kind for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d)
+}

@@ -4,18 +4,18 @@ A quick look at one shape on one machine. The folder benchmarks/ of the sources 
 """
 
 import copy
-import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _library
-from .nn import QuantConv2d, QuantLinear
-from .ops import choose_qparams
+from .. import _library
+from ..nn import INT8_LAYERS
+from ..ops import choose_qparams
+from .error import sqnr
+from .timing import interleave
 
 _LEAST_SQNR = 30.0  # dB: less is a wrong result, not a rounding error
 
@@ -44,20 +44,18 @@ def conv2d(
 
 def _bench(layer: nn.Module, shape: tuple[int, ...], title: str, operations: int, seconds: float) -> dict[str, Any]:
     device = "cuda" if _library.cuda_library is not None and torch.cuda.is_available() else "cpu"
-    half = torch.float16 if device == "cuda" else torch.bfloat16  # what each is fast in
+    half = torch.float16 if device == "cuda" else torch.bfloat16  # the dtype that each device multiplies fast
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(device)
     layer = layer.to(device).eval().requires_grad_(False)
     scale, _ = choose_qparams(x, [], -127, 127)
-    kind: Any = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    kind = INT8_LAYERS[type(layer)]
     dynamic, static = kind.from_float(layer), kind.from_float(layer, input_scale=scale)
     reference = layer(x)
-    sqnr = {}
-    for name, quantized in (("dynamic", dynamic), ("static", static)):
-        noise = float((quantized(x) - reference).double().square().sum())
-        sqnr[name] = 10 * math.log10(float(reference.double().square().sum()) / noise) if noise else math.inf
-        if sqnr[name] < _LEAST_SQNR:
-            raise RuntimeError(f"quant_ops.bench: expected an SQNR of {_LEAST_SQNR} dB of {title}, {name}, got {sqnr[name]:.1f}")
+    quality = {name: sqnr(reference, quantized(x)) for name, quantized in (("dynamic", dynamic), ("static", static))}
+    for name, found in quality.items():
+        if found < _LEAST_SQNR:
+            raise RuntimeError(f"quant_ops.bench: expected an SQNR of {_LEAST_SQNR} dB of {title}, {name}, got {found:.1f}")
     layer_half, x_half = copy.deepcopy(layer).to(half), x.to(half)
     calls: dict[str, Callable[[], Tensor]] = {
         "FP32": lambda: layer(x),
@@ -65,39 +63,18 @@ def _bench(layer: nn.Module, shape: tuple[int, ...], title: str, operations: int
         "INT8 dynamic": lambda: dynamic(x),
         "INT8 static": lambda: static(x),
     }
-    times = _in_turns(calls, seconds, device)
+    with torch.no_grad():
+        samples = interleave(calls, seconds=seconds, rounds=5, synchronize=torch.cuda.synchronize if device == "cuda" else None)
+    times = {name: statistics.median(values) for name, values in samples.items()}
     return {
         "title": title,
         "device": device,
         "threads": torch.get_num_threads(),
         "kernel": _library.gemm_kernel() if device == "cpu" else device,
-        "sqnr_db": sqnr,
+        "sqnr_db": quality,
         "seconds": times,
         "tera_operations_per_second": {name: operations / t / 1e12 for name, t in times.items()},
     }
-
-
-def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float, device: str) -> dict[str, float]:
-    """Median seconds a call. The calls take turns, so that a busy moment of the machine hits all of them alike."""
-    rounds = 10
-
-    def timed(call: Callable[[], Tensor], repeat: int) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeat
-
-    with torch.no_grad():
-        repeats = {}
-        for name, call in calls.items():
-            timed(call, 1)
-            repeats[name] = max(1, round(seconds / len(calls) / rounds / timed(call, 1)))
-        times = [{name: timed(call, repeats[name]) for name, call in calls.items()} for _ in range(rounds)]
-    return {name: statistics.median(turn[name] for turn in times) for name in calls}
 
 
 def text(result: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A quantized model as one safetensors file, and back into a fresh float model.
 
 The file holds the model's state_dict as plain tensors, each one once: int8 weights, float32 scales, and whatever stayed float. Its
-metadata has one key, "quant_ops", which holds as JSON what a state_dict does not tell:
+metadata has one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
 
     {"format_version": 1, "quant_ops": "0.1.0",
      "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "config": {...} or null}, ...},
@@ -23,29 +23,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import _library, config
-from .nn import Int8Layer, QuantConv2d, QuantLinear
+from .. import _library
+from .._models import has_hooks
+from ..nn import INT8_LAYERS, Int8Layer
+from . import config
 from .prepared import Prepared
-from .select import ConversionResult, leave_fused_paths
+from .select import FLOAT, ConversionResult, leave_fused_paths
 
 FORMAT_VERSION = 1
 
 _KEY = "quant_ops"
-_GEOMETRY: dict[type[Int8Layer], tuple[str, ...]] = {
-    QuantLinear: ("in_features", "out_features"),
-    QuantConv2d: (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    ),
-}
 _SETTINGS = ("asymmetric", "relu")
-_CLASSES = {kind.__name__: kind for kind in _GEOMETRY}
+_CLASSES = {kind.__name__: kind for kind in INT8_LAYERS.values()}
 _DTYPES = {
     "weight": torch.int8,
     "weight_scale": torch.float32,
@@ -68,8 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model gives the same bytes.
 
     Args:
-        model: any module with QuantLinear and QuantConv2d layers; what stayed float is saved as it is.
-        path: of the file; by habit it ends in ``.safetensors``.
+        model: any module with int8 layers; what stayed float is saved as it is.
+        path: of the file; its name usually ends in ``.safetensors``.
 
     Raises:
         TypeError: the state_dict holds something else than tensors.
@@ -103,11 +92,11 @@ def _without_compile(model: nn.Module) -> nn.Module:
 
 
 def _describe(layer: Int8Layer) -> dict[str, Any]:
-    """What it takes to build the layer again, its tensors apart."""
+    """Everything needed to build the layer again, except its tensors."""
     settings = layer.config
     return {
         "class": type(layer).__name__,
-        "arguments": {name: getattr(layer, name) for name in (*_GEOMETRY[type(layer)], *_SETTINGS)},
+        "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *_SETTINGS)},
         "weight_bits": layer.weight_bits,
         "config": None if settings is None else json.loads(settings.to_json()),
     }
@@ -139,7 +128,7 @@ def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside the file, which takes the file's place once it is whole and on the disk."""
-    target = Path(os.path.realpath(path))  # of a symbolic link, what it points to is replaced
+    target = Path(os.path.realpath(path))  # replaces the target of a symbolic link, not the link
     if not target.parent.is_dir():
         raise FileNotFoundError(f"quant_ops.save: expected a path in an existing folder, got {path}")
     if target.is_dir():
@@ -182,7 +171,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         device: where the tensors go; by default where the model's are, the CPU for those on the meta device.
 
     Returns:
-        The int8 layers, and the Linear and Conv2d layers that the file keeps float. Dtypes are the file's.
+        The int8 layers, and the Linear, Conv1d and Conv2d layers that the file keeps float. Dtypes are the file's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -201,7 +190,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     leave_fused_paths(model)
-    floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear | nn.Conv2d)]
+    floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
     return ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
 
 
@@ -250,11 +239,11 @@ class _File:
         self.sources: dict[str, str] = {name: name for name in names} | self.header["shared"]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor of this name."""
+        """Shape of the tensor of this name."""
         return tuple(self._file.get_slice(self.sources[name]).get_shape())
 
     def tensor(self, source: str, device: torch.device | str) -> Tensor:
-        """On the CPU a view of the mapped file."""
+        """A tensor of the file; on the CPU it is a view of the mapped file."""
         return self._file.get_tensor(source).to(device)
 
 
@@ -262,7 +251,7 @@ def _check_header(header: dict[str, Any], names: list[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
     for name, entry in header["layers"].items():
         kind, arguments = _CLASSES[entry["class"]], entry["arguments"]
-        known = arguments.keys() == {*_GEOMETRY[kind], *_SETTINGS} and all(isinstance(arguments[key], bool) for key in _SETTINGS)
+        known = arguments.keys() == {*kind.geometry, *_SETTINGS} and all(isinstance(arguments[key], bool) for key in _SETTINGS)
         if not known or entry["weight_bits"] not in range(2, 9):
             raise ValueError(f"layer {name!r}: {entry}")
         if entry["config"] is not None:
@@ -292,12 +281,12 @@ def _check_fit(model: nn.Module, file: _File) -> None:
             refuse(f"{name!r} of shape {file.shape(name)} in the file and {tuple(tensor.shape)} in the model")
     for name, entry in file.layers.items():
         module, kind = modules.get(name), _CLASSES[entry["class"]]
-        if module is None or type(module) not in (kind, kind._float_class):
+        if module is None or type(module) not in (kind, kind.float_class):
             got = "nothing" if module is None else type(module).__name__
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
-        for setting in _GEOMETRY[kind]:
+        for setting in kind.geometry:
             stored = _from_json(entry["arguments"][setting])
             if getattr(module, setting) != stored:
                 refuse(f"{name!r} with {setting}={stored} in the file and {getattr(module, setting)} in the model")
@@ -351,7 +340,7 @@ def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.devic
 
 
 def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:
-    """What is not in an int8 layer; one object for one tensor, so that tied parameters are tied again."""
+    """The tensors outside int8 layers. Names of one tensor get one object, so that tied parameters are tied again."""
     state: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
     for name, old in model.state_dict(keep_vars=True).items():

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .observers import Observer
-from .ops import quant_tensor_forward
+from ..ops import quant_tensor_forward
+from .observer import Observer
 
 _HALF = 2048  # H: at least 8 bins for each of the 128 codes of a sign
-_CACHED = 1 << 18  # elements at a time: what is computed on the way stays in the cache
+_CACHED = 1 << 18  # elements at a time, so that intermediate results stay in the cache
 _LOWEST = -100  # exponent of a row without data; 2^(11 + 100) is still a float32
 
 
