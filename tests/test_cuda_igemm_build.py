@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_build import BUILT, compile_cpp, needs_compiler, needs_library
+from compiled import compiled_for_host
+from test_cuda_build import BUILT, needs_compiler, needs_library
 from test_cuda_igemm import GEMV, KERNELS, IgemmCases, IgemmSubject, codes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,8 +69,8 @@ def test_kernel_names_need_the_library():
 
 
 @needs_compiler
-def test_addresses_fragments_and_tile_choice(tmp_path):
-    program = compile_cpp([Path(__file__).with_name("igemm_rules.cpp")], tmp_path / "igemm_rules", "-O2")
+def test_addresses_fragments_and_tile_choice():
+    program = compiled_for_host("igemm_rules", ["tests/igemm_rules.cpp"], "-O2")
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
