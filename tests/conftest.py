@@ -1,10 +1,17 @@
 """Fixtures: every instruction set this machine runs, thread counts, and seeds."""
 
+import os
+
 import pytest
 import torch
 from compiled import ROOT, compiled_for_host
 
 from quant_ops import _library
+
+# Workers of pytest-xdist share the cores, also with the processes that they start. Tests of thread counts set their own.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(params=_library.isas())
