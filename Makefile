@@ -32,11 +32,11 @@ test-all: $(VENV)/built
 	QUANT_OPS_TEST_ALL=1 $(BIN)/python -m pytest $(WORKERS) -m "" $(PYTEST_FLAGS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
-	$(BIN)/python benchmarks/linear.py
-	$(BIN)/python benchmarks/conv2d.py
-	$(BIN)/python benchmarks/bench_model.py
-	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python -m pytest benchmarks/operators $(PYTEST_FLAGS)
+	$(BIN)/python -m benchmarks.packages.linear
+	$(BIN)/python -m benchmarks.packages.conv2d
+	$(BIN)/python -m benchmarks.packages.models
+	$(BIN)/python -m benchmarks.packages.networks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

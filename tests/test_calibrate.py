@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -696,14 +695,3 @@ def test_config_json_round_trip(settings):
     config = qo.Int8Static(**settings)
     assert qo.config_from_json(config.to_json()) == config
     assert hash(qo.config_from_json(config.to_json())) == hash(config)
-
-
-# ---- the benchmark ---------------------------------------------------------------------------------------------------------
-
-
-def test_calibration_script():
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "benchmarks/calibration.py", "--smoke"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert all(f"  {kind:<12}" in done.stdout for kind in KINDS)

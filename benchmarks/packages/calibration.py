@@ -1,21 +1,23 @@
-"""Times calibration against the float forward, and what comes after it: choosing the scales and converting.
+"""Times calibration against the float forward, and then the choice of scales and the conversion.
 
-python benchmarks/calibration.py             three networks, every observer, one thread: about a minute
-python benchmarks/calibration.py --smoke     one round of the smallest, to see that it runs
+python -m benchmarks.packages.calibration             three networks, every observer, one thread: about a minute
+python -m benchmarks.packages.calibration --smoke     two rounds of the smallest, to see that it runs
 
 A forward that observes should take at most 1.5 times as long as the float forward with "minmax", 3 times with "mse" or "histogram".
-The networks: a transformer encoder, dense convolutions, and inverted residuals, whose depthwise convolutions do little work for a
-value that is observed. Models take turns, so that a busy moment of the machine hits all alike; figures are the best of the rounds.
+The networks are a transformer encoder, dense convolutions, and inverted residuals, whose depthwise convolutions do little work for
+each value that is observed. Figures are the best of the rounds.
 """
 
 import argparse
 import copy
+import functools
 import time
 
 import torch
 from torch import Tensor, nn
 
 import quant_ops as qo
+from benchmarks.common.timing import in_turns
 from quant_ops.observers import Observer
 
 
@@ -66,25 +68,29 @@ NETWORKS = {
 
 @torch.no_grad()
 def measure(make, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Seconds of the float forward, and of every observer the ratio of its forward to that, and the seconds to convert."""
+    """Seconds of the float forward; per observer the time of its forward as a multiple of that, and the seconds to convert."""
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(shape)
     models = {"float": model}
     for observer in sorted(Observer.kinds):
         models[observer] = copy.deepcopy(model)
         qo.prepare_(models[observer], qo.Int8Static(observer))
-    best = dict.fromkeys(models, float("inf"))
-    for _ in range(rounds):
-        for name, each in models.items():
-            start = time.perf_counter()
-            each(x)
-            best[name] = min(best[name], time.perf_counter() - start)
+    turns = {name: functools.partial(forward, each, x) for name, each in models.items()}
+    best = {name: min(times) for name, times in in_turns(turns, rounds=rounds).items()}
     found = {}
     for observer in sorted(Observer.kinds):
-        start = time.perf_counter()
-        qo.convert_(models[observer])
-        found[observer] = best[observer] / best["float"], time.perf_counter() - start
+        found[observer] = best[observer] / best["float"], seconds_of(functools.partial(qo.convert_, models[observer]))
     return best["float"], found
+
+
+def forward(model, x) -> list[float]:
+    return [seconds_of(functools.partial(model, x))]
+
+
+def seconds_of(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, tuple[float, float]]]:

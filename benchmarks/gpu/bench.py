@@ -1,22 +1,25 @@
-"""Times the operators on a GPU against torch's and other packages'; one section a process, results added to gpu_check.py's JSON.
+"""Times the operators on a GPU against torch's and other packages'; results are added to check.py's JSON.
 
-python benchmarks/gpu_bench.py --out out/gpu_check.json --section linear --seconds 60
-python benchmarks/gpu_bench.py --out out/gpu_check.json --section linear --seconds 60 --rehearse     the same on small CPU tensors
+python -m benchmarks.gpu.bench --out out/gpu_check.json --section linear --seconds 60
+python -m benchmarks.gpu.bench --out out/gpu_check.json --section linear --seconds 60 --rehearse     the same on small CPU tensors
 
-Ceilings come first: copy, read-only stream, an empty graph, a bfloat16 product. A time is one call's share of a replayed CUDA graph
-of calls on rotated buffers, more than the L2 cache holds together; contenders are replayed in turns. Every result is checked
-against the case's reference before it is timed. Read next: gpu_cases.py.
+Ceilings come first: copy, read-only stream, an empty graph, a bfloat16 product. A time is a call's share of a replayed CUDA graph,
+whose calls go to different buffers that together exceed the L2 cache; contenders are replayed in turns. Every result is checked
+against the case's reference before it is timed. Read next: cases.py, record.py.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from pathlib import Path
 
-import gpu_cases
 import torch
-from conftest import sqnr
-from gpu_check import Record
+
+from benchmarks.common.contenders import in_one_line, sqnr
+from benchmarks.common.timing import in_turns
+from benchmarks.gpu import cases
+from benchmarks.gpu.record import Record
 
 ROTATE_BYTES = 160 << 20  # well over twice the largest L2 cache
 MOST_SETS = 64
@@ -35,7 +38,7 @@ class Timer:
         return min(MOST_SETS, -(-ROTATE_BYTES // max(size, 1))) if self.on_gpu else 2
 
     def prepare(self, calls):
-        """(what runs all calls once, what it keeps alive)"""
+        """(what runs all calls once, what must be kept for as long as that is used)"""
         if not self.on_gpu:
             return lambda: [call() for call in calls], None
         stream = torch.cuda.Stream()
@@ -46,10 +49,12 @@ class Timer:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = [call() for call in calls]  # kept: every call has its own output
+            results = [call() for call in calls]
         graph.replay()
         torch.cuda.synchronize()
-        return graph.replay, results
+        # Every call has its own output. The calls hold tensors that the graph reads. Without them the next capture, which empties
+        # the allocator's cache, would unmap their memory.
+        return graph.replay, (results, calls)
 
     def turn(self, replay, repeats: int) -> float:
         """Microseconds of `repeats` replays."""
@@ -67,16 +72,17 @@ class Timer:
         return begin.elapsed_time(end) * 1e3
 
     def interleave(self, replays, calls: int) -> dict[str, list[float]]:
-        """Microseconds of a call, one figure a round; contenders take turns, and every second round backwards."""
-        repeats = {
-            name: max(1, round(TURN_US / max(self.turn(replay, 1), 1.0))) if self.on_gpu else 1 for name, replay in replays.items()
-        }
-        times: dict[str, list[float]] = {name: [] for name in replays}
-        for i in range(ROUNDS if self.on_gpu else 1):
-            for name in list(replays)[:: 1 if i % 2 == 0 else -1]:
-                self.turn(replays[name], 1)  # brings the clock and the caches to this contender's state
-                times[name].append(self.turn(replays[name], repeats[name]) / repeats[name] / calls)
-        return times
+        """Microseconds of a call, one figure a round; the contenders are replayed in turns."""
+
+        def turn(replay, repeats: int) -> list[float]:
+            self.turn(replay, 1)  # brings the clock and the caches to this contender's state
+            return [self.turn(replay, repeats) / repeats / calls]
+
+        turns = {}
+        for name, replay in replays.items():
+            repeats = max(1, round(TURN_US / max(self.turn(replay, 1), 1.0))) if self.on_gpu else 1
+            turns[name] = functools.partial(turn, replay, repeats)
+        return in_turns(turns, rounds=ROUNDS if self.on_gpu else 1)
 
     def once(self, make, call, size: int) -> float:
         """Median for a single contender."""
@@ -116,7 +122,7 @@ def ceilings(record: Record, timer: Timer, device: str) -> None:
     add(f"bfloat16 product of {n} x {n} x {n}", us, tera_ops=2 * n**3 / us / 1e6)
 
 
-def floor_us(record: Record, case: gpu_cases.Case) -> float:
+def floor_us(record: Record, case: cases.Case) -> float:
     """The largest of three times: the bytes at the best copy rate, the operations at the vendor's int8 peak, one launch."""
     measured = record.data["ceilings"]
     rate = max((c["gb_s"] for c in measured if c["what"].startswith("copy")), default=None)
@@ -134,7 +140,7 @@ def first(result) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result[0]
 
 
-def run_case(case: gpu_cases.Case, record: Record, timer: Timer, compiling: bool) -> None:
+def run_case(case: cases.Case, record: Record, timer: Timer, compiling: bool) -> None:
     problems = [case.make() for _ in range(timer.sets(case.bytes))]
     reference = first(case.contenders[case.reference](problems[0])())
     replays, kept = {}, []
@@ -144,13 +150,12 @@ def run_case(case: gpu_cases.Case, record: Record, timer: Timer, compiling: bool
         try:
             calls = [contender(p) for p in problems]
             distance = sqnr(reference.float(), first(calls[0]()).float())
-            if not distance > gpu_cases.LEAST_SQNR:
-                raise ArithmeticError(f"{distance:.1f} dB from {case.reference}, expected more than {gpu_cases.LEAST_SQNR:.0f}")
+            if not distance > cases.LEAST_SQNR:
+                raise ArithmeticError(f"{distance:.1f} dB from {case.reference}, expected more than {cases.LEAST_SQNR:.0f}")
             replays[name], keep = timer.prepare(calls)
             kept.append(keep)
         except Exception as error:  # which contenders cannot do the case is part of the picture
-            text = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-            record.data["missing"].setdefault(name, {})[f"{case.stem} {case.set} {case.shape}"] = text
+            record.data["missing"].setdefault(name, {})[f"{case.stem} {case.set} {case.shape}"] = in_one_line(error)[:250]
     floor = floor_us(record, case)
     for name, times in timer.interleave(replays, len(problems)).items():
         ordered = sorted(times)
@@ -162,35 +167,40 @@ def run_case(case: gpu_cases.Case, record: Record, timer: Timer, compiling: bool
     record.save()
 
 
+def run_section(section: str, record: Record, timer: Timer, options: argparse.Namespace, stop: float) -> None:
+    device = "cuda" if timer.on_gpu else "cpu"
+    if section == "ceilings":
+        ceilings(record, timer, device)
+        return
+    for case in cases.SECTIONS[section](device, options.rehearse):
+        if time.monotonic() > stop:
+            record.data["cut"].append(f"{section} from {case.stem} {case.set} {case.shape} on: time was up")
+            break
+        try:
+            run_case(case, record, timer, not options.no_compile)
+        except Exception as error:  # of the data or the reference; the other rows still run
+            record.data["missing"].setdefault("all", {})[f"{case.stem} {case.set} {case.shape}"] = str(error)[:300]
+    record.save()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON that gpu_check.py began")
-    parser.add_argument("--section", choices=["ceilings", *gpu_cases.SECTIONS], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON that check.py began")
+    parser.add_argument("--section", choices=["ceilings", *cases.SECTIONS], nargs="+", required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="rows that would start later are left out")
     parser.add_argument("--rehearse", action="store_true", help="small tensors on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's contenders out")
     options = parser.parse_args()
     stop = time.monotonic() + options.seconds
-    device = "cpu" if options.rehearse else "cuda"
     torch.manual_seed(0)
     if options.rehearse:
         torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # one compilation a case
     torch.backends.cudnn.benchmark = True  # cuDNN at its best
-    record, timer = Record(options.out, fresh=False), Timer(device)
+    record, timer = Record(options.out, fresh=False), Timer("cpu" if options.rehearse else "cuda")
     with torch.inference_mode():
-        if options.section == "ceilings":
-            ceilings(record, timer, device)
-            return
-        for case in gpu_cases.SECTIONS[options.section](device, options.rehearse):
-            if time.monotonic() > stop:
-                record.data["cut"].append(f"{options.section} from {case.stem} {case.set} {case.shape} on: time was up")
-                break
-            try:
-                run_case(case, record, timer, not options.no_compile)
-            except Exception as error:  # of the data or the reference; the other rows still run
-                record.data["missing"].setdefault("all", {})[f"{case.stem} {case.set} {case.shape}"] = str(error)[:300]
-        record.save()
+        for section in options.section:
+            run_section(section, record, timer, options, stop)
     wrong = {name: why for name, why in record.data["missing"].items() if name.startswith("ours") or name == "all"}
     if wrong:
         raise SystemExit(f"expected every case of ours to run and to be right, got {wrong}")

@@ -1,23 +1,16 @@
-"""Shared by the benchmarks: options, the machine's int8 peak, and `measure`, which times a call and says what its time means.
+"""Options of a run, and `measure`, which times a call with pytest-benchmark and says what its time means.
 
-A run: python -m pytest benchmarks --benchmark-json=out.json. Read next: README.md, shapes.py.
+A run: python -m pytest benchmarks/operators --benchmark-json=out.json. Read next: bench_linear.py, cases.py.
 """
 
-import concurrent.futures
-import time
 import warnings
 
 import pytest
-import shapes
 import torch
 
 import quant_ops as qo
-from quant_ops import info
-
-try:
-    from quant_ops import _kernels
-except ImportError:  # an ordinary install leaves the test module out; the share of the peak is then not reported
-    _kernels = None
+from benchmarks.common import machine as this_machine
+from benchmarks.common import shapes
 
 
 def pytest_addoption(parser):
@@ -29,7 +22,7 @@ def pytest_configure(config):
     config.addinivalue_line("python_functions", "bench_*")
     config.addinivalue_line("markers", "smoke: the smallest shapes, which keep the benchmarks alive in the tests")
     torch.set_num_threads(config.getoption("--threads"))
-    # torch.ao's quantized tensors, which some contenders are made of, announce their removal on every use
+    # some contenders use torch.ao's quantized tensors, which announce their removal on every use
     warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
 
 
@@ -40,42 +33,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.smoke)
 
 
-def cases(sets):
-    """Parametrizes a benchmark over (name of the set, shape)."""
-    return pytest.mark.parametrize(
-        "case", [pytest.param((name, s), id=f"{name}-{_text(s)}") for name, shapes_ in sets.items() for s in shapes_]
-    )
-
-
-def _text(shape):
-    return str(shape) if hasattr(shape, "macs") else "x".join(map(str, shape))
-
-
-def sqnr(reference, result):
-    """Signal to noise in dB; how closely an approximate contender computes the same thing."""
-    reference, result = reference.double(), result.double()
-    return (20 * torch.log10(reference.norm() / (reference - result).norm().clamp_min(1e-300))).item()
-
-
-def _peak_gops(isa, threads):
-    """Multiplications and additions per nanosecond of `threads` threads that run the multiply-accumulate instruction alone."""
-    if _kernels is None or _kernels.peak(isa, 1000) == 0:
-        return None
-    iterations, best = 1_000_000, 0.0  # milliseconds, beside which handing the work to threads costs nothing
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        end = time.perf_counter() + 1.0  # long enough for the clock to rise and for a moment without other work
-        while (start := time.perf_counter()) < end:
-            macs = sum(pool.map(_kernels.peak, [isa] * threads, [iterations] * threads))
-            best = max(best, 2 * macs / (time.perf_counter() - start) / 1e9)
-    return best
-
-
 @pytest.fixture(scope="session")
 def machine():
     """What info.collect() says of this machine, and its int8 peak in GOP/s."""
-    report = info.collect()
-    assert report["status"] == "OK"
-    return {**report, "peak_gops": _peak_gops(report["isa"], report["threads"])}
+    return this_machine.checked()
 
 
 @pytest.fixture
@@ -83,15 +44,15 @@ def measure(benchmark, machine):
     """Times call() in the group of its stem and shape.
 
     macs: multiply-accumulates, reported as GOP/s (2 a MAC) and, for int8 (`share`), as a share of the int8 peak.
-    memory: bytes that have to be read and written at least once, reported as GB/s.
+    memory: bytes that must be read or written at least once, reported as GB/s.
     """
 
     def run(call, *, stem, case, contender, macs=None, memory=None, share=False, detail=""):
-        benchmark.group = f"{stem} {_text(case[1])}{detail}"
+        benchmark.group = f"{stem} {shapes.text(case[1])}{detail}"
         benchmark.extra_info.update(
             stem=stem,
             set=case[0],
-            shape=_text(case[1]) + detail,
+            shape=shapes.text(case[1]) + detail,
             contender=contender,
             threads=machine["threads"],
             isa=machine["isa"],
