@@ -4,7 +4,7 @@
 //
 // Prints "<isa> <64-bit hash of all results>" for every table; the hashes agree between machines as well. Exit status 1 where a
 // result differs. Random cases and the log of results: isa_check.h.
-#include "tests/isa_check.h"
+#include "isa_check.h"
 
 #include "cpu/columns.h"
 #include "cpu/conv2d.h"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_build import BUILT, ROOT, compile_cpp, needs_compiler, needs_library
+from compiled import compiled_for_host
+from test_cuda_build import BUILT, needs_compiler, needs_library
 from test_cuda_igemm import GEMV, KERNELS, IgemmCases, IgemmSubject, codes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,10 +72,10 @@ def test_kernel_names_need_the_library():
 
 
 @needs_compiler
-def test_addresses_fragments_tile_choice_and_plans(tmp_path):
-    sources = [ROOT / "cuda" / name for name in ("engine/choose.cpp", "linear.cpp", "conv2d.cu", "pack.cu", "qparams.cu")]
+def test_addresses_fragments_tile_choice_and_plans():
+    sources = [f"cuda/{name}" for name in ("engine/choose.cpp", "linear.cpp", "conv2d.cu", "pack.cu", "qparams.cu")]
     only_plans = ("-ffunction-sections", "-Wl,--gc-sections")  # no kernel is linked
-    program = compile_cpp([Path(__file__).with_name("igemm_rules.cpp"), *sources], tmp_path / "igemm_rules", *only_plans)
+    program = compiled_for_host("igemm_rules", ["tests/igemm_rules.cpp", *sources], *only_plans)
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
