@@ -73,11 +73,12 @@ def compiled(name: str, sources: Iterable[str | Path], compile_flags: list[str],
     return made(name, [compiler, *map(str, objects), *link_flags], objects)
 
 
-def compiled_for_host(name: str, sources: Iterable[Path | str], *flags: str, shared: bool = False) -> Path:
+def compiled_for_host(
+    name: str, sources: Iterable[Path | str], *flags: str, shared: bool = False, link_flags: Iterable[str] = ()
+) -> Path:
     """Of CUDA sources that host_emulation.h runs on the host; `shared` for a library of operators, which torch loads."""
     # the checks of _FORTIFY_SOURCE take a change of fibers for a broken stack
     compile_flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-Icpp", "-Icuda", *flags]
-    link_flags = []
     if shared:
         folder = Path(torch.__file__).parent
         compile_flags += ["-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
