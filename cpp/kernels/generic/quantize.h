@@ -7,88 +7,113 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-// One row. Adding 1.5 * 2^23 to x * (1 / scale) rounds it to an integer, which the low bits of the mantissa then hold. Out of the
-// codes' range only the order of the bits survives, which is all that clamping needs.
-//
-// The product rounds like the quotient unless it lies close to a tie n + 1/2 (tie_for). If one of the values of a step does, about
-// once in 200 times for 64 eight-bit codes, all of them are divided. NaN, infinities and products with a NaN reciprocal count as
-// close to a tie.
-template <class X, class Y, bool kSimulate, bool kVary>
-QO_INLINE void quantize_row(const QuantizeRun& r, const X* x, Y* y, int64_t n, const RowParameters& row, int32_t tie_bits) {
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+
+// How the elements of a row are scaled and clamped: all with one scale and one zero point, kept in registers. `i` is the element
+// that a vector begins with, counted from p's; this policy needs neither.
+struct OneScale {
   using F = typename Simd::F;
   using I = typename Simd::I;
-  constexpr float kMagic = 12582912.0f;
-  const F magic = Simd::set(kMagic), scale1 = Simd::set(*row.scale), reciprocal1 = Simd::set(*row.reciprocal);
-  const I magic_bits = Simd::bits(magic), tie = Simd::set_int(tie_bits), zero1 = Simd::set_int(*row.zero_point);
-  const I qmin = Simd::set_int(r.qmin), qmax = Simd::set_int(r.qmax);
-  const I lo1 = Simd::sub(qmin, zero1), hi1 = Simd::sub(qmax, zero1);
-  const F lo_float1 = Simd::to_float(lo1), hi_float1 = Simd::to_float(hi1);
-  const I lo_bits1 = Simd::add(lo1, magic_bits), hi_bits1 = Simd::add(hi1, magic_bits), back1 = Simd::sub(zero1, magic_bits);
-  for_each_vector(x, y, n, row, [&](const X* from, Y* to, const RowParameters& p, auto count) QO_LAMBDA {
-    constexpr int kVectors = count.value;
-    F steps[kVectors];
-    I q[kVectors], distance = Simd::set_int(0);
-    const auto scale = [&](auto v) QO_LAMBDA {
-      if constexpr (kVary)
-        if (p.scale_step) return Simd::load(p.scale + v.value * Simd::N);
-      return scale1;
-    };
-    const auto zero = [&](auto v) QO_LAMBDA {
-      if constexpr (kVary)
-        if (p.zero_step) return Simd::load_int(p.zero_point + v.value * Simd::N);
-      return zero1;
-    };
-    const auto clamped = [&](auto v, F value) QO_LAMBDA {  // NaN passes
-      if constexpr (kVary)
-        if (p.zero_step)
-          return Simd::min(Simd::to_float(Simd::sub(qmax, zero(v))), Simd::max(Simd::to_float(Simd::sub(qmin, zero(v))), value));
-      return Simd::min(hi_float1, Simd::max(lo_float1, value));
-    };
+  I qmin, qmax, magic_bits;
+  F scale_of_row, reciprocal_of_row, lo, hi;
+  I zero_of_row, lo_bits, hi_bits, back;
+
+  QO_INLINE OneScale(const QuantizeRun& r, const RowParameters& p)
+      : qmin(Simd::set_int(r.qmin)),
+        qmax(Simd::set_int(r.qmax)),
+        magic_bits(Simd::bits(Simd::set(kMagic))),
+        scale_of_row(Simd::set(*p.scale)),
+        reciprocal_of_row(Simd::set(*p.reciprocal)),
+        zero_of_row(Simd::set_int(*p.zero_point)) {
+    lo = Simd::to_float(Simd::sub(qmin, zero_of_row));
+    hi = Simd::to_float(Simd::sub(qmax, zero_of_row));
+    lo_bits = Simd::add(Simd::sub(qmin, zero_of_row), magic_bits);
+    hi_bits = Simd::add(Simd::sub(qmax, zero_of_row), magic_bits);
+    back = Simd::sub(zero_of_row, magic_bits);
+  }
+  QO_INLINE F scale(const RowParameters&, int64_t) const { return scale_of_row; }
+  QO_INLINE F reciprocal(const RowParameters&, int64_t) const { return reciprocal_of_row; }
+  QO_INLINE I zero(const RowParameters&, int64_t) const { return zero_of_row; }
+  QO_INLINE F clamp(const RowParameters&, int64_t, F steps) const { return Simd::min(hi, Simd::max(lo, steps)); }  // NaN stays NaN
+  // The code of a value whose rounded steps + kMagic are `sum`.
+  QO_INLINE I code(const RowParameters&, int64_t, F sum) const {
+    return Simd::add(Simd::min(hi_bits, Simd::max(lo_bits, Simd::bits(sum))), back);
+  }
+};
+
+// The same for rows whose elements have a scale or a zero point of their own.
+struct ScalePerElement : OneScale {
+  QO_INLINE ScalePerElement(const QuantizeRun& r, const RowParameters& p) : OneScale(r, p) {}
+  QO_INLINE F scale(const RowParameters& p, int64_t i) const { return p.scale_step ? Simd::load(p.scale + i) : scale_of_row; }
+  QO_INLINE F reciprocal(const RowParameters& p, int64_t i) const {
+    return p.scale_step ? Simd::load(p.reciprocal + i) : reciprocal_of_row;
+  }
+  QO_INLINE I zero(const RowParameters& p, int64_t i) const { return p.zero_step ? Simd::load_int(p.zero_point + i) : zero_of_row; }
+  QO_INLINE F clamp(const RowParameters& p, int64_t i, F steps) const {
+    if (!p.zero_step) return OneScale::clamp(p, i, steps);
+    const I z = zero(p, i);
+    return Simd::min(Simd::to_float(Simd::sub(qmax, z)), Simd::max(Simd::to_float(Simd::sub(qmin, z)), steps));
+  }
+  QO_INLINE I code(const RowParameters& p, int64_t i, F sum) const {
+    if (!p.zero_step) return OneScale::code(p, i, sum);
+    const I z = zero(p, i);
+    const I least = Simd::add(Simd::sub(qmin, z), magic_bits), most = Simd::add(Simd::sub(qmax, z), magic_bits);
+    return Simd::add(Simd::min(most, Simd::max(least, Simd::bits(sum))), Simd::sub(z, magic_bits));
+  }
+};
+
+// kVectors vectors. Adding 1.5 * 2^23 to x * (1 / scale) rounds it to an integer, which the low bits of the mantissa then hold. Out
+// of the codes' range only the order of the bits survives, which is all that clamping needs.
+//
+// The product rounds like the quotient unless it lies close to a tie n + 1/2 (tie_for). If one of the values does, about once in
+// 200 times for 64 eight-bit codes, all of them are divided. NaN, infinities and products with a NaN reciprocal count as close to a
+// tie.
+template <bool kSimulate, int kVectors, class X, class Y, class Policy>
+QO_INLINE void quantize_vectors(const X* from, Y* to, const RowParameters& p, const Policy& policy, typename Simd::I tie) {
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  const F magic = Simd::set(kMagic);
+  F steps[kVectors];
+  I q[kVectors], distance = Simd::set_int(0);
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    constexpr int64_t i = v.value * Simd::N;
+    const F element = Simd::load(from + i), reciprocal = policy.reciprocal(p, i);
+    const F sum = Simd::fma(element, reciprocal, magic), rounded = Simd::sub(sum, magic);
+    distance = Simd::max_unsigned(distance, Simd::abs_bits(Simd::fnma(element, reciprocal, rounded)));
+    if constexpr (kSimulate)
+      steps[v.value] = policy.clamp(p, i, rounded);  // never -0
+    else
+      q[v.value] = policy.code(p, i, sum);
+  });
+  if (__builtin_expect(Simd::any_above(distance, tie), 0))
     unroll<kVectors>([&](auto v) QO_LAMBDA {
       constexpr int64_t i = v.value * Simd::N;
-      F reciprocal = reciprocal1;
-      if constexpr (kVary)
-        if (p.scale_step) reciprocal = Simd::load(p.reciprocal + i);
-      const F element = Simd::load(from + i), sum = Simd::fma(element, reciprocal, magic), rounded = Simd::sub(sum, magic);
-      distance = Simd::max_unsigned(distance, Simd::abs_bits(Simd::fnma(element, reciprocal, rounded)));
-      if constexpr (kSimulate) {
-        steps[v.value] = clamped(v, rounded);  // never -0
-      } else {
-        I lo = lo_bits1, hi = hi_bits1, back = back1;
-        if constexpr (kVary)
-          if (p.zero_step) {
-            const I z = zero(v);
-            lo = Simd::add(Simd::sub(qmin, z), magic_bits), hi = Simd::add(Simd::sub(qmax, z), magic_bits);
-            back = Simd::sub(z, magic_bits);
-          }
-        q[v.value] = Simd::add(Simd::min(hi, Simd::max(lo, Simd::bits(sum))), back);
-      }
+      const F quotient = Simd::round_even(Simd::div(Simd::load(from + i), policy.scale(p, i)));
+      if constexpr (kSimulate)
+        steps[v.value] = policy.clamp(p, i, Simd::add(quotient, Simd::set(0.0f)));  // + 0: no -0
+      else
+        q[v.value] = Simd::add(Simd::to_int(policy.clamp(p, i, Simd::nan_to_zero(quotient))), policy.zero(p, i));
     });
-    if (__builtin_expect(Simd::any_above(distance, tie), 0))
-      unroll<kVectors>([&](auto v) QO_LAMBDA {
-        const F quotient = Simd::round_even(Simd::div(Simd::load(from + v.value * Simd::N), scale(v)));
-        if constexpr (kSimulate)
-          steps[v.value] = clamped(v, Simd::add(quotient, Simd::set(0.0f)));  // + 0: no -0
-        else
-          q[v.value] = Simd::add(Simd::to_int(clamped(v, Simd::nan_to_zero(quotient))), zero(v));
-      });
-    if constexpr (kSimulate)
-      unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(to + v.value * Simd::N, Simd::mul(steps[v.value], scale(v))); });
-    else if constexpr (kVectors == 4 && sizeof(Y) == 1)
-      Simd::store_bytes(to, q[0], q[1], q[2], q[3]);
-    else
-      unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(to + v.value * Simd::N, q[v.value]); });
-  });
+  if constexpr (kSimulate)
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      Simd::store(to + v.value * Simd::N, Simd::mul(steps[v.value], policy.scale(p, v.value * Simd::N)));
+    });
+  else if constexpr (kVectors == 4 && sizeof(Y) == 1)
+    Simd::store_bytes(to, q[0], q[1], q[2], q[3]);
+  else
+    unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(to + v.value * Simd::N, q[v.value]); });
 }
 
 template <class X, class Y, bool kSimulate>
 void quantize_typed(const QuantizeRun& r) {
   // without reciprocals everything counts as close to a tie
-  const int32_t tie = r.reciprocal ? static_cast<int32_t>(float_bits(r.tie)) : -1;
+  const auto tie = Simd::set_int(r.reciprocal ? static_cast<int32_t>(float_bits(r.tie)) : -1);
   for_each_row(r, r.reciprocal ? r.reciprocal : r.scale,
-               [&](int64_t from, int64_t to, int64_t n, const RowParameters& p, auto vary) QO_LAMBDA {
-                 quantize_row<X, Y, kSimulate, vary.value != 0>(r, static_cast<const X*>(r.x) + from, static_cast<Y*>(r.y) + to, n,
-                                                                p, tie);
+               [&](int64_t from, int64_t to, int64_t n, const RowParameters& row, auto vary) QO_LAMBDA {
+                 const std::conditional_t<vary.value != 0, ScalePerElement, OneScale> policy(r, row);
+                 for_each_vector(static_cast<const X*>(r.x) + from, static_cast<Y*>(r.y) + to, n, row,
+                                 [&](const X* x, Y* y, const RowParameters& p, auto count)
+                                     QO_LAMBDA { quantize_vectors<kSimulate, count.value>(x, y, p, policy, tie); });
                });
 }
 
