@@ -59,7 +59,7 @@ class Guarded:
 def test_gemm_is_exact_for_all_small_shapes(isa, fill):
     """All rows of a tile, 1 to 80 columns, K around every multiple of four: int32 sums equal int64's, nothing else is written."""
     rng = np.random.default_rng(0)
-    full, narrow = kernels.gemm_rows(isa), kernels.narrow_rows(isa)
+    full, narrow = kernels.gemm_rows(isa), kernels.slim_rows(isa)
     n_max, k_max, m_max = 80, max(NEAR_K), 2 * max(full, narrow) + 1
     a = codes(fill, (m_max, k_max), 0, 255, rng)
     b = codes("min" if fill == "max" else fill, (n_max, k_max), -128, 127, rng)

@@ -57,7 +57,10 @@ QO_EXPORT const char* quant_ops_isas() {
 
 // The micro-kernel that int8_gemm, int8_linear and int8_conv2d call.
 QO_EXPORT const char* quant_ops_gemm_kernel() {
-  return guarded([] { return std::string(quant_ops::kernels().gemm_name); });
+  return guarded([] {
+    const quant_ops::KernelTable& table = quant_ops::kernels();
+    return quant_ops::gemm_name(table, table.gemm_rows, quant_ops::kPanel);
+  });
 }
 
 // Whether a sentence of this thread refused a dtype: a TypeError, as the check decided.
