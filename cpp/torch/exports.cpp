@@ -1,5 +1,6 @@
 // Plain C functions of libquant_ops.so, which python/quant_ops/_library.py calls through ctypes.
 #include "contract/cuda_weights.h"
+#include "cpu/activations.h"
 #include "cpu/pack.h"
 #include "torch/errors.h"
 
@@ -50,16 +51,28 @@ QO_EXPORT const char* quant_ops_isas() {
   return guarded([] {
     const quant_ops::KernelTable* tables[8];
     std::string names;
-    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
+    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names.append(i ? "," : "").append(tables[i]->isa);
     return names;
   });
 }
 
-// The micro-kernel that int8_gemm, int8_linear and int8_conv2d call.
-QO_EXPORT const char* quant_ops_gemm_kernel() {
+// The micro-kernels of the table in use, as "entry=name", separated by commas; gemm with its full tile.
+QO_EXPORT const char* quant_ops_kernels() {
   return guarded([] {
+    std::string names;
+    for (const auto& [entry, name] : quant_ops::kernel_names(quant_ops::kernels()))
+      names.append(names.empty() ? "" : ",").append(entry).append("=").append(name);
+    return names;
+  });
+}
+
+// The micro-kernel that multiplies so many rows by a packed weight of so many columns: that of the first tile. The others are like
+// it, except where the rows or the columns end.
+QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
+  return guarded([&] {
     const quant_ops::KernelTable& table = quant_ops::kernels();
-    return quant_ops::gemm_name(table, table.gemm_rows, quant_ops::kPanel);
+    const int64_t width = quant_ops::packed_layout(columns, 1, 1, 1, 1).width(0);
+    return quant_ops::gemm_name(table, quant_ops::tile_rows(table, rows, width <= quant_ops::kSlimColumns), width);
   });
 }
 

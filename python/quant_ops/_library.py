@@ -59,9 +59,10 @@ def load() -> None:
         raise ImportError(
             f"quant_ops: {path} does not load under torch {torch.__version__}: {error}. Rebuild it with: {_BUILD}"
         ) from error
-    for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_gemm_kernel):
+    for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_kernels, _c.quant_ops_gemm_kernel):
         function.restype = ctypes.c_char_p
     _c.quant_ops_set_isa.argtypes = [ctypes.c_char_p]
+    _c.quant_ops_gemm_kernel.argtypes = [ctypes.c_int64] * 2
     for function in (_c.quant_ops_packed_bytes, _c.quant_ops_cuda_packed_bytes):
         function.argtypes = [ctypes.c_int64] * 5
         function.restype = ctypes.c_int64
@@ -123,9 +124,14 @@ def set_isa(name: str | None) -> str:
     return _text(_library().quant_ops_set_isa((name or "").encode()))
 
 
-def gemm_kernel() -> str:
-    """The micro-kernel that the int8 operators call on the CPU."""
-    return _text(_library().quant_ops_gemm_kernel())
+def kernels() -> dict[str, str]:
+    """The micro-kernels in use on the CPU, by their entry in the table (``cpp/kernels/table.h``)."""
+    return dict(pair.split("=") for pair in _text(_library().quant_ops_kernels()).split(","))
+
+
+def gemm_kernel(rows: int = 1 << 20, columns: int = 1 << 20) -> str:
+    """The CPU's micro-kernel that multiplies ``rows`` of codes by a packed weight of ``columns``; by default of the full tile."""
+    return _text(_library().quant_ops_gemm_kernel(rows, columns))
 
 
 def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
