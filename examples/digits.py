@@ -8,6 +8,7 @@ The two ways: dynamic (`qo.quantize_`: one call, no data) and static (`from_floa
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 import time
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 from quant_ops import info
+from quant_ops.report.error import sqnr
+from quant_ops.report.timing import interleave
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,31 +108,14 @@ def describe(layer: nn.Module) -> str:
     return f"Conv2d({layer.in_channels}, {layer.out_channels}, {layer.kernel_size[0]}{groups})"
 
 
-def sqnr(reference: Tensor, result: Tensor) -> float:
-    """Signal to quantization noise, in dB."""
-    return (20 * torch.log10(reference.norm() / (reference - result).norm())).item()
-
-
 def state_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
-def interleaved(calls: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Median microseconds per call. The models take turns, so that a busy moment of the machine hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    repeat = 1
-    for model in calls.values():  # warm up; a round lasts at least about a millisecond
-        model(x)
-        start = time.perf_counter()
-        model(x)
-        repeat = max(repeat, int(1e-3 / (time.perf_counter() - start)))
-    for _ in range(rounds):
-        for name, model in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeat):
-                model(x)
-            times[name].append((time.perf_counter() - start) / repeat * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+def microseconds(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
+    """Median per call. The models take turns, so that a busy moment of the machine hits all of them alike."""
+    times = interleave({name: functools.partial(model, x) for name, model in models.items()}, rounds=rounds, turn=0.001)
+    return {name: 1e6 * statistics.median(values) for name, values in times.items()}
 
 
 def print_times(title: str, rows: dict[str, dict[str, float]]) -> None:
@@ -168,7 +154,7 @@ def compare(model: nn.Module, calibration: Tensor, x: Tensor, y: Tensor, rounds:
     for layer, decibel in report["sqnr"].items():
         print(f"  {layer:<4}{describe(model.get_submodule(layer)):<30}{decibel['dynamic']:>10.1f}{decibel['static']:>10.1f}")
 
-    report["network_us"] = {f"batch {n}": interleaved(models, x[:n], rounds) for n in (1, 32, len(x))}
+    report["network_us"] = {f"batch {n}": microseconds(models, x[:n], rounds) for n in (1, 32, len(x))}
     print_times("This network", report["network_us"])
     return report
 
@@ -187,7 +173,7 @@ def time_larger_layers(rounds: int) -> dict[str, dict[str, float]]:
         kind = qo.QuantLinear if isinstance(layer, nn.Linear) else qo.QuantConv2d
         scale, _ = qo.choose_qparams(x, [], -127, 127)
         models = {"float32": layer, "dynamic": kind.from_float(layer), "static": kind.from_float(layer, input_scale=scale)}
-        times[label] = interleaved(models, x, rounds)
+        times[label] = microseconds(models, x, rounds)
     print_times("Larger layers", times)
     return times
 

@@ -10,11 +10,11 @@ nn.Linear layers those of the attention and of the feed-forward part become int8
 import argparse
 import ast
 import copy
+import functools
 import os
 import random
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import quant_ops as qo
+from quant_ops.report.timing import interleave
 
 LENGTH = 48  # bytes of a line
 WIDTH, HEADS, LAYERS = 64, 4, 2
@@ -122,13 +123,8 @@ def accuracy(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def milliseconds(models: dict[str, nn.Module], tokens: Tensor) -> dict[str, float]:
     """Median of a few forwards, the models in turns."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(7):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(tokens)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    times = interleave({name: functools.partial(model, tokens) for name, model in models.items()}, rounds=7, turn=0.0)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> bool:

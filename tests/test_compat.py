@@ -233,10 +233,12 @@ def test_torch_quantizer_benchmark_commands(options):
 
 
 def test_torch_quantizer_benchmark_functions(capsys, monkeypatch):
-    from quant_ops import bench
     from quant_ops.compat import torch_quantizer as tq
+    from quant_ops.report import bench
 
-    monkeypatch.setattr(bench, "_in_turns", lambda calls, *_: {name: 1e-3 for name, call in calls.items() if call() is not None})
+    monkeypatch.setattr(
+        bench, "interleave", lambda calls, **_: {name: [1e-3] for name, call in calls.items() if call() is not None}
+    )
     tq.benchmark_linear(3, 32, 64)
     tq.benchmark_conv2d(bs=1, cin=8, h=5, w=6, cout=12, k=3, padding=1)
     printed = capsys.readouterr().out

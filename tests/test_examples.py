@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quant_ops import io
+from quant_ops.convert import files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -18,4 +18,4 @@ def test_quick(name, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: int8 is within one point of float32\n")
     assert "the same bits" in done.stdout
-    assert len(io.read_header(tmp_path / f"{name}.safetensors")["layers"]) >= 3
+    assert len(files.read_header(tmp_path / f"{name}.safetensors")["layers"]) >= 3

@@ -9,12 +9,11 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant_ops as qo
-from quant_ops import histograms
-from quant_ops.observers import Observer
+from quant_ops.observe import Observer, histogram
 
 KINDS = sorted(Observer.kinds)
 DISTRIBUTIONS = ["entropy", "histogram", "mse", "percentile"]
-H = histograms._HALF
+H = histogram._HALF
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +250,7 @@ def test_counts_are_those_of_one_histogram():
 @pytest.mark.parametrize("axis", [None, 0])
 def test_counts_of_a_large_tensor(axis):
     """It is counted in parts."""
-    x = torch.randn(3, 2 * histograms._CACHED // 3 + 1001)
+    x = torch.randn(3, 2 * histogram._CACHED // 3 + 1001)
     observer = observed("histogram", [x], axis=axis)
     rows = x.double().numpy() if axis == 0 else x.double().numpy().reshape(1, -1)
     for row, counts, exponent in zip(rows, observer.counts.reshape(-1, 2 * H), observer.exponent.flatten().tolist(), strict=True):

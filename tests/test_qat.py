@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import quant_ops as qo
-from quant_ops.qat import QatConv2d, QatLinear
+from quant_ops.convert.qat import QatConv2d, QatLinear
+from quant_ops.report.error import sqnr
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,6 @@ def train(model, steps, lr=1e-2):
         F.mse_loss(model(x), y).backward()
         optimizer.step()
     return model.eval()
-
-
-def sqnr(expected, got):
-    expected, got = expected.detach().double(), got.detach().double()
-    return float(10 * torch.log10(expected.square().sum() / (expected - got).square().sum()))
 
 
 # ---- forward, backward, int8 ---------------------------------------------------------------------------------------------

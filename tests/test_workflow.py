@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import quant_ops as qo
-from quant_ops import config
+from quant_ops.convert import config
 
 
 def sqnr(expected, got):
@@ -80,7 +80,6 @@ def test_each_layer_is_what_from_float_makes():
         (["blocks.[0].*"], (), {"blocks.0.up", "blocks.0.down"}),
         (("head",), ("stem",), {"head"}),
     ],
-    ids=str,
 )
 def test_include_and_exclude(include, exclude, expected):
     model = Net()
@@ -199,7 +198,9 @@ def test_left_alone(layer, reason):
 
 
 def test_other_layers_are_not_mentioned():
-    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.Embedding(3, 3), nn.LSTM(3, 3), nn.BatchNorm2d(3))
+    model = nn.Sequential(
+        nn.ConvTranspose1d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.Embedding(3, 3), nn.LSTM(3, 3), nn.BatchNorm2d(3)
+    )
     before = list(model)
     result = qo.quantize_(model)
     assert (result.converted, result.skipped) == ([], [])

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/activations.h"
+#include "cpu/columns.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 
@@ -135,7 +135,7 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   const KernelTable& table = table_of(isa);
   const int64_t channels = w.shape(0);
   const PackedLayout layout = packed_layout(channels, 1, w.shape(2), w.shape(3), channels);
-  if (!layout.depthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
+  if (layout.form != WeightForm::kDepthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
       column_scale.size() < layout.padded_n || bias.size() < layout.padded_n)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));

@@ -1,6 +1,6 @@
 // Plain C functions of libquant_ops.so, which python/quant_ops/_library.py calls through ctypes.
 #include "contract/cuda_weights.h"
-#include "cpu/activations.h"
+#include "cpu/columns.h"
 #include "cpu/pack.h"
 #include "torch/errors.h"
 

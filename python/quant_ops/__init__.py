@@ -8,15 +8,16 @@ from . import _library
 
 _library.load()
 
-from .calibration import calibrate, synchronize_  # noqa: E402
-from .config import Int8Dynamic, Int8Static  # noqa: E402
-from .config import from_json as config_from_json  # noqa: E402
-from .conv1d import QuantConv1d  # noqa: E402
-from .fallback import FallbackResult, fallback_  # noqa: E402
-from .fold import FoldResult, fold_batchnorm_  # noqa: E402
+from .convert.calibrate import calibrate, synchronize_  # noqa: E402
+from .convert.config import Int8Dynamic, Int8Static  # noqa: E402
+from .convert.config import from_json as config_from_json  # noqa: E402
+from .convert.files import load_, save  # noqa: E402
+from .convert.fold import FoldResult, fold_batchnorm_  # noqa: E402
+from .convert.select import ConversionResult  # noqa: E402
+from .convert.steps import count_timesteps, timestep  # noqa: E402
+from .convert.workflow import convert_, prepare_, prepare_qat_, quantize_  # noqa: E402
 from .info import kernel_for  # noqa: E402
-from .io import load_, save  # noqa: E402
-from .nn import QuantConv2d, QuantLinear  # noqa: E402
+from .nn import QuantConv1d, QuantConv2d, QuantLinear  # noqa: E402
 from .ops import (  # noqa: E402
     choose_qparams,
     dequant_tensor,
@@ -29,11 +30,9 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
 )
-from .probe import compare  # noqa: E402
-from .report import LayerReport, Report  # noqa: E402
-from .select import ConversionResult  # noqa: E402
-from .steps import count_timesteps, timestep  # noqa: E402
-from .workflow import convert_, prepare_, prepare_qat_, quantize_  # noqa: E402
+from .report.compare import compare  # noqa: E402
+from .report.fallback import FallbackResult, fallback_  # noqa: E402
+from .report.report import LayerReport, Report  # noqa: E402
 
 __version__ = _library.VERSION
 

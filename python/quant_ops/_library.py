@@ -81,6 +81,7 @@ def load() -> None:
             _c_cuda.quant_ops_cuda_gemm_kernel.argtypes = [ctypes.c_int64] * 3
             _c_cuda.quant_ops_cuda_gemm_kernel.restype = ctypes.c_char_p
             _c_cuda.quant_ops_cuda_is_dtype_refusal.argtypes = [ctypes.c_char_p]
+            _c_cuda.quant_ops_cuda_set_kernel.argtypes = [ctypes.c_char_p]
             cuda_library = cuda_path
         except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
             cuda_reason = f"{_CUDA_LIBRARY} does not load: {error}. Rebuild it with: {_BUILD}"
@@ -137,11 +138,18 @@ def gemm_kernel(rows: int = 1 << 20, columns: int = 1 << 20) -> str:
 def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
     """The kernel that multiplies ``(m, k)`` codes by an ``(n, k)`` weight on the current CUDA device; ``:4`` = K in four parts.
 
-    QUANT_OPS_CUDA_KERNEL names another one to use. Raises RuntimeError if it names none that takes these shapes.
+    QUANT_OPS_CUDA_KERNEL, read once, names another one to use. Raises RuntimeError if it names none that takes these shapes.
     """
     if _c_cuda is None:
         raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
     return _text(_c_cuda.quant_ops_cuda_gemm_kernel(m, n, k))
+
+
+def set_cuda_kernel(name: str | None) -> None:
+    """Uses this kernel for integer products on CUDA from now on, for tests and benchmarks; None: as QUANT_OPS_CUDA_KERNEL says."""
+    if _c_cuda is None:
+        raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
+    _c_cuda.quant_ops_cuda_set_kernel((name or "").encode())
 
 
 def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: int, device: str = "cpu") -> int:

@@ -2,8 +2,8 @@
 
 Differences from the original:
 
-* No tracing: models with control flow work, ``tracer`` is accepted and ignored, and there are no ``*_gm`` methods. Inputs of Linear
-  and Conv2d are observed, not other activations.
+* No tracing: models with control flow work, ``tracer`` is accepted and ignored, and there are no ``*_gm`` methods. Inputs of
+  Linear, Conv1d and Conv2d are observed, not other activations.
 * ``quantize`` gives int8 layers that run on this package's kernels for every backend and device; DISC, FBGEMM and REFERENCE differ
   only in the zero point of activations, as their default observers do. MNN is not offered.
 * Weights are symmetric int8 with one scale per output channel, biases float32.
@@ -26,8 +26,9 @@ from torch import nn
 
 import quant_ops as qo
 
-from ..probe import Probes, quiet
-from ..report import LayerReport
+from ..nn import Int8Layer
+from ..report.compare import Probes, quiet
+from ..report.report import LayerReport
 
 __all__ = ["AmpModule", "Backend", "Device", "ModuleFilter", "Quantizer"]
 
@@ -141,7 +142,7 @@ class Quantizer:
         quantized = copy.deepcopy(self._proxies[model])
         qo.convert_(quantized)
         for name, layer in list(quantized.named_modules()):
-            if isinstance(layer, qo.QuantLinear | qo.QuantConv2d):
+            if isinstance(layer, Int8Layer):
                 original = model.get_submodule(name)
                 if self.module_filter.excludes(name, original):  # since a fallback
                     quantized.set_submodule(name, copy.deepcopy(original))

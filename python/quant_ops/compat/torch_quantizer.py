@@ -3,8 +3,8 @@
 Differences from the original:
 
 * CPU as well as CUDA; float32, float16 or bfloat16 in and out. ``unet.half()`` is allowed, not required.
-* Every Linear and Conv2d is quantized: any channels, groups, dilation, padding. The original leaves out those whose channels are
-  no multiples of 32, without saying so.
+* Every Linear, Conv1d and Conv2d is quantized: any channels, groups, dilation, padding. The original leaves out Conv1d, and layers
+  whose channels are no multiples of 32, without saying so.
 * Calibration takes in every forward of the fake-quantized model, not only the first one of each step, and computes in float.
 * Steps are counted by forwards of the model, from 0 up, and start again after ``num_steps`` of them; the original counts the calls
   of each layer. Where a run calls the model another number of times, use ``qo.prepare_`` with ``qo.timestep``.
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 
-from ..bench import conv2d, linear, text
+from ..nn import Int8Layer
+from ..report.bench import conv2d, linear, text
 
 _log = logging.getLogger("quant_ops")
 _OBSERVERS = {"max": "minmax", "mse": "mse"}
@@ -86,7 +87,7 @@ def real_quant(model: nn.Module, n_bits: int = 8, num_steps: int = 1, ckpt_path:
         qo.quantize_(model, qo.Int8Dynamic(weight_bits=n_bits))
         return model
     qo.load_(model, ckpt_path)
-    found = {layer.num_steps for layer in model.modules() if isinstance(layer, qo.QuantLinear | qo.QuantConv2d)}
+    found = {layer.num_steps for layer in model.modules() if isinstance(layer, Int8Layer)}
     if found - {1, num_steps}:
         raise ValueError(f"quant_ops.real_quant: expected a checkpoint of {num_steps} steps, got {sorted(found)} in {ckpt_path}")
     _count_steps(model, num_steps)

@@ -1,0 +1,148 @@
+"""Calibration: runs a prepared model on data, so that its observers see what its layers see."""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .._models import Forward, call, evaluating
+from ..observe import Observer
+from .prepared import Prepared
+
+_log = logging.getLogger("quant_ops")
+
+
+def _observed(op: str, model: nn.Module) -> dict[str, Prepared]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
+    if not layers:
+        raise ValueError(f"quant_ops.{op}: expected a prepared model, got one without prepared layers. Call prepare_ first.")
+    return {name: layer for name, layer in layers.items() if layer.observer is not None}
+
+
+def _not_finite(layers: Mapping[str, Prepared]) -> list[str]:
+    return [name for name, layer in layers.items() if layer.observer is not None and not layer.observer.is_finite()]
+
+
+@contextlib.contextmanager
+def _calibrating(model: nn.Module, layers: Iterable[Prepared]) -> Iterator[None]:
+    """Eval mode, no gradients, and observers on; afterwards every module has the mode that it had."""
+    with evaluating(model):
+        for layer in layers:
+            layer.begin_calibration()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.end_calibration()
+
+
+def _progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
+    """With a bar on a terminal, if tqdm is installed."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        return data
+    return tqdm(data, desc="calibrate", total=total, disable=None, leave=False)
+
+
+def _on(device: torch.device | None, batch: Any) -> Any:
+    """The batch with its tensors on the device, if there is one for all."""
+    if device is None:
+        return batch
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    forward: Forward | None = None,
+    steps: int | None = None,
+) -> int:
+    """Runs a prepared model on data, in eval mode and without gradients; the layers observe their inputs.
+
+    Can be called again with more data, and the state_dict of the prepared model saves what has been seen. Ctrl-C ends it early and
+    keeps what it has. The modes of the model's modules are restored.
+
+    Args:
+        model: from :func:`prepare_` or :func:`prepare_qat_`.
+        data: batches. A tensor is the model's argument; a tuple or list are its arguments; a mapping its keyword arguments. Tensors
+            go to the model's device if its parameters are all on one.
+        forward: called as ``forward(model, batch)`` instead, e.g. to drop labels or to run a whole pipeline; its batches stay where
+            they are.
+        steps: at most so many batches.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        ValueError: the model is not prepared, data is empty, or a layer's input has held NaN or Inf.
+    """
+    layers = _observed("calibrate", model)
+    if steps is not None and steps < 1:
+        raise ValueError(f"quant_ops.calibrate: expected steps >= 1, got {steps}")
+    if isinstance(data, Tensor | Mapping):
+        raise TypeError(f"quant_ops.calibrate: expected an iterable of batches, got one {type(data).__name__}. Write [batch].")
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+    length = len(data) if isinstance(data, Sized) else None
+    total = steps if length is None else length if steps is None else min(length, steps)
+    batches = 0
+    with _calibrating(model, layers.values()):
+        try:
+            for batch in _progress(data, total):
+                call(model, batch if forward is not None else _on(device, batch), forward)
+                batches += 1
+                if batches == steps:
+                    break
+        except KeyboardInterrupt:
+            _log.warning("quant_ops.calibrate: interrupted after %d batches, which count", batches)
+            if batches == 0:
+                raise
+    if batches == 0:
+        raise ValueError("quant_ops.calibrate: expected calibration data, got no batch. An iterator is empty after its first use.")
+    if names := _not_finite(layers):
+        raise ValueError(
+            f"quant_ops.calibrate: expected finite activations, got NaN or Inf at the inputs of {names}. Mend the data or the "
+            "model, reset those layers' observers (layer.observer.reset()), and calibrate again."
+        )
+    return batches
+
+
+def synchronize_(model: nn.Module, group: Any = None) -> None:
+    """Merges the observers of all processes of a ``torch.distributed`` group: each gets what one would have seen with all the data.
+
+    Every process of the group has to call it, after :func:`calibrate` on its share of the data, and once only: a second call would
+    count everything again.
+
+    Raises:
+        ValueError: the model is not prepared, or the processes' models differ.
+    """
+    layers = _observed("synchronize_", model)
+    observers = {name: layer.observer for name, layer in layers.items() if layer.observer is not None}
+    mine = {name: {key: value.cpu() for key, value in observer.state_dict().items()} for name, observer in observers.items()}
+    everyones: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyones, mine, group)
+    for theirs in everyones:
+        if theirs.keys() != mine.keys():
+            names = sorted(theirs.keys() ^ mine.keys())
+            raise ValueError(
+                f"quant_ops.synchronize_: expected the same prepared layers in every process, got a difference in {names}"
+            )
+    for name, observer in observers.items():
+        observer.load_state_dict(everyones[0][name])  # in the order of ranks, so that all get the same bits
+        for state in everyones[1:]:
+            observer.merge_(_restore(observer, state[name]))
+        layers[name].end_calibration()
+
+
+def _restore(like: Observer, state: Mapping[str, Tensor]) -> Observer:
+    other = copy.deepcopy(like)
+    other.reset()
+    other.load_state_dict(state)
+    return other

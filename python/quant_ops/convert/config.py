@@ -1,0 +1,101 @@
+"""How to quantize a model: one frozen dataclass per scheme, with a JSON round trip."""
+
+import dataclasses
+import json
+from typing import Any
+
+from ..observe import Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What every scheme can do: be compared, hashed, and written as JSON."""
+
+    def to_json(self) -> str:
+        """The config as JSON, with its class's name."""
+        return json.dumps({"config": type(self).__name__, **dataclasses.asdict(self)})
+
+    def _expect(self, condition: bool, relation: str) -> None:
+        if not condition:
+            raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}")
+
+    def _expect_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        bound = f" <= {high}" if high is not None else ""
+        self._expect(integer and low <= value and (high is None or value <= high), f"{low} <= {name}{bound}, got {value}")
+
+    def _expect_observer(self, name: str) -> None:
+        known, value = sorted(Observer.kinds), getattr(self, name)
+        self._expect(value in known, f"{name} to be one of {known}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Dynamic(Config):
+    """int8 weights, one scale per output channel; activations quantized to int8 in every call, from their data.
+
+    Linear quantizes per row (token), Conv2d per sample. Needs no calibration data.
+
+    Attributes:
+        asymmetric: activations get a zero point; helps where they are one-sided, e.g. after ReLU.
+        weight_bits: 2 to 8; fewer than 8 bits coarsen the weights, which stay int8 in memory.
+        weight_observer: how each channel's weight scale is chosen, by the name of an observer; "mse" helps below 8 bits.
+    """
+
+    asymmetric: bool = False
+    weight_bits: int = 8
+    weight_observer: str = "minmax"
+
+    def __post_init__(self) -> None:
+        self._expect_integer("weight_bits", 2, 8)
+        self._expect_observer("weight_observer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Static(Config):
+    """int8 weights, one scale per output channel; activations quantized to int8 with scales from :func:`calibrate`.
+
+    Attributes:
+        observer: how the scale of a layer's input is chosen: "minmax", "ema", "percentile", "mse", "entropy", "histogram" or "lsq".
+        asymmetric: activations get a zero point; helps where they are one-sided, e.g. after ReLU.
+        num_steps: sets of activation scales, for models that are called step after step; see :func:`timestep`.
+        weight_bits: 2 to 8; fewer than 8 bits coarsen the weights, which stay int8 in memory.
+        weight_observer: how each channel's weight scale is chosen; "mse" helps below 8 bits.
+        percentile: of the "percentile" observer: percent of the values that must not be clipped (of either sign, if asymmetric).
+        momentum: of the "ema" observer: weight of the newest batch.
+    """
+
+    observer: str = "minmax"
+    asymmetric: bool = False
+    num_steps: int = 1
+    weight_bits: int = 8
+    weight_observer: str = "minmax"
+    percentile: float = 99.99
+    momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._expect_observer("observer")
+        self._expect_integer("num_steps", 1)
+        self._expect_integer("weight_bits", 2, 8)
+        self._expect_observer("weight_observer")
+        self._expect(50 < self.percentile <= 100, f"50 < percentile <= 100, got {self.percentile}")
+        self._expect(0 < self.momentum <= 1, f"0 < momentum <= 1, got {self.momentum}")
+
+
+Scheme = Int8Dynamic | Int8Static
+
+_CONFIGS: dict[str, type[Scheme]] = {config.__name__: config for config in (Int8Dynamic, Int8Static)}
+
+
+def from_json(text: str) -> Scheme:
+    """The config that :meth:`Config.to_json` wrote. Raises ValueError for another name or field."""
+    fields: dict[str, Any] = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"quant_ops: expected a JSON object with a config, got {text}")
+    name = fields.pop("config", None)
+    if name not in _CONFIGS:
+        raise ValueError(f"quant_ops: expected a config named one of {sorted(_CONFIGS)}, got {name}")
+    known = {field.name for field in dataclasses.fields(_CONFIGS[name])}
+    if not set(fields) <= known:
+        raise ValueError(f"quant_ops.{name}: expected fields among {sorted(known)}, got {sorted(set(fields) - known)}")
+    return _CONFIGS[name](**fields)

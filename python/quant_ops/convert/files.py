@@ -1,0 +1,358 @@
+"""A quantized model as one safetensors file, and back into a fresh float model.
+
+The file holds the model's state_dict as plain tensors, each one once: int8 weights, float32 scales, and whatever stayed float. Its
+metadata has one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
+
+    {"format_version": 1, "quant_ops": "0.1.0",
+     "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "config": {...} or null}, ...},
+     "shared": {"head.weight": "embedding.weight", ...}}    further names of a tensor that the file has under its first name
+
+``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import _library
+from .._models import has_hooks
+from ..nn import INT8_LAYERS, Int8Layer
+from . import config
+from .prepared import Prepared
+from .select import FLOAT, ConversionResult, leave_fused_paths
+
+FORMAT_VERSION = 1
+
+_KEY = "quant_ops"
+_SETTINGS = ("asymmetric", "relu")
+_CLASSES = {kind.__name__: kind for kind in INT8_LAYERS.values()}
+_DTYPES = {
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+    "output_scale": torch.float32,
+    "output_zero_point": torch.int32,
+}
+_REQUIRED = ("weight", "weight_scale")
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a quantized model to one safetensors file, which :func:`load_` reads.
+
+    The file appears whole or not at all: whatever happens while it is written, an older file of that name stays as it was. The same
+    model gives the same bytes.
+
+    Args:
+        model: any module with int8 layers; what stayed float is saved as it is.
+        path: of the file; its name usually ends in ``.safetensors``.
+
+    Raises:
+        TypeError: the state_dict holds something else than tensors.
+        ValueError: model is itself one layer, or not converted yet, or a tensor has no data.
+        OSError: the file cannot be written.
+    """
+    model = _without_compile(model)
+    if isinstance(model, Int8Layer):
+        raise ValueError(
+            f"quant_ops.save: expected a model that contains layers, got a bare {type(model).__name__}, which load_ could not "
+            "replace in place. Wrap it in an nn.Sequential."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, Prepared):
+            raise ValueError(
+                f"quant_ops.save: expected a float or int8 model, got the {module.kind} layer {name!r}. "
+                "Call convert_ first, or keep the state_dict."
+            )
+    tensors, shared = _distinct(model.state_dict())
+    layers = {
+        name: _describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Int8Layer)
+    }
+    header = {"format_version": FORMAT_VERSION, "quant_ops": _library.VERSION, "layers": layers, "shared": shared}
+    with _replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+
+
+def _without_compile(model: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped; its names are those of the fresh model."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _describe(layer: Int8Layer) -> dict[str, Any]:
+    """Everything needed to build the layer again, except its tensors."""
+    settings = layer.config
+    return {
+        "class": type(layer).__name__,
+        "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *_SETTINGS)},
+        "weight_bits": layer.weight_bits,
+        "config": None if settings is None else json.loads(settings.to_json()),
+    }
+
+
+def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under their first names, and for each further name the first one."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    views: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"quant_ops.save: expected a state_dict of tensors, got {type(tensor).__name__} under {name!r}")
+        if tensor.is_meta:
+            raise ValueError(f"quant_ops.save: expected tensors with data, got {name!r} on the meta device. Load the model first.")
+        storage = tensor.untyped_storage().data_ptr()
+        view = (storage, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and view in views:
+            shared[name] = views[view]
+            continue
+        views[view] = name
+        overlaps = storage in storages  # another part of a storage that is saved already: safetensors wants a copy
+        tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if overlaps else tensor.detach().contiguous()
+        storages.add(storage)
+    return tensors, shared
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside the file, which takes the file's place once it is whole and on the disk."""
+    target = Path(os.path.realpath(path))  # replaces the target of a symbolic link, not the link
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"quant_ops.save: expected a path in an existing folder, got {path}")
+    if target.is_dir():
+        raise IsADirectoryError(f"quant_ops.save: expected the path of a file, got the folder {path}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            temporary.touch()
+            mode = (target if target.exists() else temporary).stat().st_mode  # safetensors would leave 0600
+            yield temporary
+            temporary.chmod(mode & 0o777)
+            _flush(temporary)
+            os.replace(temporary, target)
+            _flush(target.parent)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise OSError(f"quant_ops.save: {path} was not written: {error}") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> ConversionResult:
+    """Turns a fresh float model into the quantized one that :func:`save` wrote, in place.
+
+    The model may be on the meta device (``with torch.device("meta"): model = Net()``): then no float weight is ever allocated. The
+    file is mapped, not copied; on the CPU the plain tensors stay backed by it, so replace the file as :func:`save` does and do not
+    write into it. Everything is checked before the model is touched: after an error it is as it was.
+
+    Args:
+        model: built as the float model was, or already quantized.
+        path: a file of :func:`save`.
+        device: where the tensors go; by default where the model's are, the CPU for those on the meta device.
+
+    Returns:
+        The int8 layers, and the Linear, Conv1d and Conv2d layers that the file keeps float. Dtypes are the file's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, no file of :func:`save`, of a newer format, or of another model. The first difference is
+            named.
+    """
+    model = _without_compile(model)
+    file = _File(path)
+    _check_fit(model, file)
+
+    def place(tensor: Tensor) -> torch.device | str:
+        return device or ("cpu" if tensor.is_meta else tensor.device)
+
+    layers = _layers(model, file, place)
+    model.load_state_dict(_float_state(model, file, place), strict=False, assign=True)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    leave_fused_paths(model)
+    floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
+    return ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a file of :func:`save`, checked; errors as in :func:`load_`."""
+    return _File(path).header
+
+
+class _File:
+    """A mapped file of :func:`save`, its metadata parsed and checked.
+
+    Attributes:
+        layers: the int8 layers, as the metadata have them.
+        sources: every name in the state_dict, and the name of its tensor in the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"quant_ops.load_: expected the path of a file, got {path}")
+        self.path = path
+        try:
+            self._file = cast(Any, safetensors.safe_open(path, framework="pt"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(
+                f"quant_ops.load_: expected a whole safetensors file, got {path}: {error}. It is cut off, or no file of "
+                "quant_ops.save."
+            ) from error
+        text = (self._file.metadata() or {}).get(_KEY)
+        if text is None:
+            raise ValueError(
+                f"quant_ops.load_: expected a file of quant_ops.save, got {path}, a safetensors file of another program"
+            )
+        names = list(self._file.keys())
+        try:
+            self.header: dict[str, Any] = json.loads(text)
+            if self.header["format_version"] <= FORMAT_VERSION:
+                _check_header(self.header, names)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"quant_ops.load_: expected metadata of quant_ops.save in {path}, got {error!r}") from error
+        if (version := self.header["format_version"]) > FORMAT_VERSION:
+            raise ValueError(
+                f"quant_ops.load_: expected format_version <= {FORMAT_VERSION}, got {version} in {path}, written by quant_ops "
+                f"{self.header.get('quant_ops')}. Upgrade quant_ops."
+            )
+        self.layers: dict[str, Any] = self.header["layers"]
+        self.sources: dict[str, str] = {name: name for name in names} | self.header["shared"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor of this name."""
+        return tuple(self._file.get_slice(self.sources[name]).get_shape())
+
+    def tensor(self, source: str, device: torch.device | str) -> Tensor:
+        """A tensor of the file; on the CPU it is a view of the mapped file."""
+        return self._file.get_tensor(source).to(device)
+
+
+def _check_header(header: dict[str, Any], names: list[str]) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
+    for name, entry in header["layers"].items():
+        kind, arguments = _CLASSES[entry["class"]], entry["arguments"]
+        known = arguments.keys() == {*kind.geometry, *_SETTINGS} and all(isinstance(arguments[key], bool) for key in _SETTINGS)
+        if not known or entry["weight_bits"] not in range(2, 9):
+            raise ValueError(f"layer {name!r}: {entry}")
+        if entry["config"] is not None:
+            config.from_json(json.dumps(entry["config"]))
+    for name, source in header["shared"].items():
+        if name in names or source not in names:
+            raise ValueError(f"{name!r} shared with {source!r}")
+
+
+def _check_fit(model: nn.Module, file: _File) -> None:
+    """Refuses a file of another model, naming the first tensor or setting that differs."""
+    state, modules = model.state_dict(keep_vars=True), dict(model.named_modules(remove_duplicate=False))
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"quant_ops.load_: expected {file.path} to be a file of this model, got {what}")
+
+    for name, tensor in state.items():
+        owner, _, attribute = name.rpartition(".")
+        if owner in file.layers and attribute not in ("weight", "bias"):
+            continue  # the model is quantized already; its scales are replaced
+        if not isinstance(tensor, Tensor):
+            refuse(f"{name!r} in the model, which is no tensor and in no file")
+        if name not in file.sources:
+            others = sorted(set(file.sources) - set(state))
+            refuse(f"no {name!r} in the file (model: {tuple(tensor.shape)}; names that the file alone has: {others[:3]})")
+        if file.shape(name) != tuple(tensor.shape):
+            refuse(f"{name!r} of shape {file.shape(name)} in the file and {tuple(tensor.shape)} in the model")
+    for name, entry in file.layers.items():
+        module, kind = modules.get(name), _CLASSES[entry["class"]]
+        if module is None or type(module) not in (kind, kind.float_class):
+            got = "nothing" if module is None else type(module).__name__
+            refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
+        if has_hooks(module):
+            refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
+        for setting in kind.geometry:
+            stored = _from_json(entry["arguments"][setting])
+            if getattr(module, setting) != stored:
+                refuse(f"{name!r} with {setting}={stored} in the file and {getattr(module, setting)} in the model")
+        for attribute in _REQUIRED:
+            if f"{name}.{attribute}" not in file.sources:
+                refuse(f"a {kind.__name__} {name!r} without {attribute} in the file")
+        if f"{name}.bias" in file.sources and module.bias is None:
+            refuse(f"{name!r} with a bias in the file and without in the model")
+    known = set(state) | {f"{name}.{attribute}" for name in file.layers for attribute in _DTYPES}
+    if unexpected := [name for name in file.sources if name not in known]:
+        refuse(f"{unexpected[0]!r} of shape {file.shape(unexpected[0])} in the file alone")
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_meta and name not in file.sources and name.rpartition(".")[0] not in file.layers:
+            raise ValueError(
+                f"quant_ops.load_: expected every buffer on the meta device to be in {file.path}, got the non-persistent {name!r}, "
+                "which is in no state_dict. Build the model with this buffer on a real device."
+            )
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Int8Layer]:
+    """The int8 layers under their names; those whose tensors are all the same are one module."""
+    layers: dict[str, Int8Layer] = {}
+    made: dict[tuple[Any, ...], Int8Layer] = {}
+    for name, entry in file.layers.items():
+        old: Any = model.get_submodule(name)
+        sources = {key: file.sources[f"{name}.{key}"] for key in _DTYPES if f"{name}.{key}" in file.sources}
+        identity = (*sources.values(), json.dumps(entry))
+        if identity not in made:
+            state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
+            for key, tensor in state.items():
+                if tensor.dtype != _DTYPES[key]:
+                    raise ValueError(
+                        f"quant_ops.load_: expected {name}.{key} of dtype {_DTYPES[key]} in {file.path}, got {tensor.dtype}"
+                    )
+            kind: Any = _CLASSES[entry["class"]]
+            arguments = {key: _from_json(value) for key, value in entry["arguments"].items()}
+            layer: Int8Layer = kind(**arguments, bias="bias" in state, device="meta")
+            layer.weight_bits = entry["weight_bits"]
+            layer.config = entry["config"] and config.from_json(json.dumps(entry["config"]))
+            try:
+                layer.load_state_dict(state, assign=True)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got: {error}") from error
+            made[identity] = layer.train(old.training)
+        layers[name] = made[identity]
+    return layers
+
+
+def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:
+    """The tensors outside int8 layers. Names of one tensor get one object, so that tied parameters are tied again."""
+    state: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for name, old in model.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[0] in file.layers:
+            continue
+        source = file.sources[name]
+        if source not in made:
+            tensor = file.tensor(source, place(old))
+            if tensor.is_floating_point() != old.is_floating_point():
+                raise ValueError(
+                    f"quant_ops.load_: expected {name!r} of a dtype like {old.dtype} in {file.path}, got {tensor.dtype}"
+                )
+            made[source] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        state[name] = made[source]
+    return state

@@ -1,0 +1,149 @@
+"""Layers between float and int8: float layers that observe their input, in place of nn.Linear, nn.Conv1d and nn.Conv2d.
+
+They are subclasses that share the float layer's parameters, under the same names, so that optimizers, tied weights and code that
+reads ``layer.weight`` go on working, and the observers' statistics are part of the state_dict.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..observe import Observer
+from .config import Int8Static, Scheme
+
+
+def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The same layer, with the same parameters, as another class; the original is left as it is."""
+    layer = kind.__new__(kind)
+    layer.__dict__ = {key: value.copy() if isinstance(value, dict | set) else value for key, value in module.__dict__.items()}
+    return layer
+
+
+def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
+    """One scale per output channel by the config's observer; None for the largest magnitude, which the layer finds itself."""
+    if config.weight_observer == "minmax" or weight.is_meta:
+        return None
+    qmax = 2 ** (config.weight_bits - 1) - 1
+    observer = Observer.kinds[config.weight_observer](qmin=-qmax, qmax=qmax, axis=0, device=weight.device)
+    observer(weight)
+    return observer.qparams()[0].flatten()
+
+
+def to_int8(layer: Any, config: Scheme, weight_scale: Tensor | None = None, **settings: Any) -> Int8Layer:
+    """The int8 layer of a float one by its config; settings are those of ``from_float``."""
+    if weight_scale is None:
+        weight_scale = choose_weight_scale(layer.weight, config)
+    kind = INT8_LAYERS[float_class(layer)]
+    if not isinstance(config, Int8Static):
+        settings["asymmetric"] = config.asymmetric
+    made = kind.from_float(layer, weight_bits=config.weight_bits, weight_scale=weight_scale, **settings)
+    made.config = config
+    return made
+
+
+class Prepared(nn.Module):
+    """What prepared layers share. Every forward is observed, whoever calls it; ``calibrate`` is one way to do so."""
+
+    kind: ClassVar[str] = "prepared"
+    float_class: ClassVar[type[nn.Module]]
+    own: ClassVar[tuple[str, ...]] = ("config", "observer", "timestep")  # attributes that the float layer does not have
+
+    weight: Tensor
+    config: Scheme
+    observer: Observer | None
+    timestep: Tensor | None
+
+    @classmethod
+    def from_float(cls, module: nn.Module, config: Scheme) -> "Prepared":
+        """The prepared layer of a float or prepared one."""
+        layer = recast(module, cls)
+        assert isinstance(layer, Prepared)
+        layer._prepare(config)
+        return layer
+
+    def _prepare(self, config: Scheme) -> None:
+        self.config = config
+        weight = self.weight
+        self.observer = None  # of a dynamic layer
+        self.register_buffer("timestep", None, persistent=False)
+        if isinstance(config, Int8Static):
+            kind = Observer.kinds[config.observer]
+            settings = {name: getattr(config, name) for name in kind.settings}
+            self.observer = kind(asymmetric=config.asymmetric, num_steps=config.num_steps, device=weight.device, **settings)
+            if config.num_steps > 1:
+                self.timestep = torch.zeros((), dtype=torch.int64, device=weight.device)
+
+    @property
+    def num_steps(self) -> int:
+        """Sets of activation scales."""
+        return 1 if self.observer is None else self.observer.num_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The float layer's output."""
+        if self.observer is not None:
+            self.observer(x, self.timestep)
+        return super().forward(x)
+
+    def begin_calibration(self) -> None:
+        """Called by :func:`calibrate` at its start. There is nothing to do: forward always computes in float and observes."""
+
+    def end_calibration(self) -> None:
+        """Called by :func:`calibrate` at its end. There is nothing to do: the observer holds the statistics."""
+
+    def to_float(self) -> nn.Module:
+        """The float layer with this layer's parameters."""
+        layer = recast(self, self.float_class)
+        for name in self.own:
+            if hasattr(layer, name):
+                delattr(layer, name)
+        return layer
+
+    def input_qparams(self) -> dict[str, Tensor]:
+        """The arguments of ``from_float`` for the input; empty for dynamic quantization."""
+        if self.observer is None:
+            return {}
+        scale, zero_point = self.observer.qparams()
+        return {"input_scale": scale, "input_zero_point": zero_point} if self.observer.asymmetric else {"input_scale": scale}
+
+    def problem(self) -> str | None:
+        """Why no int8 layer can be made, as the beginning of an error message that ends with the layer's name; None if one can."""
+        if not self.weight.isfinite().all():
+            return "expected finite weights, got NaN or Inf, in layer"
+        if self.observer is not None and not self.observer.is_finite():
+            return (
+                "expected finite activations in calibration, got NaN or Inf (mend the data, call reset() of the layer's observer, "
+                "and calibrate again), at the input of layer"
+            )
+        return None
+
+    def to_int8(self) -> Int8Layer:
+        """The int8 layer, with scales from the observed data."""
+        return to_int8(self, self.config, **self.input_qparams())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"
+
+
+class PreparedLinear(Prepared, nn.Linear):
+    """nn.Linear that observes its input."""
+
+    float_class = nn.Linear
+
+
+class PreparedConv1d(Prepared, nn.Conv1d):
+    """nn.Conv1d that observes its input."""
+
+    float_class = nn.Conv1d
+
+
+class PreparedConv2d(Prepared, nn.Conv2d):
+    """nn.Conv2d that observes its input."""
+
+    float_class = nn.Conv2d
+
+
+PREPARED: dict[type[nn.Module], type[Prepared]] = {
+    kind.float_class: kind for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d)
+}

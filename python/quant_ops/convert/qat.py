@@ -1,0 +1,235 @@
+"""Quantization-aware training: layers whose forward computes with quantized weights and inputs, and whose gradients pass through.
+
+The input and each output channel of the weight are simulated by ``quant_tensor_forward``, with the codes that the int8 layer will
+use; its gradient is the straight-through estimator for values and that of LSQ (arXiv 1902.08153) for scales.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import Int8Layer
+from ..observe import Observer
+from ..ops import choose_qparams, quant_tensor_forward
+from .config import Int8Static, Scheme
+from .prepared import Prepared, choose_weight_scale, to_int8
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _learned(scale: Tensor, elements: int, qmax: int) -> Tensor:
+    """A positive scale whose gradient is divided by sqrt(elements * qmax), so that it moves as fast as the weights do."""
+    scale = scale.abs().clamp(min=_TINY)
+    slow = scale * (elements * qmax) ** -0.5
+    return scale.detach() + (slow - slow.detach())  # the value is the scale's, to the bit
+
+
+class Qat(Prepared):
+    """What the trainable layers share.
+
+    Where scales are learned (observer "lsq"), ``weight_scale``, ``input_scale`` and a floating ``input_zero_point`` are
+    parameters; where they stay as calibrated, buffers; where they follow the data, None.
+    """
+
+    kind = "qat"
+    own = (*Prepared.own, "observing", "started", "learned", "weight_scale", "input_scale", "input_zero_point")
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def _prepare(self, config: Scheme) -> None:
+        before = self._modules.get("observer")  # of a prepared layer
+        for name in Prepared.own:
+            if hasattr(self, name):
+                delattr(self, name)
+        super()._prepare(config)
+        observer = self.observer
+        self.observing = False
+        self.started = observer is None
+        self.learned = isinstance(config, Int8Static) and config.observer == "lsq"
+
+        weight_scale = choose_weight_scale(self.weight, config)
+        if weight_scale is None and self.learned:
+            weight_scale = self._range_scale()
+        shape = (-1, *[1] * (self.weight.dim() - 1))
+        self._keep("weight_scale", None if weight_scale is None else weight_scale.reshape(shape))
+        kept = observer is not None and not observer.live
+        steps = () if self.timestep is None else (self.num_steps,)
+        self._keep("input_scale", torch.ones(steps, device=self.weight.device) if kept else None)
+        asymmetric = kept and observer is not None and observer.asymmetric
+        self._keep("input_zero_point", torch.zeros(steps, device=self.weight.device) if asymmetric else None)
+
+        if observer is not None and isinstance(before, Observer):
+            fits = (before.num_steps, before.asymmetric) == (observer.num_steps, observer.asymmetric)
+            if fits and (kept or type(before) is type(observer)):
+                self.observer = before
+                self.end_calibration()
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        if self.learned and value is not None:
+            self.register_parameter(name, nn.Parameter(value.clone()))
+        else:
+            self.register_buffer(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.started = self.observer is None or bool(state_dict.get(prefix + "observer.count", torch.zeros(1)).any())
+
+    # ---- where the input's scale starts ----------------------------------------------------------------------------------
+
+    def begin_calibration(self) -> None:
+        """Until :meth:`end_calibration`, forward computes in float and observes."""
+        self.observing = True
+
+    def end_calibration(self) -> None:
+        """Takes the scales from the observed data, if there are any."""
+        self.observing = False
+        observer = self.observer
+        if observer is None or observer.empty:
+            return
+        if self.input_scale is not None and observer.is_finite():
+            scale, zero_point = observer.qparams()
+            with torch.no_grad():
+                self.input_scale.copy_(scale)
+                if self.input_zero_point is not None:
+                    self.input_zero_point.copy_(zero_point)
+        self.started = True
+
+    def _start(self, x: Tensor) -> None:
+        """Takes the first scales from the first batch, which is allowed only where a single process learns them afterwards."""
+        assert self.observer is not None
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        alone = not distributed or torch.distributed.get_world_size() == 1
+        if not (self.learned and alone) or torch.compiler.is_compiling():
+            why = "several processes would start differently" if self.learned and not alone else "they are not learned"
+            why = "a compiled model cannot" if torch.compiler.is_compiling() else why
+            raise RuntimeError(
+                f"quant_ops.{type(self).__name__}: expected the scales of observer {self.observer.name!r} to be calibrated before "
+                f"training, got no data ({why}). Call calibrate(model, data) first."
+            )
+        self.observer(x, self.timestep)
+        self.end_calibration()
+
+    # ---- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with quantized weights and input; the float layer's while calibrating."""
+        if self.observing:
+            return super().forward(x)
+        return self._compute(self._simulate_input(x), self._simulate_weight())
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _dynamic_dims(self, x: Tensor) -> list[int]:
+        """The dimensions over which dynamic quantization takes one scale."""
+        raise NotImplementedError
+
+    def _simulate_input(self, x: Tensor) -> Tensor:
+        if self.observer is None:
+            asymmetric = self.config.asymmetric
+            qmin = -128 if asymmetric else -127
+            scale, zero_point = choose_qparams(x.detach(), self._dynamic_dims(x), qmin, 127, asymmetric)
+            return quant_tensor_forward(x, scale, zero_point, qmin, 127, asymmetric)
+        qmin, qmax, asymmetric = self.observer.qmin, self.observer.qmax, self.observer.asymmetric
+        if self.input_scale is None:
+            if self.training or not self.started:
+                self.observer(x, self.timestep)
+                self.started = True
+            scale, zero_point = self.observer.live_qparams()
+        else:
+            if not self.started:
+                self._start(x)
+            scale, zero_point = self.input_scale, self.input_zero_point  # type: ignore[assignment]
+        if self.timestep is not None:
+            step = self.timestep.clone()  # the backward pass wants it, and the next step may come before that
+            scale = scale.index_select(0, step)
+            zero_point = None if zero_point is None else zero_point.index_select(0, step)
+        if self.learned:
+            scale = _learned(scale, max(1, x.numel() // max(1, x.shape[0])), qmax)
+        return quant_tensor_forward(x, scale, zero_point, qmin, qmax, asymmetric)
+
+    @property
+    def _weight_qmax(self) -> int:
+        return 2 ** (self.config.weight_bits - 1) - 1
+
+    def _range_scale(self) -> Tensor:
+        return choose_qparams(self.weight.detach(), list(range(1, self.weight.dim())), -self._weight_qmax, self._weight_qmax)[0]
+
+    def _simulate_weight(self) -> Tensor:
+        qmax = self._weight_qmax
+        scale = self._range_scale() if self.weight_scale is None else self.weight_scale
+        if self.learned:
+            scale = _learned(scale, self.weight[0].numel(), qmax)
+        return quant_tensor_forward(self.weight, scale, None, -qmax, qmax)
+
+    # ---- to int8 ---------------------------------------------------------------------------------------------------------
+
+    def input_qparams(self) -> dict[str, Tensor]:
+        """As :meth:`Prepared.input_qparams`, with the scales that were learned or kept."""
+        if self.input_scale is None:
+            return super().input_qparams()
+        scale = self.input_scale.detach().abs().clamp(min=_TINY)
+        return (
+            {"input_scale": scale}
+            if self.input_zero_point is None
+            else {"input_scale": scale, "input_zero_point": self.input_zero_point}
+        )
+
+    def problem(self) -> str | None:
+        """As :meth:`Prepared.problem`; training may have diverged."""
+        for name in ("weight_scale", "input_scale", "input_zero_point"):
+            value = getattr(self, name)
+            if value is not None and not value.isfinite().all():
+                return f"expected a finite {name}, got NaN or Inf from training, in layer"
+        return super().problem()
+
+    def to_int8(self) -> Int8Layer:
+        """The int8 layer with the codes that this one computes with."""
+        scale = None if self.weight_scale is None else self.weight_scale.detach().abs().clamp(min=_TINY).flatten()
+        if scale is None:
+            scale = self._range_scale().flatten()
+        return to_int8(self, self.config, scale, **self.input_qparams())
+
+
+class QatLinear(Qat, nn.Linear):
+    """nn.Linear that trains with quantized weights and inputs."""
+
+    float_class = nn.Linear
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+    def _dynamic_dims(self, x: Tensor) -> list[int]:
+        return [-1]
+
+
+class _QatConv(Qat):
+    """What the trainable convolutions share; dynamic quantization is per sample."""
+
+    bias: Tensor | None
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+
+    def _dynamic_dims(self, x: Tensor) -> list[int]:
+        return list(range(1 - self.weight.dim(), 0))
+
+
+class QatConv1d(_QatConv, nn.Conv1d):
+    """nn.Conv1d that trains with quantized weights and inputs."""
+
+    float_class = nn.Conv1d
+
+
+class QatConv2d(_QatConv, nn.Conv2d):
+    """nn.Conv2d that trains with quantized weights and inputs."""
+
+    float_class = nn.Conv2d
+
+
+QAT: dict[type[nn.Module], type[Qat]] = {kind.float_class: kind for kind in (QatLinear, QatConv1d, QatConv2d)}

@@ -1,0 +1,172 @@
+"""Whole models: replace float layers by int8 ones, at once or by way of layers that calibrate or train, and say what was done."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..nn import Int8Layer, float_class
+from .config import Int8Dynamic, Int8Static, Scheme
+from .prepared import PREPARED, Prepared, to_int8
+from .qat import QAT
+from .select import FLOAT, Configs, ConversionResult, Filter, Places, all_layers, check_model, replace_, select
+from .steps import connect_
+
+_log = logging.getLogger("quant_ops")
+_EVERYTHING: tuple[Filter, ...] = ("*",)
+
+
+def quantize_(
+    model: nn.Module,
+    config: Configs | None = None,
+    *,
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
+) -> ConversionResult:
+    """Replaces the nn.Linear, nn.Conv1d and nn.Conv2d layers of a model by int8 ones, in place, without data.
+
+    A layer that the model uses in several places stays shared. Each float weight is freed as soon as its layer is replaced.
+
+    Args:
+        model: any module; its own layers are replaced, so it must not be such a layer itself.
+        config: default ``Int8Dynamic()``. A mapping from filters to configs gives every layer the config of the first filter that
+            matches; None leaves it float.
+        include, exclude: filters: patterns of ``fnmatch`` over the names of ``model.named_modules()`` (``["*.head"]``), classes
+            (``[nn.Conv2d]``), or functions of name and module that return a bool. Exclusion wins.
+
+    Returns:
+        What was converted, and what was skipped and why.
+
+    Raises:
+        TypeError: config is of another kind, or a filter list is one string.
+        ValueError: model is such a layer itself, a pattern or class matches no layer, a weight holds NaN or Inf, or a layer
+            with two names gets two configs.
+    """
+    config = Int8Dynamic() if config is None else config
+    places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic,))
+    replace_(model, places, lambda module, place: to_int8(module, place.config))
+    _log.info("%s", result)
+    return result
+
+
+def prepare_(
+    model: nn.Module,
+    config: Configs | None = None,
+    *,
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
+) -> ConversionResult:
+    """Replaces the nn.Linear, nn.Conv1d and nn.Conv2d layers of a model by float ones that observe their inputs, in place.
+
+    Then :func:`calibrate`, or call the model on data in any other way, and :func:`convert_`. The new layers have the same
+    parameters, under the same names; the model may have control flow, shared layers, and layers that it calls many times.
+
+    Args:
+        config: default ``Int8Static()``; an ``Int8Dynamic`` for layers that need no data. Mappings, include, exclude, result and
+            errors as in :func:`quantize_`.
+    """
+    config = Int8Static() if config is None else config
+    places, result = select("prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic), result_kind="prepared")
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        return PREPARED[float_class(module)].from_float(module, place.config)
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def prepare_qat_(
+    model: nn.Module,
+    config: Configs | None = None,
+    *,
+    include: Sequence[Filter] = _EVERYTHING,
+    exclude: Sequence[Filter] = (),
+) -> ConversionResult:
+    """Replaces the layers of a model by ones that train with quantized values, in place. Then :func:`convert_`.
+
+    The parameters stay the same objects. Observers "minmax" and "ema" follow the inputs while training; "lsq" learns the scales of
+    inputs and weights; the scales of the others stay as calibrated. Layers of :func:`prepare_` are taken with what they have
+    observed, as a start. Fold BatchNorms first, with :func:`fold_batchnorm_`. Make the optimizer afterwards: learned scales are new
+    parameters. In several processes, and with ``torch.compile``, calibrate before learning scales.
+
+    Args:
+        config: default: that of a prepared layer, else ``Int8Static()``; an ``Int8Dynamic`` trains for dynamic quantization.
+            Mappings, include, exclude, result and errors as in :func:`quantize_`.
+    """
+    accepted = (*FLOAT, *PREPARED.values())
+    kinds: tuple[type[Scheme], ...] = (Int8Static, Int8Dynamic)
+    chosen = Int8Static() if config is None else config
+    places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind="qat")
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        wanted = module.config if config is None and isinstance(module, Prepared) else place.config
+        return QAT[float_class(module)].from_float(module, wanted)
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def convert_(model: nn.Module) -> ConversionResult:
+    """Replaces the layers of :func:`prepare_` or :func:`prepare_qat_` by int8 ones with the scales that they have found, in place.
+
+    A layer that no data has reached becomes float again, and the result says so. A step without data (``num_steps``) takes the
+    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both.
+
+    Raises:
+        ValueError: the model is not prepared, no layer has seen data, or one has seen NaN or Inf. The model is then as it was.
+    """
+    check_model("convert_", model)
+    result = ConversionResult()
+    places: dict[nn.Module, Places] = {}
+    layers = all_layers(model)
+    for name, module, parent, attribute in layers:
+        if isinstance(module, Prepared):
+            places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
+        else:
+            result.skipped.append((name, "int8 already" if isinstance(module, Int8Layer) else "it is not prepared"))
+    if not places:
+        raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
+    unreached = {
+        module for module in places if isinstance(module, Prepared) and module.observer is not None and module.observer.empty
+    }
+    if len(unreached) == len(places):
+        raise ValueError("quant_ops.convert_: expected calibration data, got none in any layer. Call calibrate first.")
+    for name, module, *_ in layers:
+        if not isinstance(module, Prepared):
+            continue
+        if module in unreached:
+            result.skipped.append((name, "no calibration data has reached it"))
+            continue
+        if problem := module.problem():
+            raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
+        result.notes += [(name, note) for note in _assumptions(module)]
+        result.converted.append(name)
+    module = None  # type: ignore[assignment]  # only `places` may hold the last layer, so that replacing it frees it
+    layers.clear()
+
+    def make(module: nn.Module, place: Places) -> nn.Module:
+        assert isinstance(module, Prepared)
+        return module.to_float() if module in unreached else module.to_int8()
+
+    replace_(model, places, make)
+    connect_(model)
+    _log.info("%s", result)
+    return result
+
+
+def _assumptions(layer: Prepared) -> list[str]:
+    """The assumptions that replace missing data."""
+    observer = layer.observer
+    if observer is None:
+        return []
+    notes = []
+    if unseen := observer.unseen_steps():
+        verb = "started from" if getattr(layer, "learned", False) else "take"
+        notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
+    if not (observer.min < 0).any() and not (observer.max > 0).any():
+        notes.append("its input was always zero: scale 1")
+    return notes

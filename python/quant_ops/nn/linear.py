@@ -1,0 +1,46 @@
+"""``y = x W^T + b`` with int8 x and W: QuantLinear. Read first: base.py."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Int8Layer
+
+_linear = torch.ops.quant_ops.int8_linear.default
+
+
+class QuantLinear(Int8Layer):
+    """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
+
+    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
+    with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
+    ``load_state_dict``; writing into ``weight`` in place would leave the packed copy behind.
+
+    Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
+    static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
+    """
+
+    float_class = nn.Linear
+    geometry = ("in_features", "out_features")
+    _granularity = "per row"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        *,
+        asymmetric: bool = False,
+        relu: bool = False,
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        super().__init__((out_features, in_features), bias, device, asymmetric, relu)
+
+    def _run(self, x: Tensor) -> Tensor:
+        b = self._buffers
+        return _linear(x, b["weight"], b["weight_scale"], b["bias"], **self._options())
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self._describe()}"

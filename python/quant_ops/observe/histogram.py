@@ -1,0 +1,252 @@
+"""Observers that keep the distribution: percentile, mse, histogram, entropy.
+
+The bins are dyadic. A row covers [-2^e, 2^e) with 2H bins of width 2^e / H, where e is the smallest exponent that holds the data.
+When e grows by k, 2^k bins become one, exactly: the counts after any number of batches, in any order, in any number of processes,
+are those of one histogram of all the data. The range doubles at most once too far, so at least H / 2 bins a side are in use.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import quant_tensor_forward
+from .observer import Observer
+
+_HALF = 2048  # H: at least 8 bins for each of the 128 codes of a sign
+_CACHED = 1 << 18  # elements at a time, so that intermediate results stay in the cache
+_LOWEST = -100  # exponent of a row without data; 2^(11 + 100) is still a float32
+
+
+def _coarsen(counts: Tensor, octaves: Tensor) -> Tensor:
+    """The counts when the range is 2^octaves as wide: bin i, seen from the middle, goes to floor(i / 2^octaves)."""
+    bins = torch.arange(-_HALF, _HALF, device=counts.device)
+    return torch.zeros_like(counts).scatter_add_(-1, (bins >> octaves.long().unsqueeze(-1)) + _HALF, counts)
+
+
+class Distribution(Observer):
+    """Base class: the dyadic histogram."""
+
+    counts: Tensor
+    exponent: Tensor
+
+    def _state(self) -> dict[str, tuple[tuple[int, ...], float, torch.dtype]]:
+        own = {"counts": ((2 * _HALF,), 0, torch.int64), "exponent": ((), _LOWEST, torch.int32)}
+        return {**super()._state(), **own}
+
+    def _accumulate(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> None:
+        before = self._get("exponent", step)
+        fitting = torch.frexp(torch.maximum(-lo, hi)).exponent.clamp(_LOWEST, 128)  # 2^fitting > |x|
+        exponent = torch.maximum(before, fitting.to(before.dtype))
+        counts = _coarsen(self._get("counts", step), exponent - before)
+        # a power of two scales exactly, so that every process puts a value into the same bin
+        factor = torch.ldexp(torch.ones_like(lo), int(math.log2(_HALF)) - exponent).reshape(-1, 1)
+        total = counts.view(-1)
+        first = 2 * _HALF * torch.arange(len(rows), device=rows.device).unsqueeze(1) if len(rows) > 1 else None
+        on_cpu = rows.device.type == "cpu"
+        for part in rows.split(max(1, (_CACHED if on_cpu else 256 * _CACHED) // len(rows)), dim=1):
+            bins = (part * factor).floor_().to(torch.int32).add_(_HALF).clamp_(0, 2 * _HALF - 1)
+            bins = (bins if first is None else bins + first).flatten()
+            if on_cpu:
+                total += torch.bincount(bins, minlength=len(total))
+            else:  # bincount would wait for the largest bin, to know its result's size
+                total.scatter_add_(0, bins.long(), torch.ones_like(total[:1]).expand(len(bins)))
+        self._set("counts", step, counts)
+        self._set("exponent", step, exponent)
+
+    def _merge(self, other: Observer) -> None:
+        assert isinstance(other, Distribution)
+        theirs = other.exponent.to(self.exponent.device)
+        exponent = torch.maximum(self.exponent, theirs)
+        counts = _coarsen(self.counts, exponent - self.exponent)
+        counts += _coarsen(other.counts.to(counts.device), exponent - theirs)
+        self.counts.copy_(counts)
+        self.exponent.copy_(exponent)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Searches row by row in blocks, so that thousands of channels need no gigabytes."""
+        width = torch.ldexp(torch.ones_like(self.min), self.exponent) / _HALF
+        parts = [
+            self._search(*block)
+            for block in zip(
+                *(t.flatten(0, self.min.dim() - 1).split(64) for t in (self.counts, width, self.min, self.max)), strict=True
+            )
+        ]
+        lo, hi = (torch.cat(part).float().reshape(self.min.shape) for part in zip(*parts, strict=True))
+        return torch.minimum(torch.maximum(lo, self.min), self.max), torch.maximum(torch.minimum(hi, self.max), self.min)
+
+    def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen lo and hi of some rows: counts (rows, 2H), width of a bin, lowest and highest value (rows,)."""
+        raise NotImplementedError
+
+
+def _folded(counts: Tensor) -> Tensor:
+    """The histogram of magnitudes, (rows, H)."""
+    return counts[:, _HALF:] + counts[:, :_HALF].flip(1)
+
+
+def _quantile(counts: Tensor, fraction: float) -> Tensor:
+    """In bins from the left: where the distribution function reaches the fraction, linear inside of a bin."""
+    cumulated = counts.double().cumsum(1)
+    target = fraction * cumulated[:, -1:]
+    at = torch.searchsorted(cumulated, target).clamp(max=counts.shape[1] - 1)
+    inside = counts.gather(1, at).double()
+    before = cumulated.gather(1, at) - inside
+    return (at + (target - before) / inside.clamp(min=1)).squeeze(1)
+
+
+class Percentile(Distribution):
+    """The range that holds ``percentile`` percent of the magnitudes, or (asymmetric) of the values from either end."""
+
+    name = "percentile"
+    settings = ("percentile",)
+
+    def __init__(self, *, percentile: float = 99.99, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.percentile = percentile
+
+    def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        fraction = self.percentile / 100
+        if not self.asymmetric:
+            top = _quantile(_folded(counts), fraction) * width
+            return -top, top
+        return (_HALF - _quantile(counts.flip(1), fraction)) * width, (_quantile(counts, fraction) - _HALF) * width
+
+
+class MSE(Distribution):
+    """The range with the least mean squared error, by trying: each candidate's error is that of the real quantizer on the bins.
+
+    Candidates shrink the data's range by up to 2^8 in steps of a sixth of an octave; then, twice, sixteen steps around the best. An
+    asymmetric range is searched one end after the other, twice.
+    """
+
+    name = "mse"
+
+    def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt_().float() / width.unsqueeze(1)
+        centres = (torch.arange(-_HALF, _HALF, device=counts.device) + 0.5) * width.unsqueeze(1)
+        ladders = [[2.0 ** (-i / 6) for i in range(1, 49)], *([2.0 ** (i / fine) for i in range(-8, 9)] for fine in (48, 384))]
+
+        def error(lo: Tensor, hi: Tensor) -> Tensor:
+            scale, zero_point = self._choose(lo, hi)
+            simulated = quant_tensor_forward(centres, scale, zero_point, self.qmin, self.qmax, self.asymmetric)
+            return simulated.sub_(centres).mul_(share).square_().sum(1)  # in units of bins: nothing overflows
+
+        def shrink(lo: Tensor, hi: Tensor, ratios: list[float], low: bool, high: bool) -> tuple[Tensor, Tensor]:
+            best, best_lo, best_hi = error(lo, hi), lo, hi
+            for ratio in ratios:
+                trial_lo, trial_hi = lo * ratio if low else lo, hi * ratio if high else hi
+                found = error(trial_lo, trial_hi)
+                better = found < best
+                best = torch.where(better, found, best)
+                best_lo, best_hi = torch.where(better, trial_lo, best_lo), torch.where(better, trial_hi, best_hi)
+            return best_lo, best_hi
+
+        if self.asymmetric:
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        else:
+            hi = torch.maximum(-lo, hi)
+            lo = -hi
+        for ratios in ladders:
+            if not self.asymmetric:
+                lo, hi = shrink(lo, hi, ratios, True, True)
+                continue
+            for low, high in ((False, True), (True, False)) * 2:
+                lo, hi = shrink(lo, hi, ratios, low, high)
+        return lo, hi
+
+
+class Histogram(Distribution):
+    """The range with the least L2 error in closed form: ``scale^2 / 12`` for a value inside, its distance for one outside.
+
+    The error of every pair of ends is read off prefix sums, so that the minimum is the global one: all bin edges if symmetric, 128
+    edges a side otherwise.
+    """
+
+    name = "histogram"
+
+    def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.asymmetric:
+            clipped, total = self._clipped(_folded(counts))
+            edges = torch.arange(1, _HALF + 1, device=counts.device, dtype=torch.float64)
+            inside = total[:, :1] - total[:, 1:]
+            best = (inside * (edges / self.qmax).square() / 12 + clipped[:, 1:]).argmin(1) + 1
+            return -best * width, best * width
+        (above, count_above), (below, count_below) = (
+            (t[:, ::16] for t in self._clipped(half)) for half in (counts[:, _HALF:], counts[:, :_HALF].flip(1))
+        )
+        edges = torch.arange(0, _HALF + 1, 16, device=counts.device, dtype=torch.float64)
+        scale = (edges.unsqueeze(1) + edges) / (self.qmax - self.qmin)  # [below, above]
+        inside = counts.sum(1).reshape(-1, 1, 1) - count_above.unsqueeze(1) - count_below.unsqueeze(2)
+        error = inside * scale.square() / 12 + above.unsqueeze(1) + below.unsqueeze(2)
+        best = error.flatten(1).argmin(1)
+        low, high = best // len(edges), best % len(edges)
+        return -edges[low] * width, edges[high] * width
+
+    @staticmethod
+    def _clipped(counts: Tensor) -> tuple[Tensor, Tensor]:
+        """For every edge b = 0..H, in bins: the sum of (x - b)^2 over the bins above it, and their count."""
+        centres = torch.arange(counts.shape[1], device=counts.device, dtype=torch.float64) + 0.5
+        zeroth, first, second = (
+            torch.nn.functional.pad((counts * centres**power).flip(1).cumsum(1).flip(1), (0, 1)) for power in range(3)
+        )
+        edges = torch.arange(counts.shape[1] + 1, device=counts.device, dtype=torch.float64)
+        return second - 2 * edges * first + edges.square() * zeroth, zeroth
+
+
+class Entropy(Distribution):
+    """The range whose quantized distribution has the least Kullback-Leibler divergence from the data's, clipped to that range.
+
+    Symmetric: over magnitudes, as TensorRT's calibrator. Asymmetric: one end after the other, twice. The bin of zero takes its
+    neighbour's count: exact zeros, as after a ReLU, cost nothing and would hide the rest. The bins inside of a candidate's range
+    are spread over the codes, and each code's mass evenly over its occupied bins. It takes hundreds of values to tell anything.
+    """
+
+    name = "entropy"
+
+    def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        counts = counts.double()
+        if self.asymmetric:
+            counts[:, _HALF] = counts[:, _HALF + 1]
+            below, above = ((e / width).ceil().clamp(0, _HALF).long().tolist() for e in (-lo, hi))
+            found = [
+                self._best(row, low, high, self.qmax - self.qmin + 1) for row, low, high in zip(counts, below, above, strict=True)
+            ]
+        else:
+            counts = _folded(counts)
+            counts[:, 0] = counts[:, 1]
+            tops = (torch.maximum(-lo, hi) / width).ceil().clamp(0, _HALF).long().tolist()
+            row_of = torch.nn.functional.pad(counts, (_HALF, 0))
+            found = [self._best(row, 0, top, self.qmax + 1) for row, top in zip(row_of, tops, strict=True)]
+        low, high = (torch.tensor(ends, device=width.device) * width for ends in zip(*found, strict=True))
+        return (-low, high) if self.asymmetric else (-high, high)
+
+    @staticmethod
+    def _best(row: Tensor, below: int, above: int, levels: int) -> tuple[int, int]:
+        """How many bins below and above zero to keep."""
+        kept = [below, above]
+        sides = (1, 0, 1, 0) if below and above else (1,) if above else (0,)
+        candidates = 128 if len(sides) == 1 else 48  # of one search
+        for side in sides:
+            least, most = max(levels - kept[1 - side], 1), kept[side]
+            if most < least:
+                continue
+            trials = [least + (most - least) * (i + 1) // candidates for i in range(candidates)]
+            found = [_divergence(row, kept[0] if side else t, t if side else kept[1], levels) for t in trials]
+            kept[side] = trials[found.index(min(found))]
+        return kept[0], kept[1]
+
+
+def _divergence(row: Tensor, low: int, high: int, levels: int) -> float:
+    """KL(P || Q) of the bins from ``low`` below to ``high`` above the middle; what is clipped counts at the ends of P."""
+    inside = row[_HALF - low : _HALF + high]
+    clipped = inside.clone()
+    clipped[0] += row[: _HALF - low].sum()
+    clipped[-1] += row[_HALF + high :].sum()
+    code = torch.arange(low + high, device=row.device) * levels // (low + high)
+    mass = torch.zeros(levels, dtype=row.dtype, device=row.device).index_add_(0, code, inside)
+    occupied = torch.zeros_like(mass).index_add_(0, code, (inside > 0).to(row.dtype))
+    spread = torch.where(inside > 0, (mass / occupied.clamp(min=1))[code], 0)
+    p, q = clipped / clipped.sum(), spread / spread.sum().clamp(min=1)  # nothing inside: all of it is lost
+    return float(torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0).sum())

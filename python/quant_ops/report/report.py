@@ -1,0 +1,189 @@
+"""The report of :func:`quant_ops.compare`: what int8 costs each layer, as a table, JSON and picture.
+
+What the figures mean: error.py. How they are measured: compare.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._models import Forward
+from .error import decibel
+
+
+@dataclasses.dataclass
+class LayerReport:
+    """One int8 layer against its float original.
+
+    Attributes:
+        name, kind: its name in the model and its class.
+        calls: how often the batch came through; sums below are over all calls.
+        error: normalised error of its output; ``sqnr`` is the same in dB.
+        cosine: of the angle between both outputs.
+        clipped: fraction of its input that a static scale saturates; 0 for dynamic quantization.
+        float_bytes, bytes: weights, bias and scales.
+        float_seconds, seconds: the shortest of the timed runs, summed over calls; None if not timed.
+        chained: why it cannot be float alone: it takes or gives int8, or has a fused ReLU. Empty if it can.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    error: float
+    cosine: float
+    clipped: float
+    float_bytes: int
+    bytes: int
+    float_seconds: float | None
+    seconds: float | None
+    chained: str = ""
+
+    @property
+    def sqnr(self) -> float:
+        """In dB; infinite where nothing is lost."""
+        return decibel(self.error)
+
+
+@dataclasses.dataclass
+class Report:
+    """What :func:`compare` found. ``print(report)`` shows the table.
+
+    Attributes:
+        layers: the int8 layers that the batch reached, in the model's order.
+        unreached: names of those that it did not reach.
+        error, cosine: of the whole model's output; ``sqnr`` in dB.
+    """
+
+    layers: list[LayerReport]
+    unreached: list[str]
+    error: float
+    cosine: float
+    _source: "tuple[nn.Module, Any, Forward | None] | None" = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def sqnr(self) -> float:
+        """Of the whole model's output, in dB."""
+        return decibel(self.error)
+
+    def worst(self, n: int = 5) -> list[LayerReport]:
+        """The n layers that lose most, worst first."""
+        return sorted(self.layers, key=lambda layer: -layer.error)[:n]
+
+    def table(self) -> str:
+        """The layers in the model's order, one a line, then the whole model."""
+        timed = all(map(_timed, self.layers))
+        header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", "int8", "us float", "int8"]
+        rows = [
+            [
+                layer.name,
+                layer.kind,
+                str(layer.calls),
+                f"{layer.sqnr:.1f}",
+                f"{layer.cosine:.6f}",
+                f"{100 * layer.clipped:.3f}%",
+                *_pair(layer.float_bytes / 1024, layer.bytes / 1024),
+                *(_pair(1e6 * (layer.float_seconds or 0), 1e6 * (layer.seconds or 0)) if timed else ()),
+            ]
+            for layer in self.layers
+        ]
+        totals = ["model", "", "", f"{self.sqnr:.1f}", f"{self.cosine:.6f}", ""]
+        totals += _pair(sum(layer.float_bytes for layer in self.layers) / 1024, sum(layer.bytes for layer in self.layers) / 1024)
+        if timed:
+            totals += _pair(*(1e6 * sum(getattr(x, key) for x in self.layers) for key in ("float_seconds", "seconds")))
+        lines = _columns([header[: len(totals)], *rows, totals])
+        return "\n".join([*lines, *(f"never called: {name}" for name in self.unreached)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As JSON, which is also written to ``path`` if one is given. Infinite figures become null."""
+        text = json.dumps(
+            {
+                "sqnr_db": _finite(self.sqnr),
+                "error": _finite(self.error),
+                "cosine": _finite(self.cosine),
+                "layers": [
+                    {key: _finite(value) for key, value in dataclasses.asdict(layer).items()} | {"sqnr_db": _finite(layer.sqnr)}
+                    for layer in self.layers
+                ],
+                "unreached": self.unreached,
+            },
+            indent=2,
+        )
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that :meth:`to_json` wrote. It knows neither models nor data."""
+        try:
+            data = json.loads(text)
+            names = {field.name for field in dataclasses.fields(LayerReport)}
+            layers = [LayerReport(**{k: v for k, v in layer.items() if k in names}) for layer in data["layers"]]
+            for layer in layers:
+                layer.error = math.inf if layer.error is None else float(layer.error)
+            error = math.inf if data["error"] is None else float(data["error"])
+            return cls(layers, [str(name) for name in data["unreached"]], error, float(data["cosine"]))
+        except (ValueError, TypeError, KeyError, AttributeError) as wrong:
+            raise ValueError(f"quant_ops.Report.from_json: expected the JSON of Report.to_json, got {wrong!r}") from wrong
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Writes a picture (PNG, SVG, PDF by the ending): SQNR and time of every layer.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "quant_ops.Report.plot: expected matplotlib, got none installed. Install it with: pip install 'quant_ops[report]'"
+            ) from error
+        timed = all(map(_timed, self.layers))
+        figure = Figure(figsize=(12 if timed else 7, 1.5 + 0.25 * len(self.layers)), layout="constrained")
+        places = range(len(self.layers))
+        names = [layer.name for layer in self.layers]
+        finite = [layer.sqnr for layer in self.layers if math.isfinite(layer.sqnr)]
+        highest = max([*finite, self.sqnr if math.isfinite(self.sqnr) else 0.0, 1.0])
+        axes = figure.add_subplot(1, 2 if timed else 1, 1)
+        axes.barh(places, [min(max(layer.sqnr, 0.0), highest) for layer in self.layers], color="tab:blue")
+        axes.axvline(min(max(self.sqnr, 0.0), highest), color="black", linestyle="--", label=f"model: {self.sqnr:.1f} dB")
+        axes.set(yticks=places, yticklabels=names, xlabel="SQNR of the layer (dB)")
+        axes.invert_yaxis()
+        axes.legend()
+        if timed:
+            axes = figure.add_subplot(1, 2, 2)
+            axes.barh([p - 0.2 for p in places], [1e6 * (x.float_seconds or 0) for x in self.layers], 0.4, label="float")
+            axes.barh([p + 0.2 for p in places], [1e6 * (x.seconds or 0) for x in self.layers], 0.4, label="int8")
+            axes.set(yticks=places, yticklabels=[], xlabel="time (microseconds)")
+            axes.invert_yaxis()
+            axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _timed(layer: LayerReport) -> bool:
+    return layer.seconds is not None and layer.float_seconds is not None
+
+
+def _pair(*values: float) -> list[str]:
+    return [f"{value:.1f}" for value in values]
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    """Names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]

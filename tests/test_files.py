@@ -1,0 +1,348 @@
+"""save and load_: what comes back is the same bits, and an old file survives a failed write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from saved_models import FIXTURES, INT8, Net, assert_same_state, format_1, header_of, on_meta, saved
+from torch import nn
+
+import quant_ops as qo
+from quant_ops.convert import files
+
+# ---- what comes back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Net, lambda: on_meta(Net)], ids=["float", "meta"])
+def test_round_trip(tmp_path, make):
+    path = tmp_path / "m.safetensors"
+    model, fresh = saved(path), make().eval()
+    result = qo.load_(fresh, path)
+    assert set(result.converted) == INT8
+    assert {name for name, _ in result.skipped} == {"head", "tied"}
+    assert_same_state(fresh, model)
+    assert repr(fresh) == repr(model)
+    x = torch.randn(4, 3, 9, 9)
+    assert torch.equal(fresh(x), model(x))
+    assert not any(tensor.is_meta for tensor in fresh.state_dict().values())
+
+
+@pytest.mark.parametrize("make", [format_1.Net, lambda: on_meta(format_1.Net)], ids=["float", "meta"])
+def test_every_kind_of_layer_comes_back(tmp_path, make):
+    path = tmp_path / "m.safetensors"
+    model, fresh = format_1.quantized(), make()
+    qo.save(model, path)
+    qo.load_(fresh, path)
+    assert repr(fresh) == repr(model)
+    assert_same_state(fresh, model)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, (qo.QuantLinear, qo.QuantConv2d)):
+            other = fresh.get_submodule(name)
+            assert (other.weight_bits, other.relu, other.asymmetric) == (layer.weight_bits, layer.relu, layer.asymmetric)
+            assert torch.equal(other.packed_weight, layer.packed_weight)
+    x = torch.randn(2, 3, 7, 8)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_version_1_files_are_still_read(isa):
+    fresh = on_meta(format_1.Net)
+    qo.load_(fresh, FIXTURES / "format_1.safetensors")
+    run = load_file(FIXTURES / "format_1_run.safetensors")
+    assert torch.equal(fresh(run["x"]), run["y"])
+    assert fresh.grouped.weight_bits == 4
+
+
+def test_every_format_has_a_fixture():
+    assert [path.name for path in sorted(FIXTURES.glob("format_?.safetensors"))] == [
+        f"format_{version}.safetensors" for version in range(1, files.FORMAT_VERSION + 1)
+    ]
+
+
+def test_configs_come_back(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = saved(path)
+    model.up.config = qo.Int8Dynamic(weight_bits=6)
+    qo.save(model, path)
+    fresh = Net()
+    qo.load_(fresh, path)
+    assert fresh.up.config == qo.Int8Dynamic(weight_bits=6)
+    assert header_of(path)["layers"]["up"]["config"] == json.loads(qo.Int8Dynamic(weight_bits=6).to_json())
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_calibrated_layers_come_back(tmp_path, num_steps, asymmetric):
+    config = qo.Int8Static(observer="percentile", asymmetric=asymmetric, num_steps=num_steps)
+    model, x = Net().eval(), torch.randn(4, 3, 9, 9)
+    qo.prepare_(model, config, exclude=["head", "tied"])
+
+    def outputs(model):
+        if num_steps == 1:
+            return [model(x)]
+        found = []
+        for step in range(num_steps):
+            with qo.timestep(model, step):
+                found.append(model(x * 3**step))
+        return found
+
+    outputs(model)
+    with pytest.raises(ValueError, match=r"^quant_ops.save: expected a float or int8 model, got the prepared layer 'stem'"):
+        qo.save(model, tmp_path / "m")
+    qo.convert_(model)
+    qo.save(model, tmp_path / "m")
+    fresh = on_meta(Net)
+    qo.load_(fresh, tmp_path / "m")
+    assert repr(fresh) == repr(model)
+    assert fresh.up.config == config
+    assert fresh.up.num_steps == num_steps
+    found = outputs(fresh)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), found, strict=True))
+    assert num_steps == 1 or not torch.equal(found[0], found[1])
+
+
+def test_file_holds_plain_tensors_once(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = saved(path)
+    tensors = load_file(path)
+    assert not any("packed" in name for name in tensors)
+    assert "tied.weight" not in tensors
+    assert tensors["up.weight"].dtype == torch.int8
+    assert torch.equal(tensors["up.weight"], model.up.weight)
+    assert header_of(path)["format_version"] == 1
+    assert path.stat().st_size < 1.1 * sum(t.numel() * t.element_size() for t in tensors.values()) + 4000
+
+
+def test_same_model_same_bytes(tmp_path):
+    saved(tmp_path / "a")
+    saved(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    fresh = Net()
+    qo.load_(fresh, tmp_path / "a")
+    qo.save(fresh, tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+def test_packed_only_layers_are_saved_plain(tmp_path):
+    model = saved(tmp_path / "a")
+    model.up.keep_packed_only()
+    qo.save(model, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert model.up.is_packed_only
+
+
+@pytest.mark.parametrize("make", [Net, lambda: on_meta(Net)], ids=["float", "meta"])
+def test_tied_parameters_stay_tied_and_trainable_as_they_were(tmp_path, make):
+    saved(tmp_path / "m")
+    fresh = make()
+    fresh.norm.weight.requires_grad_(False)
+    qo.load_(fresh, tmp_path / "m")
+    assert fresh.tied.weight is fresh.head.weight
+    assert fresh.head.weight.requires_grad
+    assert not fresh.norm.weight.requires_grad
+
+
+def test_shared_layers_stay_shared(tmp_path):
+    qo.save(format_1.quantized(), tmp_path / "m")
+    fresh = on_meta(format_1.Net)
+    qo.load_(fresh, tmp_path / "m")
+    assert fresh.again is fresh.second
+
+
+def test_unusual_tensors(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            base = torch.arange(12.0)
+            self.register_buffer("whole", base)
+            self.register_buffer("part", base[3:7])
+            self.register_buffer("transposed", base.view(3, 4).T)
+            self.register_buffer("empty", torch.zeros(0, 3))
+            self.register_buffer("none", torch.zeros(0, 3))
+            self.register_buffer("scalar", torch.tensor(True))
+            self.register_buffer("bfloat", torch.ones(2, dtype=torch.bfloat16))
+
+    model, fresh = Odd(), Odd()
+    qo.quantize_(model)
+    qo.save(model, tmp_path / "m")
+    for buffer in fresh.buffers():
+        buffer.zero_()
+    qo.load_(fresh, tmp_path / "m")
+    assert_same_state(fresh, model)
+
+
+def test_load_onto_an_int8_model_again(tmp_path):
+    model = saved(tmp_path / "m")
+    other = Net().eval()
+    qo.quantize_(other, qo.Int8Dynamic(asymmetric=True), exclude=["head", "tied"])
+    qo.load_(other, tmp_path / "m")
+    assert_same_state(other, model)
+    assert not other.up.asymmetric
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_mode_is_the_models_own(tmp_path, training):
+    saved(tmp_path / "m")
+    fresh = Net().train(training)
+    qo.load_(fresh, tmp_path / "m")
+    assert all(module.training == training for module in fresh.modules())
+
+
+def test_transformer_encoder(tmp_path):
+    """Its fused inference path would read float weights."""
+
+    def encoder():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+    model, x, mask = encoder(), torch.randn(3, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+    qo.quantize_(model)
+    qo.save(model, tmp_path / "m")
+    fresh = encoder()
+    qo.load_(fresh, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(fresh(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask))
+
+
+def test_compiled_models_are_saved_under_their_own_names(tmp_path):
+    model = saved(tmp_path / "a")
+    qo.save(torch.compile(model), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    qo.load_(torch.compile(Net()), tmp_path / "b")
+
+
+# ---- memory and speed ----------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_mapped_and_float_weights_never_exist(tmp_path):
+    """In a process of its own: 16 MB of int8 weights, whose float form would be 64 MB."""
+    script = f"""
+import torch, quant_ops as qo
+from torch import nn
+make = lambda: nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4)))
+path = {str(tmp_path / "m")!r}
+if {{write}}:
+    model = make(); qo.quantize_(model); qo.save(model, path)
+else:
+    def anonymous():
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+    with torch.device("meta"):
+        model = make()
+    before = anonymous()
+    qo.load_(model, path)
+    assert path in open("/proc/self/maps").read()
+    assert anonymous() - before < 24, anonymous() - before  # the packed copies
+    assert model(torch.ones(1, 2048)).isfinite().all()
+"""
+    for write in (True, False):
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("{write}", str(write))], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+# ---- an old file survives ------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    """The disk is full, as far as this process can see."""
+    path = tmp_path / "m.safetensors"
+    saved(path)
+    before = path.read_bytes()
+    script = f"""
+import resource, signal, torch, quant_ops as qo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+qo.quantize_(model)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    qo.save(model, {str(path)!r})
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"quant_ops.save: {path} was not written: "), done.stdout + done.stderr
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_killed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "m.safetensors"
+    saved(path)
+    before = path.read_bytes()
+    script = f"""
+import os, signal, torch, quant_ops as qo
+from quant_ops.convert import files
+def save_half(tensors, name, metadata):
+    open(name, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+files.save_file = save_half
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+qo.quantize_(model)
+qo.save(model, {str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+
+
+def test_permissions_and_links_are_kept(tmp_path):
+    path, link = tmp_path / "m", tmp_path / "link"
+    mask = os.umask(0o027)
+    try:
+        model = saved(path)
+    finally:
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    link.symlink_to(path)
+    qo.save(model, link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
+def test_replacing_a_file_that_a_model_is_mapped_to(tmp_path):
+    path = tmp_path / "m"
+    saved(path)
+    fresh = on_meta(Net)
+    qo.load_(fresh, path)
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    qo.save(nn.Sequential(nn.Linear(2, 2)), path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "words"),
+    [("nowhere/m", FileNotFoundError, "existing folder"), (".", IsADirectoryError, "path of a file, got the folder")],
+)
+def test_save_refuses_paths(tmp_path, where, kind, words):
+    with pytest.raises(kind, match=f"^quant_ops.save: expected .*{words}"):
+        qo.save(Net(), tmp_path / where)
+
+
+def test_save_into_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)  # root may write everywhere
+    with pytest.raises(OSError, match=r"^quant_ops.save: .*/m was not written: \[Errno 13\] Permission denied"):
+        qo.save(Net(), tmp_path / "m")
+
+
+def test_save_refuses_models():
+    with pytest.raises(ValueError, match=r"^quant_ops.save: expected a model that contains layers, got a bare QuantLinear"):
+        qo.save(qo.QuantLinear(2, 2), "m")
+    with pytest.raises(ValueError, match=r"^quant_ops.save: expected tensors with data, got 'stem.weight' on the meta device"):
+        qo.save(on_meta(Net), "m")
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    with pytest.raises(TypeError, match=r"^quant_ops.save: expected a state_dict of tensors, got dict under '0._extra_state'"):
+        qo.save(nn.Sequential(Extra(2, 2)), "m")

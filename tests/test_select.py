@@ -1,0 +1,121 @@
+"""Which layers a converting call takes, with which config, and why it leaves out the others."""
+
+import pytest
+from models import NAMES, Net, batches
+from torch import nn
+
+import quant_ops as qo
+from quant_ops.convert.prepared import Prepared
+from quant_ops.observe import Observer
+
+KINDS = sorted(Observer.kinds)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)  # the tensors are small: threads would mostly wait for each other
+
+
+@pytest.mark.parametrize("call", [qo.prepare_, qo.prepare_qat_, qo.quantize_], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        ([nn.Conv2d], [], {"stem", "depthwise"}),
+        (["*"], [nn.Conv2d, "head"], {"body.0", "body.2"}),
+        ([lambda name, module: getattr(module, "in_features", 0) == 8], [], {"body.0", "head"}),
+        (["body.*", nn.Conv2d], [lambda name, module: name.endswith("2")], {"stem", "depthwise", "body.0"}),
+    ],
+    ids=["class", "exclude", "function", "mixed"],
+)
+def test_filters(call, include, exclude, expected):
+    model = Net()
+    result = call(model, include=include, exclude=exclude)
+    assert set(result.converted) == expected
+    assert {name for name, _ in result.skipped} == set(NAMES) - expected
+    assert {n for n, m in model.named_modules() if isinstance(m, (Prepared, qo.QuantLinear, qo.QuantConv2d))} == expected
+
+
+def test_reasons_name_the_filter():
+    def small(name, module):
+        return name == "head"
+
+    result = qo.prepare_(Net(), include=[nn.Linear], exclude=[small])
+    assert dict(result.skipped)["head"] == "excluded by small"
+    assert dict(result.skipped)["stem"] == "not included by [Linear]"
+
+
+def test_a_config_for_every_layer():
+    static, dynamic, low = qo.Int8Static("mse"), qo.Int8Dynamic(asymmetric=True), qo.Int8Static(weight_bits=4)
+    model = Net().eval()
+    configs = {"head": None, "stem": static, nn.Conv2d: dynamic, lambda name, module: name == "body.0": low}
+    result = qo.prepare_(model, configs)
+    assert sorted(result.converted) == ["body.0", "depthwise", "stem"]
+    skipped = dict(result.skipped)
+    assert skipped["head"] == "'head' has no config"
+    assert skipped["body.2"].startswith("no config for it among ['head', 'stem', Conv2d, <lambda>]")
+    qo.calibrate(model, batches())
+    assert sorted(qo.convert_(model).converted) == ["body.0", "depthwise", "stem"]
+    assert model.stem.config is static
+    assert model.depthwise.config is dynamic
+    assert model.depthwise.asymmetric
+    assert model.depthwise.input_scale is None
+    assert model.get_submodule("body.0").weight_bits == 4
+    assert model(batches(1)[0]).isfinite().all()
+
+
+def test_configs_for_quantize():
+    model = Net()
+    result = qo.quantize_(model, {"body.*": qo.Int8Dynamic(weight_bits=4), "*": qo.Int8Dynamic()})
+    assert len(result.converted) == 5
+    assert (model.body[0].weight_bits, model.head.weight_bits) == (4, 8)
+
+
+def test_one_layer_two_configs():
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    with pytest.raises(
+        ValueError, match=r"^quant_ops\.prepare_: expected one config for the layer that is both 'a' and 'b', got Int8St"
+    ):
+        qo.prepare_(model, {"a": qo.Int8Static(), "b": qo.Int8Static("mse")})
+    assert model["a"] is shared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"config": "int8"}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got str$"),
+        ({"config": {"head": 8}}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got int$"),
+        (
+            {"config": {"tail": qo.Int8Static()}},
+            ValueError,
+            "expected the pattern 'tail' to match a Linear, Conv1d or Conv2d, got none of",
+        ),
+        ({"include": [nn.LSTM]}, ValueError, "expected the class LSTM to match a Linear, Conv1d or Conv2d, got none of"),
+        ({"include": "head"}, TypeError, r"expected include to be a list of patterns, got one str\. Write \['head'\]\."),
+    ],
+)
+def test_wrong_arguments(arguments, kind, message):
+    with pytest.raises(kind, match=rf"^quant_ops\.prepare_: {message}"):
+        qo.prepare_(Net(), **arguments)
+
+
+def test_a_static_config_is_not_for_quantize():
+    with pytest.raises(TypeError, match=r"Int8Dynamic, got Int8Static\. Use prepare_, calibrate and convert_\.$"):
+        qo.quantize_(Net(), qo.Int8Static())
+
+
+def test_prepared_twice():
+    model = Net()
+    qo.prepare_(model)
+    before = dict(model.named_modules())
+    for call in (qo.prepare_, qo.quantize_):
+        result = call(model)
+        assert result.converted == []
+        assert set(result.skipped) == {(name, "prepared already. convert_ makes it int8") for name in NAMES}
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("call", [qo.prepare_, qo.prepare_qat_, qo.convert_], ids=lambda f: f.__name__)
+def test_a_bare_layer(call):
+    with pytest.raises(ValueError, match=rf"^quant_ops\.{call.__name__}: expected a model that contains layers, got a bare Linear"):
+        call(nn.Linear(2, 2))
