@@ -1,6 +1,6 @@
 // Plain C functions of libquant_ops.so, which python/quant_ops/_library.py calls through ctypes.
 #include "contract/cuda_weights.h"
-#include "cpu/activations.h"
+#include "cpu/columns.h"
 #include "cpu/pack.h"
 #include "torch/errors.h"
 
@@ -51,7 +51,7 @@ QO_EXPORT const char* quant_ops_isas() {
   return guarded([] {
     const quant_ops::KernelTable* tables[8];
     std::string names;
-    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
+    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names.append(i ? "," : "").append(tables[i]->isa);
     return names;
   });
 }
@@ -61,7 +61,7 @@ QO_EXPORT const char* quant_ops_kernels() {
   return guarded([] {
     std::string names;
     for (const auto& [entry, name] : quant_ops::kernel_names(quant_ops::kernels()))
-      names += (names.empty() ? "" : ",") + entry + "=" + name;
+      names.append(names.empty() ? "" : ",").append(entry).append("=").append(name);
     return names;
   });
 }
