@@ -59,7 +59,7 @@ QO_HD float to_compute(Half x) {
 QO_HD void from_compute(float x, float* y) { *y = x; }
 QO_HD void from_compute(double x, double* y) { *y = x; }
 
-// Round to nearest even by integer arithmetic: subnormals are kept whatever the floating-point environment says.
+// Rounds to nearest even by integer arithmetic, so that subnormals are kept whatever the floating-point environment is.
 QO_HD void from_compute(float x, BFloat16* y) {
   const uint32_t u = float_bits(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) {
@@ -91,8 +91,8 @@ QO_HD void from_compute(float x, Half* y) {
 
 // ---- quantization ---------------------------------------------------------------------------------------------------
 
-// Round to nearest, ties to even. Adding and removing 2^23 (2^52) rounds in hardware, without the library call that rintf is where
-// the baseline has no rounding instruction; larger values are integers already, NaN fails the comparison.
+// Round to nearest, ties to even. Adding and removing 2^23 (2^52) rounds in hardware; rintf would be a library call where the
+// baseline has no rounding instruction. Larger values are integers already, and NaN fails the comparison.
 QO_HD float round_even(float x) {
 #if defined(__CUDA_ARCH__)
   return rintf(x);

@@ -1,5 +1,5 @@
-// Makes and walks Iteration spaces: merge neighbouring dimensions, order them for memory, and split them into an outer walk and an
-// inner run. Host code only, shared by the CPU drivers and the CUDA launchers.
+// Makes and walks Iteration spaces: merges neighbouring dimensions, orders them for memory, and splits them into an outer walk and
+// inner runs. Host code only, shared by the CPU drivers and the CUDA launchers.
 #pragma once
 
 #include <cstdlib>
@@ -15,8 +15,8 @@ inline int64_t numel(const Iteration& it) {
   return n;
 }
 
-// Merges dimension d + 1 into d wherever all operands step through both as through one; drops dimensions of size 1.
-// Row-major order is kept.
+// Merges dimension d + 1 into d where every operand's stride of d is size times stride of d + 1, so that one stride serves both;
+// drops dimensions of size 1. Row-major order is kept.
 inline void coalesce(Iteration* it) {
   int out = 0;
   for (int d = 0; d < it->ndim; ++d) {
@@ -35,7 +35,7 @@ inline void coalesce(Iteration* it) {
   it->ndim = out;
 }
 
-// Orders dimensions by the stride of operand `key`, largest first, then merges. For elementwise work, where order is free.
+// Orders dimensions by the stride of operand `key`, largest first, then merges. For elementwise work, whose order is free.
 inline void sort_and_coalesce(Iteration* it, int key) {
   for (int i = 1; i < it->ndim; ++i)
     for (int d = i; d > 0 && std::llabs(it->stride[key][d]) > std::llabs(it->stride[key][d - 1]); --d) {
@@ -90,8 +90,8 @@ void for_each_run(const Iteration& it, int64_t begin, int64_t end, const Run& ru
   }
 }
 
-// The same in as few calls as possible: run(offset, rows, inner) gets `rows` runs that lie a step of the last dimension but one
-// apart.
+// The same in as few calls as possible: run(offset, rows, inner) gets `rows` runs, each a stride of the last dimension but one
+// after the run before it.
 template <class Run>
 void for_each_block(const Iteration& it, int64_t begin, int64_t end, const Run& run) {
   if (it.ndim < 2) return for_each_run(it, begin, end, [&](const int64_t* offset, int64_t n) { run(offset, int64_t{1}, n); });

@@ -36,7 +36,7 @@ struct Conv2dPlan {
   bool pointwise;   // every output pixel reads the input pixel of its own place
   int64_t block;    // output pixels whose indirection table is made at a time
   int64_t samples;  // of a pass
-  // scratch: what is not needed has no bytes; of what workers have of their own, the bytes are a worker's
+  // scratch: a part that is not needed has no bytes; each worker has buffer_bytes, offset_bytes and output_bytes of its own
   ColumnsPlan columns;
   bool packs;  // the weight is packed into scratch
   int64_t packed_at, codes_at, ranges_at, scale_at, zero_at;
@@ -53,22 +53,22 @@ struct DepthwisePlan {
   const KernelTable* table;
   int64_t threads;
   PackedLayout layout;
-  bool in_place, channels_last;  // as above
+  bool in_place, channels_last;  // as in Conv2dPlan
   int64_t pixel, row;            // bytes of a pixel and a row of codes
-  int64_t reach;                 // input rows that an output row reads, or leaves out between them
+  int64_t reach;                 // input rows from the first to the last that an output row reads
   int64_t strip_rows, strips;    // input rows of a strip, the unit of quantization; strips of a sample
   int64_t band, band_input;      // output rows of a band, and their input rows
   int64_t run;                   // output pixels of a call of the kernel
-  int64_t row_pointers;          // of an output row: R padded to a multiple of four
+  int64_t row_pointers;          // R rounded up to a multiple of four
   ColumnsPlan columns;
   bool packs;
   int64_t packed_at, ranges_at, qparams_at;
-  int64_t workers_at, worker_bytes;  // scratch of each worker, and the places in it
+  int64_t workers_at, worker_bytes;  // worker_bytes for each worker, with the following parts
   int64_t codes_own, padding_own, buffer_own, line_own, rows_own, output_own;
   int64_t scratch_bytes;
 };
 
-// `layout` is the weight's. Neither samples nor channels nor pixels of the output are missing.
+// `layout` is weight_layout(p). The output is not empty.
 Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, const KernelTable& table, int64_t threads);
 void run_conv2d(const Conv2dPlan& plan, const Int8Conv2dParams& p);
 DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layout, const KernelTable& table, int64_t threads);

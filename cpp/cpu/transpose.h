@@ -1,5 +1,5 @@
-// Transposition of matrices of 1, 2 or 4 byte elements, in blocks of 16 bytes square: NCHW images to NHWC codes and results back.
-// Vectors of sixteen bytes are every machine's least.
+// Transposition of matrices of 1, 2 or 4 byte elements: NCHW images to NHWC codes and results back. Blocks are 16 bytes wide, since
+// every machine has vectors of at least sixteen bytes.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Transposition {
   static constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
   typedef T V __attribute__((vector_size(16)));
 
-  // a and b, element by element: from their first or their second halves
+  // The elements of a and b in turn, from the first (`low`) or the second halves of both.
   template <size_t... I>
   static V interleave(V a, V b, bool low, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -25,7 +25,8 @@ struct Transposition {
 #endif
   }
 
-  // kLanes rows of kLanes: interleaving rows i and i + kLanes / 2 doubles the runs that come from one column.
+  // kLanes x kLanes elements. Each step interleaves rows i and i + kLanes / 2, and so doubles how many neighbours come from one
+  // column.
   static void block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
     V v[2][kLanes];
     for (int i = 0; i < kLanes; ++i) std::memcpy(&v[0][i], from + i * from_stride, sizeof(V));
