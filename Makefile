@@ -1,6 +1,7 @@
 # The commands of the README. Each does all of its set-up: a machine needs Python >= 3.10 with venv, a C++17 compiler and make.
 #   make demo        train, quantize and compare a small model (examples/digits.py)
-#   make test        build and run the tests
+#   make test        build and run the tests, of exhaustive sweeps a fixed random part
+#   make test-all    all of them, those that take minutes or much memory too
 #   make bench       time the operators and whole layers against torch's and other packages', where installed
 #   make lint        formatting, static checks
 #   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
@@ -11,31 +12,39 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # headers of the Hopper engine; the Python packages that it would bring are not needed
 CUTLASS ?= nvidia-cutlass==4.2.0.0
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda -type f)
+SOURCES := CMakeLists.txt $(shell find cpp cuda -type f)
+# named after the list of Python files, which the editable install has learned by heart
+INSTALLED := build/editable/.installed-$(shell find python -name '*.py' | sort | cksum | cut -d' ' -f1)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
-.PHONY: demo test bench lint format cuda-build gpu-check clean
+.PHONY: demo test test-all bench lint format cuda-build gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
 
+# one process a core, each with a share of the threads (tests/conftest.py); more than eight would mostly start up
+WORKERS ?= -n auto --maxprocesses=8 --dist=worksteal
+
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
+
+test-all: $(VENV)/built
+	QUANT_OPS_TEST_ALL=1 $(BIN)/python -m pytest $(WORKERS) -m "" $(PYTEST_FLAGS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest benchmarks $(PYTEST_FLAGS)
-	$(BIN)/python benchmarks/linear.py
-	$(BIN)/python benchmarks/conv2d.py
-	$(BIN)/python benchmarks/bench_model.py
-	$(BIN)/python benchmarks/networks.py
+	$(BIN)/python -m pytest benchmarks/operators $(PYTEST_FLAGS)
+	$(BIN)/python -m benchmarks.packages.linear
+	$(BIN)/python -m benchmarks.packages.conv2d
+	$(BIN)/python -m benchmarks.packages.models
+	$(BIN)/python -m benchmarks.packages.networks
 
-lint: $(VENV)/built
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(VENV)/built
+format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
@@ -48,8 +57,8 @@ cuda-build: $(VENV)/ready
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
-# Two steps, so that an edit of the C++ does not reinstall torch. Ranges and pins are in pyproject.toml; torch is pinned here because
-# a bare "torch" may bring gigabytes of CUDA libraries.
+# Three steps: pip runs when pyproject.toml has changed, and an edit of the C++ compiles what includes it and nothing else. Ranges and
+# pins are in pyproject.toml; torch is pinned here because a bare "torch" may bring gigabytes of CUDA libraries.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -57,8 +66,15 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet scikit-build-core pybind11 cmake ninja
 	touch $@
 
-$(VENV)/built: $(VENV)/ready $(SOURCES)
+$(INSTALLED): $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev]"
+	rm -f build/editable/.installed-*
+	touch $@
+
+$(VENV)/built: $(INSTALLED) $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/editable
+	PATH="$(abspath $(BIN)):$$PATH" cmake --install build/editable \
+	  --prefix "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 	touch $@
 
 clean:

@@ -2,7 +2,7 @@
 //
 //   floating x:  q = clamp(rne(x / scale) + zero_point, -128, 127)      int8 x: itself      uint8 x: x - 128
 //
-// Rows of a linear layer are samples of one pixel. Zero points of uint8 codes lose 128 too. Read next: conv2d.cu.
+// A row of a linear layer is a sample of one pixel. Zero points of uint8 codes become smaller by 128 as well. Read next: conv2d.cu.
 #include "device/common.cuh"
 #include "launch.h"
 
@@ -10,44 +10,36 @@ namespace quant_ops {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int32_t kLowest = -128, kHighest = 127;
 
 struct CodesArgs {
   static constexpr bool kBarriers = false;
   CodesParams p;
   FastDiv pixels, columns;  // of a sample, of a row of the image
-  FastDiv inner;            // of a thread's index, the faster of (pixel, part of it)
+  FastDiv inner;            // of a thread's index, whose faster part is the pixel or the vector within it
   FastDiv tap;
   int64_t total;
   bool pixels_first;  // neighbouring threads take neighbouring pixels: columns are contiguous in x
   bool vectors;       // channels are contiguous, aligned and whole
 };
 
+// From the elements of a sample to its codes.
 template <class X>
-struct Encoder {
-  float scale, reciprocal;
-  int32_t zero;
+struct ToCode {
+  Quantizer quantizer;
 
-  __device__ __forceinline__ Encoder(const CodesParams& p, int64_t sample) {
-    scale = p.scale[sample * p.scale_step];
-    reciprocal = safe_reciprocal(scale);
-    zero = p.zero_point != nullptr ? p.zero_point[sample * p.zero_step] : 0;
-  }
-  __device__ __forceinline__ int8_t operator()(X x) const {
-    const float value = widen(x),
-                quotient = reciprocal != 0.0f ? mended_quotient(value, scale, reciprocal) : quantize_steps(value, scale);
-    const int32_t steps = nearest_int(quotient), lo = kLowest - zero, hi = kHighest - zero;
-    return static_cast<int8_t>((steps < lo ? lo : steps > hi ? hi : steps) + zero);
-  }
+  __device__ __forceinline__ ToCode(const CodesParams& p, int64_t sample)
+      : quantizer(Quantizer::of(p.in.scale[sample * p.in.scale_stride], zero_at(p.in.zero_point, sample * p.in.zero_point_stride),
+                                -128, 127)) {}
+  __device__ __forceinline__ int8_t operator()(X x) const { return static_cast<int8_t>(quantizer(widen(x))); }
 };
 template <>
-struct Encoder<int8_t> {
-  __device__ __forceinline__ Encoder(const CodesParams&, int64_t) {}
+struct ToCode<int8_t> {
+  __device__ __forceinline__ ToCode(const CodesParams&, int64_t) {}
   __device__ __forceinline__ int8_t operator()(int8_t x) const { return x; }
 };
 template <>
-struct Encoder<uint8_t> {
-  __device__ __forceinline__ Encoder(const CodesParams&, int64_t) {}
+struct ToCode<uint8_t> {
+  __device__ __forceinline__ ToCode(const CodesParams&, int64_t) {}
   __device__ __forceinline__ int8_t operator()(uint8_t x) const { return static_cast<int8_t>(x ^ 0x80u); }
 };
 
@@ -55,7 +47,7 @@ struct Encoder<uint8_t> {
 template <class X, int V>
 __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT CodesArgs a) {
   const CodesParams& p = a.p;
-  const X* x = static_cast<const X*>(p.x);
+  const X* x = static_cast<const X*>(p.in.x);
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.total; i += step) {
     const int64_t slow = a.inner.quotient(i), fast = i - slow * a.inner.divisor;
@@ -65,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT 
     const int64_t group = a.tap.quotient(byte), channel = byte - group * a.tap.divisor;
     const int64_t at =
         sample * p.stride[0] + (group * p.channels + channel) * p.stride[1] + row * p.stride[2] + column * p.stride[3];
-    const Encoder<X> encode(p, sample);
+    const ToCode<X> to_code(p, sample);
     int8_t codes[V];
     if (a.vectors) {
       constexpr int kLoad = V * sizeof(X) < 16 ? V : 16 / sizeof(X);
@@ -73,57 +65,58 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const QO_GRID_CONSTANT 
       for (int v = 0; v < V / kLoad; ++v) {
         const auto in = load_vector<kLoad>(x + at + v * kLoad);
 #pragma unroll
-        for (int e = 0; e < kLoad; ++e) codes[v * kLoad + e] = encode(in.get(e));
+        for (int e = 0; e < kLoad; ++e) codes[v * kLoad + e] = to_code(in.get(e));
       }
     } else {
 #pragma unroll
-      for (int e = 0; e < V; ++e) codes[e] = channel + e < p.channels ? encode(x[at + e * p.stride[1]]) : int8_t{0};
+      for (int e = 0; e < V; ++e) codes[e] = channel + e < p.channels ? to_code(x[at + e * p.stride[1]]) : int8_t{0};
     }
     store_vector<V>(p.q + m * p.pixel + byte, codes);
   }
 }
 
-struct ParamsArgs {
+struct SampleParamsArgs {
   static constexpr bool kBarriers = false;
   SampleParams p;
 };
 
-__global__ void __launch_bounds__(kThreads) sample_params_kernel(const QO_GRID_CONSTANT ParamsArgs args) {
+__global__ void __launch_bounds__(kThreads) sample_params_kernel(const QO_GRID_CONSTANT SampleParamsArgs args) {
   const SampleParams& p = args.p;
   const int64_t sample = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (sample >= p.samples) return;
-  const int32_t zero = (p.zero_point != nullptr ? p.zero_point[sample * p.zero_step] : 0) - p.offset;
-  if (p.scale_out != nullptr) p.scale_out[sample] = p.scale != nullptr ? p.scale[sample * p.scale_step] : 1.0f;
-  if (p.zero_out != nullptr) p.zero_out[sample] = zero;
+  const int32_t zero = zero_at(p.zero_point, sample * p.zero_point_stride) - p.offset;
+  if (p.scale_out != nullptr) p.scale_out[sample] = p.scale != nullptr ? p.scale[sample * p.scale_stride] : 1.0f;
+  if (p.zero_point_out != nullptr) p.zero_point_out[sample] = zero;
   if (p.padding == nullptr) return;
-  int8_t line[kChunk];
+  int8_t line[kVectorBytes];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) line[i] = static_cast<int8_t>(zero);
-  store_vector<kChunk>(p.padding + sample * kChunk, line);
+  for (int i = 0; i < kVectorBytes; ++i) line[i] = static_cast<int8_t>(zero);
+  store_vector<kVectorBytes>(p.padding + sample * kVectorBytes, line);
 }
 
 }  // namespace
 
-void write_codes_cuda(const char* op, const CodesParams& p, void* stream) {
+void write_codes_cuda(const CodesParams& p, const Launch& at) {
   if (p.pixel == 0 || p.samples * p.height * p.width == 0) return;
   CodesArgs a{};
   a.p = p;
-  const int64_t bytes = p.tap % kChunk == 0 ? kChunk : 4, parts = p.pixel / bytes, pixels = p.samples * p.height * p.width;
+  const int64_t bytes = p.tap % kVectorBytes == 0 ? kVectorBytes : 4, parts = p.pixel / bytes,
+                pixels = p.samples * p.height * p.width;
   a.pixels = FastDiv(p.height * p.width);
   a.columns = FastDiv(p.width);
   a.tap = FastDiv(p.tap);
   a.total = pixels * parts;
   a.pixels_first = p.stride[1] != 1;
   a.inner = FastDiv(a.pixels_first ? pixels : parts);
-  const int64_t element = dtype_bytes(p.x_dtype), load = bytes * element < 16 ? bytes * element : 16;
-  a.vectors = p.stride[1] == 1 && p.channels % bytes == 0 && is_aligned(p.x, load);
+  const int64_t element = dtype_bytes(p.in.dtype), load = bytes * element < 16 ? bytes * element : 16;
+  a.vectors = p.stride[1] == 1 && p.channels % bytes == 0 && is_aligned(p.in.x, load);
   for (int d : {0, 2, 3}) a.vectors = a.vectors && p.stride[d] * element % load == 0;
   const auto run = [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
-    launch(op, bytes == kChunk ? codes_kernel<X, kChunk> : codes_kernel<X, 4>, blocks_for(a.total, kThreads, kMaxGrid),
-           dim3(kThreads), stream, a);
+    launch(at, bytes == kVectorBytes ? codes_kernel<X, kVectorBytes> : codes_kernel<X, 4>, blocks_for(a.total, kThreads, kMaxGrid),
+           dim3(kThreads), a);
   };
-  switch (p.x_dtype) {
+  switch (p.in.dtype) {
     case DType::kFloat32: return run(static_cast<float*>(nullptr));
     case DType::kFloat16: return run(static_cast<Half*>(nullptr));
     case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
@@ -132,9 +125,9 @@ void write_codes_cuda(const char* op, const CodesParams& p, void* stream) {
   }
 }
 
-void sample_params_cuda(const char* op, const SampleParams& p, void* stream) {
+void write_sample_params_cuda(const SampleParams& p, const Launch& at) {
   if (p.samples == 0) return;
-  launch(op, sample_params_kernel, blocks_for(p.samples, kThreads, kMaxGrid), dim3(kThreads), stream, ParamsArgs{p});
+  launch(at, sample_params_kernel, blocks_for(p.samples, kThreads, kMaxGrid), dim3(kThreads), SampleParamsArgs{p});
 }
 
 }  // namespace quant_ops

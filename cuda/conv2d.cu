@@ -2,83 +2,40 @@
 //
 //   y[n,o,oh,ow] = epilogue(sum_{c,r,s} a[n, c, oh*stride - pad + r*dilation, ...] b[o,c,r,s])
 //
-// The image becomes NHWC codes in a workspace (activations.cu), unless it is that already. Row m of the product is an output pixel,
-// k runs over kernel positions and channels (Gather in layout.cuh); a position beside the image reads the zero point's code, so
-// that the plain column-sum correction is right everywhere. Dynamic scales are per sample (qparams.cu). Pointwise convolutions over
-// dense codes are plain products. Depthwise convolutions multiply element by element. Bits are those of cpp/conv2d.cpp. Read next:
-// portable.cuh.
+// The image becomes NHWC codes in a workspace (activations.cu), unless it is NHWC codes already. Row m of the product is an output
+// pixel, and k runs over taps and channels (Gather in layout.cuh). A tap beside the image reads the zero point's code, so that the
+// plain column-sum correction is right everywhere. Dynamic scales are per sample (qparams.cu). Pointwise convolutions over dense
+// codes are plain products, depthwise ones have a kernel of their own (conv2d_depthwise.cu). Bits are those of cpp/cpu/conv2d.cpp.
+// Read next: portable.cuh.
 #include <cmath>
 
+#include "conv2d.cuh"
 #include "engine/portable.cuh"
-#include "launch.h"
 
 namespace quant_ops {
 namespace {
 
-// ---- depthwise ------------------------------------------------------------------------------------------------------
+bool has_pixels(const Int8Conv2dParams& p) { return p.H * p.W > 0; }
 
-constexpr int kThreads = 256;
+// Whether results of neighbouring output channels are neighbours in memory.
+bool channels_are_contiguous(const Int8Conv2dParams& p) { return p.y_channels_last || p.OH * p.OW == 1; }
 
-struct DepthwiseArgs {
-  static constexpr bool kBarriers = false;
-  Gather gather;
-  Epilogue out;
-  const int8_t* weight;  // [R * S][pitch]
-  int64_t pitch, M, channels, total;
-  int32_t r, s;
-  int64_t run;    // output pixels that neighbouring threads take, so that their stores meet
-  FastDiv words;  // of four channels
-};
-
-// A thread makes four channels of an output pixel.
-__global__ void __launch_bounds__(kThreads) depthwise_kernel(const QO_GRID_CONSTANT DepthwiseArgs a) {
-  const Gather& g = a.gather;
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.total; i += step) {
-    const int64_t run = i / a.run, high = a.words.quotient(run), channel = (run - high * a.words.divisor) * kFour;
-    const int64_t m = high * a.run + i % a.run;
-    if (m >= a.M) continue;
-    const GatherRow row = gather_row(g, m, 0);
-    const int8_t* weight = a.weight + channel;
-    int32_t sums[kFour] = {};
-    for (int32_t r = 0; r < a.r; ++r)
-      for (int32_t s = 0; s < a.s; ++s, weight += a.pitch) {
-        GatherTap tap;
-        tap.h = r * g.dilation[0];
-        tap.w = s * g.dilation[1];
-        tap.offset = tap.h * g.row + tap.w * g.pixel;
-        const bool pixel = inside(g, row, tap);
-        if (!pixel && g.padding == nullptr) continue;
-        const auto codes = load_vector<kFour>(pixel ? row.at + tap.offset + channel : g.padding + int64_t{row.sample} * kChunk);
-        const auto weights = load_vector<kFour>(weight);
-#pragma unroll
-        for (int c = 0; c < kFour; ++c) sums[c] += int32_t{codes.get(c)} * weights.get(c);
-      }
-    const int count = static_cast<int>(a.channels - channel < kFour ? a.channels - channel : kFour);
-    if (count > 0) finish_four(a.out, row_params(a.out, m), column_params(a.out, channel, count), channel, count, sums);
-  }
-}
-
-void run_depthwise(const Int8Conv2dParams& p, const Gather& gather, const Epilogue& out, const CudaWeights& w, const int8_t* rows,
-                   void* stream) {
-  DepthwiseArgs a{};
-  a.gather = gather;
-  a.out = out;
-  a.weight = rows;
-  a.pitch = w.rows_bytes / w.taps;
-  a.M = p.N * p.OH * p.OW;
-  a.channels = p.C;
-  a.r = static_cast<int32_t>(p.R);
-  a.s = static_cast<int32_t>(p.S);
-  a.run = out.y_column == 1 ? 1 : 8;
-  a.words = FastDiv((p.C + kFour - 1) / kFour);
-  a.total = (a.M + a.run - 1) / a.run * a.run * a.words.divisor;
-  launch("int8_conv2d", depthwise_kernel, blocks_for(a.total, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+void expect_small(const Int8Conv2dParams& p) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // coordinates are int32
+  const auto reach = [&](int d, int64_t size, int64_t kernel, int64_t out) {
+    return std::max({size + p.pad[d], (kernel - 1) * p.dilation[d], (out - 1) * p.stride[d]});
+  };
+  const int64_t height = reach(0, p.H, p.R, p.OH), width = reach(1, p.W, p.S, p.OW);
+  if (height >= kMost || width >= kMost || p.N >= kMost)
+    throw std::runtime_error(
+        "quant_ops.int8_conv2d: expected less than 2^30 images of less than 2^30 rows and columns with their "
+        "padding, got " +
+        std::to_string(p.N) + " of " + std::to_string(height) + " x " + std::to_string(width) + ". Split the batch.");
 }
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-// choose_qparams over a sample.
+// choose_qparams over a sample. Codes are those of quantize_rows.
 ChooseQParams range_of_samples(const Int8Conv2dParams& p, float* scale, int32_t* zero_point) {
   const bool asymmetric = p.in.mode == Activation::kDynamicAsymmetric;
   ChooseQParams q{};
@@ -105,82 +62,16 @@ ChooseQParams range_of_samples(const Int8Conv2dParams& p, float* scale, int32_t*
   return q;
 }
 
-// Whether x itself is the codes that the kernels read: NHWC, whole chunks, aligned.
+// Whether the kernels can read x itself: int8 codes in NHWC, taps of whole aligned vectors or words, none of them padded.
 bool is_codes(const Int8Conv2dParams& p, int64_t channels, int64_t tap) {
-  const int64_t alignment = tap % kChunk == 0 ? kChunk : 4;
+  const int64_t alignment = tap % kVectorBytes == 0 ? kVectorBytes : 4;
   return p.in.dtype == DType::kInt8 && p.x_stride[1] == 1 && channels == tap && is_aligned(p.in.x, alignment) &&
          p.x_stride[0] % alignment == 0 && p.x_stride[2] % alignment == 0 && p.x_stride[3] % alignment == 0;
 }
 
-void expect_small(const Int8Conv2dParams& p) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // coordinates are int32
-  const auto reach = [&](int d, int64_t size, int64_t kernel, int64_t out) {
-    return std::max({size + p.pad[d], (kernel - 1) * p.dilation[d], (out - 1) * p.stride[d]});
-  };
-  const int64_t height = reach(0, p.H, p.R, p.OH), width = reach(1, p.W, p.S, p.OW);
-  if (height >= kMost || width >= kMost || p.N >= kMost)
-    throw std::runtime_error(
-        "quant_ops.int8_conv2d: expected less than 2^30 images of less than 2^30 rows and columns with their "
-        "padding, got " +
-        std::to_string(p.N) + " of " + std::to_string(height) + " x " + std::to_string(width) + ". Split the batch.");
-}
-
-}  // namespace
-
-int64_t int8_conv2d_cuda(const Int8Conv2dParams& p, void* memory, void* stream) {
-  const char* op = "int8_conv2d";
-  const int64_t pixels = p.OH * p.OW;
-  if (p.N == 0 || p.O == 0 || pixels == 0) return 0;
-  expect_small(p);
-  Workspace workspace(memory);
-  const CudaWeights w = cuda_weights(p.O, p.C / p.groups, p.R, p.S, p.groups);
-  const bool dynamic = p.in.mode == Activation::kDynamic || p.in.mode == Activation::kDynamicAsymmetric;
-  const bool is_unsigned = p.in.dtype == DType::kUInt8, empty = p.H * p.W == 0;
-  const bool asymmetric = p.in.mode == Activation::kDynamicAsymmetric || p.in.zero_point != nullptr || is_unsigned;
-  const WeightOnDevice weight(w, p.weight, p.packed, asymmetric, &workspace);
-
-  // codes: channels of one group after the other, each padded to `tap` bytes
-  const int64_t channels = w.depthwise ? p.C : w.channels(), tap = w.depthwise ? w.rows_bytes / w.taps : w.tap;
-  const int64_t pixel = w.depthwise ? tap : w.groups * tap;
-  const bool in_place = is_codes(p, channels, tap);
-  int8_t* codes = in_place ? nullptr : workspace.take<int8_t>(p.N * p.H * p.W * pixel);
-  // scales and zero points per sample, and 16 codes of each zero point
-  const bool made = dynamic || asymmetric;
-  float* scale = made ? workspace.take<float>(p.N) : nullptr;
-  int32_t* zero_point = made ? workspace.take<int32_t>(p.N) : nullptr;
-  int8_t* padding = asymmetric ? workspace.take<int8_t>(p.N * kChunk) : nullptr;
-  const bool ranged = dynamic && !empty;  // a sample without pixels has scale 1, as one of zeros
-  const ChooseQParams range = range_of_samples(p, scale, zero_point);
-  double* partial = ranged ? workspace.take<double>(choose_qparams_workspace(range)) : nullptr;
-
-  if (!workspace.counts()) {
-    weight.prepare(stream);
-    if (ranged) choose_qparams_cuda(range, partial, stream);
-    const CodesParams encode{p.in.x,
-                             p.in.dtype,
-                             {p.x_stride[0], p.x_stride[1], p.x_stride[2], p.x_stride[3]},
-                             p.N,
-                             p.H,
-                             p.W,
-                             channels,
-                             tap,
-                             codes,
-                             pixel,
-                             ranged ? scale : p.in.scale,
-                             ranged ? 1 : p.in.scale_stride,
-                             ranged ? asymmetric ? zero_point : nullptr : p.in.zero_point,
-                             ranged ? 1 : p.in.zero_point_stride};
-    if (!in_place) write_codes_cuda(op, encode, stream);
-    if (made && !(ranged && !asymmetric))
-      sample_params_cuda(op,
-                         {p.N, encode.scale, encode.scale_step, encode.zero_point, encode.zero_step, is_unsigned ? 128 : 0,
-                          ranged ? nullptr : scale, ranged ? nullptr : zero_point, padding},
-                         stream);
-  }
-
+// The codes as a kernel walks over them, but for their addresses. `tap` is the bytes of a tap of one group, `pixel` those of all.
+Gather gather_of(const Int8Conv2dParams& p, bool in_place, int64_t tap, int64_t pixel) {
   Gather gather;
-  gather.codes = in_place ? static_cast<const int8_t*>(p.in.x) : codes;
-  gather.padding = padding;
   gather.sample = in_place ? p.x_stride[0] : p.H * p.W * pixel;
   gather.row = in_place ? p.x_stride[2] : p.W * pixel;
   gather.pixel = in_place ? p.x_stride[3] : pixel;
@@ -192,63 +83,178 @@ int64_t int8_conv2d_cuda(const Int8Conv2dParams& p, void* memory, void* stream) 
     gather.pad[d] = static_cast<int32_t>(p.pad[d]);
     gather.dilation[d] = static_cast<int32_t>(p.dilation[d]);
   }
-  gather.pixels = FastDiv(pixels);
+  gather.pixels = FastDiv(p.OH * p.OW);
   gather.columns = FastDiv(p.OW);
   gather.tap = FastDiv(tap);
   gather.kernel_columns = FastDiv(p.S);
+  return gather;
+}
 
-  const bool across = p.y_channels_last || pixels == 1;
-  Epilogue out{};
-  out.row_scale = made ? scale : p.in.scale;
-  out.row_zero = asymmetric ? zero_point : nullptr;
-  out.row_step = p.N == 1 ? 0 : made ? 1 : p.in.scale_stride;
-  out.column_scale = p.out.weight_scale;
-  out.column_step = p.out.weight_scale_stride;
-  out.column_sum = weight.sums;
-  out.bias = p.out.bias;
-  out.floor = p.out.relu ? 0.0f : -INFINITY;
-  out.y = p.out.y;
-  out.dtype = p.out.dtype;
-  out.rows = FastDiv(pixels);
-  out.y_sample = pixels * p.O;
-  out.y_row = across ? p.O : 1;
-  out.y_column = across ? 1 : pixels;
+// Codes, and arrays of the samples' scales, zero points and padding where the plan has them.
+void encode_samples(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at) {
+  float* scale = plan.scale.in(at.memory);
+  int32_t* zero_point = plan.zero_point.in(at.memory);
+  InputParams in = p.in;
+  if (plan.range) {
+    run_choose_qparams(*plan.range, range_of_samples(p, scale, zero_point), {at.op, plan.range_memory.in(at.memory), at.stream});
+    in.scale = scale;
+    in.zero_point = has_zero_points(p.in) ? zero_point : nullptr;
+    in.scale_stride = in.zero_point_stride = 1;
+  }
+  if (plan.encoder != Encoder::kNone)
+    write_codes_cuda({.in = in,
+                      .stride = {p.x_stride[0], p.x_stride[1], p.x_stride[2], p.x_stride[3]},
+                      .samples = p.N,
+                      .height = p.H,
+                      .width = p.W,
+                      .channels = plan.channels,
+                      .tap = plan.gather.group,
+                      .q = plan.codes.in(at.memory),
+                      .pixel = plan.gather.pixel},
+                     at);
+  const bool rewrites = plan.scale && !plan.range;
+  if (rewrites || plan.padding)
+    write_sample_params_cuda({.samples = p.N,
+                              .scale = in.scale,
+                              .scale_stride = in.scale_stride,
+                              .zero_point = in.zero_point,
+                              .zero_point_stride = in.zero_point_stride,
+                              .offset = p.in.dtype == DType::kUInt8 ? 128 : 0,
+                              .scale_out = rewrites ? scale : nullptr,
+                              .zero_point_out = rewrites ? zero_point : nullptr,
+                              .padding = plan.padding.in(at.memory)},
+                             at);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// Whether output pixels are input pixels, which lie in memory as dense rows of one product with one scale.
+bool is_dense(const Int8Conv2dParams& p, const CudaWeights& w, const Gather& g, int64_t row_step) {
+  const bool same_pixels =
+      w.taps == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.pad[0] == 0 && p.pad[1] == 0;
+  const bool one_matrix = w.groups == 1 && !w.depthwise && g.pixel % kVectorBytes == 0 && (p.H == 1 || g.row == p.W * g.pixel) &&
+                          (p.N == 1 || g.sample == p.H * p.W * g.pixel);
+  return same_pixels && one_matrix && row_step == 0 && channels_are_contiguous(p);
+}
+
+// All of a dense product but the addresses of its operands and of the samples' parameters.
+IgemmProblem product_of(const Int8Conv2dParams& p, const CudaWeights& w, const Gather& gather) {
+  return {.M = p.N * p.OH * p.OW,
+          .N = p.O,
+          .K = w.k,
+          .a_stride = gather.pixel,
+          .b_stride = w.row_bytes,
+          .row_step = 0,
+          .column_scale = p.out.weight_scale,
+          .column_step = p.out.weight_scale_stride,
+          .bias = p.out.bias,
+          .floor = p.out.relu ? 0.0f : -INFINITY,
+          .y = p.out.y,
+          .y_stride = p.O,
+          .y_dtype = p.out.dtype,
+          .out_scale = p.out.out_scale,
+          .out_zero_point = p.out.out_zero_point};
+}
+
+int64_t row_step_of(const Int8Conv2dParams& p, bool own_params) { return p.N == 1 ? 0 : own_params ? 1 : p.in.scale_stride; }
+
+Epilogue epilogue_of(const Int8Conv2dParams& p, const Conv2dPlan& plan, const int32_t* column_sum, const Launch& at) {
+  const int64_t pixels = p.OH * p.OW;
+  const bool across = channels_are_contiguous(p), own_params = static_cast<bool>(plan.scale);
+  Epilogue out{.row_scale = own_params ? plan.scale.in(at.memory) : p.in.scale,
+               .row_zero = has_zero_points(p.in) ? plan.zero_point.in(at.memory) : nullptr,
+               .row_step = row_step_of(p, own_params),
+               .column_scale = p.out.weight_scale,
+               .column_step = p.out.weight_scale_stride,
+               .column_sum = column_sum,
+               .bias = p.out.bias,
+               .floor = p.out.relu ? 0.0f : -INFINITY,
+               .y = p.out.y,
+               .dtype = p.out.dtype,
+               .rows = FastDiv(pixels),
+               .y_sample = pixels * p.O,
+               .y_row = across ? p.O : 1,
+               .y_column = across ? 1 : pixels,
+               .out_scale = p.out.out_scale,
+               .out_zero_point = p.out.out_zero_point};
+  const CudaWeights& w = plan.weight.layout;
   out.vectors = whole_vectors(out, w.depthwise ? p.O : w.n);
-  out.out_scale = p.out.out_scale;
-  out.out_zero_point = p.out.out_zero_point;
+  return out;
+}
 
-  if (w.depthwise) {
-    if (!workspace.counts()) run_depthwise(p, gather, out, w, weight.rows, stream);
-    return workspace.used();
-  }
-  const bool pointwise = w.taps == 1 && w.groups == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W &&
-                         p.pad[0] == 0 && p.pad[1] == 0 && (p.H == 1 || gather.row == p.W * gather.pixel) &&
-                         (p.N == 1 || gather.sample == p.H * p.W * gather.pixel);
-  if (pointwise && across && out.row_step == 0 && gather.pixel % kChunk == 0) {
-    const IgemmProblem product{p.N * pixels,  p.O,   w.k,          gather.codes,     gather.pixel,    weight.rows,       w.row,
-                               out.row_scale, 0,     out.row_zero, out.column_scale, out.column_step, out.column_sum,    out.bias,
-                               out.floor,     out.y, p.O,          out.dtype,        out.out_scale,   out.out_zero_point};
-    igemm_cuda(op, product, &workspace, stream);
-    return workspace.used();
-  }
+void run_gather(const Int8Conv2dParams& p, const Conv2dPlan& plan, const Gather& gather, const Epilogue& out, const int8_t* weight,
+                const Launch& at) {
+  const CudaWeights& w = plan.weight.layout;
   IgemmArgs args{};
-  args.M = p.N * pixels;
+  args.M = p.N * p.OH * p.OW;
   args.N = w.n;
   args.K = w.k;
-  args.b = weight.rows;
-  args.b_stride = w.row;
+  args.b = weight;
+  args.b_stride = w.row_bytes;
   args.gather = gather;
   args.out = out;
   args.groups = w.groups;
-  const bool chunks = tap % kChunk == 0;
-  const char* name = forced_kernel();
-  // a name that is of dense products only leaves the choice to the model
-  const ForcedKernel forced(is_igemm_tile(name) ? name : nullptr);
-  const IgemmChoice choice = portable_choice({args.M, args.N, args.K, args.groups, chunks ? kChunk : 4}, gpu_limits(), forced);
-  if (choice.tile < 0) refuse_forced_kernel(op, name);
-  run_igemm(op, args, choice, chunks ? igemm_kernel_of<GatherLoader<kChunk>> : igemm_kernel_of<GatherLoader<4>>, &workspace,
-            stream);
-  return workspace.used();
+  const bool vectors = gather.group % kVectorBytes == 0;
+  run_portable(args, plan.kernel, vectors ? igemm_kernel_of<GatherLoader<kVectorBytes>> : igemm_kernel_of<GatherLoader<4>>,
+               plan.sums.in(at.memory), at);
+}
+
+}  // namespace
+
+Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const KernelChoice& wanted) {
+  expect_small(p);
+  Conv2dPlan plan{};
+  WorkspaceLayout workspace;
+  const CudaWeights w = cuda_weights(p.O, p.C / p.groups, p.R, p.S, p.groups);
+  const bool corrected = has_zero_points(p.in), own_params = is_dynamic(p.in) || corrected;
+  plan.weight = plan_weight(w, p.weight, p.packed, corrected, &workspace);
+
+  // Codes of one group follow those of the other, each tap padded to `tap` bytes.
+  const int64_t tap = w.depthwise ? w.rows_bytes / w.taps : w.tap_bytes, pixel = w.depthwise ? tap : w.groups * tap;
+  plan.channels = w.depthwise ? p.C : w.channels();
+  const bool in_place = is_codes(p, plan.channels, tap);
+  plan.encoder = in_place ? Encoder::kNone : is_dynamic(p.in) ? Encoder::kRange : Encoder::kGiven;
+  plan.gather = gather_of(p, in_place, tap, pixel);
+  if (!in_place) plan.codes = workspace.add<int8_t>(p.N * p.H * p.W * pixel);
+  if (own_params) plan.scale = workspace.add<float>(p.N);
+  if (own_params) plan.zero_point = workspace.add<int32_t>(p.N);
+  if (corrected) plan.padding = workspace.add<int8_t>(p.N * kVectorBytes);
+  if (is_dynamic(p.in) && has_pixels(p)) {  // a sample without pixels has scale 1, as one of zeros
+    plan.range = plan_choose_qparams(range_of_samples(p, nullptr, nullptr), gpu.multiprocessors);
+    plan.range_memory = workspace.add<char>(plan.range->bytes);
+  }
+
+  plan.dense = is_dense(p, w, plan.gather, row_step_of(p, own_params));
+  if (w.depthwise) {
+    plan.kernel.engine = Engine::kDepthwise;
+  } else if (plan.dense) {
+    plan.product = product_of(p, w, plan.gather);
+    plan.kernel = choose_kernel(plan.product, gpu, wanted);
+  } else {
+    const int load_bytes = tap % kVectorBytes == 0 ? kVectorBytes : 4;
+    plan.kernel = choose_conv_tile({p.N * p.OH * p.OW, w.n, w.k, w.groups, load_bytes}, gpu, wanted);
+  }
+  if (plan.kernel.sums > 0) plan.sums = workspace.add<int32_t>(plan.kernel.sums);
+  plan.bytes = workspace.bytes();
+  return plan;
+}
+
+void run_conv2d(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at) {
+  const WeightOnDevice weight = run_weight(plan.weight, p.weight, p.packed, at);
+  encode_samples(plan, p, at);
+  Gather gather = plan.gather;
+  gather.codes = plan.encoder == Encoder::kNone ? static_cast<const int8_t*>(p.in.x) : plan.codes.in(at.memory);
+  gather.padding = plan.padding.in(at.memory);
+  const Epilogue out = epilogue_of(p, plan, weight.sums, at);
+  if (plan.weight.layout.depthwise) return run_depthwise(p, gather, out, weight.rows, at);
+  if (!plan.dense) return run_gather(p, plan, gather, out, weight.rows, at);
+  IgemmProblem product = plan.product;
+  product.a = gather.codes;
+  product.b = weight.rows;
+  product.row_scale = out.row_scale;
+  product.row_zero = out.row_zero;
+  product.column_sum = weight.sums;
+  run_product(product, plan.kernel, plan.sums.in(at.memory), at);
 }
 
 }  // namespace quant_ops

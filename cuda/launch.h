@@ -1,101 +1,159 @@
-// Entry points of the CUDA kernels; the structs and formulas are those of ops.h. All work goes to `stream` (a cudaStream_t) of the
-// current device, nothing waits for it. Errors of a launch are thrown as std::runtime_error. Read next: quantize.cu.
+// Entry points of the CUDA kernels; the structs and formulas are those of ops.h. An operator that needs memory of its own has a
+// plan: plan_x(params) decides everything that can be decided without a GPU, the caller allocates plan.bytes, and run_x launches.
+// All work goes to the stream of `at`, and nothing waits for it. Errors of a launch are thrown as std::runtime_error. Read next:
+// linear.cpp for plans, quantize.cu for kernels.
 #pragma once
+
+#include <optional>
 
 #include "contract/cuda_weights.h"
 #include "contract/ops.h"
-#include "engine/problem.h"
+#include "device/layout.cuh"
+#include "device/workspace.h"
+#include "engine/choose.h"
 
 namespace quant_ops {
 
 // ---- quantize family ------------------------------------------------------------------------------------------------
 
-// In all of it a null zero_point is 0.
-void quantize_cuda(const QuantizeParams& p, void* stream);
-void dequantize_cuda(const DequantizeParams& p, void* stream);
+// In the whole family a null zero_point is 0.
+void quantize_cuda(const QuantizeParams& p, const Launch& at);
+void dequantize_cuda(const DequantizeParams& p, const Launch& at);
 
-// `workspace` holds quantize_backward_workspace(p) doubles.
-int64_t quantize_backward_workspace(const QuantizeBackwardParams& p);
-void quantize_backward_cuda(const QuantizeBackwardParams& p, double* workspace, void* stream);
+struct QuantizeBackwardPlan {
+  bool same_layout = true;   // of x and dx: the kernel that sums over slices meets every element once, and writes dx as well
+  bool same_slices = false;  // of scale and zero point: one kernel sums for both
+  Slot<double> scale_sum, zero_sum;  // of all levels of chunks
+  int64_t bytes = 0;
+};
+QuantizeBackwardPlan plan_quantize_backward(const QuantizeBackwardParams& p);
+void run_quantize_backward(const QuantizeBackwardPlan& plan, const QuantizeBackwardParams& p, const Launch& at);
 
 // n contiguous zero points to int32: floating ones by round_zero_point, integers saturating. is_int64: DType has no name for it.
-void zero_points_cuda(const void* from, DType dtype, bool is_int64, int32_t* to, int64_t n, int64_t qmin, int64_t qmax,
-                      void* stream);
-
-// `workspace` holds choose_qparams_workspace(p) doubles.
-int64_t choose_qparams_workspace(const ChooseQParams& p);
-void choose_qparams_cuda(const ChooseQParams& p, double* workspace, void* stream);
-
-// Scale (and zero point) from each row's data, as int8_linear does on the CPU. Codes are signed: [-127, 127] symmetric, [-128, 127]
-// asymmetric.
-struct RowQuantParams {
-  int64_t rows, columns;
-  const void* x;
-  DType x_dtype;
-  int64_t x_stride;
-  int8_t* q;
-  int64_t q_stride;  // >= columns; the rest of each row is filled with zeros
-  float* scale;
-  int32_t* zero_point;  // null: symmetric
+struct ZeroPointParams {
+  const void* from;
+  DType dtype;
+  bool is_int64;
+  int32_t* to;
+  int64_t n, qmin, qmax;
 };
-void quantize_rows_cuda(const RowQuantParams& p, void* stream);
-void quantize_rows_cuda(const QuantizeRowsParams& p, void* stream);
+void zero_points_cuda(const ZeroPointParams& p, const Launch& at);
 
-// ---- integer products -----------------------------------------------------------------------------------------------
-
-// The operators of ops.h; zero points and out_scale are on the device, too. Both give the bytes of workspace that they need, and
-// with memory null do nothing else.
-int64_t int8_linear_cuda(const char* op, const Int8LinearParams& p, void* memory, void* stream);
-int64_t int8_conv2d_cuda(const Int8Conv2dParams& p, void* memory, void* stream);
-
-// sums and rows of cuda_weights.h; null: not wanted.
-void pack_weight_cuda(const int8_t* weight, const CudaWeights& w, int32_t* sums, int8_t* rows, void* stream);
-
-// A weight as the kernels read it: in place, from its packed copy, or made in the workspace by prepare().
-class WeightOnDevice {
- public:
-  // packed: from pack_weight, or null. Sums are null unless asked for.
-  WeightOnDevice(const CudaWeights& w, const int8_t* weight, const int8_t* packed, bool with_sums, Workspace* workspace);
-  void prepare(void* stream) const;
-
-  const int8_t* rows = nullptr;
-  const int32_t* sums = nullptr;
-
- private:
-  CudaWeights w_;
-  const int8_t* weight_;
-  int32_t* made_sums_ = nullptr;
-  int8_t* made_rows_ = nullptr;
+// How the work of choose_qparams is cut.
+struct QParamsPlan {
+  Reduction range;  // coalesced and sorted
+  int64_t slices = 0, length = 0;
+  bool down = false;    // neighbouring slices are neighbours in memory, and are read side by side
+  int64_t vector = 1;   // elements of a load
+  int64_t run = 1;      // along: neighbouring elements of a slice
+  int64_t units = 0;    // along: vectors of a slice; down: its rows
+  int64_t workers = 0;  // tasks of one part of every slice
+  int64_t parts = 0;    // of a slice, each with its own range; 0: slices are empty
+  int64_t part_units = 0;
+  int64_t bytes = 0;
 };
+QParamsPlan plan_choose_qparams(const ChooseQParams& p, int64_t multiprocessors);
+void run_choose_qparams(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at);
 
-// int8 codes of x [samples, channels of all groups, height, width] in NHWC, `tap` bytes for the `channels` of a group.
+// Rows of q are q_stride >= columns apart; what is behind the codes becomes zeros. A null zero_point is not written.
+void quantize_rows_cuda(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at);
+
+// ---- operands of integer products -----------------------------------------------------------------------------------
+
+// The sums and rows of cuda_weights.h; null if not wanted.
+void pack_weight_cuda(const int8_t* weight, const CudaWeights& w, int32_t* sums, int8_t* rows, const Launch& at);
+
+// How a weight gets into the form of cuda_weights.h: it has that form, or `packed` from pack_weight has it, or run_weight makes it.
+struct WeightPlan {
+  CudaWeights layout{};
+  bool with_sums = false;
+  Slot<int32_t> sums{};  // to be made
+  Slot<int8_t> rows{};   // likewise
+};
+struct WeightOnDevice {
+  const int8_t* rows;
+  const int32_t* sums;  // null unless with_sums
+};
+WeightPlan plan_weight(const CudaWeights& layout, const int8_t* weight, const int8_t* packed, bool with_sums,
+                       WorkspaceLayout* workspace);
+WeightOnDevice run_weight(const WeightPlan& plan, const int8_t* weight, const int8_t* packed, const Launch& at);
+
+// Who makes int8 codes of the activations.
+enum class Encoder : int32_t {
+  kNone,   // x is the codes
+  kGiven,  // write_codes_cuda, by the given scale or by none
+  kRange,  // a scale from the data: quantize_rows_cuda (linear), run_choose_qparams and write_codes_cuda (conv2d)
+  kGemv,   // a scale from the data, by the kernel of the product (linear)
+};
+inline bool is_dynamic(const InputParams& in) {
+  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
+}
+// Whether sums need a correction for zero points; those of unsigned codes are shifted by 128.
+inline bool has_zero_points(const InputParams& in) {
+  return in.mode == Activation::kDynamicAsymmetric || in.zero_point != nullptr || in.dtype == DType::kUInt8;
+}
+
+// int8 codes of x [samples, channels of all groups, height, width] in NHWC. Codes of a group's channels fill `tap` bytes. Of `in`,
+// the scale is per sample, not read for int8 and uint8.
 struct CodesParams {
-  const void* x;
-  DType x_dtype;
+  InputParams in;
   int64_t stride[4];  // of x: N, C, H, W
   int64_t samples, height, width;
   int64_t channels, tap;  // of a group
   int8_t* q;
-  int64_t pixel;       // bytes of a pixel of q: tap times the groups
-  const float* scale;  // per sample; not read for int8 and uint8
-  int64_t scale_step;
-  const int32_t* zero_point;  // null: 0
-  int64_t zero_step;
+  int64_t pixel;  // bytes of a pixel of q: tap times the groups
 };
-void write_codes_cuda(const char* op, const CodesParams& p, void* stream);
+void write_codes_cuda(const CodesParams& p, const Launch& at);
 
-// Per-sample scales and zero points as arrays of their own, less `offset`, and 16 codes of each zero point; null: not wanted.
+// Scales and zero points as arrays with one element a sample, zero points less `offset`, and 16 codes of each zero point. Null
+// results are not wanted; a null scale is 1, a null zero point 0.
 struct SampleParams {
   int64_t samples;
-  const float* scale;  // null: 1
-  int64_t scale_step;
-  const int32_t* zero_point;  // null: 0
-  int64_t zero_step;
+  const float* scale;
+  int64_t scale_stride;
+  const int32_t* zero_point;
+  int64_t zero_point_stride;
   int32_t offset;
   float* scale_out;
-  int32_t* zero_out;
+  int32_t* zero_point_out;
   int8_t* padding;  // [samples][16]
 };
-void sample_params_cuda(const char* op, const SampleParams& p, void* stream);
+void write_sample_params_cuda(const SampleParams& p, const Launch& at);
+
+// ---- integer products -----------------------------------------------------------------------------------------------
+
+struct LinearPlan {
+  WeightPlan weight;
+  Encoder encoder;
+  IgemmProblem product;  // addresses of codes, weight and row parameters: run_linear
+  Slot<int8_t> codes;
+  Slot<float> row_scale;   // where they are not given, or not with one stride
+  Slot<int32_t> row_zero;  // likewise
+  KernelPlan kernel;
+  Slot<int32_t> sums;  // of the kernel's splits
+  int64_t bytes;
+};
+LinearPlan plan_linear(const Int8LinearParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
+void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch& at);
+
+struct Conv2dPlan {
+  WeightPlan weight;
+  Encoder encoder;
+  Gather gather;                     // addresses of codes and padding: run_conv2d
+  int64_t channels;                  // of a group of the codes
+  bool dense;                        // a pointwise convolution that is a plain product of codes
+  IgemmProblem product;              // if dense, as in LinearPlan
+  std::optional<QParamsPlan> range;  // of samples that have pixels, for scales from the data
+  Slot<char> range_memory;
+  Slot<int8_t> codes;
+  Slot<float> scale;  // per sample, and likewise the next two
+  Slot<int32_t> zero_point;
+  Slot<int8_t> padding;  // 16 codes of the zero point
+  KernelPlan kernel;
+  Slot<int32_t> sums;
+  int64_t bytes;
+};
+Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
+void run_conv2d(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at);
 
 }  // namespace quant_ops

@@ -1,101 +1,138 @@
 // int8_linear and int8_gemm on CUDA: start reading here.
 //
-// Rows of x become int8 codes in a workspace, each row read once (quantize_rows.cu) or with the given scale (activations.cu); codes
-// that can be read where they are, are. Then one integer product with its epilogue (problem.h). A few dynamic rows take one kernel
-// (gemv.cu). Bits are those of cpp/cpu/linear.cpp.
+// The rows of x become int8 codes, each row with a scale from its own data (quantize_rows.cu) or with the given scale
+// (activations.cu). Codes that can be read where they are stay there. One integer product with its epilogue follows (problem.h).
+// A few rows without a given scale are quantized by the product's kernel itself (gemv.cu). Bits are those of cpp/cpu/linear.cpp.
 #include <cmath>
 
-#include "device/layout.cuh"
+#include "contract/dtypes.h"
 #include "engine/gemv.h"
 #include "launch.h"
 
 namespace quant_ops {
+namespace {
 
-int64_t int8_linear_cuda(const char* op, const Int8LinearParams& p, void* memory, void* stream) {
-  if (p.M == 0 || p.N == 0) return 0;
-  Workspace workspace(memory);
-  const CudaWeights weights = cuda_weights(p.N, p.K, 1, 1, 1);
-  const bool dynamic = p.in.mode == Activation::kDynamic || p.in.mode == Activation::kDynamicAsymmetric;
-  const bool is_unsigned = p.in.dtype == DType::kUInt8;
-  const bool asymmetric = p.in.mode == Activation::kDynamicAsymmetric || p.in.zero_point != nullptr || is_unsigned;
-  const WeightOnDevice weight(weights, p.weight, p.packed, asymmetric, &workspace);
+// Whether the kernels can read x itself: int8 codes, rows of whole aligned vectors, none of them padded.
+bool is_codes(const Int8LinearParams& p, int64_t k, int64_t x_stride) {
+  return p.in.dtype == DType::kInt8 && k == p.K && x_stride % kVectorBytes == 0 && is_aligned(p.in.x, kVectorBytes);
+}
 
-  IgemmProblem product{};
-  product.M = p.M;
-  product.N = p.N;
-  product.K = weights.k;
-  product.a_stride = weights.k;
-  product.b = weight.rows;
-  product.b_stride = weights.row;
-  product.row_scale = p.in.scale;
-  product.row_zero = p.in.zero_point;
-  product.row_step = p.in.scale_stride;
-  product.column_scale = p.out.weight_scale;
-  product.column_step = p.out.weight_scale_stride;
-  product.column_sum = weight.sums;
-  product.bias = p.out.bias;
-  product.floor = p.out.relu ? 0.0f : -INFINITY;
-  product.y = p.out.y;
-  product.y_stride = p.y_stride;
-  product.y_dtype = p.out.dtype;
-  product.out_scale = p.out.out_scale;
-  product.out_zero_point = p.out.out_zero_point;
+// Whether run_linear makes arrays of the rows' given scales and zero points. The product takes one stride for both, and zero points
+// of unsigned codes are shifted.
+bool rewrites_given_params(const InputParams& in) {
+  return has_zero_points(in) && (in.dtype == DType::kUInt8 || in.scale_stride != in.zero_point_stride);
+}
 
+// All of the product but the addresses of its operands and of the rows' parameters.
+IgemmProblem product_of(const Int8LinearParams& p, const CudaWeights& weight, bool in_place, int64_t x_stride, int64_t row_step) {
+  return {.M = p.M,
+          .N = p.N,
+          .K = weight.k,
+          .a_stride = in_place ? x_stride : weight.k,
+          .b_stride = weight.row_bytes,
+          .row_step = row_step,
+          .column_scale = p.out.weight_scale,
+          .column_step = p.out.weight_scale_stride,
+          .bias = p.out.bias,
+          .floor = p.out.relu ? 0.0f : -INFINITY,
+          .y = p.out.y,
+          .y_stride = p.y_stride,
+          .y_dtype = p.out.dtype,
+          .out_scale = p.out.out_scale,
+          .out_zero_point = p.out.out_zero_point};
+}
+
+QuantizeRowsParams dynamic_rows(const Int8LinearParams& p) {
+  return {.rows = p.M,
+          .columns = p.K,
+          .x = p.in.x,
+          .x_stride = p.x_stride,
+          .x_dtype = p.in.dtype,
+          .q = nullptr,
+          .scale = nullptr,
+          .zero_point = nullptr,
+          .asymmetric = p.in.mode == Activation::kDynamicAsymmetric};
+}
+
+// Codes of the rows, and arrays of their scales and zero points where the plan has them.
+void encode_rows(const LinearPlan& plan, const Int8LinearParams& p, const Launch& at) {
+  int8_t* codes = plan.codes.in(at.memory);
+  float* scale = plan.row_scale.in(at.memory);
+  int32_t* zero_point = plan.row_zero.in(at.memory);
+  const int64_t k = plan.weight.layout.k;
+  if (plan.encoder == Encoder::kRange) {
+    QuantizeRowsParams rows = dynamic_rows(p);
+    rows.q = codes;
+    rows.scale = scale;
+    rows.zero_point = zero_point;
+    return quantize_rows_cuda(rows, k, at);
+  }
+  if (plan.encoder == Encoder::kGiven)  // a row is a sample of one pixel
+    write_codes_cuda({.in = p.in,
+                      .stride = {p.x_stride, 1, 0, 0},
+                      .samples = p.M,
+                      .height = 1,
+                      .width = 1,
+                      .channels = p.K,
+                      .tap = k,
+                      .q = codes,
+                      .pixel = k},
+                     at);
+  if (plan.row_scale)
+    write_sample_params_cuda({.samples = p.M,
+                              .scale = p.in.scale,
+                              .scale_stride = p.in.scale_stride,
+                              .zero_point = p.in.zero_point,
+                              .zero_point_stride = p.in.zero_point_stride,
+                              .offset = p.in.dtype == DType::kUInt8 ? 128 : 0,
+                              .scale_out = scale,
+                              .zero_point_out = zero_point,
+                              .padding = nullptr},
+                             at);
+}
+
+}  // namespace
+
+LinearPlan plan_linear(const Int8LinearParams& p, const GpuLimits& gpu, const KernelChoice& wanted) {
+  LinearPlan plan{};
+  WorkspaceLayout workspace;
+  const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in);
+  plan.weight = plan_weight(cuda_weights(p.N, p.K, 1, 1, 1), p.weight, p.packed, corrected, &workspace);
+  const int64_t k = plan.weight.layout.k, x_stride = p.M == 1 ? k : p.x_stride;
+  const bool in_place = is_codes(p, k, x_stride), own_params = dynamic || rewrites_given_params(p.in);
+  plan.encoder = in_place ? Encoder::kNone : dynamic ? Encoder::kRange : Encoder::kGiven;
+  plan.product = product_of(p, plan.weight.layout, in_place, x_stride, own_params ? 1 : p.in.scale_stride);
+
+  plan.kernel = choose_kernel(plan.product, gpu, wanted);
   if (dynamic) {
-    const FloatingRows rows{p.in.x, p.in.dtype, p.x_stride, p.K, asymmetric};
-    if (gemv_quantizes(op, product, rows)) {
-      if (workspace.counts()) return workspace.used();
-      weight.prepare(stream);
-      gemv_cuda(op, product, &rows, stream);
-      return workspace.used();
+    const KernelPlan gemv = choose_quantizing_gemv(plan.product, dtype_bytes(p.in.dtype), gpu, wanted, plan.kernel);
+    if (gemv.engine != Engine::kNone) {
+      plan.encoder = Encoder::kGemv;
+      plan.kernel = gemv;
+      plan.bytes = workspace.bytes();
+      return plan;
     }
   }
+  if (!in_place) plan.codes = workspace.add<int8_t>(p.M * k);
+  if (own_params) plan.row_scale = workspace.add<float>(p.M);
+  if (own_params && corrected) plan.row_zero = workspace.add<int32_t>(p.M);
+  if (plan.kernel.sums > 0) plan.sums = workspace.add<int32_t>(plan.kernel.sums);
+  plan.bytes = workspace.bytes();
+  return plan;
+}
 
-  // codes of the rows
-  const int64_t x_stride = p.M == 1 ? weights.k : p.x_stride;
-  const bool in_place = p.in.dtype == DType::kInt8 && weights.k == p.K && x_stride % kChunk == 0 && is_aligned(p.in.x, kChunk);
-  int8_t* codes = in_place ? nullptr : workspace.take<int8_t>(p.M * weights.k);
-  product.a = in_place ? static_cast<const int8_t*>(p.in.x) : codes;
-  if (in_place) product.a_stride = x_stride;
-  // their scales and zero points, which must step alike; those of unsigned codes are shifted
-  const bool made = !dynamic && asymmetric && (is_unsigned || p.in.scale_stride != p.in.zero_point_stride);
-  float* row_scale = dynamic || made ? workspace.take<float>(p.M) : nullptr;
-  int32_t* row_zero = asymmetric && (dynamic || made) ? workspace.take<int32_t>(p.M) : nullptr;
-  if (dynamic || made) {
-    product.row_scale = row_scale;
-    product.row_zero = row_zero;
-    product.row_step = 1;
-  }
+void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch& at) {
+  const WeightOnDevice weight = run_weight(plan.weight, p.weight, p.packed, at);
+  IgemmProblem product = plan.product;
+  product.b = weight.rows;
+  product.column_sum = weight.sums;
+  if (plan.encoder == Encoder::kGemv) return run_quantizing_gemv(product, dynamic_rows(p), at);
 
-  if (!workspace.counts()) {
-    weight.prepare(stream);
-    if (dynamic)
-      quantize_rows_cuda({p.M, p.K, p.in.x, p.in.dtype, p.x_stride, codes, weights.k, row_scale, row_zero}, stream);
-    else if (!in_place)
-      write_codes_cuda(op,
-                       {p.in.x,
-                        p.in.dtype,
-                        {p.x_stride, 1, 0, 0},
-                        p.M,
-                        1,
-                        1,
-                        p.K,
-                        weights.k,
-                        codes,
-                        weights.k,
-                        p.in.scale,
-                        p.in.scale_stride,
-                        p.in.zero_point,
-                        p.in.zero_point_stride},
-                       stream);
-    if (made)
-      sample_params_cuda(op,
-                         {p.M, p.in.scale, p.in.scale_stride, p.in.zero_point, p.in.zero_point_stride, is_unsigned ? 128 : 0,
-                          row_scale, row_zero, nullptr},
-                         stream);
-  }
-  igemm_cuda(op, product, &workspace, stream);
-  return workspace.used();
+  encode_rows(plan, p, at);
+  product.a = plan.encoder == Encoder::kNone ? static_cast<const int8_t*>(p.in.x) : plan.codes.in(at.memory);
+  product.row_scale = plan.row_scale ? plan.row_scale.in(at.memory) : p.in.scale;
+  product.row_zero = plan.row_scale ? plan.row_zero.in(at.memory) : p.in.zero_point;
+  run_product(product, plan.kernel, plan.sums.in(at.memory), at);
 }
 
 }  // namespace quant_ops

@@ -21,13 +21,14 @@ __global__ void __launch_bounds__(kThreads) pack_rows_kernel(const QO_GRID_CONST
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t o = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (o >= a.w.o) return;
-  const int64_t own = o % a.w.n / (a.w.n / a.w.merged) * a.w.c;  // the column's first channel among those of merged groups
+  const int64_t own =
+      o % a.w.n / (a.w.n / a.w.joined_groups) * a.w.c;  // the column's first channel among those of the joined groups
   const int8_t* from = a.weight + o * a.w.c * a.w.taps;
   if (a.rows != nullptr)
-    for (int64_t k = lane; k < a.w.row; k += kWarp) {
+    for (int64_t k = lane; k < a.w.row_bytes; k += kWarp) {
       const int64_t tap = a.tap.quotient(k), channel = k - tap * a.tap.divisor - own;
       const bool exists = tap < a.w.taps && channel >= 0 && channel < a.w.c;
-      a.rows[o * a.w.row + k] = exists ? from[channel * a.w.taps + tap] : int8_t{0};
+      a.rows[o * a.w.row_bytes + k] = exists ? from[channel * a.w.taps + tap] : int8_t{0};
     }
   if (a.sums == nullptr) return;
   int32_t sum = 0;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) pack_rows_kernel(const QO_GRID_CONST
   if (lane == 0) a.sums[o] = sum;
 }
 
-// Of a depthwise weight, a thread per channel, also of those that only fill up a vector.
+// A thread packs a channel of a depthwise weight, or one of the zeros that fill up its last vector.
 __global__ void __launch_bounds__(kThreads) pack_depthwise_kernel(const QO_GRID_CONSTANT PackArgs a) {
   const int64_t o = int64_t{blockIdx.x} * kThreads + threadIdx.x, padded = a.w.rows_bytes / a.w.taps;
   if (o >= padded) return;
@@ -51,29 +52,38 @@ __global__ void __launch_bounds__(kThreads) pack_depthwise_kernel(const QO_GRID_
 
 }  // namespace
 
-void pack_weight_cuda(const int8_t* weight, const CudaWeights& w, int32_t* sums, int8_t* rows, void* stream) {
+void pack_weight_cuda(const int8_t* weight, const CudaWeights& w, int32_t* sums, int8_t* rows, const Launch& at) {
   if (w.o == 0 || (sums == nullptr && rows == nullptr)) return;
-  const PackArgs a{w, weight, sums, rows, FastDiv(w.tap)};
+  const PackArgs a{.w = w, .weight = weight, .sums = sums, .rows = rows, .tap = FastDiv(w.tap_bytes)};
   if (w.depthwise)
-    launch("pack_weight", pack_depthwise_kernel, blocks_for(w.rows_bytes / w.taps, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+    launch(at, pack_depthwise_kernel, blocks_for(w.rows_bytes / w.taps, kThreads, kMaxGrid), dim3(kThreads), a);
   else
-    launch("pack_weight", pack_rows_kernel, blocks_for(w.o, kThreads / kWarp, kMaxGrid), dim3(kThreads), stream, a);
+    launch(at, pack_rows_kernel, blocks_for(w.o, kThreads / kWarp, kMaxGrid), dim3(kThreads), a);
 }
 
-WeightOnDevice::WeightOnDevice(const CudaWeights& w, const int8_t* weight, const int8_t* packed, bool with_sums,
-                               Workspace* workspace)
-    : w_(w), weight_(weight) {
-  const bool as_it_is = w.plain && is_aligned(weight, 16);
-  if (packed != nullptr) sums = reinterpret_cast<const int32_t*>(packed);
-  if (as_it_is)
-    rows = weight;
-  else if (packed != nullptr && !w.plain)
-    rows = packed + w.rows_offset;
-  if (packed == nullptr && with_sums) sums = made_sums_ = workspace->take<int32_t>(w.o);
-  if (rows == nullptr) rows = made_rows_ = workspace->take<int8_t>(w.rows_bytes);
-  if (!with_sums) sums = nullptr;
+namespace {
+
+// Whether the kernels read the rows of the weight itself, though a packed copy may be there for its sums.
+bool reads_plain(const CudaWeights& w, const int8_t* weight) { return w.plain && is_aligned(weight, 16); }
+
+}  // namespace
+
+WeightPlan plan_weight(const CudaWeights& layout, const int8_t* weight, const int8_t* packed, bool with_sums,
+                       WorkspaceLayout* workspace) {
+  WeightPlan plan{.layout = layout, .with_sums = with_sums};
+  if (packed == nullptr && with_sums) plan.sums = workspace->add<int32_t>(layout.o);
+  if (!reads_plain(layout, weight) && (packed == nullptr || layout.plain)) plan.rows = workspace->add<int8_t>(layout.rows_bytes);
+  return plan;
 }
 
-void WeightOnDevice::prepare(void* stream) const { pack_weight_cuda(weight_, w_, made_sums_, made_rows_, stream); }
+WeightOnDevice run_weight(const WeightPlan& plan, const int8_t* weight, const int8_t* packed, const Launch& at) {
+  int32_t* const sums = plan.sums.in(at.memory);
+  int8_t* const rows = plan.rows.in(at.memory);
+  pack_weight_cuda(weight, plan.layout, sums, rows, at);
+  WeightOnDevice made{rows, sums};
+  if (plan.with_sums && packed != nullptr) made.sums = reinterpret_cast<const int32_t*>(packed);
+  if (!plan.rows) made.rows = reads_plain(plan.layout, weight) ? weight : packed + plan.layout.rows_offset;
+  return made;
+}
 
 }  // namespace quant_ops

@@ -1,8 +1,9 @@
 // choose_qparams on CUDA: the scale and zero point of every slice from its range (choose_qparams_of in arithmetic.h).
 //
-// Slices are cut into parts, so that few long ones occupy the whole GPU: one kernel leaves a range per part, a second one merges a
-// slice's parts; where slices are many, the first one finishes. A worker reads along its slice by 16-byte vectors; slices that are
-// neighbours in memory are read side by side, down the rows. Bits are those of cpp/qparams.cpp. Read next: range.cuh.
+// A few long slices are cut into parts, so that they occupy the whole GPU: one kernel leaves a range per part, a second one merges
+// the parts of a slice. Many slices have one part each, and the first kernel finishes them. Threads read along a slice by 16-byte
+// vectors. Slices that are neighbours in memory are read side by side, down the rows. Bits are those of cpp/cpu/qparams.cpp. Read
+// next: range.cuh.
 #include <algorithm>
 
 #include "device/range.cuh"
@@ -24,19 +25,19 @@ struct Results {
   Dims<2> kept;  // x, result
   T* scale;
   int32_t* zero_point;
-  SliceRange<T>* partial;  // [slices, parts]
+  Range<T>* partial;  // [slices, parts]
   int64_t slices, parts;
   int32_t qmin, qmax;
   bool asymmetric;
 
-  __device__ __forceinline__ void finish(int64_t slice, const SliceRange<T>& range) const {
+  __device__ __forceinline__ void finish(int64_t slice, const Range<T>& range) const {
     int64_t at[2];
     kept.seek(slice, at);
     const auto p = choose_qparams_of<T>(range.min, range.max, range.finite(), qmin, qmax, asymmetric);
     scale[at[1]] = p.scale;
     zero_point[at[1]] = p.zero_point;
   }
-  __device__ __forceinline__ void write(int64_t slice, int64_t part, const SliceRange<T>& range) const {
+  __device__ __forceinline__ void write(int64_t slice, int64_t part, const Range<T>& range) const {
     if (parts == 1)
       finish(slice, range);
     else
@@ -56,16 +57,16 @@ struct AlongArgs {
   Dims<1> runs;
   int64_t length, units, part_units;
   FastDiv pitch, parts;
-  int width;  // threads of a task, where a block has several
+  int width;  // threads of a task, if a block has several tasks
 };
 
-// A part of a slice by a block (kBlock) or by `width` lanes. Four blocks a multiprocessor leave a thread 64 registers; for more
+// A block (kBlock) or `width` lanes read a part of a slice. Four blocks a multiprocessor leave a thread 64 registers; with more
 // blocks ptxas would spill.
 template <class X, bool kBlock>
 __global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_CONSTANT AlongArgs<X> a) {
   using T = Compute<X>;
   constexpr int V = 16 / sizeof(X);
-  __shared__ SliceRange<T> shared[kThreads / kWarp];
+  __shared__ Range<T> shared[kThreads / kWarp];
   const int width = kBlock ? kThreads : a.width, thread = threadIdx.x % width;
   const int64_t block_tasks = kThreads / width, tasks = a.results.slices * a.results.parts;
   for (int64_t first = blockIdx.x * block_tasks; first < tasks; first += gridDim.x * block_tasks) {
@@ -74,12 +75,12 @@ __global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_
     const int64_t begin = part * a.part_units, end = begin + a.part_units < a.units ? begin + a.part_units : a.units;
     int64_t at[2];
     a.results.kept.seek(slice, at);
-    SliceRange<T> range = empty_range<T>();
+    Range<T> range = empty_range<T>();
     for (int64_t unit = begin + thread; unit < end; unit += int64_t{width} * kUnroll) {
       Vector<X, V> in[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // beyond the end, and beyond the end of a run, elements of the slice come once more
+        // Beyond the end of the part or of a run, elements of the slice are read once more, which changes no range.
         const int64_t wanted = unit + int64_t{u} * width, own_unit = wanted < end ? wanted : end - 1;
         const int64_t run = a.pitch.quotient(own_unit), vector = own_unit - run * a.pitch.divisor;
         int64_t offset[1];
@@ -112,19 +113,19 @@ template <class X, int V>
 __global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONSTANT DownArgs<X> a) {
   using T = Compute<X>;
   constexpr int kAcross = V > 1 ? 8 : kWarp, kDown = kThreads / kAcross, kTile = kAcross * V;
-  __shared__ SliceRange<T> shared[kDown][kTile];
+  __shared__ Range<T> shared[kDown][kTile];
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
-  const int64_t columns = a.columns.divisor, groups = a.results.slices / columns;
-  const int64_t tasks = groups * a.tiles.divisor * a.results.parts;
+  const int64_t columns = a.columns.divisor, bundles = a.results.slices / columns;
+  const int64_t tasks = bundles * a.tiles.divisor * a.results.parts;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t tile_index = a.parts.quotient(task), part = task - tile_index * a.results.parts;
-    const int64_t group = a.tiles.quotient(tile_index), column = (tile_index - group * a.tiles.divisor) * kTile;
+    const int64_t bundle = a.tiles.quotient(tile_index), column = (tile_index - bundle * a.tiles.divisor) * kTile;
     const int64_t begin = part * a.part_rows, end = begin + a.part_rows < a.length ? begin + a.part_rows : a.length;
     int64_t at[2];
-    a.results.kept.seek(group * columns, at);
+    a.results.kept.seek(bundle * columns, at);
     const int64_t wanted = column + across * V;
     const X* const x = a.x + at[0] + (wanted < columns ? wanted : columns - V);
-    SliceRange<T> range[V];
+    Range<T> range[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) range[i] = empty_range<T>();
     for (int64_t row = begin + down; row < end; row += kDown * kUnroll) {
@@ -141,15 +142,15 @@ __global__ void __launch_bounds__(kThreads) range_down_kernel(const QO_GRID_CONS
 #pragma unroll
         for (int i = 0; i < V; ++i) range[i].add(widen(in[u].get(i)));
     }
-    __syncthreads();  // of the task before, everything is read
+    __syncthreads();  // all threads have read the task before
 #pragma unroll
     for (int i = 0; i < V; ++i) shared[down][across * V + i] = range[i];
     __syncthreads();
     const int64_t own = column + threadIdx.x;
     if (threadIdx.x < kTile && own < columns) {
-      SliceRange<T> all = shared[0][threadIdx.x];
+      Range<T> all = shared[0][threadIdx.x];
       for (int d = 1; d < kDown; ++d) all.merge(shared[d][threadIdx.x]);
-      a.results.write(group * columns + own, part, all);
+      a.results.write(bundle * columns + own, part, all);
     }
   }
 }
@@ -163,7 +164,7 @@ struct FinishArgs {
   int width;
 };
 
-// `width` lanes per slice. No parts at all: the slice is empty, and like one of zeros.
+// `width` lanes merge the parts of a slice. A slice without parts is empty, and gets what a slice of zeros gets.
 template <class X>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT FinishArgs<X> a) {
   using T = Compute<X>;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT
   const int64_t block_slices = kThreads / a.width;
   for (int64_t first = blockIdx.x * block_slices; first < r.slices; first += gridDim.x * block_slices) {
     const int64_t slice = first + threadIdx.x / a.width;
-    SliceRange<T> range = r.parts > 0 ? empty_range<T>() : SliceRange<T>{T(0), T(0)};
+    Range<T> range = r.parts > 0 ? empty_range<T>() : Range<T>{T(0), T(0)};
     if (slice < r.slices)
       for (int64_t part = lane; part < r.parts; part += a.width) range.merge(r.partial[slice * r.parts + part]);
     range = over_lanes(range, a.width);
@@ -182,139 +183,134 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const QO_GRID_CONSTANT
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
-// How the work is cut; the same for the size of the workspace and for the launch.
-struct Plan {
-  Reduction r;
-  int64_t slices, length;
-  bool down;        // slices side by side
-  int64_t vector;   // elements that are loaded at once
-  int64_t run;      // along: neighbouring elements of a slice
-  int64_t units;    // along: vectors of a slice; down: its rows
-  int64_t workers;  // tasks a part makes, in blocks
-  int64_t parts, part_units;
-};
-
 bool is_multiple(const Iteration& it, int ndim, int64_t vector) {
   for (int d = 0; d < ndim; ++d)
     if (it.stride[0][d] % vector != 0) return false;
   return true;
 }
 
-Plan plan_for(const ChooseQParams& p) {
-  Plan plan{};
-  plan.r = p.range;
-  Iteration &kept = plan.r.kept, &reduced = plan.r.reduced;
-  plan.slices = numel(kept);
-  plan.length = numel(reduced);
-  plan.parts = 0;
-  coalesce(&kept);
-  if (plan.length == 0) return plan;
-  for (int d = 0; d < reduced.ndim; ++d)
-    if (reduced.stride[0][d] == 0) reduced.size[d] = 1;  // the same elements again
-  sort_and_coalesce(&reduced, 0);
-  const int last = kept.ndim - 1, inner = reduced.ndim - 1;
-  const int64_t rows = numel(reduced), widest = 16 / dtype_bytes(p.x_dtype);
-  const bool aligned = is_aligned(p.x, 16);
-  plan.down =
-      last >= 0 && kept.stride[0][last] == 1 && kept.size[last] >= kFewColumns && inner >= 0 && inner_stride(reduced, 0) != 1;
-  int64_t least_units;  // of a part: enough for all threads of a block
-  if (plan.down) {
-    const bool whole =
-        aligned && kept.size[last] % widest == 0 && is_multiple(kept, last, widest) && is_multiple(reduced, reduced.ndim, widest);
-    plan.vector = whole ? widest : 1;
-    plan.run = 1;
-    plan.units = rows;
-    const int64_t across = whole ? 8 : kWarp, tile = across * plan.vector;
-    plan.workers = plan.slices / kept.size[last] * ((kept.size[last] + tile - 1) / tile);
-    least_units = kThreads / across * kUnroll;
-  } else {
-    plan.vector = widest;
-    plan.run = inner >= 0 && inner_stride(reduced, 0) == 1 ? reduced.size[inner] : 1;
-    const bool whole =
-        aligned && plan.run % widest == 0 && is_multiple(kept, kept.ndim, widest) && is_multiple(reduced, inner, widest);
-    const int64_t slack = whole || plan.run == 1 ? 0 : widest - 1;
-    plan.units = rows / plan.run * ((plan.run + widest - 1 + slack) / widest);
-    plan.workers = plan.slices;
-    least_units = kThreads * kUnroll;
-  }
-  const int64_t most = plan.units / least_units, wanted = multiprocessors() * kBlocksPerSm / std::max<int64_t>(plan.workers, 1);
-  plan.parts = std::max<int64_t>(1, std::min(most, wanted));
-  plan.part_units = (plan.units + plan.parts - 1) / plan.parts;
-  plan.parts = (plan.units + plan.part_units - 1) / plan.part_units;
-  return plan;
+// Slices that are neighbours in memory, read down their rows: units are rows. Gives the least units of a part, which occupy all
+// threads of a block.
+int64_t plan_down(const ChooseQParams& p, QParamsPlan* plan) {
+  const Iteration &kept = plan->range.kept, &reduced = plan->range.reduced;
+  const int last = kept.ndim - 1;
+  const int64_t widest = 16 / dtype_bytes(p.x_dtype);
+  const bool whole = is_aligned(p.x, 16) && kept.size[last] % widest == 0 && is_multiple(kept, last, widest) &&
+                     is_multiple(reduced, reduced.ndim, widest);
+  plan->vector = whole ? widest : 1;
+  plan->run = 1;
+  plan->units = numel(reduced);
+  const int64_t across = whole ? 8 : kWarp, tile = across * plan->vector;
+  plan->workers = plan->slices / kept.size[last] * ((kept.size[last] + tile - 1) / tile);
+  return kThreads / across * kUnroll;
+}
+
+// Slices read one by one: units are the vectors in which their runs lie.
+int64_t plan_along(const ChooseQParams& p, QParamsPlan* plan) {
+  const Iteration &kept = plan->range.kept, &reduced = plan->range.reduced;
+  const int inner = reduced.ndim - 1;
+  const int64_t widest = 16 / dtype_bytes(p.x_dtype);
+  plan->vector = widest;
+  plan->run = inner >= 0 && inner_stride(reduced, 0) == 1 ? reduced.size[inner] : 1;
+  const bool whole =
+      is_aligned(p.x, 16) && plan->run % widest == 0 && is_multiple(kept, kept.ndim, widest) && is_multiple(reduced, inner, widest);
+  const int64_t slack = whole || plan->run == 1 ? 0 : widest - 1;
+  plan->units = numel(reduced) / plan->run * ((plan->run + widest - 1 + slack) / widest);
+  plan->workers = plan->slices;
+  return kThreads * kUnroll;
 }
 
 template <class X>
-void choose_qparams_typed(const ChooseQParams& p, const Plan& plan, double* workspace, void* stream) {
+Results<X> results_of(const QParamsPlan& plan, const ChooseQParams& p, void* memory) {
   using T = Compute<X>;
-  static_assert(sizeof(SliceRange<T>) <= 2 * sizeof(double), "of a part, in the workspace");
-  const char* name = "choose_qparams";
-  const X* x = static_cast<const X*>(p.x);
-  const Iteration &kept = plan.r.kept, &reduced = plan.r.reduced;
-  const Results<X> results{make_dims<2>(kept, 0, kept.ndim),
-                           static_cast<T*>(p.scale),
-                           p.zero_point,
-                           reinterpret_cast<SliceRange<T>*>(workspace),
-                           plan.slices,
-                           plan.parts,
-                           p.qmin,
-                           p.qmax,
-                           p.asymmetric};
-  if (plan.parts > 0 && plan.down) {
+  return {.kept = make_dims<2>(plan.range.kept, 0, plan.range.kept.ndim),
+          .scale = static_cast<T*>(p.scale),
+          .zero_point = p.zero_point,
+          .partial = static_cast<Range<T>*>(memory),
+          .slices = plan.slices,
+          .parts = plan.parts,
+          .qmin = p.qmin,
+          .qmax = p.qmax,
+          .asymmetric = p.asymmetric};
+}
+
+template <class X>
+void run_down(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  const Iteration &kept = plan.range.kept, &reduced = plan.range.reduced;
+  const auto run = [&](auto vector) {
+    constexpr int V = decltype(vector)::value, kTile = (V > 1 ? 8 : kWarp) * V;
     const int64_t columns = kept.size[kept.ndim - 1];
-    const auto run = [&](auto vector) {
-      constexpr int V = decltype(vector)::value, kTile = (V > 1 ? 8 : kWarp) * V;
-      const int64_t tiles = (columns + kTile - 1) / kTile;
-      const DownArgs<X> a{results,
-                          x,
-                          make_dims<1>(reduced, 0, reduced.ndim),
-                          plan.units,
-                          plan.part_units,
-                          FastDiv(columns),
-                          FastDiv(tiles),
-                          FastDiv(plan.parts)};
-      launch(name, range_down_kernel<X, V>, blocks_for(plan.workers * plan.parts, 1, kMaxGrid), dim3(kThreads), stream, a);
-    };
-    if (plan.vector > 1)
-      run(std::integral_constant<int, 16 / sizeof(X)>());
-    else
-      run(std::integral_constant<int, 1>());
-  } else if (plan.parts > 0) {
-    const int64_t runs = numel(reduced) / plan.run;
-    AlongArgs<X> a{results,
-                   x,
-                   make_dims<1>(reduced, 0, plan.run > 1 ? reduced.ndim - 1 : reduced.ndim),
-                   plan.run,
-                   plan.units,
-                   plan.part_units,
-                   FastDiv(plan.units / runs),
-                   FastDiv(plan.parts),
-                   0};
-    const bool block = plan.part_units > kWarp * kUnroll;
-    // slices that leave multiprocessors idle are spread over more lanes
-    a.width = block ? kThreads : lanes_for((plan.part_units + kUnroll - 1) / kUnroll);
-    if (!block && plan.slices < multiprocessors() * kThreads / kWarp) a.width = lanes_for(plan.part_units);
-    const int64_t blocks = blocks_for(plan.slices * plan.parts, kThreads / a.width, kMaxGrid);
-    launch(name, block ? range_along_kernel<X, true> : range_along_kernel<X, false>, blocks, dim3(kThreads), stream, a);
-  }
-  if (plan.parts != 1) {
-    const FinishArgs<X> a{results, lanes_for(plan.parts)};
-    launch(name, finish_kernel<X>, blocks_for(plan.slices, kThreads / a.width, kMaxGrid), dim3(kThreads), stream, a);
-  }
+    const DownArgs<X> a{.results = results_of<X>(plan, p, at.memory),
+                        .x = static_cast<const X*>(p.x),
+                        .rows = make_dims<1>(reduced, 0, reduced.ndim),
+                        .length = plan.units,
+                        .part_rows = plan.part_units,
+                        .columns = FastDiv(columns),
+                        .tiles = FastDiv((columns + kTile - 1) / kTile),
+                        .parts = FastDiv(plan.parts)};
+    launch(at, range_down_kernel<X, V>, blocks_for(plan.workers * plan.parts, 1, kMaxGrid), dim3(kThreads), a);
+  };
+  if (plan.vector > 1)
+    run(std::integral_constant<int, 16 / sizeof(X)>());
+  else
+    run(std::integral_constant<int, 1>());
+}
+
+template <class X>
+void run_along(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  const Iteration& reduced = plan.range.reduced;
+  const bool block = plan.part_units > kWarp * kUnroll;
+  int width = kThreads;
+  if (!block)  // slices that leave multiprocessors idle are spread over more lanes
+    width =
+        lanes_for(plan.slices < multiprocessors() * kThreads / kWarp ? plan.part_units : (plan.part_units + kUnroll - 1) / kUnroll);
+  const int64_t runs = numel(reduced) / plan.run;
+  const AlongArgs<X> a{.results = results_of<X>(plan, p, at.memory),
+                       .x = static_cast<const X*>(p.x),
+                       .runs = make_dims<1>(reduced, 0, plan.run > 1 ? reduced.ndim - 1 : reduced.ndim),
+                       .length = plan.run,
+                       .units = plan.units,
+                       .part_units = plan.part_units,
+                       .pitch = FastDiv(plan.units / runs),
+                       .parts = FastDiv(plan.parts),
+                       .width = width};
+  const int64_t blocks = blocks_for(plan.slices * plan.parts, kThreads / width, kMaxGrid);
+  launch(at, block ? range_along_kernel<X, true> : range_along_kernel<X, false>, blocks, dim3(kThreads), a);
 }
 
 }  // namespace
 
-int64_t choose_qparams_workspace(const ChooseQParams& p) {
-  const Plan plan = plan_for(p);
-  return plan.parts > 1 ? 2 * plan.slices * plan.parts : 0;
+QParamsPlan plan_choose_qparams(const ChooseQParams& p, int64_t multiprocessors) {
+  QParamsPlan plan{.range = p.range, .slices = numel(p.range.kept), .length = numel(p.range.reduced)};
+  Iteration &kept = plan.range.kept, &reduced = plan.range.reduced;
+  coalesce(&kept);
+  if (plan.length > 0) {
+    for (int d = 0; d < reduced.ndim; ++d)
+      if (reduced.stride[0][d] == 0) reduced.size[d] = 1;  // the same elements again
+    sort_and_coalesce(&reduced, 0);
+    const int last = kept.ndim - 1;
+    plan.down = last >= 0 && kept.stride[0][last] == 1 && kept.size[last] >= kFewColumns && reduced.ndim > 0 &&
+                inner_stride(reduced, 0) != 1;
+    const int64_t least_units = plan.down ? plan_down(p, &plan) : plan_along(p, &plan);
+    const int64_t wanted = multiprocessors * kBlocksPerSm / std::max<int64_t>(plan.workers, 1);
+    plan.parts = std::max<int64_t>(1, std::min(plan.units / least_units, wanted));
+    plan.part_units = (plan.units + plan.parts - 1) / plan.parts;
+    plan.parts = (plan.units + plan.part_units - 1) / plan.part_units;
+  }
+  if (plan.parts > 1) plan.bytes = plan.slices * plan.parts * int64_t{sizeof(Range<double>)};
+  return plan;
 }
 
-void choose_qparams_cuda(const ChooseQParams& p, double* workspace, void* stream) {
-  const Plan plan = plan_for(p);
+void run_choose_qparams(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
   if (plan.slices == 0) return;
-  with_float_type(p.x_dtype,
-                  [&](auto* x) { choose_qparams_typed<std::remove_pointer_t<decltype(x)>>(p, plan, workspace, stream); });
+  with_float_type(p.x_dtype, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
+    if (plan.parts > 0 && plan.down) run_down<X>(plan, p, at);
+    if (plan.parts > 0 && !plan.down) run_along<X>(plan, p, at);
+    if (plan.parts == 1) return;
+    const FinishArgs<X> a{.results = results_of<X>(plan, p, at.memory), .width = lanes_for(plan.parts)};
+    launch(at, finish_kernel<X>, blocks_for(plan.slices, kThreads / a.width, kMaxGrid), dim3(kThreads), a);
+  });
 }
 
 }  // namespace quant_ops

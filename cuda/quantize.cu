@@ -4,8 +4,8 @@
 //
 // Dense, aligned data is one flat array, whatever its shape: each thread handles 16-byte vectors, and Lookup (layout.cuh) says
 // which scale and zero point they meet. Everything else (other strides, float64, 32-bit codes) takes the generic kernels, one
-// element a thread. Bits are those of cpp/quantize.cpp. ops.h's `exact_in_float32` is not used: every thread sees its zero point
-// and decides by itself.
+// element a thread. Bits are those of cpp/cpu/quantize.cpp. These kernels do not use `exact_in_float32` of ops.h: every thread
+// reads its zero point anyway, and decides by itself.
 #include <algorithm>
 
 #include "device/common.cuh"
@@ -21,59 +21,74 @@ constexpr int64_t kExact = 1 << 24;  // integers up to here are exact in float32
 
 // ---- one element ----------------------------------------------------------------------------------------------------
 
-// Y is X for a simulated result; uint8_t for int8 and uint8 codes, which are the same bits; int16_t.
+// clamp(rne(x / scale), qmin - z, qmax - z), whatever the scale and the zero point.
+template <class T>
+__device__ __forceinline__ double exact_steps(T x, T scale, int64_t z, int32_t qmin, int32_t qmax) {
+  return clamp_steps<double>(quantize_steps(x, scale), static_cast<double>(qmin - z), static_cast<double>(qmax - z));
+}
+
+// Whether the bounds of code - zero_point are exact in float32, as Quantizer assumes.
+__device__ __forceinline__ bool are_exact(int64_t lo, int64_t hi) { return lo >= -kExact && hi <= kExact; }
+
+// From X to codes. uint8_t stands for int8 too, which has the same bits.
 template <class X, class Y>
 struct Quantize {
   using In = X;
   using Out = Y;
   static constexpr int kVector = 16 / sizeof(X);
-  static constexpr bool kSimulate = std::is_same_v<X, Y>;
+
+  const float* scale;
+  const int32_t* zero_point;
+  int32_t qmin, qmax;
+
+  using Param = Quantizer;
+
+  __device__ __forceinline__ Param param(int64_t scale_offset, int64_t zero_offset) const {
+    const int32_t z = zero_at(zero_point, zero_offset);
+    Quantizer p = Quantizer::of(scale[scale_offset], z, qmin, qmax);
+    if (!are_exact(int64_t{qmin} - z, int64_t{qmax} - z)) p.reciprocal = 0.0f;
+    return p;
+  }
+
+  __device__ __forceinline__ static Y fast(X x, const Param& p) { return static_cast<Y>(p.fast(widen(x))); }
+
+  __device__ __forceinline__ Y exact(X x, int64_t scale_offset, int64_t zero_offset) const {
+    const int64_t z = zero_at(zero_point, zero_offset);
+    return static_cast<Y>(steps_to_code(exact_steps(widen(x), scale[scale_offset], z, qmin, qmax), z, qmin, qmax));
+  }
+};
+
+// From X to simulated values of type X.
+template <class X>
+struct Simulate {
+  using In = X;
+  using Out = X;
+  static constexpr int kVector = 16 / sizeof(X);
 
   const float* scale;
   const int32_t* zero_point;
   int32_t qmin, qmax;
 
   struct Param {
-    float scale, reciprocal;  // reciprocal 0: only exact() will do
+    float scale, reciprocal;  // reciprocal 0: only exact() is right
     float lo, hi;             // of code - zero_point
-    int32_t steps_lo;         // lo as an integer; the unused ones of the three cost nothing
-    __device__ __forceinline__ bool fast() const { return reciprocal != 0.0f; }
+    __device__ __forceinline__ bool is_fast() const { return reciprocal != 0.0f; }
   };
 
   __device__ __forceinline__ Param param(int64_t scale_offset, int64_t zero_offset) const {
-    Param p;
-    p.scale = scale[scale_offset];
     const int64_t z = zero_at(zero_point, zero_offset), lo = qmin - z, hi = qmax - z;
-    p.reciprocal = lo >= -kExact && hi <= kExact ? safe_reciprocal(p.scale) : 0.0f;
-    p.lo = static_cast<float>(lo);
-    p.hi = static_cast<float>(hi);
-    p.steps_lo = static_cast<int32_t>(lo);
-    return p;
-  }
-
-  __device__ __forceinline__ Y fast(X x, const Param& p) const {
-    const float quotient = mended_quotient(widen(x), p.scale, p.reciprocal);
-    if constexpr (kSimulate) {
-      return rounded_to<X>(clamp_steps(round_even(quotient) + 0.0f, p.lo, p.hi) * p.scale);
-    } else {
-      int32_t steps = nearest_int(quotient);  // NaN is 0 here, as in steps_to_code
-      steps = steps < p.steps_lo ? p.steps_lo : steps;
-      // above qmin: unsigned, because steps may be as large as 2^31 - 1
-      const uint32_t above = static_cast<uint32_t>(steps) - static_cast<uint32_t>(p.steps_lo);
-      const uint32_t span = static_cast<uint32_t>(qmax) - static_cast<uint32_t>(qmin);
-      return static_cast<Y>((above < span ? above : span) + static_cast<uint32_t>(qmin));
-    }
-  }
-
-  __device__ __forceinline__ Y exact(X x, int64_t scale_offset, int64_t zero_offset) const {
     const float s = scale[scale_offset];
-    const int64_t z = zero_at(zero_point, zero_offset);
-    const double steps =
-        clamp_steps<double>(quantize_steps(widen(x), s), static_cast<double>(qmin - z), static_cast<double>(qmax - z));
-    if constexpr (kSimulate)
-      return rounded_to<X>(static_cast<float>(steps) * s);
-    else
-      return static_cast<Y>(steps_to_code(steps, z, qmin, qmax));
+    return {s, are_exact(lo, hi) ? safe_reciprocal(s) : 0.0f, static_cast<float>(lo), static_cast<float>(hi)};
+  }
+
+  __device__ __forceinline__ static X fast(X x, const Param& p) {
+    const float steps = round_even(mended_quotient(widen(x), p.scale, p.reciprocal)) + 0.0f;
+    return rounded_to<X>(clamp_steps(steps, p.lo, p.hi) * p.scale);
+  }
+
+  __device__ __forceinline__ X exact(X x, int64_t scale_offset, int64_t zero_offset) const {
+    const float s = scale[scale_offset];
+    return rounded_to<X>(static_cast<float>(exact_steps(widen(x), s, zero_at(zero_point, zero_offset), qmin, qmax)) * s);
   }
 };
 
@@ -92,7 +107,7 @@ struct Dequantize {
     float scale;
     int32_t zero_point;  // + sign
     bool small;          // the difference of codes fits int32
-    __device__ __forceinline__ bool fast() const { return small; }
+    __device__ __forceinline__ bool is_fast() const { return small; }
   };
 
   __device__ __forceinline__ Param param(int64_t scale_offset, int64_t zero_offset) const {
@@ -122,11 +137,11 @@ struct FlatArgs {
   const typename Op::In* in;
   typename Op::Out* out;
   FlatLayout layout;
-  int64_t step;  // columns: vectors between a thread's vectors
-  bool reload;   // columns: scale and zero point change from vector to vector
+  int64_t step = 0;     // columns: vectors between a thread's vectors
+  bool reload = false;  // columns: scale and zero point change from vector to vector
 };
 
-// Scale and zero point are constant over the tensor or over runs. Loads of all vectors are issued before anything is computed.
+// For a scale and zero point that are constant over the tensor or over runs. All loads are issued before anything is computed.
 template <class Op, Lookup kLookup>
 __global__ void __launch_bounds__(kThreads) flat_kernel(const QO_GRID_CONSTANT FlatArgs<Op> a) {
   constexpr int V = Op::kVector;
@@ -151,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const QO_GRID_CONSTANT F
         a.layout.outer.seek(run, offset);
         param = a.op.param(offset[0], offset[1]);
       }
-      if (e + V <= n && left >= V && param.fast()) {
+      if (e + V <= n && left >= V && param.is_fast()) {
         typename Op::Out out[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) out[i] = a.op.fast(in[u].get(i), param);
@@ -167,11 +182,11 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const QO_GRID_CONSTANT F
   }
 }
 
-// Scale or zero point change along a row. The step is a multiple of the row, so that a thread stays in its columns and keeps their
-// parameters in registers. Rows are whole vectors.
+// For a scale or zero point that changes along a row. Rows are whole vectors. The step is a multiple of the row, so that a thread
+// stays in its columns and keeps their parameters in registers.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTANT FlatArgs<Op> a) {
-  constexpr int V = Op::kVector, kUnroll = V == 8 ? 2 : 4;  // registers hold the parameters of V columns as well
+  constexpr int V = Op::kVector, kUnroll = V == 8 ? 2 : 4;  // the parameters of V columns take registers too
   const FlatLayout& layout = a.layout;
   const int64_t n = layout.numel, thread = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = a.step * V;
   if (thread >= a.step) return;
@@ -197,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTAN
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           param[i] = a.op.param(offset[0] + i * ss, offset[1] + i * sz);
-          fast = fast && param[i].fast();
+          fast = fast && param[i].is_fast();
         }
         if (!fast) {
 #pragma unroll 1
@@ -213,31 +228,34 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTAN
   }
 }
 
-// Launches the kernel for dense, aligned data; false: there is none. `it` is sorted by the result and coalesced.
+// Launches the kernel for dense, aligned data, or gives false if the data is not. `it` is sorted by the result and coalesced.
 template <class Op>
-bool launch_flat(const char* name, const Op& op, const Iteration& it, const void* in, void* out, void* stream) {
+bool launch_flat(const Op& op, const Iteration& it, const void* in, void* out, const Launch& at) {
   constexpr int V = Op::kVector;
-  FlatArgs<Op> a{op, static_cast<const typename Op::In*>(in), static_cast<typename Op::Out*>(out), flat_layout(it, V), 0, false};
+  FlatArgs<Op> a{.op = op,
+                 .in = static_cast<const typename Op::In*>(in),
+                 .out = static_cast<typename Op::Out*>(out),
+                 .layout = flat_layout(it, V)};
   const FlatLayout& layout = a.layout;
   if (layout.lookup == Lookup::kNone || !is_aligned(in, V * sizeof(typename Op::In)) ||
       !is_aligned(out, V * sizeof(typename Op::Out)))
     return false;
   if (layout.lookup == Lookup::kColumns) {
     const int64_t vectors = layout.numel / V, row = layout.length.divisor / V, most = multiprocessors() * kBlocksPerSm;
-    // enough threads for a few whole rows, so that rounding down to whole rows leaves few idle
+    // With threads for a few whole rows, rounding down to whole rows leaves few of them idle.
     const int64_t wanted = std::max(vectors / kUnroll, std::min(row * 4, vectors));
     const int64_t blocks = blocks_for(wanted, kThreads, most), threads = blocks * kThreads;
     a.step = threads / row * row;
     a.reload = layout.outer_varies || a.step == 0;
     if (a.step == 0) a.step = threads;
-    launch(name, columns_kernel<Op>, blocks, dim3(kThreads), stream, a);
+    launch(at, columns_kernel<Op>, blocks, dim3(kThreads), a);
     return true;
   }
   const int64_t blocks = blocks_for(layout.numel, int64_t{kThreads} * kUnroll * V, kMaxGrid);
   if (layout.lookup == Lookup::kUniform)
-    launch(name, flat_kernel<Op, Lookup::kUniform>, blocks, dim3(kThreads), stream, a);
+    launch(at, flat_kernel<Op, Lookup::kUniform>, blocks, dim3(kThreads), a);
   else
-    launch(name, flat_kernel<Op, Lookup::kRuns>, blocks, dim3(kThreads), stream, a);
+    launch(at, flat_kernel<Op, Lookup::kRuns>, blocks, dim3(kThreads), a);
   return true;
 }
 
@@ -251,9 +269,9 @@ struct StridedArgs {
   void* out;
   const void* scale;
   const int32_t* zero_point;
-  DType code;  // of the codes read or written
-  int32_t qmin, qmax;
-  bool simulate;
+  DType code;                  // of the codes read or written
+  int32_t qmin = 0, qmax = 0;  // to quantize, and likewise the next one
+  bool simulate = false;
 };
 
 template <class X>
@@ -265,8 +283,7 @@ __global__ void __launch_bounds__(kThreads) quantize_strided_kernel(const QO_GRI
     a.dims.seek(i, at);
     const T s = static_cast<const T*>(a.scale)[at[2]];
     const int64_t z = zero_at(a.zero_point, at[3]);
-    const double lo = static_cast<double>(a.qmin - z), hi = static_cast<double>(a.qmax - z);
-    const double steps = clamp_steps<double>(quantize_steps<T>(widen(static_cast<const X*>(a.in)[at[0]]), s), lo, hi);
+    const double steps = exact_steps<T>(widen(static_cast<const X*>(a.in)[at[0]]), s, z, a.qmin, a.qmax);
     if (a.simulate)
       static_cast<X*>(a.out)[at[1]] = rounded_to<X>(static_cast<T>(steps) * s);
     else
@@ -291,14 +308,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_strided_kernel(const QO_G
 
 struct ZeroPointArgs {
   static constexpr bool kBarriers = false;
-  const void* from;
-  int32_t* to;
-  int64_t n, qmin, qmax;
-  DType dtype;
-  bool is_int64;
+  ZeroPointParams p;
 };
 
-__global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CONSTANT ZeroPointArgs a) {
+__global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CONSTANT ZeroPointArgs args) {
+  const ZeroPointParams& a = args.p;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.n; i += step) {
     const auto learned = [&](double z) { return round_zero_point(z, a.qmin, a.qmax); };
@@ -320,34 +334,43 @@ __global__ void __launch_bounds__(kThreads) zero_points_kernel(const QO_GRID_CON
 
 }  // namespace
 
-void quantize_cuda(const QuantizeParams& p, void* stream) {
-  const char* name = "quant_tensor_forward";
+void quantize_cuda(const QuantizeParams& p, const Launch& at) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
-  const auto flat = [&](auto* x, auto* y) {
-    using Op = Quantize<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>>;
-    const Op op{static_cast<const float*>(p.scale), p.zero_point, p.qmin, p.qmax};
-    return launch_flat(name, op, it, p.x, p.y, stream);
+  const auto flat = [&](auto op) {
+    op.scale = static_cast<const float*>(p.scale);
+    op.zero_point = p.zero_point;
+    op.qmin = p.qmin;
+    op.qmax = p.qmax;
+    return launch_flat(op, it, p.x, p.y, at);
   };
-  with_float_type(p.x_dtype, [&](auto* x) {
-    using X = std::remove_pointer_t<decltype(x)>;
+  with_float_type(p.x_dtype, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
     if constexpr (!std::is_same_v<X, double>) {
       if (p.simulate) {
-        if (flat(x, x)) return;
+        if (flat(Simulate<X>{})) return;
       } else if (p.y_dtype == DType::kInt16) {
-        if (flat(x, static_cast<int16_t*>(nullptr))) return;
+        if (flat(Quantize<X, int16_t>{})) return;
       } else if (p.y_dtype != DType::kInt32) {
-        if (flat(x, static_cast<uint8_t*>(nullptr))) return;
+        if (flat(Quantize<X, uint8_t>{})) return;
       }
     }
     const int64_t n = numel(it);
-    const StridedArgs a{make_dims<4>(it, 0, it.ndim), n, p.x, p.y, p.scale, p.zero_point, p.y_dtype, p.qmin, p.qmax, p.simulate};
-    launch(name, quantize_strided_kernel<X>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+    const StridedArgs a{.dims = make_dims<4>(it, 0, it.ndim),
+                        .n = n,
+                        .in = p.x,
+                        .out = p.y,
+                        .scale = p.scale,
+                        .zero_point = p.zero_point,
+                        .code = p.y_dtype,
+                        .qmin = p.qmin,
+                        .qmax = p.qmax,
+                        .simulate = p.simulate};
+    launch(at, quantize_strided_kernel<X>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), a);
   });
 }
 
-void dequantize_cuda(const DequantizeParams& p, void* stream) {
-  const char* name = "dequant_tensor";
+void dequantize_cuda(const DequantizeParams& p, const Launch& at) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   with_float_type(p.y_dtype, [&](auto* y) {
@@ -355,20 +378,24 @@ void dequantize_cuda(const DequantizeParams& p, void* stream) {
     if constexpr (!std::is_same_v<Y, double>) {
       if (p.q_dtype == DType::kInt8 || p.q_dtype == DType::kUInt8) {
         const Dequantize<Y> op{static_cast<const float*>(p.scale), p.zero_point, p.q_dtype == DType::kInt8 ? 128 : 0};
-        if (launch_flat(name, op, it, p.q, p.y, stream)) return;
+        if (launch_flat(op, it, p.q, p.y, at)) return;
       }
     }
     const int64_t n = numel(it);
-    const StridedArgs a{make_dims<4>(it, 0, it.ndim), n, p.q, p.y, p.scale, p.zero_point, p.q_dtype, 0, 0, false};
-    launch(name, dequantize_strided_kernel<Y>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+    const StridedArgs a{.dims = make_dims<4>(it, 0, it.ndim),
+                        .n = n,
+                        .in = p.q,
+                        .out = p.y,
+                        .scale = p.scale,
+                        .zero_point = p.zero_point,
+                        .code = p.q_dtype};
+    launch(at, dequantize_strided_kernel<Y>, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), a);
   });
 }
 
-void zero_points_cuda(const void* from, DType dtype, bool is_int64, int32_t* to, int64_t n, int64_t qmin, int64_t qmax,
-                      void* stream) {
-  if (n == 0) return;
-  const ZeroPointArgs a{from, to, n, qmin, qmax, dtype, is_int64};
-  launch("zero_points", zero_points_kernel, blocks_for(n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+void zero_points_cuda(const ZeroPointParams& p, const Launch& at) {
+  if (p.n == 0) return;
+  launch(at, zero_points_kernel, blocks_for(p.n, kThreads, kMaxGrid), dim3(kThreads), ZeroPointArgs{p});
 }
 
 }  // namespace quant_ops

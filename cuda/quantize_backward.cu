@@ -1,10 +1,10 @@
 // quant_tensor_backward on CUDA: dx = g inside the range, 0 outside; dscale and dzero_point are sums of g * factor over a slice.
 //
-// One pass reads x and g once, writes dx and leaves one float64 per chunk of 1024 elements; a second kernel adds 1024 chunks in the
-// same way, and is launched until one sum a slice is left. The order of every addition is the one that ops.h fixes (32 lanes, a
-// butterfly, chunks of chunks), so the bits are those of cpp/quantize.cpp. Lanes are a warp along the slice; where neighbouring
-// slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next: straight_through in
-// arithmetic.h.
+// One kernel reads x and g once, writes dx and leaves one float64 per chunk of 1024 elements. A second kernel adds 1024 chunks in
+// the same way, and is launched until one sum a slice is left. The order of every addition is the one that ops.h fixes (32 lanes, a
+// butterfly, chunks of chunks), so the bits are those of the CPU. A lane of that order is a lane of a warp that lies along the
+// slice. If neighbouring slices are neighbours in memory, 16 slices share a block instead, so that loads stay coalesced. Read next:
+// straight_through in arithmetic.h.
 #include "device/range.cuh"
 #include "launch.h"
 
@@ -35,8 +35,8 @@ struct BackwardArgs {
   double* zero_sum;
 };
 
-// A lane's share of a chunk: elements first, first + 32, ... below end of the slice that starts at `slice`. kConstant: scale and
-// zero point do not change within a slice.
+// Sums over a lane's elements of a chunk: first, first + 32, ... below `end`, of the slice that starts at `slice`. kConstant tells
+// that scale and zero point do not change within a slice.
 template <class X, bool kConstant>
 __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64_t (&slice)[4], int64_t first, int64_t end,
                                            double* scale_sum, double* zero_sum) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void accumulate(const BackwardArgs<X>& a, const int64
   constexpr int kBatch = quant_ops::kBatch<X>, kMoving = kConstant ? 2 : 4;
   const int inner = a.reduced.ndim - 1;
   const int64_t length = inner >= 0 ? a.reduced.size[inner].divisor : 1;
-  int64_t at[4] = {0, 0, 0, 0}, column = length;  // index in the last dimension; `length` makes the first element seek
+  int64_t at[4] = {0, 0, 0, 0}, column = length;  // index in the last dimension; starting at `length` makes the first element seek
   const X* const x_slice = a.x + slice[kX];
   const X* const grad_slice = a.grad + slice[kGrad];
   X* const dx_slice = a.dx ? a.dx + slice[kX] : nullptr;
@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const QO_GRID_CONSTA
 template <class X, bool kConstant>
 __global__ void __launch_bounds__(kSlices* kWarp) backward_columns_kernel(const QO_GRID_CONSTANT BackwardArgs<X> a) {
   __shared__ double sums[2][kWarp][kSlices];
-  const int64_t groups = (a.slices + kSlices - 1) / kSlices, tasks = groups * a.chunks;
+  const int64_t bundles = (a.slices + kSlices - 1) / kSlices, tasks = bundles * a.chunks;
   const int column = threadIdx.x, lane = threadIdx.y;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t chunk = task / groups, index = (task - chunk * groups) * kSlices + column, begin = chunk * kReduceChunk;
+    const int64_t chunk = task / bundles, index = (task - chunk * bundles) * kSlices + column, begin = chunk * kReduceChunk;
     const int64_t end = begin + kReduceChunk < a.length ? begin + kReduceChunk : a.length;
     double ds = 0.0, dz = 0.0;
     if (index < a.slices) {
@@ -161,7 +161,7 @@ struct AddChunksArgs {
   static constexpr bool kBarriers = true;
   Dims<1> kept;        // of the gradient
   const double* from;  // [slices, count]
-  double* to;          // [slices, chunks]; the last level goes to the gradient instead
+  double* to;          // [slices, chunks]; the last level writes the gradient instead
   T* gradient;
   int64_t slices, count;
   FastDiv chunks;  // of kReduceChunk sums, of a slice
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) straight_through_kernel(const QO_GRI
 
 int64_t chunks_of(int64_t n) { return (n + kReduceChunk - 1) / kReduceChunk; }
 
-// Of all levels of chunks of chunks.
+// The number of sums in all levels of chunks of chunks.
 int64_t partial_sums(const Reduction& r) {
   int64_t count = chunks_of(numel(r.reduced)), sums = count;
   for (; count > 1; sums += count) count = chunks_of(count);
@@ -247,10 +247,9 @@ bool same_space(const Iteration& a, const Iteration& b) {
   return true;
 }
 
-// Sums over the slices of r; dx too where it is not null.
+// Sums over the chunks of the slices of r, and dx unless it is null.
 template <class X>
-void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* scale_sum, double* zero_sum, void* stream) {
-  const char* name = "quant_tensor_backward";
+void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* scale_sum, double* zero_sum, const Launch& at) {
   coalesce(&r.kept);
   coalesce(&r.reduced);
   BackwardArgs<X> a;
@@ -276,16 +275,16 @@ void sum_chunks(const QuantizeBackwardParams& p, Reduction r, X* dx, double* sca
   if (neighbours) {
     const int64_t tasks = (a.slices + kSlices - 1) / kSlices * a.chunks;
     const auto kernel = constant ? backward_columns_kernel<X, true> : backward_columns_kernel<X, false>;
-    launch(name, kernel, blocks_for(tasks, 1, kMaxGrid), dim3(kSlices, kWarp), stream, a);
+    launch(at, kernel, blocks_for(tasks, 1, kMaxGrid), dim3(kSlices, kWarp), a);
   } else {
     const auto kernel = constant ? backward_kernel<X, true> : backward_kernel<X, false>;
-    launch(name, kernel, blocks_for(a.slices * a.chunks, kWarps, kMaxGrid), dim3(kThreads), stream, a);
+    launch(at, kernel, blocks_for(a.slices * a.chunks, kWarps, kMaxGrid), dim3(kThreads), a);
   }
 }
 
-// `sum` holds partial_sums(r) numbers, the first ones those of the chunks.
+// Adds the chunks' sums, level by level. `sum` holds partial_sums(r) numbers, and starts with those of the chunks.
 template <class X>
-void add_chunks(Reduction r, double* sum, void* gradient, void* stream) {
+void add_chunks(Reduction r, double* sum, void* gradient, const Launch& at) {
   using T = Compute<X>;
   coalesce(&r.kept);
   const int64_t slices = numel(r.kept);
@@ -293,10 +292,15 @@ void add_chunks(Reduction r, double* sum, void* gradient, void* stream) {
   for (bool last = false; !last;) {
     const int64_t chunks = chunks_of(count);
     double* const to = sum + slices * count;
-    const AddChunksArgs<T> a{
-        make_dims<1>(r.kept, 4, r.kept.ndim), sum, to, static_cast<T*>(gradient), slices, count, FastDiv(chunks), lanes_for(count)};
-    launch("quant_tensor_backward", add_chunks_kernel<T>, blocks_for(slices * chunks, kThreads / a.width, kMaxGrid), dim3(kThreads),
-           stream, a);
+    const AddChunksArgs<T> a{.kept = make_dims<1>(r.kept, 4, r.kept.ndim),
+                             .from = sum,
+                             .to = to,
+                             .gradient = static_cast<T*>(gradient),
+                             .slices = slices,
+                             .count = count,
+                             .chunks = FastDiv(chunks),
+                             .width = lanes_for(count)};
+    launch(at, add_chunks_kernel<T>, blocks_for(slices * chunks, kThreads / a.width, kMaxGrid), dim3(kThreads), a);
     sum = to;
     count = chunks;
     last = chunks == 1;
@@ -304,42 +308,48 @@ void add_chunks(Reduction r, double* sum, void* gradient, void* stream) {
 }
 
 template <class X>
-void straight_through_alone(const QuantizeBackwardParams& p, void* stream) {
+void straight_through_alone(const QuantizeBackwardParams& p, const Launch& at) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 2);
-  StraightThroughArgs<X> a{make_dims<5>(it, 0, it.ndim),
-                           numel(it),
-                           static_cast<const X*>(p.x),
-                           static_cast<const X*>(p.grad),
-                           static_cast<X*>(p.dx),
-                           static_cast<const Compute<X>*>(p.scale),
-                           p.zero_point,
-                           p.qmin,
-                           p.qmax};
-  launch("quant_tensor_backward", straight_through_kernel<X>, blocks_for(a.n, kThreads, kMaxGrid), dim3(kThreads), stream, a);
+  const StraightThroughArgs<X> a{.dims = make_dims<5>(it, 0, it.ndim),
+                                 .n = numel(it),
+                                 .x = static_cast<const X*>(p.x),
+                                 .grad = static_cast<const X*>(p.grad),
+                                 .dx = static_cast<X*>(p.dx),
+                                 .scale = static_cast<const Compute<X>*>(p.scale),
+                                 .zero_point = p.zero_point,
+                                 .qmin = p.qmin,
+                                 .qmax = p.qmax};
+  launch(at, straight_through_kernel<X>, blocks_for(a.n, kThreads, kMaxGrid), dim3(kThreads), a);
 }
 
 }  // namespace
 
-int64_t quantize_backward_workspace(const QuantizeBackwardParams& p) {
-  return partial_sums(p.scale_sum) + (p.dzero ? partial_sums(p.zero_sum) : 0);
+QuantizeBackwardPlan plan_quantize_backward(const QuantizeBackwardParams& p) {
+  QuantizeBackwardPlan plan;
+  for (int d = 0; d < p.it.ndim; ++d)
+    plan.same_layout = plan.same_layout && (p.it.size[d] == 1 || p.it.stride[0][d] == p.it.stride[2][d]);
+  WorkspaceLayout workspace;
+  plan.scale_sum = workspace.add<double>(partial_sums(p.scale_sum));
+  if (p.dzero != nullptr) {
+    plan.same_slices = same_space(p.scale_sum.kept, p.zero_sum.kept) && same_space(p.scale_sum.reduced, p.zero_sum.reduced);
+    plan.zero_sum = workspace.add<double>(partial_sums(p.zero_sum));
+  }
+  plan.bytes = workspace.bytes();
+  return plan;
 }
 
-void quantize_backward_cuda(const QuantizeBackwardParams& p, double* workspace, void* stream) {
+void run_quantize_backward(const QuantizeBackwardPlan& plan, const QuantizeBackwardParams& p, const Launch& at) {
+  double* const scale_sum = plan.scale_sum.in(at.memory);
+  double* const zero_sum = plan.zero_sum.in(at.memory);
   with_float_type(p.x_dtype, [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
-    bool same_layout = true;  // of x and dx: then the pass over the slices, which meets every element once, writes dx
-    for (int d = 0; d < p.it.ndim; ++d) same_layout = same_layout && (p.it.size[d] == 1 || p.it.stride[0][d] == p.it.stride[2][d]);
-    X* dx = static_cast<X*>(p.dx);
-    if (!same_layout) straight_through_alone<X>(p, stream);
-
-    double* zero_sum = workspace + partial_sums(p.scale_sum);
-    const bool together =
-        p.dzero && same_space(p.scale_sum.kept, p.zero_sum.kept) && same_space(p.scale_sum.reduced, p.zero_sum.reduced);
-    sum_chunks<X>(p, p.scale_sum, same_layout ? dx : nullptr, workspace, together ? zero_sum : nullptr, stream);
-    if (p.dzero && !together) sum_chunks<X>(p, p.zero_sum, nullptr, nullptr, zero_sum, stream);
-    add_chunks<X>(p.scale_sum, workspace, p.dscale, stream);
-    if (p.dzero) add_chunks<X>(p.zero_sum, zero_sum, p.dzero, stream);
+    X* const dx = static_cast<X*>(p.dx);
+    if (!plan.same_layout) straight_through_alone<X>(p, at);
+    sum_chunks<X>(p, p.scale_sum, plan.same_layout ? dx : nullptr, scale_sum, plan.same_slices ? zero_sum : nullptr, at);
+    if (plan.zero_sum && !plan.same_slices) sum_chunks<X>(p, p.zero_sum, nullptr, nullptr, zero_sum, at);
+    add_chunks<X>(p.scale_sum, scale_sum, p.dscale, at);
+    if (plan.zero_sum) add_chunks<X>(p.zero_sum, zero_sum, p.dzero, at);
   });
 }
 

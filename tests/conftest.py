@@ -1,9 +1,17 @@
 """Fixtures: every instruction set this machine runs, thread counts, and seeds."""
 
+import os
+
 import pytest
 import torch
+from compiled import ROOT, compiled_for_host
 
 from quant_ops import _library
+
+# Workers of pytest-xdist share the cores, also with the processes that they start. Tests of thread counts set their own.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(params=_library.isas())
@@ -27,15 +35,12 @@ def threads():
 
 
 @pytest.fixture(scope="session")  # operators can be registered once in a process
-def emulated(tmp_path_factory):
+def emulated():
     """The CUDA operators with their kernels run on the host (host_emulation.h), for tensors of the CPU."""
-    from test_cuda_build import ROOT, compile_cpp
-
     folders = (ROOT / "cuda", ROOT / "cuda" / "engine")
     sources = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cpp"))
-    sources.append(ROOT / "cpp" / "torch" / "library_cuda.cpp")
-    library = tmp_path_factory.mktemp("emulation") / "libquant_ops_emulated.so"
-    torch.ops.load_library(compile_cpp(sources, library, "-shared", "-fPIC", "-fvisibility=hidden", "-DQUANT_OPS_EMULATION"))
+    sources = [*(path.relative_to(ROOT) for path in sources), "cpp/torch/library_cuda.cpp"]
+    torch.ops.load_library(compiled_for_host("libquant_ops_emulated", sources, "-DQUANT_OPS_EMULATION", shared=True))
     return torch.ops.quant_ops_emulated
 
 

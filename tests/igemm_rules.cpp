@@ -1,6 +1,8 @@
-// The address arithmetic, fragment maps and tile choice of the portable CUDA engine, on the host (test_cuda_igemm_build.py).
-// Prints what is wrong and exits with 1.
+// The address arithmetic, fragment maps and tile choice of the portable CUDA engine, and the plans of its operators, on the host
+// (test_cuda_igemm_build.py). Nothing is launched. Prints what is wrong and exits with 1.
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <set>
 #include <vector>
@@ -8,6 +10,7 @@
 #include "contract/cuda_weights.h"
 #include "device/common.cuh"
 #include "engine/choose.h"
+#include "launch.h"
 
 using namespace quant_ops;
 
@@ -25,30 +28,31 @@ using namespace quant_ops;
 
 // Eight lanes that are served at once lie in eight different groups of four banks.
 static void expect_no_conflict(const int (&offsets)[8], const char* what) {
-  std::set<int> groups;
-  for (int offset : offsets) groups.insert(offset % 128 / 16);
-  EXPECT(groups.size() == 8, "%s, first offset %d", what, offsets[0]);
+  std::set<int> places;
+  for (int offset : offsets) places.insert(offset % 128 / 16);
+  EXPECT(places.size() == 8, "%s, first offset %d", what, offsets[0]);
 }
 
 template <int kRowBytes>
 static void check_swizzle() {
-  constexpr int kRows = 256, kChunks = kRowBytes / 16;
+  constexpr int kRows = 256, kVectors = kRowBytes / 16;
   std::set<int> places;
   for (int row = 0; row < kRows; ++row)
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int offset = tile_offset<kRowBytes>(row, chunk);
-      EXPECT(offset % 16 == 0 && offset >= row * kRowBytes && offset < (row + 1) * kRowBytes, "row %d chunk %d", row, chunk);
+    for (int vector = 0; vector < kVectors; ++vector) {
+      const int offset = tile_offset<kRowBytes>(row, vector);
+      EXPECT(offset % 16 == 0 && offset >= row * kRowBytes && offset < (row + 1) * kRowBytes, "row %d vector %d", row, vector);
       places.insert(offset);
     }
-  EXPECT(places.size() == size_t{kRows} * kChunks, "one place for each");
+  EXPECT(places.size() == size_t{kRows} * kVectors, "one place for each");
   int offsets[8];
   for (int first = 0; first < kRows; first += 8)  // ldmatrix: a matrix at a time
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      for (int r = 0; r < 8; ++r) offsets[r] = tile_offset<kRowBytes>(first + r, chunk);
+    for (int vector = 0; vector < kVectors; ++vector) {
+      for (int r = 0; r < 8; ++r) offsets[r] = tile_offset<kRowBytes>(first + r, vector);
       expect_no_conflict(offsets, "ldmatrix");
     }
-  for (int first = 0; first < kRows * kChunks; first += 8) {  // copies: neighbouring lanes, along rows
-    for (int lane = 0; lane < 8; ++lane) offsets[lane] = tile_offset<kRowBytes>((first + lane) / kChunks, (first + lane) % kChunks);
+  for (int first = 0; first < kRows * kVectors; first += 8) {  // copies: neighbouring lanes, along rows
+    for (int lane = 0; lane < 8; ++lane)
+      offsets[lane] = tile_offset<kRowBytes>((first + lane) / kVectors, (first + lane) % kVectors);
     expect_no_conflict(offsets, "copy");
   }
 }
@@ -86,10 +90,10 @@ static void check_fragments() {
         const int a = w * 4 + byte;  // a0 .. a15
         const bool top = a < 4 || (a >= 8 && a < 12);
         EXPECT(a_row(namer) == (top ? group : group + 8), "row of a%d, lane %d", a, lane);
-        EXPECT(a_chunk(namer) * 16 + column == thread * 4 + (a & 3) + (a < 8 ? 0 : 16), "k of a%d, lane %d", a, lane);
+        EXPECT(a_vector(namer) * 16 + column == thread * 4 + (a & 3) + (a < 8 ? 0 : 16), "k of a%d, lane %d", a, lane);
         const int b = w % 2 * 4 + byte, block = w / 2;  // b0 .. b7 of columns 0 .. 7, then of 8 .. 15
         EXPECT(b_row(namer) == group + block * 8, "column of b%d, lane %d", b, lane);
-        EXPECT(b_chunk(namer) * 16 + column == thread * 4 + (b & 3) + (b < 4 ? 0 : 16), "k of b%d, lane %d", b, lane);
+        EXPECT(b_vector(namer) * 16 + column == thread * 4 + (b & 3) + (b < 4 ? 0 : 16), "k of b%d, lane %d", b, lane);
       }
     for (int c = 0; c < 4; ++c) {
       EXPECT(c_row(lane) + c / 2 * 8 == (c < 2 ? group : group + 8), "row of c%d", c);
@@ -162,11 +166,11 @@ static void check_weights(std::mt19937_64& random) {
     const int64_t c = static_cast<int64_t>(random() % 200), r = 1 + static_cast<int64_t>(random() % 5),
                   s = 1 + static_cast<int64_t>(random() % 5);
     const CudaWeights w = cuda_weights(groups * n, c, r, s, groups);
-    EXPECT(w.groups * w.merged == groups && w.n == n * w.merged, "groups");
-    EXPECT(w.n <= 64 || w.merged == 1, "merged groups fit a tile");
-    EXPECT(w.row % 16 == 0 && w.k % 16 == 0 && w.k <= w.row && w.rows_offset % 16 == 0, "alignment");
-    EXPECT(w.tap >= w.channels() && w.tap % (w.taps == 1 ? 16 : 4) == 0 && w.taps * w.tap <= w.k, "tap");
-    EXPECT(!w.plain || (w.row == c && w.taps == 1 && groups == 1), "plain");
+    EXPECT(w.groups * w.joined_groups == groups && w.n == n * w.joined_groups, "groups");
+    EXPECT(w.n <= 64 || w.joined_groups == 1, "joined groups fit a tile");
+    EXPECT(w.row_bytes % 16 == 0 && w.k % 16 == 0 && w.k <= w.row_bytes && w.rows_offset % 16 == 0, "alignment");
+    EXPECT(w.tap_bytes >= w.channels() && w.tap_bytes % (w.taps == 1 ? 16 : 4) == 0 && w.taps * w.tap_bytes <= w.k, "tap");
+    EXPECT(!w.plain || (w.row_bytes == c && w.taps == 1 && groups == 1), "plain");
   }
 }
 
@@ -185,24 +189,25 @@ static void check_dispatch(std::mt19937_64& random) {
     for (int round = 0; round < 4000; ++round) {
       const auto size = [&](int bits) { return 1 + static_cast<int64_t>(random() >> (64 - 1 - random() % bits)); };
       const IgemmShape shape{size(22), size(17), size(17) / 16 * 16, random() % 4 ? 1 : size(6), random() % 4 ? 16 : 4};
-      const IgemmChoice c = choose_igemm(shape, gpu, ForcedKernel(nullptr));
-      EXPECT(c.tile >= 0 && c.tile < kIgemmTileCount, "a tile");
-      const IgemmTile& t = kIgemmTiles[c.tile];
-      EXPECT(c.part_k >= t.k && c.part_k % t.k == 0, "parts are whole steps");
-      EXPECT(c.parts >= 1 && c.parts <= kMostParts && c.parts * c.part_k >= shape.K, "parts cover K");
-      EXPECT(c.parts == 1 || (c.parts - 1) * c.part_k < shape.K, "no part is empty");
-      EXPECT(c.parts == 1 || c.parts * shape.M * shape.N * shape.groups * 4 <= int64_t{64} << 20, "sums of parts are few");
-      const IgemmChoice forced = choose_igemm(shape, gpu, ForcedKernel((std::string(t.name) + ":3").c_str()));
-      EXPECT(forced.tile == c.tile && forced.parts <= 3 && forced.parts * forced.part_k >= shape.K, "forced");
+      const KernelPlan c = choose_tile(shape, gpu, KernelChoice());
+      EXPECT(c.engine == Engine::kPortable && c.kernel >= 0 && c.kernel < kIgemmTileCount, "a tile");
+      const IgemmTile& t = kIgemmTiles[c.kernel];
+      EXPECT(c.split_k >= t.k && c.split_k % t.k == 0, "splits are whole steps");
+      EXPECT(c.splits >= 1 && c.splits <= kMostSplits && c.splits * c.split_k >= shape.K, "splits cover K");
+      EXPECT(c.splits == 1 || (c.splits - 1) * c.split_k < shape.K, "no split is empty");
+      EXPECT(c.sums == (c.splits == 1 ? 0 : c.splits * shape.M * shape.N * shape.groups), "sums of splits");
+      EXPECT(c.sums * 4 <= int64_t{64} << 20, "sums of splits are few");
+      const KernelPlan wanted = choose_tile(shape, gpu, KernelChoice(std::string(t.name) + ":3"));
+      EXPECT(wanted.kernel == c.kernel && wanted.splits <= 3 && wanted.splits * wanted.split_k >= shape.K, "wanted");
     }
-    EXPECT(choose_igemm({5, 5, 16, 1}, gpu, ForcedKernel("nothing")).tile < 0, "an unknown name");
+    EXPECT(choose_tile({5, 5, 16, 1}, gpu, KernelChoice("nothing")).engine == Engine::kNone, "an unknown name");
     if (gpu.multiprocessors < 50) continue;
     // no cliffs: one row more is at most a row of tiles more, less what smaller tiles save of it
     for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
              {4096, 4096}, {14336, 4096}, {4096, 14336}, {1024, 1024}, {768, 3072}, {64, 576}, {1000, 2048}, {8192, 28672}}) {
       double before = 0;
       for (int64_t m = 1; m <= 4200; m += m < 400 ? 1 : 16) {
-        double time = choose_igemm({m, n, k, 1}, gpu, ForcedKernel(nullptr)).time;
+        double time = choose_tile({m, n, k, 1}, gpu, KernelChoice()).time;
         if (gemv_fits(m, k, gpu)) time = std::min(time, gemv_time(m, n, k, 0, gpu));
         EXPECT(m == 1 || time <= before * 1.6, "M %d N %d K %d on %d: %.0f after %.0f", int(m), int(n), int(k), gpu.arch, time,
                before);
@@ -210,6 +215,166 @@ static void check_dispatch(std::mt19937_64& random) {
       }
     }
   }
+}
+
+// ---- plans ----------------------------------------------------------------------------------------------------------
+
+// The slots of a workspace: aligned, apart from each other, and all of its bytes.
+struct Slots {
+  std::vector<std::pair<int64_t, int64_t>> ranges;  // begin, end
+
+  template <class T>
+  void add(const Slot<T>& slot, int64_t count) {
+    if (!slot) return;
+    EXPECT(slot.offset % 256 == 0, "aligned");
+    EXPECT(slot.in(nullptr) == reinterpret_cast<T*>(slot.offset), "an address from an offset");
+    ranges.emplace_back(slot.offset, slot.offset + count * static_cast<int64_t>(sizeof(T)));
+  }
+  void expect_to_fill(int64_t bytes) {
+    std::sort(ranges.begin(), ranges.end());
+    int64_t end = 0;
+    for (const auto& [begin, range_end] : ranges) {
+      EXPECT(begin >= end && begin - end < 256, "apart, and next to each other");
+      end = range_end;
+    }
+    EXPECT(end <= bytes && bytes - end < 256, "%d bytes, of which %d are used", int(bytes), int(end));
+  }
+};
+
+static const GpuLimits kGpu{80, 108, 163 << 10, 164 << 10};
+
+struct Random {
+  std::mt19937_64& engine;
+  int64_t below(int64_t n) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(n)); }
+  template <class T>
+  T* address() {  // of nothing; a plan looks at its alignment alone
+    return reinterpret_cast<T*>(0x10000 + (below(4) == 0 ? 1 : 64) * below(100));
+  }
+  InputParams input() {
+    static const DType floats[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+    InputParams in{};
+    in.mode = static_cast<Activation>(below(4));
+    in.dtype = in.mode != Activation::kQuantized ? floats[below(3)] : below(2) ? DType::kInt8 : DType::kUInt8;
+    in.x = address<void>();
+    if (is_dynamic(in)) return in;
+    in.scale = address<float>();
+    in.scale_stride = below(2);
+    if (below(2)) in.zero_point = address<int32_t>();
+    in.zero_point_stride = below(2);
+    return in;
+  }
+};
+
+static void check_linear_plans(Random random) {
+  for (int round = 0; round < 20000; ++round) {
+    Int8LinearParams p{};
+    p.M = 1 + random.below(random.below(2) ? 9 : 300);
+    p.N = 1 + random.below(500);
+    p.K = random.below(random.below(2) ? 40 : 2000) * (random.below(2) ? 16 : 1);
+    p.in = random.input();
+    p.x_stride = p.K + random.below(20);
+    p.weight = random.address<int8_t>();
+    if (random.below(2)) p.packed = reinterpret_cast<int8_t*>(0x100000);
+    p.y_stride = p.N;
+    p.out.y = random.address<void>();
+    p.out.dtype = DType::kFloat32;
+    const LinearPlan plan = plan_linear(p, kGpu, KernelChoice()), again = plan_linear(p, kGpu, KernelChoice());
+    const CudaWeights& w = plan.weight.layout;
+    EXPECT(again.bytes == plan.bytes && kernel_text(again.kernel) == kernel_text(plan.kernel), "a plan depends on its arguments");
+    EXPECT(plan.kernel.engine == Engine::kPortable || plan.kernel.engine == Engine::kGemv, "a kernel");
+    EXPECT(plan.product.K == w.k && plan.product.a_stride % 16 == 0 && plan.product.b_stride % 16 == 0, "whole vectors");
+    EXPECT(plan.product.a == nullptr && plan.product.b == nullptr && plan.product.row_scale == nullptr, "addresses come later");
+
+    const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in), gemv = plan.encoder == Encoder::kGemv;
+    EXPECT(!gemv || (dynamic && p.M <= kGemvRows && plan.kernel.engine == Engine::kGemv), "rows that the kernel quantizes");
+    EXPECT(gemv || dynamic == (plan.encoder == Encoder::kRange), "rows with a scale from their data");
+    EXPECT(bool(plan.codes) == (plan.encoder == Encoder::kRange || plan.encoder == Encoder::kGiven), "codes");
+    EXPECT(plan.encoder != Encoder::kNone || (p.in.dtype == DType::kInt8 && p.K % 16 == 0 && plan.product.K == p.K), "in place");
+    EXPECT(bool(plan.row_zero) == (bool(plan.row_scale) && corrected), "zero points");
+    EXPECT(!plan.row_scale || plan.product.row_step == 1, "arrays have one element a row");
+    EXPECT(gemv || plan.row_scale || !p.in.zero_point || p.in.scale_stride == p.in.zero_point_stride, "one stride for both");
+    EXPECT(bool(plan.weight.sums) == (corrected && !p.packed), "sums of the weight");
+    EXPECT(bool(plan.sums) == (plan.kernel.splits > 1), "sums of splits");
+
+    Slots slots;
+    slots.add(plan.weight.sums, p.N);
+    slots.add(plan.weight.rows, w.rows_bytes);
+    slots.add(plan.codes, p.M * w.k);
+    slots.add(plan.row_scale, p.M);
+    slots.add(plan.row_zero, p.M);
+    slots.add(plan.sums, plan.kernel.sums);
+    slots.expect_to_fill(plan.bytes);
+  }
+  Int8LinearParams p{};
+  p.M = p.N = p.K = 64;
+  p.in.mode = Activation::kQuantized;
+  p.in.dtype = DType::kInt8;
+  EXPECT(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).bytes == 0, "codes in place need no memory");
+  EXPECT(kernel_text(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).kernel) == "igemm_s8s8_32x64x128_mma",
+         "wanted");
+  EXPECT(plan_linear(p, kGpu, KernelChoice("nothing")).kernel.engine == Engine::kNone, "no such kernel");
+}
+
+static Int8Conv2dParams random_convolution(Random random) {
+  Int8Conv2dParams p{};
+  p.groups = random.below(2) ? 1 : 1 + random.below(40);
+  p.N = 1 + random.below(3);
+  p.C = p.groups * (random.below(3) ? 1 + random.below(70) : 1);
+  p.O = p.groups * (random.below(3) ? 1 + random.below(70) : 1);
+  p.H = random.below(9);
+  p.W = random.below(9);
+  p.R = p.S = random.below(2) ? 1 : 1 + random.below(3);
+  for (int d = 0; d < 2; ++d) {
+    p.stride[d] = p.dilation[d] = 1 + random.below(2);
+    p.pad[d] = random.below(2) ? 0 : p.dilation[d] * p.R;
+  }
+  p.OH = (p.H + 2 * p.pad[0] - p.dilation[0] * (p.R - 1) - 1) / p.stride[0] + 1;
+  p.OW = (p.W + 2 * p.pad[1] - p.dilation[1] * (p.S - 1) - 1) / p.stride[1] + 1;
+  p.in = random.input();
+  const bool last = random.below(2);
+  const int64_t strides[2][4] = {{p.C * p.H * p.W, p.H * p.W, p.W, 1}, {p.C * p.H * p.W, 1, p.W * p.C, p.C}};
+  std::copy_n(strides[last], 4, p.x_stride);
+  p.weight = random.address<int8_t>();
+  if (random.below(2)) p.packed = reinterpret_cast<int8_t*>(0x100000);
+  p.out.y = random.address<void>();
+  p.out.dtype = DType::kFloat32;
+  p.y_channels_last = last;
+  return p;
+}
+
+static void check_conv2d_plans(Random random) {
+  int dense = 0, depthwise = 0, ranges = 0;
+  for (int round = 0; round < 50000; ++round) {
+    const Int8Conv2dParams p = random_convolution(random);
+    if (p.OH < 1 || p.OW < 1) continue;
+    const Conv2dPlan plan = plan_conv2d(p, kGpu, KernelChoice());
+    const CudaWeights& w = plan.weight.layout;
+    const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in);
+    EXPECT((plan.kernel.engine == Engine::kDepthwise) == w.depthwise && plan.kernel.engine != Engine::kNone, "a kernel");
+    EXPECT(!plan.dense || (w.taps == 1 && w.groups == 1 && plan.product.M == p.N * p.OH * p.OW), "a plain product");
+    EXPECT(!plan.dense || plan.product.a_stride == plan.gather.pixel, "rows are pixels");
+    EXPECT(bool(plan.codes) == (plan.encoder != Encoder::kNone), "codes");
+    EXPECT(plan.range.has_value() == (dynamic && p.H * p.W > 0), "ranges of samples that have pixels");
+    EXPECT(bool(plan.scale) == (dynamic || corrected) && bool(plan.zero_point) == bool(plan.scale), "parameters of samples");
+    EXPECT(bool(plan.padding) == corrected, "padding");
+    EXPECT(plan.gather.codes == nullptr && plan.gather.padding == nullptr, "addresses come later");
+    EXPECT(bool(plan.sums) == (plan.kernel.splits > 1), "sums of splits");
+
+    Slots slots;
+    slots.add(plan.weight.sums, p.O);
+    slots.add(plan.weight.rows, w.rows_bytes);
+    slots.add(plan.codes, p.N * p.H * p.W * plan.gather.pixel);
+    slots.add(plan.scale, p.N);
+    slots.add(plan.zero_point, p.N);
+    slots.add(plan.padding, p.N * 16);
+    if (plan.range) slots.add(plan.range_memory, plan.range->bytes);
+    slots.add(plan.sums, plan.kernel.sums);
+    slots.expect_to_fill(plan.bytes);
+    dense += plan.dense;
+    depthwise += w.depthwise;
+    ranges += plan.range.has_value() && plan.range->bytes > 0;
+  }
+  EXPECT(dense > 100 && depthwise > 100 && ranges > 100, "%d dense, %d depthwise, %d with ranges", dense, depthwise, ranges);
 }
 
 int main() {
@@ -221,5 +386,7 @@ int main() {
   check_gather(random);
   check_weights(random);
   check_dispatch(random);
+  check_linear_plans({random});
+  check_conv2d_plans({random});
   return 0;
 }

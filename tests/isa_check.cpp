@@ -1,12 +1,14 @@
 // Every table of kernels that this machine runs against the scalar one, on fixed pseudo-random cases: all entries, and the drivers
-// that call them. Needs the core sources only (cpp/, no torch, no Python), so that it can be compiled for another architecture and
-// run under emulation; test_aarch64.py does.
+// that call them; and the drivers' plans. Needs the core sources only (cpp/, no torch, no Python), so that it can be compiled for
+// another architecture and run under emulation; test_aarch64.py does.
 //
 // Prints "<isa> <64-bit hash of all results>" for every table; the hashes agree between machines as well. Exit status 1 where a
 // result differs. Random cases and the log of results: isa_check.h.
-#include "tests/isa_check.h"
+#include "isa_check.h"
 
-#include "cpu/activations.h"
+#include "cpu/columns.h"
+#include "cpu/conv2d.h"
+#include "cpu/linear.h"
 #include "cpu/parallel.h"
 
 namespace quant_ops {
@@ -359,6 +361,72 @@ void check_backward(Random* random, DType dtype, Log* log) {
            DType::kFloat32);
 }
 
+// ---- plans: functions of shapes and dtypes, which read no data ----------------------------------------------------------
+
+bool expect(bool holds, const char* rule, const KernelTable& table) {
+  if (!holds) std::fprintf(stderr, "isa_check: %s: the plan breaks the rule: %s\n", table.isa, rule);
+  return holds;
+}
+
+bool check_linear_plans(const KernelTable& table) {
+  const int8_t packed = 0;
+  Int8LinearParams p{};
+  p.M = 1000000;
+  p.N = 100;
+  p.K = 64;
+  p.x_stride = 80;
+  p.in.dtype = DType::kFloat32;
+  p.in.mode = Activation::kDynamic;
+  const LinearPlan many = plan_linear(p, table, 3);
+  bool good = expect(many.weight == WeightSource::kPackedOnUse && many.panel_bytes >= 64 * 64 + 64 * 4,
+                     "many rows by a plain weight: each worker packs a panel", table);
+  good &= expect(many.pass_rows * many.row_bytes <= 8 << 20 && many.pass_rows % 4 == 0, "a pass has at most 8 MiB of codes", table);
+  good &= expect(many.scratch_bytes >= many.zero_at + many.pass_rows * 4, "scratch holds its last part", table);
+  p.M = kDotRows;
+  good &= expect((plan_linear(p, table, 3).weight == WeightSource::kPlain) == (table.dot != nullptr),
+                 "few rows by a plain weight: dot products, where the table has them", table);
+  p.packed = &packed;
+  p.in.dtype = DType::kUInt8;
+  p.in.mode = Activation::kQuantized;
+  const LinearPlan codes = plan_linear(p, table, 3);
+  good &= expect(codes.weight == WeightSource::kPacked && codes.panel_bytes == 0, "a packed weight needs no panels", table);
+  good &= expect(codes.in_place && codes.code_stride == p.x_stride && codes.codes_at == codes.scale_at,
+                 "uint8 codes are read where they lie", table);
+  p.K = 63;
+  return good & expect(!plan_linear(p, table, 3).in_place, "unless K must be padded", table);
+}
+
+bool check_conv2d_plans(const KernelTable& table) {
+  const int8_t packed = 0;
+  Int8Conv2dParams p{};
+  p.N = 2;
+  p.C = 3;
+  p.H = p.OH = 9;
+  p.W = p.OW = 10;
+  p.O = 40;
+  p.R = p.S = 3;
+  p.groups = 1;
+  const int64_t nchw[4] = {270, 90, 10, 1};
+  std::copy(nchw, nchw + 4, p.x_stride);
+  for (int d = 0; d < 2; ++d) p.stride[d] = 1, p.pad[d] = 2, p.dilation[d] = 2;
+  p.in.dtype = DType::kFloat32;
+  p.in.mode = Activation::kDynamic;
+  p.packed = &packed;
+  const Conv2dPlan plan = plan_conv2d(p, weight_layout(p), table, 3);
+  bool good =
+      expect(plan.layout.form == WeightForm::kRowTaps && plan.layout.taps == 3, "few channels: a kernel row is a tap", table);
+  good &= expect(!plan.packs && plan.packed_at == plan.codes_at, "whatever the dilation, the packed weight serves", table);
+  for (int64_t column = 0; column + 2 < 14; ++column)
+    good &= expect(plan.column_offset(column + 2) == plan.column_offset(column) + p.C, "columns of a tap are neighbours", table);
+  good &= expect(plan.row == 14 * p.C && plan.sample >= 10 * plan.row, "rows are padded, and one row is padding", table);
+  p.C = p.O = p.groups = 40;
+  const DepthwisePlan depthwise = plan_depthwise(p, weight_layout(p), table, 3);
+  good &= expect(depthwise.band >= 1 && depthwise.band_input == depthwise.band - 1 + 5, "a band's input rows", table);
+  good &= expect(depthwise.padding_own - depthwise.codes_own >= depthwise.band_input * depthwise.row, "they fit", table);
+  return good &
+         expect(depthwise.scratch_bytes >= depthwise.workers_at + 3 * depthwise.worker_bytes, "scratch of all workers", table);
+}
+
 bool run(const KernelTable& table, Log* log) {
   set_isa(table.isa);
   Random random(1);
@@ -405,6 +473,7 @@ int main() {
   for (int i = 0; i < n; ++i) {
     Log log;
     good = run(*tables[i], &log) && good;
+    good = check_linear_plans(*tables[i]) && check_conv2d_plans(*tables[i]) && good;
     if (i == 0) expected = log;
     good = expected.same(log, tables[i]->isa) && good;
     std::printf("%s %016llx\n", tables[i]->isa, static_cast<unsigned long long>(log.hash()));

@@ -28,20 +28,23 @@ static auto value(const Arguments& v, int64_t, int64_t n) -> std::decay_t<declty
   return v.ptr_row ? v.ptr_row[int64_t{cute::get<1>(v.dRow)} * n] : v.null_default;
 }
 
-template <int kKernel, DType kOut>
-static void check(std::mt19937_64& random) {
-  using G = sm90::Gemm<kKernel, kOut>;
-  const char* name = G::kTile.name;
-  const auto below = [&](int n) { return static_cast<int64_t>(random() % static_cast<unsigned>(n)); };
-  for (int i = 0; i < 64; ++i) {
-    IgemmProblem p{};
-    p.M = i % 4 == 0 ? 1 : 1 + below(40), p.N = 8 * (1 + below(5)), p.K = 16 * (1 + below(4));
+// A random problem and the memory of its operands. Addresses are aligned only by chance: CUTLASS looks at sizes, TMA at addresses.
+struct Example {
+  IgemmProblem p{};
+  std::vector<int8_t> a, b;
+  std::vector<float> row_scale, column_scale, bias, y;
+  std::vector<int32_t> row_zero, column_sum;
+
+  Example(std::mt19937_64& random, bool one_row, DType out) {
+    const auto below = [&](int n) { return static_cast<int64_t>(random() % static_cast<unsigned>(n)); };
+    p.M = one_row ? 1 : 1 + below(40), p.N = 8 * (1 + below(5)), p.K = 16 * (1 + below(4));
     p.a_stride = p.M > 1 ? p.K + 16 * below(3) : 3, p.b_stride = p.K + 16 * below(3);
     p.y_stride = p.M > 1 ? p.N + 8 * below(3) : 5;
-    const int64_t a_stride = p.M > 1 ? p.a_stride : 0, y_stride = p.M > 1 ? p.y_stride : p.N;
-    std::vector<int8_t> a(static_cast<size_t>(p.M * (p.K + 32))), b(static_cast<size_t>(p.N * p.b_stride));
-    for (int8_t& q : a) q = static_cast<int8_t>(random());
-    for (int8_t& q : b) q = static_cast<int8_t>(random());
+    const auto codes = [&](int64_t n) {
+      std::vector<int8_t> v(static_cast<size_t>(n));
+      for (int8_t& q : v) q = static_cast<int8_t>(random());
+      return v;
+    };
     const auto floats = [&](int64_t n) {
       std::vector<float> v(static_cast<size_t>(n));
       for (float& x : v) x = static_cast<float>(below(2001) - 1000) / 777 * (below(8) ? 1.0f : 0.0f);  // -0 too
@@ -52,50 +55,70 @@ static void check(std::mt19937_64& random) {
       for (int32_t& x : v) x = static_cast<int32_t>(below(256)) - 128;
       return v;
     };
-    const std::vector<float> row_scale = floats(p.M), column_scale = floats(p.N), bias = floats(p.N);
-    const std::vector<int32_t> row_zero = ints(p.M), column_sum = ints(p.N);
-    std::vector<float> y(static_cast<size_t>(p.M * (p.N + 24)) + 8);
-    p.a = a.data(), p.b = b.data(), p.y = y.data(), p.y_dtype = kOut;
+    a = codes(p.M * (p.K + 32)), b = codes(p.N * p.b_stride);
+    row_scale = floats(p.M), column_scale = floats(p.N), bias = floats(p.N), y = floats(p.M * (p.N + 24) + 8);
+    row_zero = ints(p.M), column_sum = ints(p.N);
+    p.a = a.data(), p.b = b.data(), p.y = y.data(), p.y_dtype = out;
     p.row_scale = row_scale.data(), p.row_step = below(2);
     p.column_scale = column_scale.data(), p.column_step = below(2);
     if (below(2)) p.row_zero = row_zero.data(), p.column_sum = column_sum.data();
     if (below(2)) p.bias = bias.data();
     p.floor = below(2) ? 0.0f : -INFINITY;
+  }
 
-    // aligned only by chance here; CUTLASS looks at sizes, TMA at addresses
+  // The plain formula.
+  float wanted(int64_t row, int64_t column) const {
+    const int64_t a_stride = p.M > 1 ? p.a_stride : 0;
+    int64_t sum = 0;
+    for (int64_t k = 0; k < p.K; ++k) sum += int64_t{p.a[row * a_stride + k]} * p.b[column * p.b_stride + k];
+    if (p.row_zero) sum -= int64_t{p.row_zero[row * p.row_step]} * p.column_sum[column];
+    const float scale = p.row_scale[row * p.row_step] * p.column_scale[column * p.column_step];
+    const float y = p.bias ? std::fma(static_cast<float>(sum), scale, p.bias[column]) : static_cast<float>(sum) * scale;
+    return p.floor == 0 && y < 0 ? 0.0f : y;
+  }
+};
+
+// Element (m, n) of the product as CUTLASS computes it from its arguments.
+template <class Arguments>
+static float evaluated(const Arguments& args, int64_t m, int64_t n) {
+  const auto& [first_scale, first_correction, second_scale, second_correction, bias_of, floor] = args.epilogue.thread;
+  const auto& loop = args.mainloop;
+  int32_t acc = 0;
+  for (int64_t k = 0; k < cute::get<2>(args.problem_shape); ++k)
+    acc += loop.ptr_A[m * cute::get<0>(loop.dA) + k * cute::get<1>(loop.dA)] *
+           loop.ptr_B[n * cute::get<0>(loop.dB) + k * cute::get<1>(loop.dB)];
+  const int32_t corrected = acc - value(first_correction, m, n) * value(second_correction, m, n);
+  const float y = epilogue(corrected, value(first_scale, m, n), value(second_scale, m, n), value(bias_of, m, n), false);
+  return y < floor.floor ? floor.floor : y;
+}
+
+template <int kKernel, DType kOut>
+static void check(std::mt19937_64& random) {
+  using G = sm90::Gemm<kKernel, kOut>;
+  const char* name = G::kTile.name;
+  for (int i = 0; i < 64; ++i) {
+    const Example example(random, i % 4 == 0, kOut);
+    const IgemmProblem& p = example.p;
     const auto args = G::arguments(p);
     expect(G::Adapter::can_implement(args) == cutlass::Status::kSuccess, "CUTLASS takes it", name, p);
     expect(G::Adapter::get_workspace_size(args) == 0, "no workspace", name, p);
-    const auto& [first_scale, first_correction, second_scale, second_correction, bias_of, floor] = args.epilogue.thread;
-    const auto [m_size, n_size, k_size, l_size] = args.problem_shape;
+    const auto& [m_size, n_size, k_size, l_size] = args.problem_shape;
     expect(int64_t{m_size} * n_size == p.M * p.N && k_size == p.K && l_size == 1, "the problem's size", name, p);
     expect(args.epilogue.ptr_C == nullptr && cute::get<2>(args.epilogue.dD) == 0, "one matrix, nothing added", name, p);
     expect(args.mainloop.ptr_A == (G::kTile.swapped ? p.b : p.a), "the swap", name, p);
     expect(cute::get<0>(args.mainloop.dA) % 16 == 0 && cute::get<0>(args.mainloop.dB) % 16 == 0, "strides of TMA", name, p);
 
-    std::vector<bool> written(y.size());
+    const int64_t y_stride = p.M > 1 ? p.y_stride : p.N;
+    std::vector<bool> written(example.y.size());
     for (int64_t m = 0; m < m_size; ++m)
       for (int64_t n = 0; n < n_size; ++n) {
-        int32_t acc = 0;
-        for (int64_t k = 0; k < k_size; ++k)
-          acc += args.mainloop.ptr_A[m * cute::get<0>(args.mainloop.dA) + k * cute::get<1>(args.mainloop.dA)] *
-                 args.mainloop.ptr_B[n * cute::get<0>(args.mainloop.dB) + k * cute::get<1>(args.mainloop.dB)];
-        const int32_t corrected = acc - value(first_correction, m, n) * value(second_correction, m, n);
-        float got = epilogue(corrected, value(first_scale, m, n), value(second_scale, m, n), value(bias_of, m, n), false);
-        got = got < floor.floor ? floor.floor : got;
-
         // where it is stored tells which element it is
         const int64_t offset = m * cute::get<0>(args.epilogue.dD) + n * cute::get<1>(args.epilogue.dD);
         const int64_t row = offset / y_stride, column = offset % y_stride;
         expect(args.epilogue.ptr_D == p.y && row < p.M && column < p.N && !written[static_cast<size_t>(offset)], "in y, once", name,
                p);
         written[static_cast<size_t>(offset)] = true;
-        int64_t sum = 0;
-        for (int64_t k = 0; k < p.K; ++k) sum += int64_t{p.a[row * a_stride + k]} * p.b[column * p.b_stride + k];
-        if (p.row_zero) sum -= int64_t{p.row_zero[row * p.row_step]} * p.column_sum[column];
-        const float scale = p.row_scale[row * p.row_step] * p.column_scale[column * p.column_step];
-        float wanted = p.bias ? std::fma(static_cast<float>(sum), scale, p.bias[column]) : static_cast<float>(sum) * scale;
-        if (p.floor == 0 && wanted < 0) wanted = 0;
+        const float got = evaluated(args, m, n), wanted = example.wanted(row, column);
         expect(std::memcmp(&got, &wanted, sizeof got) == 0, "the plain formula, bit for bit", name, p);
       }
   }
@@ -104,12 +127,12 @@ static void check(std::mt19937_64& random) {
 int main() {
   std::mt19937_64 random(1);
   // every tile; the dtype only changes y's alignment
-  check<sm90_kernel("gemm_s8s8_64x16x256_swapped_sm90a"), DType::kBFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_64x32x256_swapped_sm90a"), DType::kFloat32>(random);
-  check<sm90_kernel("gemm_s8s8_64x64x256_swapped_sm90a"), DType::kFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_64x128x128_sm90a"), DType::kFloat32>(random);
-  check<sm90_kernel("gemm_s8s8_128x128x128_sm90a"), DType::kFloat16>(random);
-  check<sm90_kernel("gemm_s8s8_128x256x128_sm90a"), DType::kBFloat16>(random);
-  static_assert(kSm90Kernels == 6, "every tile is checked");
+  check<sm90::kernel_named("gemm_s8s8_64x16x256_swapped_sm90a"), DType::kBFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x32x256_swapped_sm90a"), DType::kFloat32>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x64x256_swapped_sm90a"), DType::kFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_64x128x128_sm90a"), DType::kFloat32>(random);
+  check<sm90::kernel_named("gemm_s8s8_128x128x128_sm90a"), DType::kFloat16>(random);
+  check<sm90::kernel_named("gemm_s8s8_128x256x128_sm90a"), DType::kBFloat16>(random);
+  static_assert(sm90::kKernels == 6, "every tile is checked");
   return 0;
 }

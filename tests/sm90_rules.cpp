@@ -30,7 +30,7 @@ static bool tensor_map(const void* base, int64_t contiguous, int64_t rows, int64
   return sizes && reinterpret_cast<uint64_t>(base) % 16 == 0 && pitch % 16 == 0 && pitch < (int64_t{1} << 40);
 }
 
-static bool legal(const IgemmProblem& p, const Sm90Tile& t) {
+static bool legal(const IgemmProblem& p, const sm90::Tile& t) {
   int bytes = 0;
   if (p.y_dtype == DType::kFloat32) bytes = 4;
   if (p.y_dtype == DType::kFloat16 || p.y_dtype == DType::kBFloat16) bytes = 2;
@@ -47,13 +47,13 @@ static bool legal(const IgemmProblem& p, const Sm90Tile& t) {
   return blocks_m <= INT32_MAX / blocks_n && (t.warpgroups == 2 || blocks_n <= 65535);
 }
 
-int main() {
-  // the table: legal instructions, shared memory and registers
+// The table: legal instructions, shared memory and registers.
+static void check_table() {
   std::set<std::string> names;
-  for (int kernel = 0; kernel < kSm90Kernels; ++kernel) {
-    const Sm90Tile& t = kSm90Tiles[kernel];
+  for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
+    const sm90::Tile& t = sm90::kTiles[kernel];
     const IgemmProblem p{};
-    expect(names.insert(t.name).second && sm90_kernel(t.name) == kernel, "names are unique", p, kernel);
+    expect(names.insert(t.name).second && sm90::kernel_named(t.name) == kernel, "names are unique", p, kernel);
     expect(
         std::string(t.name).find(std::to_string(t.m) + "x" + std::to_string(t.n) + "x" + std::to_string(t.k)) != std::string::npos,
         "the name tells the tile", p, kernel);
@@ -66,63 +66,75 @@ int main() {
     // accumulators of a warpgroup; 232 registers a thread at most
     expect(t.m * t.n / (t.cooperative ? 256 : 128) <= 160, "accumulators fit the registers", p, kernel);
   }
-  expect(sm90_kernel("none") == kSm90Kernels, "no such name", {}, -1);
+  expect(sm90::kernel_named("none") == sm90::kKernels, "no such name", {}, -1);
+}
 
-  std::mt19937_64 random(1);
+// A legal problem, of which one thing may be off.
+static IgemmProblem random_problem(std::mt19937_64& random) {
   const auto below = [&](uint64_t n) { return static_cast<int64_t>(random() % n); };
   const DType dtypes[] = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kInt8, DType::kInt32, DType::kFloat64};
+  IgemmProblem p{};
+  const auto size = [&](int multiple) { return (below(10) ? 1 + below(500) : 1 + below(int64_t{1} << below(34))) * multiple; };
+  p.M = size(1), p.N = size(8), p.K = size(16);
+  p.a_stride = p.K + 16 * below(3), p.b_stride = p.K + 16 * below(3), p.y_stride = p.N + 8 * below(3);
+  p.a = at<int8_t>(0x10000000 + 16 * below(100)), p.b = at<int8_t>(0x20000000 + 16 * below(100));
+  p.y = at<void>(0x30000000 + 16 * below(100));
+  p.row_step = below(2), p.column_step = below(2);
+  if (below(2)) p.row_zero = p.column_sum = at<int32_t>(0x1004);
+  p.y_dtype = dtypes[below(3)];
+  if (below(2)) {  // one thing is off, perhaps
+    switch (below(12)) {
+      case 0: p.K += below(17); break;
+      case 1: p.N += below(9); break;
+      case 2: p.a_stride += below(17) - 8; break;
+      case 3: p.b_stride += below(17) - 8; break;
+      case 4: p.y_stride += below(17) - 8; break;
+      case 5: p.a += below(17); break;
+      case 6: p.b += below(17); break;
+      case 7: p.y = static_cast<char*>(p.y) + below(17); break;
+      case 8: p.y_dtype = dtypes[below(6)]; break;
+      case 9: (below(2) ? p.row_step : p.column_step) = below(4) - 1; break;
+      case 10: p.row_zero = below(2) ? at<int32_t>(0x1004) : nullptr; break;
+      default: (below(3) == 0 ? p.M : below(2) ? p.N : p.K) = below(2) ? 0 : 1; break;
+    }
+  }
+  return p;
+}
+
+static void check_problems() {
+  std::mt19937_64 random(1);
   int64_t taken = 0, refused = 0;
   for (int i = 0; i < 400000; ++i) {
-    IgemmProblem p{};
-    const auto size = [&](int multiple) { return (below(10) ? 1 + below(500) : 1 + below(int64_t{1} << below(34))) * multiple; };
-    p.M = size(1), p.N = size(8), p.K = size(16);
-    p.a_stride = p.K + 16 * below(3), p.b_stride = p.K + 16 * below(3), p.y_stride = p.N + 8 * below(3);
-    p.a = at<int8_t>(0x10000000 + 16 * below(100)), p.b = at<int8_t>(0x20000000 + 16 * below(100));
-    p.y = at<void>(0x30000000 + 16 * below(100));
-    p.row_step = below(2), p.column_step = below(2);
-    if (below(2)) p.row_zero = p.column_sum = at<int32_t>(0x1004);
-    p.y_dtype = dtypes[below(3)];
-    if (below(2)) {  // one thing is off, perhaps
-      switch (below(12)) {
-        case 0: p.K += below(17); break;
-        case 1: p.N += below(9); break;
-        case 2: p.a_stride += below(17) - 8; break;
-        case 3: p.b_stride += below(17) - 8; break;
-        case 4: p.y_stride += below(17) - 8; break;
-        case 5: p.a += below(17); break;
-        case 6: p.b += below(17); break;
-        case 7: p.y = static_cast<char*>(p.y) + below(17); break;
-        case 8: p.y_dtype = dtypes[below(6)]; break;
-        case 9: (below(2) ? p.row_step : p.column_step) = below(4) - 1; break;
-        case 10: p.row_zero = below(2) ? at<int32_t>(0x1004) : nullptr; break;
-        default: (below(3) == 0 ? p.M : below(2) ? p.N : p.K) = below(2) ? 0 : 1; break;
-      }
-    }
-    for (int kernel = 0; kernel < kSm90Kernels; ++kernel) {
-      const bool can = igemm_sm90_can(p, kernel);
-      const Sm90Tile& t = kSm90Tiles[kernel];
+    const IgemmProblem p = random_problem(random);
+    for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
+      const bool can = sm90::takes(p, kernel);
+      const sm90::Tile& t = sm90::kTiles[kernel];
       // the last tile of the largest sizes is refused a little early
       const bool edge = p.M > INT32_MAX - 1024 || p.N > INT32_MAX - 1024 || p.K > INT32_MAX - 1024;
       expect(can == (legal(p, t) && !edge), can ? "takes what is not legal" : "refuses what is legal", p, kernel);
       (can ? taken : refused) += 1;
       if (!can) continue;
-      const int width = sm90_swizzle(p, t);
-      expect((width & (width - 1)) == 0 && width <= 8 && sm90_blocks_first(p, t) % (width * t.cluster) == 0 &&
-                 sm90_blocks_second(p, t) % width == 0,
+      const int width = sm90::swizzle(p, t);
+      expect((width & (width - 1)) == 0 && width <= 8 && sm90::blocks_first(p, t) % (width * t.cluster) == 0 &&
+                 sm90::blocks_second(p, t) % width == 0,
              "squares of blocks leave nothing over", p, kernel);
     }
-    expect(!igemm_sm90_can(p, -1) && !igemm_sm90_can(p, kSm90Kernels), "no such kernel", p, -1);
+    expect(!sm90::takes(p, -1) && !sm90::takes(p, sm90::kKernels), "no such kernel", p, -1);
   }
   expect(taken > 500000 && refused > 100000, "both happen", {}, -1);
 
-  // every kernel takes aligned problems of any number of rows
+  // Every kernel takes aligned problems of any number of rows.
   for (int64_t M = 1; M <= 300; ++M)
-    for (int kernel = 0; kernel < kSm90Kernels; ++kernel) {
+    for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
       IgemmProblem p{};
       p.M = M, p.N = 4096, p.K = 4096, p.a_stride = p.b_stride = p.K, p.y_stride = p.N, p.y_dtype = DType::kBFloat16;
-      expect(igemm_sm90_can(p, kernel), "takes aligned problems", p, kernel);
+      expect(sm90::takes(p, kernel), "takes aligned problems", p, kernel);
     }
-  // estimates: never below what the machine can do, no cliffs, and the tiles that they are for
+  std::printf("%lld taken, %lld refused\n", (long long)taken, (long long)refused);
+}
+
+// Estimates: never faster than the machine, no cliffs, and the right tile for few and for many rows.
+static void check_estimates() {
   constexpr int kSms = 132;
   for (const int64_t width : {1024, 4096, 8192, 28672}) {
     double before = 0;
@@ -130,19 +142,24 @@ int main() {
       IgemmProblem p{};
       p.M = M, p.N = p.K = width, p.y_dtype = DType::kBFloat16;
       int best = 0;
-      for (int kernel = 0; kernel < kSm90Kernels; ++kernel) {
-        const double clocks = igemm_sm90_clocks(p, kernel, kSms), products = 1.0 * M * width * width;
+      for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
+        const double clocks = sm90::clocks(p, kernel, kSms), products = 1.0 * M * width * width;
         expect(clocks >= products / (4096.0 * kSms), "not faster than the matrix units", p, kernel);
-        if (clocks < igemm_sm90_clocks(p, best, kSms)) best = kernel;
+        if (clocks < sm90::clocks(p, best, kSms)) best = kernel;
       }
-      const double clocks = igemm_sm90_clocks(p, best, kSms);
+      const double clocks = sm90::clocks(p, best, kSms);
       // one row more may cost a tile more on every multiprocessor; not while memory is the limit
       expect(M == 1 || clocks < (M <= 128 ? 1.3 : 1.9) * before, "no cliffs", p, best);
       before = clocks;
-      if (M <= 16) expect(kSm90Tiles[best].n == 16, "few rows", p, best);
-      if (M == 4096 && width >= 4096) expect(kSm90Tiles[best].m == 128, "many rows", p, best);
+      if (M <= 16) expect(sm90::kTiles[best].n == 16, "few rows", p, best);
+      if (M == 4096 && width >= 4096) expect(sm90::kTiles[best].m == 128, "many rows", p, best);
     }
   }
-  std::printf("%lld taken, %lld refused\n", (long long)taken, (long long)refused);
+}
+
+int main() {
+  check_table();
+  check_problems();
+  check_estimates();
   return 0;
 }

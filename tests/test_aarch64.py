@@ -4,7 +4,6 @@ Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user-static
 """
 
 import functools
-import os
 import platform
 import re
 import shutil
@@ -12,8 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import CXX, ROOT, compiled
 
-ROOT = Path(__file__).parent.parent
 QEMU = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), "qemu-aarch64")
 CROSS = "aarch64-linux-gnu-g++"
 NEON = ["scalar", "neon_dot", "neon_i8mm"]
@@ -36,48 +35,25 @@ def built_objects() -> list[str]:
     return objects
 
 
-def compile_command(compiler: str, program: Path, core: list[str], *options: str) -> list[str]:
-    """The flags of CMakeLists.txt that matter for the bits: without the first, gcc contracts on aarch64."""
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Icpp"]
-    return [compiler, *flags, *options, "tests/isa_check.cpp", *core, "-o", str(program)]
+# The flags of CMakeLists.txt that matter for the bits: without -ffp-contract=off, gcc contracts on aarch64.
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Icpp"]
 
 
-class Builds:
-    """The programs, compiled once; both at a time, since the core takes half a minute."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.compilers: dict[str, subprocess.Popen] = {}
-        self.outputs: dict[str, str] = {}
-        native = os.environ.get("CXX", "c++")
-        if shutil.which(native):
-            self.start("native", compile_command(native, folder / "native", built_objects() or core_sources()))
-        if shutil.which(CROSS):
-            self.start("aarch64", compile_command(CROSS, folder / "aarch64", core_sources(), "-static"))
-
-    def start(self, name: str, command: list[str]) -> None:
-        self.compilers[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def program(self, name: str) -> str:
-        if name not in self.compilers:
-            pytest.skip("no C++ compiler" if name == "native" else f"no {CROSS}")
-        if name not in self.outputs:
-            self.outputs[name], _ = self.compilers[name].communicate()
-        assert self.compilers[name].returncode == 0, self.outputs[name]
-        return str(self.folder / name)
+def native() -> Path:
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    return compiled("isa_check", ["tests/isa_check.cpp", *(built_objects() or core_sources())], FLAGS)
 
 
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    builds = Builds(tmp_path_factory.mktemp("isa_check"))
-    yield builds
-    for compiler in builds.compilers.values():
-        compiler.kill()
-        compiler.wait()
+def aarch64() -> Path:
+    if shutil.which(CROSS) is None:
+        pytest.skip(f"no {CROSS}")
+    sources = ["tests/isa_check.cpp", *core_sources()]
+    return compiled("isa_check_aarch64", sources, FLAGS, compiler=CROSS, link_flags=["-static"])
 
 
 @functools.cache
-def hashes(*command: str) -> dict[str, str]:
+def hashes(*command: str | Path) -> dict[str, str]:
     """The hash of all results by instruction set."""
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     if "CPU model" in run.stderr:
@@ -86,40 +62,40 @@ def hashes(*command: str) -> dict[str, str]:
     return dict(line.split() for line in run.stdout.splitlines())
 
 
-def emulated(builds: Builds, cpu: str) -> dict[str, str]:
-    program = builds.program("aarch64")
+def emulated(cpu: str) -> dict[str, str]:
+    program = aarch64()
     if shutil.which(QEMU) is None:
         pytest.skip(f"no {QEMU}")
     return hashes(QEMU, "-cpu", cpu, program)
 
 
-def test_all_tables_agree_here(builds):
-    found = hashes(builds.program("native"))
+def test_all_tables_agree_here():
+    found = hashes(native())
     assert next(iter(found)) == "scalar"
     assert len(set(found.values())) == 1, found
 
 
-def test_all_tables_agree_on_aarch64(builds):
-    found = emulated(builds, "max")
+def test_all_tables_agree_on_aarch64():
+    found = emulated("max")
     assert list(found) == NEON
     assert len(set(found.values())) == 1, found
 
 
-def test_aarch64_gives_the_bits_of_this_machine(builds):
-    assert set(emulated(builds, "max").values()) == set(hashes(builds.program("native")).values())
+def test_aarch64_gives_the_bits_of_this_machine():
+    assert set(emulated("max").values()) == set(hashes(native()).values())
 
 
 @pytest.mark.parametrize(("cpu", "count"), [("cortex-a57", 1), ("neoverse-n1", 2)])
-def test_a_processor_gets_the_tables_it_runs(builds, cpu, count):
+def test_a_processor_gets_the_tables_it_runs(cpu, count):
     """Armv8.0 has no dot product, Armv8.2 has one; an instruction that the processor lacks would end the program."""
-    assert list(emulated(builds, cpu)) == NEON[:count]
+    assert list(emulated(cpu)) == NEON[:count]
 
 
 @pytest.mark.parametrize(("isa", "instruction"), [("neon_dot", "sdot"), ("neon_i8mm", "sudot")])
-def test_accumulators_stay_in_registers(builds, isa, instruction):
+def test_accumulators_stay_in_registers(isa, instruction):
     """The inner loop of the full tile: 64 products and nothing on the stack."""
     objdump = "objdump" if platform.machine() == "aarch64" else "aarch64-linux-gnu-objdump"
-    program = builds.program("native" if platform.machine() == "aarch64" else "aarch64")
+    program = native() if platform.machine() == "aarch64" else aarch64()
     if shutil.which(objdump) is None:
         pytest.skip(f"no {objdump}")
     text = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", program], check=True, capture_output=True, text=True).stdout

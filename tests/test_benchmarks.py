@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import check
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,17 +20,17 @@ def run(*arguments):
 
 
 def test_smoke():
-    stdout = run("-m", "pytest", "benchmarks", "-m", "smoke", "--benchmark-disable", "-p", "no:cacheprovider")
+    stdout = run("-m", "pytest", "benchmarks/operators", "-m", "smoke", "--benchmark-disable", "-p", "no:cacheprovider")
     assert " passed" in stdout
 
 
 def shown(path):
-    return run("benchmarks/table.py", "show", str(path))
+    return run("-m", "benchmarks.table", "show", str(path))
 
 
 def test_linear_script(tmp_path):
     out = tmp_path / "linear.json"
-    stdout = run("benchmarks/linear.py", "--shapes", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    stdout = run("-m", "benchmarks.packages.linear", "--shapes", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
     assert shown(out) == stdout  # the file holds all that the table says
     data = json.loads(out.read_text())
     timed = {row["contender"] for row in data["results"]}
@@ -39,7 +41,8 @@ def test_linear_script(tmp_path):
 
 def test_model_script(tmp_path):
     out = tmp_path / "model.json"
-    stdout = run("benchmarks/bench_model.py", "--smoke", "--batch", "1", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    options = ("--smoke", "--batch", "1", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    stdout = run("-m", "benchmarks.packages.models", *options)
     if stdout.startswith("skipped: "):
         pytest.skip(stdout)
     assert shown(out) == stdout
@@ -50,7 +53,7 @@ def test_model_script(tmp_path):
 
 def test_conv2d_script(tmp_path):
     out = tmp_path / "conv2d.json"
-    stdout = run("benchmarks/conv2d.py", "--sets", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    stdout = run("-m", "benchmarks.packages.conv2d", "--sets", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
     assert shown(out) == stdout
     rows = json.loads(out.read_text())["results"]
     timed = {(row["stem"], row["contender"]) for row in rows}
@@ -61,7 +64,7 @@ def test_conv2d_script(tmp_path):
 def test_networks_script(tmp_path):
     out = tmp_path / "networks.json"
     options = ("--smoke", "--batch", "1", "--threads", "1", "--seconds", "0", "--rounds", "1", "--out", str(out))
-    stdout = run("benchmarks/networks.py", *options)
+    stdout = run("-m", "benchmarks.packages.networks", *options)
     assert shown(out) == stdout
     rows = json.loads(out.read_text())["results"]
     for network in ("resnet-50", "mobilenet-v2"):
@@ -72,14 +75,21 @@ def test_networks_script(tmp_path):
     assert all(row["sqnr_db"] > 20 for row in rows)
 
 
+def test_calibration_script():
+    stdout = run("-m", "benchmarks.packages.calibration", "--smoke")
+    observers = ("minmax", "ema", "percentile", "mse", "entropy", "histogram", "lsq")
+    assert all(f"  {observer:<12}" in stdout for observer in observers)
+
+
 def test_gpu_scripts_rehearse(tmp_path):
     """The code that runs on a GPU, on small CPU tensors."""
     out = tmp_path / "gpu.json"
     machine = {"gpu": None, "torch": "any", "date": "today"}
     begun = {"kind": "gpu", "machine": machine, "stages": {}, "cut": [], "ceilings": [], "missing": {}, "results": []}
     out.write_text(json.dumps(begun))
-    for section in ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels"):
-        run("benchmarks/gpu_bench.py", "--out", str(out), "--section", section, "--rehearse", "--no-compile")
+    sections = ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels")
+    options = ("--rehearse", "--no-compile", "--seconds", "600")  # rows are left out when the time is up
+    run("-m", "benchmarks.gpu.bench", "--out", str(out), "--section", *sections, *options)
     data = json.loads(out.read_text())
     assert not data["cut"]
     assert not [name for name in data["missing"] if name.startswith(("ours", "all", "bf16", "eager"))]
@@ -87,8 +97,20 @@ def test_gpu_scripts_rehearse(tmp_path):
     stems = {row["stem"] for row in data["results"]}
     assert stems >= {"linear", "gemm", "conv2d", "quantize_rows", "choose_qparams", "quantize to int8", "backward"}
     assert all(row["floor_us"] > 0 and 0 < row["min_us"] <= row["median_us"] for row in data["results"])
-    assert all(f"| {stem} |" in shown(out) for stem in stems)
-    assert run("benchmarks/gpu_smoke.py", "--rehearse") == "smoke finished\n"  # no operator is left out
+    tables = shown(out)
+    assert all(f"| {stem} |" in tables for stem in stems)
+    assert run("-m", "benchmarks.gpu.smoke", "--rehearse") == "smoke finished\n"  # no operator is left out
+
+
+def test_gpu_check_is_found_where_it_was(tmp_path):
+    """From any folder, by the path that others call."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--rehearse" in done.stdout
+
+
+def test_gpu_check_names_tests_that_exist():
+    assert [name for name in check.CPU_TESTS if not (ROOT / name).exists()] == []
 
 
 def test_tables_of_results():

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -291,14 +290,3 @@ def test_activations_that_are_not_finite(kind, bad):
             module.observer.reset()
     qo.calibrate(model, batches())
     assert len(qo.convert_(model).converted) == 5
-
-
-# ---- the benchmark ---------------------------------------------------------------------------------------------------------
-
-
-def test_calibration_script():
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "benchmarks/calibration.py", "--smoke"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert all(f"  {kind:<12}" in done.stdout for kind in KINDS)

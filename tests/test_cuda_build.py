@@ -6,22 +6,20 @@
 * Fake kernels describe CUDA tensors as the operators make them.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiled import CXX, ROOT, compiled_for_host, source_file
 from test_cuda import KernelCases, Subject
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quant_ops as qo
 from quant_ops import _library
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 BUILT = BUILD / "libquant_ops_cuda.so"
 OPERATORS = [
@@ -35,28 +33,8 @@ OPERATORS = [
     "int8_conv2d",
     "pack_weight",
 ]
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 needs_library = pytest.mark.skipif(not BUILT.is_file(), reason=f"{BUILT.relative_to(ROOT)} is not built: make cuda-build")
-
-
-def compile_cpp(sources, output: Path, *flags: str) -> Path:
-    command = [CXX, "-std=c++20", "-O1", "-ffp-contract=off", "-w", f"-I{ROOT / 'cpp'}", f"-I{ROOT / 'cuda'}", *flags]
-    command += ["-x", "c++", *map(str, sources), "-x", "none", "-o", str(output)]
-    folder = Path(torch.__file__).parent
-    if "-shared" in flags:
-        libraries = [str(folder / "lib" / f"lib{name}.so") for name in ("torch", "torch_cpu", "c10")]
-        command += [
-            "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
-            "-isystem",
-            str(folder / "include"),
-            "-Wl,--no-as-needed",
-            *libraries,
-        ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return output
 
 
 @needs_compiler
@@ -123,10 +101,9 @@ int main() {
 
 
 @needs_compiler
-def test_fast_division_and_mended_quotient(tmp_path):
-    source = tmp_path / "arithmetic.cc"
-    source.write_text(ARITHMETIC)
-    done = subprocess.run([compile_cpp([source], tmp_path / "arithmetic", "-O2")], check=False, capture_output=True, text=True)
+def test_fast_division_and_mended_quotient():
+    program = compiled_for_host("arithmetic", [source_file("arithmetic.cc", ARITHMETIC)], "-O2")
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -152,8 +129,8 @@ int main() {
           std::vector<int8_t> q(static_cast<size_t>(rows * q_stride + 2), 99);
           std::vector<float> scale(static_cast<size_t>(rows));
           std::vector<int32_t> zero(static_cast<size_t>(rows), 12345);
-          quantize_rows_cuda(RowQuantParams{rows, columns, x.data(), DType::kFloat32, x_stride, q.data() + 1, q_stride,
-                                            scale.data(), asymmetric ? zero.data() : nullptr}, nullptr);
+          quantize_rows_cuda(QuantizeRowsParams{rows, columns, x.data(), x_stride, DType::kFloat32, q.data() + 1, scale.data(),
+                                                asymmetric ? zero.data() : nullptr, asymmetric}, q_stride, {"", nullptr, nullptr});
           bool ok = q.front() == 99 && q.back() == 99;
           for (int64_t r = 0; r < rows; ++r) {
             float min = 0, max = 0;
@@ -181,10 +158,8 @@ int main() {
 
 
 @needs_compiler
-def test_rows_with_padding(tmp_path):
-    source = tmp_path / "rows.cc"
-    source.write_text(ROWS_WITH_PADDING)
-    program = compile_cpp([source, ROOT / "cuda" / "quantize_rows.cu"], tmp_path / "rows")
+def test_rows_with_padding():
+    program = compiled_for_host("rows", [source_file("rows.cc", ROWS_WITH_PADDING), "cuda/quantize_rows.cu"])
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -3,6 +3,7 @@
 ``IgemmCases`` needs no GPU by itself: test_cuda_igemm_build.py runs the same cases on the emulated kernels.
 """
 
+import ctypes
 import itertools
 import random
 
@@ -48,21 +49,24 @@ class IgemmCases:
     """Every case takes a fixture ``subject``."""
 
     @pytest.fixture(autouse=True)
-    def _automatic(self, monkeypatch):
+    def _automatic(self, subject, monkeypatch):
         monkeypatch.delenv("QUANT_OPS_CUDA_KERNEL", raising=False)
+        subject.set_kernel(None)
+        yield
+        subject.set_kernel(None)
 
     @pytest.mark.parametrize("parts", ["", ":2", ":3", ":7"])
     @pytest.mark.parametrize("kernel", KERNELS)
-    def test_products_of_every_kernel(self, subject, kernel, parts, monkeypatch):
-        monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", kernel + parts)
+    def test_products_of_every_kernel(self, subject, kernel, parts):
+        subject.set_kernel(kernel + parts)
         for (m, n, k), dtype in itertools.product(PRODUCTS, (torch.int8, torch.uint8)):
             subject.check("int8_gemm", codes((m, k), dtype), codes((n, k), torch.int8))
 
     @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static", "codes", "unsigned"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_up_to_eight_rows(self, subject, dtype, mode, monkeypatch):
+    def test_up_to_eight_rows(self, subject, dtype, mode):
         """Rows of one round of loads and of several, whole and broken chunks, aligned or not."""
-        monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", GEMV)
+        subject.set_kernel(GEMV)
         for m, n, k in [(1, 1, 1), (1, 33, 64), (5, 16, 100), (8, 20, 2500), (2, 5, 0)]:
             codes_of = {"codes": torch.int8, "unsigned": torch.uint8}.get(mode)
             wide = activations((m, k + 11), dtype) if codes_of is None else codes((m, k + 11), codes_of)
@@ -164,9 +168,9 @@ class IgemmCases:
 
     @pytest.mark.parametrize("parts", ["", ":3"])
     @pytest.mark.parametrize("kernel", KERNELS)
-    def test_convolutions_of_every_kernel(self, subject, kernel, parts, monkeypatch):
+    def test_convolutions_of_every_kernel(self, subject, kernel, parts):
         """16-byte and 4-byte loads, one and several groups, both layouts of the result."""
-        monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", kernel + parts)
+        subject.set_kernel(kernel + parts)
         for (c, o, groups), last in itertools.product([(3, 70, 1), (32, 40, 1), (64, 132, 2), (12, 24, 3)], (False, True)):
             x = codes((2, c, 7, 6), torch.int8)
             x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -234,8 +238,8 @@ class IgemmCases:
             empty = torch.zeros(2, 4, 0, 3)  # all of it padding
             subject.check("int8_conv2d", empty, weight, scale, torch.randn(5), padding=[2], asymmetric=asymmetric)
 
-    def test_unknown_kernel_is_refused(self, subject, monkeypatch):
-        monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", "igemm_s8s8_1x1x1_mma")
+    def test_unknown_kernel_is_refused(self, subject):
+        subject.set_kernel("igemm_s8s8_1x1x1_mma")
         with pytest.raises(
             RuntimeError, match=r"quant_ops\.int8_gemm: expected QUANT_OPS_CUDA_KERNEL to name a kernel .* got igemm_s8s8_1x1x1"
         ):
@@ -243,6 +247,17 @@ class IgemmCases:
 
 
 class IgemmSubject(Subject):
+    """The operators, and the library that has them."""
+
+    def __init__(self, ops, device: str, library):
+        super().__init__(ops, device)
+        self.library = ctypes.CDLL(str(library))
+        self.library.quant_ops_cuda_set_kernel.argtypes = [ctypes.c_char_p]
+
+    def set_kernel(self, name: str | None) -> None:
+        """Wants this kernel from now on; None: as QUANT_OPS_CUDA_KERNEL says."""
+        self.library.quant_ops_cuda_set_kernel((name or "").encode())
+
     def check_packed(self, op: str, packed: torch.Tensor, *args, **kwargs) -> None:
         """The operator with a packed weight against the CPU's with a plain one."""
         expected = getattr(torch.ops.quant_ops, op)(*args, **kwargs)
@@ -261,7 +276,7 @@ class TestCudaIgemm(IgemmCases):
     def subject(self):
         if _library.cuda_library is None:
             pytest.skip(_library.cuda_reason)
-        return IgemmSubject(torch.ops.quant_ops, "cuda")
+        return IgemmSubject(torch.ops.quant_ops, "cuda", _library.cuda_library)
 
     @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 64, 100, 129, 1000])
     def test_sums_of_large_products(self, subject, m):
@@ -269,9 +284,9 @@ class TestCudaIgemm(IgemmCases):
             subject.check("int8_gemm", codes((m, k), torch.int8), codes((n, k), torch.int8))
 
     @pytest.mark.parametrize("split", [False, True])
-    def test_captured_graph_sees_new_inputs(self, subject, split, monkeypatch):
+    def test_captured_graph_sees_new_inputs(self, subject, split):
         if split:
-            monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", KERNELS[0] + ":4")
+            subject.set_kernel(KERNELS[0] + ":4")
         x, weight = activations((37, 512), torch.bfloat16).cuda(), codes((96, 512), torch.int8).cuda()
         scale, out_scale = torch.rand(96).cuda() * 0.01, torch.tensor(0.1).cuda()
         image, kernel = torch.randn(2, 8, 9, 9).cuda(), codes((24, 8, 3, 3), torch.int8).cuda()

@@ -1,7 +1,8 @@
 """What can be checked of the integer products on CUDA without a GPU.
 
 * All cases of test_cuda_igemm.py on the emulated kernels: ldmatrix, mma and asynchronous copies as the PTX manual has them.
-* Swizzles, bank conflicts, fragment maps, convolution addresses and the choice of tiles by themselves (igemm_rules.cpp).
+* Swizzles, bank conflicts, fragment maps, convolution addresses, the choice of tiles and the plans by themselves
+  (igemm_rules.cpp).
 * Fake kernels describe CUDA tensors as the operators make them; the compiled kernels hold the instructions that they are made of.
 """
 
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_build import BUILT, compile_cpp, needs_compiler, needs_library
+from compiled import compiled_for_host
+from test_cuda_build import BUILT, needs_compiler, needs_library
 from test_cuda_igemm import GEMV, KERNELS, IgemmCases, IgemmSubject, codes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,7 +29,8 @@ from quant_ops import _library
 class TestEmulatedIgemm(IgemmCases):
     @pytest.fixture
     def subject(self, emulated):
-        return IgemmSubject(emulated, "cpu")
+        library = next(path for path in torch.ops.loaded_libraries if "libquant_ops_emulated" in str(path))
+        return IgemmSubject(emulated, "cpu", library)
 
     def test_packed_weights_have_the_length_that_fakes_say(self, subject):
         for shape, groups in [
@@ -49,15 +52,16 @@ class TestEmulatedIgemm(IgemmCases):
             subject.ops.int8_linear(torch.randn(2, 16), codes((24, 16), torch.int8), torch.tensor(1.0), packed_weight=packed)
 
     def test_kernel_has_a_name(self, subject, monkeypatch):
-        path = next(path for path in torch.ops.loaded_libraries if "libquant_ops_emulated" in str(path))
-        function = ctypes.CDLL(path).quant_ops_cuda_gemm_kernel
+        function = subject.library.quant_ops_cuda_gemm_kernel
         function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_int64] * 3
         names = [function(m, 4096, 4096).decode().split(":")[0] for m in (1, 9, 64, 1000)]
         assert names[0] in (GEMV, *KERNELS)
         assert set(names[1:]) <= set(KERNELS)
         monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", KERNELS[2] + ":4")
+        assert function(100, 4096, 4096).decode() != KERNELS[2] + ":4"  # the environment is read once
+        subject.set_kernel(None)
         assert function(100, 4096, 4096).decode() == KERNELS[2] + ":4"
-        monkeypatch.setenv("QUANT_OPS_CUDA_KERNEL", GEMV)
+        subject.set_kernel(GEMV)
         assert function(9, 16, 16).decode().startswith("quant_ops.int8_gemm: expected QUANT_OPS_CUDA_KERNEL to name a kernel")
 
 
@@ -68,8 +72,10 @@ def test_kernel_names_need_the_library():
 
 
 @needs_compiler
-def test_addresses_fragments_and_tile_choice(tmp_path):
-    program = compile_cpp([Path(__file__).with_name("igemm_rules.cpp")], tmp_path / "igemm_rules", "-O2")
+def test_addresses_fragments_tile_choice_and_plans():
+    sources = [f"cuda/{name}" for name in ("engine/choose.cpp", "linear.cpp", "conv2d.cu", "pack.cu", "qparams.cu")]
+    only_plans = ("-ffunction-sections", "-Wl,--gc-sections")  # no kernel is linked
+    program = compiled_for_host("igemm_rules", ["tests/igemm_rules.cpp", *sources], *only_plans)
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

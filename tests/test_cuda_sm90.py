@@ -8,13 +8,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_cuda_build import BUILD, BUILT, ROOT, compile_cpp, needs_compiler
+from compiled import ROOT, compiled, compiled_for_host
+from test_cuda_build import BUILD, BUILT, needs_compiler
 
 # name, m, n, k, cluster, stages, warpgroups, cooperative, swapped, blocks per multiprocessor
 TILES = re.findall(
@@ -42,18 +44,18 @@ needs_engine = pytest.mark.skipif(not commands(), reason="the library is not bui
 
 
 @needs_compiler
-def test_takes_what_is_legal(tmp_path):
-    program = compile_cpp([ROOT / "tests" / "sm90_rules.cpp"], tmp_path / "rules", "-O2")
+def test_takes_what_is_legal():
+    program = compiled_for_host("sm90_rules", ["tests/sm90_rules.cpp"], "-O2")
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 @needs_engine
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_arguments_compute_the_formula(tmp_path):
-    program = tmp_path / "arguments"
+def test_arguments_compute_the_formula():
     command = re.sub(r" -x cu -c .*", "", commands()[0]).replace("-O3", "-O1").replace("-Xptxas -v", "")
-    subprocess.run(f"{command} -I{ROOT / 'cuda'} {ROOT / 'tests' / 'sm90_arguments.cu'} -o {program}", shell=True, check=True)
+    compiler, *flags = shlex.split(command)
+    program = compiled("sm90_arguments", ["tests/sm90_arguments.cu"], [*flags, "-Icuda"], compiler=compiler)
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -1,7 +1,7 @@
 """Every sentence that the operators refuse an argument with, in one table.
 
-The raw operator raises RuntimeError, the wrapper TypeError or ValueError with the same words, and the fake kernel, where it checks
-the same thing, RuntimeError with the same words: an error in a compiled or exported model reads as it does in eager mode.
+The raw operator raises RuntimeError, the wrapper TypeError or ValueError with the same words, and the fake kernel RuntimeError with
+the same words, unless values decide: an error in a compiled or exported model reads as it does in eager mode.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Case:
     sentence: str  # after "quant_ops.<op>: expected "
     change: dict[str, Any]  # arguments other than those of a call that works
     kind: type = ValueError  # what the wrapper raises
-    fake: bool = True  # the fake kernel says so too
+    fake: bool = True  # the fake kernel says so too: all that can be told without values
 
     def __str__(self):
         return f"{self.op}-{self.sentence[:48]}"
@@ -84,8 +84,8 @@ add(_BOTH, "a zero_point with asymmetric=True, got None", asymmetric=True)
 for _dtype, _text in ((torch.bool, "bool"), (torch.complex64, "complex64")):
     _zero = torch.ones((), dtype=_dtype)
     _sentence = f"zero_point.dtype integer or floating, got {_text}"
-    add(_BOTH, _sentence, TypeError, fake=False, zero_point=_zero, asymmetric=True)
-    add("dequant_tensor", _sentence, TypeError, fake=False, zero_point=_zero)
+    add(_BOTH, _sentence, TypeError, zero_point=_zero, asymmetric=True)
+    add("dequant_tensor", _sentence, TypeError, zero_point=_zero)
 add("quant_tensor_backward", "grad.shape == tensor.shape, got (4, 3, 6) and (2, 4, 3, 6)", grad=f32(4, 3, 6))
 add("quant_tensor_backward", "grad.shape == tensor.shape, got (1,) and ()", grad=f32(1), tensor=f32())
 
@@ -110,9 +110,9 @@ add("quant_tensor_forward", _sentence + _CHANNEL.format("scale"), tensor=f32(0, 
 add("quant_tensor_backward", _sentence + _CHANNEL.format("scale"), grad=f32(0, 4), tensor=f32(0, 4), scale=f32(5))
 add("dequant_tensor", _sentence + _CHANNEL.format("scale"), tensor=i8(0, 4), scale=f32(5))
 _MERGE = "Merge dimensions with reshape first."
-add("quant_tensor_forward", f"at most 32 dimensions, got 33. {_MERGE}", fake=False, tensor=f32(*[1] * 33))
-add("dequant_tensor", f"at most 16 dimensions, got 17. {_MERGE}", fake=False, tensor=i8(*[1] * 17), block_size=[1] * 17)
-add("choose_qparams", f"at most 32 dimensions, got 33. {_MERGE}", fake=False, tensor=f32(*[1] * 33))
+add("quant_tensor_forward", f"at most 32 dimensions, got 33. {_MERGE}", tensor=f32(*[1] * 33))
+add("dequant_tensor", f"at most 16 dimensions, got 17. {_MERGE}", tensor=i8(*[1] * 17), block_size=[1] * 17)
+add("choose_qparams", f"at most 32 dimensions, got 33. {_MERGE}", tensor=f32(*[1] * 33))
 
 _sentence = "tensor.dtype in (int8, uint8, int16, int32), got "
 add("dequant_tensor", _sentence + "float32", TypeError, tensor=f32(2, 4, 3, 6))
@@ -159,8 +159,8 @@ _sentence = "groups to divide the output channels of a convolution, got groups {
 add("unpack_weight", _sentence.format(4, "(6, 4, 3, 3)"), groups=4)
 add("unpack_weight", _sentence.format(2, "(6, 36)"), shape=[6, 36], groups=2)
 _sentence = "packed_weight made by pack_weight from a weight of this shape, got another one"
-add("unpack_weight", _sentence, fake=False, groups=2)
-add("unpack_weight", _sentence, fake=False, packed_weight=i8(5))
+add("unpack_weight", _sentence, groups=2)
+add("unpack_weight", _sentence, packed_weight=i8(5))
 
 # ---- int8_linear and int8_conv2d: what they share ----------------------------------------------------------------------------
 
@@ -175,12 +175,12 @@ for _dtype, _text in ((torch.float64, "float64"), (torch.int32, "int32"), (torch
 _sentence = "x_scale with a quantized x, got x.dtype {} and no x_scale. Pass the scale that x was quantized with."
 add("int8_linear", _sentence.format("int8"), x=i8(2, 4))
 add("int8_conv2d", _sentence.format("uint8"), x=i8(2, 4, 5, 5).to(torch.uint8))
-add(_INT8, "x_zero_point only together with x_scale, got x_zero_point alone", fake=False, x_zero_point=torch.tensor(3))
+add(_INT8, "x_zero_point only together with x_scale, got x_zero_point alone", x_zero_point=torch.tensor(3))
 _sentence = "asymmetric=True only for dynamic quantization, got it with x_scale. Pass x_zero_point instead."
-add(_INT8, _sentence, fake=False, asymmetric=True, x_scale=f32())
-add(_INT8, f"x_scale.dtype in {FLOATING}, got int32", TypeError, fake=False, x_scale=torch.ones((), dtype=torch.int32))
+add(_INT8, _sentence, asymmetric=True, x_scale=f32())
+add(_INT8, f"x_scale.dtype in {FLOATING}, got int32", TypeError, x_scale=torch.ones((), dtype=torch.int32))
 _sentence = "x_zero_point.dtype integer or floating, got bool"
-add(_INT8, _sentence, TypeError, fake=False, x_scale=f32(), x_zero_point=torch.tensor(True))
+add(_INT8, _sentence, TypeError, x_scale=f32(), x_zero_point=torch.tensor(True))
 add(_INT8, "x_zero_point in [-128, 127], got 200", fake=False, x_scale=f32(), x_zero_point=Z_BIG)
 add(_INT8, "x_zero_point in [-128, 127], got -129", fake=False, x_scale=f32(), x_zero_point=torch.tensor(-129))
 _unsigned = {"x_scale": f32(), "x_zero_point": torch.tensor(-1)}
@@ -188,46 +188,48 @@ add("int8_linear", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4).to
 add("int8_conv2d", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4, 5, 5).to(torch.uint8), **_unsigned)
 
 _sentence = "{} to have one element or the shape {}, got {}"
-add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(2,)"), fake=False, x_scale=f32(2))
-add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(4,)"), fake=False, x_scale=f32(4))
+add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(2,)"), x_scale=f32(2))
+add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(4,)"), x_scale=f32(4))
 _sentence_zero = _sentence.format("x_zero_point", "(2, 1)", "(1, 2)")
-add("int8_linear", _sentence_zero, fake=False, x_scale=f32(2, 1), x_zero_point=i8(1, 2))
-add("int8_conv2d", _sentence.format("x_scale", "(2, 1, 1, 1)", "(2,)"), fake=False, x_scale=f32(2))
-add("int8_conv2d", _sentence.format("x_scale", "(1, 1, 1)", "(4, 1, 1)"), fake=False, x=f32(4, 5, 5), x_scale=f32(4, 1, 1))
+add("int8_linear", _sentence_zero, x_scale=f32(2, 1), x_zero_point=i8(1, 2))
+add("int8_conv2d", _sentence.format("x_scale", "(2, 1, 1, 1)", "(2,)"), x_scale=f32(2))
+add("int8_conv2d", _sentence.format("x_scale", "(1, 1, 1)", "(4, 1, 1)"), x=f32(4, 5, 5), x_scale=f32(4, 1, 1))
 
 _sentence = "weight_scale to have one element or one per output channel ({}), got shape {}"
-add("int8_linear", _sentence.format(3, "(4,)"), fake=False, weight_scale=f32(4))
-add("int8_linear", _sentence.format(3, "(1, 3)"), fake=False, weight_scale=f32(1, 3))
-add("int8_linear", _sentence.format(3, "(0,)"), fake=False, weight_scale=f32(0))
-add("int8_conv2d", _sentence.format(6, "(1, 6, 1, 1)"), fake=False, weight_scale=f32(1, 6, 1, 1))
-add(_INT8, f"weight_scale.dtype in {FLOATING}, got int8", TypeError, fake=False, weight_scale=i8())
-add("int8_linear", "bias.shape == (3,), got (4,)", fake=False, bias=f32(4))
-add("int8_linear", "bias.shape == (3,), got ()", fake=False, bias=f32())
-add("int8_conv2d", "bias.shape == (6,), got (6, 1, 1)", fake=False, bias=f32(6, 1, 1))
-add("int8_linear", f"bias.dtype in {FLOATING}, got int32", TypeError, fake=False, bias=torch.ones(3, dtype=torch.int32))
-add("int8_conv2d", f"bias.dtype in {FLOATING}, got int8", TypeError, fake=False, bias=i8(6))
+add("int8_linear", _sentence.format(3, "(4,)"), weight_scale=f32(4))
+add("int8_linear", _sentence.format(3, "(1, 3)"), weight_scale=f32(1, 3))
+add("int8_linear", _sentence.format(3, "(0,)"), weight_scale=f32(0))
+add("int8_conv2d", _sentence.format(6, "(1, 6, 1, 1)"), weight_scale=f32(1, 6, 1, 1))
+add(_INT8, f"weight_scale.dtype in {FLOATING}, got int8", TypeError, weight_scale=i8())
+add("int8_linear", "bias.shape == (3,), got (4,)", bias=f32(4))
+add("int8_linear", "bias.shape == (3,), got ()", bias=f32())
+add("int8_conv2d", "bias.shape == (6,), got (6, 1, 1)", bias=f32(6, 1, 1))
+add("int8_linear", f"bias.dtype in {FLOATING}, got int32", TypeError, bias=torch.ones(3, dtype=torch.int32))
+add("int8_conv2d", f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(6))
 
 _sentence = "out_dtype in (float32, float16, bfloat16), got "
 add(_INT8, _sentence + "int8. Integer output needs out_scale.", TypeError, out_dtype=torch.int8)
 add(_INT8, _sentence + "uint8. Integer output needs out_scale.", TypeError, out_dtype=torch.uint8)
 add(_INT8, _sentence + "float64", TypeError, out_dtype=torch.float64)
 add(_INT8, "out_dtype int8 or uint8 with out_scale, got float32", TypeError, out_scale=f32(), out_dtype=torch.float32)
-add(_INT8, f"out_scale.dtype in {FLOATING}, got int8", TypeError, fake=False, out_scale=i8())
-add(_INT8, "out_scale to have one element, got shape (3,)", fake=False, out_scale=f32(3))
-add(_INT8, "out_zero_point only together with out_scale, got out_zero_point alone", fake=False, out_zero_point=i8())
-add(_INT8, "out_zero_point to have one element, got shape (2,)", fake=False, out_scale=f32(), out_zero_point=i8(2))
+add(_INT8, f"out_scale.dtype in {FLOATING}, got int8", TypeError, out_scale=i8())
+add(_INT8, "out_scale to have one element, got shape (3,)", out_scale=f32(3))
+add(_INT8, "out_zero_point only together with out_scale, got out_zero_point alone", out_zero_point=i8())
+add(_INT8, "out_zero_point to have one element, got shape (2,)", out_scale=f32(), out_zero_point=i8(2))
 _sentence = "out_zero_point.dtype integer or floating, got bool"
-add(_INT8, _sentence, TypeError, fake=False, out_scale=f32(), out_zero_point=torch.tensor(True))
+add(_INT8, _sentence, TypeError, out_scale=f32(), out_zero_point=torch.tensor(True))
 add(_INT8, "out_zero_point in [-128, 127], got 200", fake=False, out_scale=f32(), out_zero_point=Z_BIG)
 _unsigned = {"out_scale": f32(), "out_dtype": torch.uint8}
 add(_INT8, "out_zero_point in [0, 255], got -1", fake=False, out_zero_point=torch.tensor(-1), **_unsigned)
 
-add(_INT8, f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, fake=False, packed_weight=f32(64))
+add(_INT8, f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(64))
 _sentence = "packed_weight made by pack_weight from this weight, got another one. Call pack_weight(weight, groups) again."
-for _other in (i8(0), i8(5), qo.pack_weight(i8(7, 4)), qo.pack_weight(i8(3, 4))[:-1], qo.pack_weight(i8(6, 4, 3, 3), 2)):
-    add(_INT8, _sentence, fake=False, packed_weight=_other)
+for _other in (i8(0), i8(5), qo.pack_weight(i8(3, 4))[:-1], qo.pack_weight(i8(6, 4, 3, 3), 2)):
+    add(_INT8, _sentence, packed_weight=_other)
+add("int8_conv2d", _sentence, packed_weight=qo.pack_weight(i8(7, 4)))
+add("int8_linear", _sentence, fake=False, packed_weight=qo.pack_weight(i8(7, 4)))  # of the right length
 _strided = torch.zeros(2 * qo.pack_weight(i8(3, 4)).numel(), dtype=torch.int8)[::2]
-add("int8_linear", _sentence, fake=False, packed_weight=_strided.copy_(qo.pack_weight(i8(3, 4))))
+add("int8_linear", _sentence, packed_weight=_strided.copy_(qo.pack_weight(i8(3, 4))))
 add("int8_conv2d", _sentence, fake=False, packed_weight=qo.pack_weight(i8(6, 4, 1, 9)))
 
 # ---- shapes of int8_linear -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,10 @@ def test_info_json_honours_the_instruction_set(isa):
     assert report["isa"] == report["isa_override"] == isa
     assert report["isa_available"] == ISAS
     assert report["library"] == str(_library.cpu_library)
-    assert all(isa in kernel for kernel in report["kernels"].values())
+    assert report["kernels"]["int8_linear"].endswith(f"_{isa}")
+    depthwise, vectors = report["kernels"]["int8_conv2d"], report["kernels"]["quant_tensor_forward"]
+    assert depthwise.endswith(f", {isa}::depthwise")
+    assert isa.startswith(vectors.removesuffix("::quantize")) or isa == "amx"  # sets with the same vectors share their kernels
 
 
 def test_info_says_what_is_wrong():
@@ -201,8 +205,30 @@ def test_isas_begin_with_scalar():
     assert len(set(ISAS)) == len(ISAS)
 
 
+def test_printed_names_are_those_of_the_library():
+    """What info prints are entries of the table, by the names that the functions have in the library."""
+    names = _library.kernels()
+    printed = {name for kernels in info.collect()["kernels"].values() for name in kernels.split(", ")}
+    assert printed <= set(names.values())
+    assert all(name.split("::")[-1] == entry for entry, name in names.items() if entry != "gemm")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernel_for_names_the_tile(isa):
+    """A full tile, a slim one where all columns fit into half a panel, and a lower one for few rows."""
+    _library.set_isa(isa)
+    try:
+        rows = {m: int(re.fullmatch(rf"gemm_u8s8_(\d+)x\d+_{isa}", qo.kernel_for(m, 32, 4096))[1]) for m in (1, 128)}
+        full = int(re.fullmatch(rf"gemm_u8s8_(\d+)x\d+_{isa}", qo.kernel_for(128, 4096, 4096))[1])
+    finally:
+        _library.set_isa(None)
+    assert rows[1] == 1 or isa == "amx"
+    assert rows[128] >= full >= rows[1]
+
+
 def test_kernel_for_names_the_kernel():
-    assert qo.kernel_for(1, 64, 64) == _library.gemm_kernel()
+    assert qo.kernel_for(128, 64, 64) == _library.gemm_kernel() == _library.kernels()["gemm"]
+    assert qo.kernel_for(1, 64, 64) == _library.gemm_kernel(1, 64)
     for arguments in ((0, 1, 1, "cpu"), (1, 1, 1, "meta")):
         with pytest.raises(ValueError, match=r"quant_ops\.kernel_for: expected sizes of at least 1 and device cpu or cuda"):
             qo.kernel_for(*arguments)

@@ -127,6 +127,36 @@ def test_tiles_stay_in_registers():
     }
 
 
+@pytest.mark.parametrize("isa", kernels.isas())
+def test_names_of_kernels_are_those_of_functions(isa):
+    """A table names every kernel as the linker does; instruction sets with the same vectors share the kernels that need no more."""
+    names = dict(kernels.kernel_names(isa))
+    assert {"gemm", "depthwise", "quantize", "dequantize", "straight_through", "range", "codes", "pack"} <= set(names)
+    assert ("dot" in names) == (isa == "avx512vnni")
+    assert names["gemm"] == kernels.gemm_name(isa, kernels.gemm_rows(isa), 64)
+    if "quant_ops::scalar::" not in (symbols := test_build.tool("nm", "-C", test_build.LIBRARY)):
+        pytest.skip("a stripped library")
+    for entry in set(names) - {"gemm"}:
+        space, function = names[entry].split("::")
+        assert re.search(rf"quant_ops::{space}::\(anonymous namespace\)::{function}[(<]", symbols), names[entry]
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+def test_the_gemm_is_named_after_the_tile_that_runs(isa):
+    tiles = {  # (rows, width of the panel): rows x columns of sums in registers
+        "scalar": {(6, 64): "6x64", (1, 16): "1x16"},
+        "avx2": {(6, 64): "6x8", (3, 64): "3x16", (1, 64): "1x32", (1, 16): "1x8"},
+        "avx512": {(12, 64): "12x16", (6, 64): "6x32", (6, 16): "6x16", (1, 64): "1x64"},
+        "avxvnni": {(6, 64): "6x16", (3, 64): "3x32", (1, 64): "1x64", (1, 32): "1x16"},
+        "avx512vnni": {(6, 64): "6x64", (12, 32): "12x32", (12, 16): "12x16", (1, 48): "1x48"},
+        "amx": {(32, 64): "32x32", (7, 16): "7x16"},
+        "neon_dot": {(8, 64): "8x8", (4, 64): "4x16", (1, 64): "1x32", (1, 16): "1x16"},
+        "neon_i8mm": {(8, 64): "8x8", (4, 64): "4x16", (1, 64): "1x32", (1, 16): "1x16"},
+    }
+    for (rows, width), tile in tiles[isa].items():
+        assert kernels.gemm_name(isa, rows, width) == f"gemm_u8s8_{tile}_{isa}"
+
+
 def test_kernels_are_private():
     """A kernel that the linker may share between objects would run with the instructions of any of them."""
     symbols = re.findall(r"^[0-9a-f]* (\w) (.*gemm_u8s8.*)$", test_build.tool("nm", "-C", test_build.LIBRARY), re.MULTILINE)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
+import sweep
 import torch
 
 kernels = pytest.importorskip("quant_ops._kernels", reason="built for development only: pip install --no-build-isolation -e .")
@@ -59,7 +60,7 @@ class Guarded:
 def test_gemm_is_exact_for_all_small_shapes(isa, fill):
     """All rows of a tile, 1 to 80 columns, K around every multiple of four: int32 sums equal int64's, nothing else is written."""
     rng = np.random.default_rng(0)
-    full, narrow = kernels.gemm_rows(isa), kernels.narrow_rows(isa)
+    full, narrow = kernels.gemm_rows(isa), kernels.slim_rows(isa)
     n_max, k_max, m_max = 80, max(NEAR_K), 2 * max(full, narrow) + 1
     a = codes(fill, (m_max, k_max), 0, 255, rng)
     b = codes("min" if fill == "max" else fill, (n_max, k_max), -128, 127, rng)
@@ -71,7 +72,7 @@ def test_gemm_is_exact_for_all_small_shapes(isa, fill):
         zero = rng.integers(0, 256, m_max).astype(np.int32)
         expected = product - zero[:, None] * b[:, :k].sum(1)
         tiles = [*((r, r) for r in range(1, full + 1)), (m_max, full), (5, 2), (m_max, narrow)]
-        for n, (m, rows) in itertools.product(range(1, n_max + 1), tiles):
+        for n, (m, rows) in sweep.part(itertools.product(range(1, n_max + 1), tiles), 80, seed=k):
             if rows == narrow and narrow != full and n > 32:
                 continue
             y = Guarded((m, n), np.int32)
@@ -310,7 +311,7 @@ def test_quantize_and_dequantize_rows(isa, dtype):
     """Rows of every length around the vectors', with a scale and a zero point each, for each column, for each element."""
     rng = np.random.default_rng(8)
     torch_dtype = getattr(torch, dtype)
-    for n, rows in itertools.product([*range(1, 20), 31, 33, 49, 64, 65, 130], [1, 3, 40]):
+    for n, rows in sweep.part(itertools.product([*range(1, 20), 31, 33, 49, 64, 65, 130], [1, 3, 40]), 25):
         x = torch.from_numpy(rng.standard_normal((rows, n)).astype(np.float32) * 2).to(torch_dtype)
         x[0, 0] = torch.nan
         for by_scale, by_zero in itertools.product([(1, 1), (rows, 1), (1, n), (rows, n)], repeat=2):
@@ -339,7 +340,7 @@ def test_quantize_and_dequantize_rows(isa, dtype):
 def test_activation_codes_are_those_of_the_quotient(isa, dtype):
     """A product with the reciprocal is only a first guess: near ties the codes must still be the quotient's."""
     x = adverse_floats() if dtype == "float32" else all_16_bit(dtype)
-    for scale, zero in itertools.product([*SCALES, 0.0, -0.5, torch.nan, torch.inf], [0, 128, 255]):
+    for scale, zero in sweep.part(itertools.product([*SCALES, 0.0, -0.5, torch.nan, torch.inf], [0, 128, 255]), 16):
         multiples = (torch.arange(-700, 701) * 0.5 * scale).to(x.dtype)  # ties, as near as the dtype allows
         values = torch.cat([x, multiples, torch.nextafter(multiples, multiples * 2), torch.nextafter(multiples, multiples * 0)])
         expected = reference.quantize(values, torch.tensor(scale), torch.tensor(zero), 0, 255, False).numpy()

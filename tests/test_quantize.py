@@ -6,6 +6,7 @@ import math
 
 import pytest
 import reference
+import sweep
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,7 +130,7 @@ def test_empty_and_scalar_tensors(shape):
     assert ds.shape == ()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sweep.examples(150), deadline=None)
 @given(data=st.data())
 def test_forward_of_random_shapes_and_broadcasts(data):
     shape = data.draw(st.lists(st.integers(0, 7), max_size=5))
@@ -162,7 +163,7 @@ def draw_view(data, x: torch.Tensor) -> torch.Tensor:
     return part.permute(inverse)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sweep.examples(150), deadline=None)
 @given(data=st.data())
 def test_rows_columns_and_blocks_of_random_views(data):
     """Long and short runs, parameters along any dimensions or blocks, ordinary and odd scales, dequantized again."""
@@ -273,7 +274,7 @@ def sums_of_the_contract(products: torch.Tensor, shape) -> torch.Tensor:
             return sums.reshape(shape)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=sweep.examples(100), deadline=None)
 @given(data=st.data())
 def test_backward_sums_in_the_order_of_the_contract(data):
     """Along slices, down columns, gathered; scale and zero point alike or not; every instruction set: the same bits."""

@@ -1,49 +1,100 @@
 """The documents keep what they promise: snippets run, links lead somewhere, figures come from a committed run."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks import table
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+SNIPPETS = {
+    f"{document}-{i}": snippet
+    for document in DOCUMENTS
+    for i, snippet in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE))
+}
+FOLDERS = "cpp|cuda|python|examples|benchmarks|tests|docs"
 
 
-def test_readme_has_snippets():
-    assert len(SNIPPETS) >= 3
+def anchors(path):
+    """The headings of a document as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet_runs_by_itself(snippet):
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+def test_documents_have_snippets():
+    assert sum(name.startswith("README.md") for name in SNIPPETS) >= 3
+    assert sum(name.startswith("docs/guide.md") for name in SNIPPETS) >= 3
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet_runs_by_itself(name):
+    exec(compile(SNIPPETS[name], name, "exec"), {"__name__": "snippet"})
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_named_files_exist(document):
     path = ROOT / document
-    text = path.read_text()
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in link]
-    missing = [link for link in links if not (path.parent / link).exists()]
-    named = re.findall(r"`((?:cpp|cuda|python|examples|benchmarks|tests)/[\w./]*)`", prose)
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        target, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        if not (path.parent / target).exists() or (anchor and anchor not in anchors(path.parent / target if target else path)):
+            missing.append(link)
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./]*)`", prose)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_commands_exist(document):
+    """`python -m benchmarks.x` names a module, `make x` a target."""
+    text = (ROOT / document).read_text()
+    modules = re.findall(r"python -m (benchmarks\.[\w.]+)", text)
+    assert not [m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
 def test_benchmark_tables_are_those_of_the_newest_results():
-    spec = importlib.util.spec_from_file_location("benchmark_table", ROOT / "benchmarks" / "table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    newest = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*cpu*.json")):
+    document, newest = table.DOCUMENT.read_text(), {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         data = json.loads(path.read_text())
-        threads = data["machine"]["threads"]
-        if threads == 1 or isinstance(threads, list):  # a run of whole models holds all its thread counts
-            newest[data.get("kind", "operators")] = data
-    placed = {kind for kind, place in table.PLACES.items() if f"<!-- {place} -->" in README}
-    assert newest.keys() == placed >= {"operators", "linear", "model"}
+        threads = data["machine"].get("threads")
+        if threads in (None, 1) or isinstance(threads, list):  # a run of whole models holds all its thread counts
+            newest[table.kind(data)] = data
+    assert newest.keys() == {kind for kind in table.SHOW if f"<!-- {kind} table -->" in document}
+    assert newest.keys() >= {"operators", "linear", "model"}
     for data in newest.values():
-        assert table.with_tables(README, data) == README, "run: python benchmarks/table.py readme <results>"
+        assert table.with_tables(document, data) == document, "run: python -m benchmarks.table document <results>"
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    """Each row of the table of speeds, except for the mean: ours, float, the fastest other int8 package and the last ratio."""
+    expected = []
+    for file, stem, shape, ours, floating, unit in (
+        ("linear-cpu-zen5-1-thread", "linear", "128x3072x768", "ours dynamic", "fp32", 1),
+        ("linear-cpu-zen5-1-thread", "linear", "1x4096x4096", "ours dynamic", "fp32", 1),
+        ("model-cpu-zen5", "bert", "1x128", "ours dynamic", "fp32", 1e3),
+        ("networks-cpu-zen5-1-thread", "resnet-50", "1x3x224x224", "ours static chained", "fp32", 1e3),
+        ("h200-gpu", "linear", "4096x4096x4096", "ours dynamic", "bf16", 1),
+    ):
+        data = json.loads((ROOT / "benchmarks" / "results" / f"2026-11-{file}.json").read_text())
+        rows = [r for r in data["results"] if (r["stem"], r["shape"], r.get("threads", 1)) == (stem, shape, 1)]
+        times = {r["contender"]: r["median_us" if table.kind(data) == "gpu" else "min_us"] / unit for r in rows}
+        int8 = [t for name, t in times.items() if not name.startswith(("ours", "fp32", "fp16", "bf16"))]
+        figures = [times[ours], times[floating], min(int8)]
+        digits = 0 if unit == 1 else 1
+        expected.append([*(f"{figure:.{digits}f}" for figure in figures), f"{min(int8) / times[ours]:.2f}"])
+    section = (ROOT / "README.md").read_text().split("## Speed")[1].split("## Support")[0]
+    lines = [line for line in section.splitlines() if re.search(r"\d (us|ms) \|", line)]
+    assert [re.findall(r"\| ([\d.]+)", line) for line in lines] == expected

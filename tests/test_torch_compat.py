@@ -4,6 +4,7 @@ Everything is compared bit for bit with the plain call; only the gradient of a f
 """
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
@@ -245,6 +246,24 @@ def test_every_operator_is_checked():
     assert {name for name in names if not name.startswith("_")} == set(SAMPLES)
 
 
+@pytest.mark.parametrize("op", SAMPLES)
+def test_the_signature_of_the_wrapper_is_the_schema(op):
+    """Names, order, what is keyword-only, and defaults: the schema in C++ is the source, the typed wrapper its documentation."""
+
+    def default(parameter):
+        if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
+            return [parameter.default] * 2
+        return {torch.float32: 6}.get(parameter.default, parameter.default)  # as schemas number it
+
+    empty = inspect.Parameter.empty
+    wrapper = [
+        (p.name, p.kind is p.KEYWORD_ONLY, empty if p.default is empty else default(p))
+        for p in inspect.signature(getattr(qo, op)).parameters.values()
+    ]
+    schema = getattr(ops, op).default._schema.arguments
+    assert wrapper == [(a.name, a.kwarg_only, a.default_value if a.has_default_value() else empty) for a in schema]
+
+
 @pytest.mark.parametrize("sample", SAMPLES["unpack_weight"])
 def test_unpacking_gives_the_packed_weight(sample):
     args, _ = _PACK[sample]
@@ -334,6 +353,28 @@ def test_compile_of_the_wrappers():
             assert result.dtype == expected.dtype
             assert torch.equal(result, expected)
     assert counter.frame_count == 1
+
+
+def test_compile_where_only_the_data_tell_a_size():
+    weight, kernel, scale = codes(6, 12), codes(4, 3, 2, 2), scales(6)
+
+    def selected(x, image, keep):
+        rows, images = x[keep], image[keep]
+        q, s, z = qo.quantize_rows(rows)
+        return qo.int8_linear(rows, weight, scale), qo.int8_conv2d(images, kernel, scale[:4]), qo.dequant_tensor(q, s, z)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(selected, backend="aot_eager", fullgraph=True, dynamic=True)
+        for keep in ([True, False, True, True], [True, False], [True, True, False]):
+            arguments = floats(len(keep), 12), floats(len(keep), 3, 6, 7), torch.tensor(keep)
+            for result, expected in zip(compiled(*arguments), selected(*arguments), strict=True):
+                assert torch.equal(result, expected)
+
+
+def test_compile_refuses_in_the_words_of_the_operator():
+    compiled = torch.compile(qo.int8_linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    with pytest.raises(Exception, match=r"quant_ops\.int8_linear: expected x\.shape\[-1\] == weight\.shape\[1\], got 5 and 4"):
+        compiled(floats(3, 5), codes(6, 4), scales(6))
 
 
 def test_compile_of_training_with_a_learned_scale():

@@ -80,7 +80,6 @@ def test_each_layer_is_what_from_float_makes():
         (["blocks.[0].*"], (), {"blocks.0.up", "blocks.0.down"}),
         (("head",), ("stem",), {"head"}),
     ],
-    ids=str,
 )
 def test_include_and_exclude(include, exclude, expected):
     model = Net()

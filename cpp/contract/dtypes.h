@@ -11,19 +11,7 @@ namespace quant_ops {
 template <class X>
 using Compute = decltype(to_compute(X{}));
 
-inline int64_t dtype_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32:
-    case DType::kInt32: return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-    case DType::kInt16: return 2;
-    default: return 1;
-  }
-}
-
-// Call f with a null pointer of the element type.
+// Calls f with a null pointer to the C++ type of the dtype.
 template <class F>
 void with_float_type(DType dtype, const F& f) {
   switch (dtype) {

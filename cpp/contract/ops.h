@@ -14,9 +14,9 @@
 //   slice   elements that share one scale
 //   chunk   kReduceChunk elements of a slice, whose gradients are summed before the sums are
 //   pass    the rows or samples whose codes are in scratch at one time
-//   share   what one thread does of a pass
+//   share   the part of a pass that one thread computes
 //   split   a part of K that is multiplied on its own, its sums added to the other splits' (CUDA)
-// Read next: arithmetic.h for the arithmetic, linear.cpp for the integer GEMM, kernels/table.h for the micro-kernels.
+// Read next: arithmetic.h for the arithmetic, cpu/linear.cpp for the integer GEMM, kernels/table.h for the micro-kernels.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,18 @@
 namespace quant_ops {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt8, kUInt8, kInt16, kInt32 };
+
+QO_HD constexpr int64_t dtype_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16: return 2;
+    default: return 1;
+  }
+}
 
 // ---- iteration spaces (iteration.h makes them) ------------------------------------------------------------------------
 
@@ -45,7 +57,7 @@ struct Reduction {
   Iteration kept, reduced;
 };
 
-// ---- elementwise quantization (quantize.cpp, cuda/quantize.cu) ------------------------------------------------------
+// ---- elementwise quantization; on each device one file an operator: quantize, quantize_backward, qparams, quantize_rows -
 
 // quant_tensor_forward: q = clamp(rne(x / scale) + zero_point, qmin, qmax);  y = simulate ? (q - zero_point) * scale : q
 struct QuantizeParams {
@@ -54,7 +66,7 @@ struct QuantizeParams {
   void* y;
   DType x_dtype, y_dtype;     // equal when simulating
   const void* scale;          // float32; float64 when x is float64
-  const int32_t* zero_point;  // when symmetric one 0 of stride 0; on CUDA null
+  const int32_t* zero_point;  // symmetric: a single 0 with stride 0; on CUDA null
   bool exact_in_float32;      // all |qmin - zero_point|, |qmax - zero_point| <= 2^24: the clamp is exact in float32
   int32_t qmin, qmax;
   bool simulate;
@@ -123,7 +135,7 @@ void dequantize_cpu(const DequantizeParams& p);
 void choose_qparams_cpu(const ChooseQParams& p);
 void quantize_rows_cpu(const QuantizeRowsParams& p);
 
-// ---- integer GEMM and convolution (linear.cpp, conv2d.cpp) -----------------------------------------------------------
+// ---- integer GEMM and convolution; on each device linear and conv2d --------------------------------------------------
 
 // How activations become integer codes.
 enum class Activation : int32_t {
@@ -170,7 +182,7 @@ struct Int8Conv2dParams {
   int64_t N, C, H, W, O, R, S, OH, OW, groups;
   int64_t stride[2], pad[2], dilation[2];  // pad: top and left; OH, OW already tell bottom and right
   InputParams in;
-  int64_t x_stride[4];   // N, C, H, W; the stride of C or of W is 1
+  int64_t x_stride[4];   // N, C, H, W; the stride of C is 1, or else that of W is
   const int8_t* weight;  // [O, C/groups, R, S] contiguous
   const int8_t* packed;
   OutputParams out;

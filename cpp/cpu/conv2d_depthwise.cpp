@@ -8,226 +8,224 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/activations.h"
 #include "cpu/conv2d.h"
-#include "cpu/parallel.h"
 
 namespace quant_ops {
 namespace {
 
-constexpr int64_t kBandBytes = int64_t{192} << 10;  // codes of the input rows of a band
-constexpr int64_t kLineBytes = int64_t{16} << 10;   // interleaved columns: half of an L1 cache
-constexpr int64_t kPiecePixels = 256;               // transposed together: they stay in the L1 cache
-constexpr int64_t kWorkPerTask = int64_t{1} << 17;  // output elements times two and one for each four taps, worth a thread
+constexpr int64_t kBandBytes = int64_t{192} << 10;    // codes of the input rows of a band
+constexpr int64_t kLineBytes = int64_t{16} << 10;     // DepthwiseRun::line: half of an L1 cache
+constexpr int64_t kStripPixels = 256;                 // transposed together: they stay in the L1 cache
+constexpr int64_t kWorkPerThread = int64_t{1} << 17;  // elements of the input; of the output times 2 + R * S / 4
 
-struct Plan {
-  PackedLayout layout;
-  bool nhwc, in_place;
-  int64_t pixel, row;  // bytes of a pixel and a row of codes
-  int64_t reach;       // input rows of an output row
-  int64_t piece;       // input rows that are quantized together
-  int64_t band;        // output rows of a band
-  int64_t run;         // output pixels of a call of the kernel
+// The codes of input rows [first, last) of one sample, which slide down the image.
+struct BandWindow {
+  uint8_t* codes;
+  int64_t row_bytes;
+  int64_t first = 0, last = 0;
+
+  // Moves to [new_first, new_last), neither of which is before the old one: keeps the rows of both, and has the others written by
+  // write(first row, rows, codes), a strip at a time.
+  template <class Write>
+  void advance(int64_t new_first, int64_t new_last, int64_t strip_rows, const Write& write) {
+    const int64_t kept = std::max<int64_t>(0, last - new_first);
+    if (kept > 0) std::memmove(codes, codes + (new_first - first) * row_bytes, static_cast<size_t>(kept * row_bytes));
+    for (int64_t h = new_first + kept, rows; h < new_last; h += rows) {
+      rows = std::min(strip_rows, new_last - h);
+      write(h, rows, codes + (h - new_first) * row_bytes);
+    }
+    first = new_first;
+    last = new_last;
+  }
 };
 
-Plan make_plan(const Int8Conv2dParams& p) {
-  Plan plan;
-  plan.layout = packed_layout(p.O, 1, p.R, p.S, p.groups);
-  plan.nhwc = p.x_stride[1] == 1;
-  plan.pixel = plan.layout.padded_n;
-  plan.in_place = p.in.mode == Activation::kQuantized && plan.nhwc && p.x_stride[3] == p.C && plan.pixel == p.C;
-  plan.row = std::max<int64_t>(1, p.W) * plan.pixel;
-  plan.reach = (p.R - 1) * p.dilation[0] + 1;
-  plan.piece = std::clamp<int64_t>(kPiecePixels / std::max<int64_t>(1, p.W), 1, std::max<int64_t>(1, p.H));
-  const int64_t rows = std::max(kBandBytes / plan.row, plan.reach);
-  plan.band = std::min(p.OH, (rows - plan.reach) / p.stride[0] + 1);
-  if (!p.y_channels_last) plan.band = std::clamp<int64_t>(kBandBytes / (p.OW * p.O * dtype_bytes(p.out.dtype)), 1, plan.band);
+class Depthwise {
+ public:
+  Depthwise(const DepthwisePlan& plan, const Int8Conv2dParams& p)
+      : plan_(plan),
+        p_(p),
+        table_(*plan.table),
+        scratch_(plan.scratch_bytes),
+        columns_(plan.columns, p.out, plan.layout, scratch_),
+        packed_(plan.packs ? scratch_.at<int8_t>(plan.packed_at) : p.packed),
+        qparams_(scratch_.at<QParams<float>>(plan.qparams_at)) {
+    if (plan.packs) pack_weight_cpu(p.weight, plan.layout, scratch_.at<int8_t>(plan.packed_at));
+  }
+
+  void run() {
+    choose_scales();
+    const int64_t rows = p_.N * p_.OH, work = rows * p_.OW * p_.O * (2 + ceil_div(plan_.layout.taps, kQuad));
+    for_each_share(rows, plan_.threads, work, kWorkPerThread,
+                   [&](int64_t worker, int64_t begin, int64_t end) { compute_share(worker, begin, end); });
+  }
+
+ private:
+  void choose_scales() {
+    Range* ranges = scratch_.at<Range>(plan_.ranges_at);
+    const int64_t strips = is_dynamic(p_.in) && p_.H * p_.W > 0 ? plan_.strips : 0;
+    for_each_share(p_.N * strips, plan_.threads, p_.N * p_.H * p_.W * p_.C, kWorkPerThread,
+                   [&](int64_t, int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t h = i % strips * plan_.strip_rows, rows = std::min(plan_.strip_rows, p_.H - h);
+                       find_range(table_, p_, plan_.channels_last, strip_of_rows(p_, i / strips, h, rows), &ranges[i]);
+                     }
+                   });
+    bounded_ = true;
+    for (int64_t n = 0; n < p_.N; ++n) {
+      qparams_[n] = code_qparams(p_.in, n, join(ranges + n * strips, strips));
+      bounded_ = bounded_ && columns_.bounded(p_.out, &qparams_[n].scale, 1);
+    }
+  }
+
+  // Output rows [begin, end) of the batch, of all samples together.
+  void compute_share(int64_t worker, int64_t begin, int64_t end) const {
+    const int64_t own = plan_.workers_at + worker * plan_.worker_bytes, bytes = dtype_bytes(p_.out.dtype);
+    uint8_t* padding = scratch_.at<uint8_t>(own + plan_.padding_own);
+    uint8_t* buffer = scratch_.at<uint8_t>(own + plan_.buffer_own);
+    BandWindow window{scratch_.at<uint8_t>(own + plan_.codes_own), plan_.row};
+    DepthwiseRun run = kernel_run(own);
+    for (int64_t row = begin, count; row < end; row += count) {
+      const int64_t n = row / p_.OH, oh = row % p_.OH;
+      count = std::min({plan_.band, p_.OH - oh, end - row});
+      const QParams<float>& qparams = qparams_[n];
+      if (row == begin || oh == 0) {  // a new sample
+        window.first = window.last = 0;
+        run.padding = static_cast<uint8_t>(qparams.zero_point);
+        std::memset(padding, run.padding ^ run.flip, static_cast<size_t>(plan_.row));
+        run.out.row_zero = &qparams.zero_point;
+        run.out.row_scale = &qparams.scale;
+      }
+      const int64_t top = oh * p_.stride[0] - p_.pad[0], bottom = top + (count - 1) * p_.stride[0] + plan_.reach;
+      const int64_t first = std::clamp<int64_t>(top, 0, p_.H), last = std::clamp<int64_t>(bottom, first, p_.H);
+      const uint8_t* input = window.codes;
+      if (plan_.in_place)
+        input = static_cast<const uint8_t*>(p_.in.x) + n * p_.x_stride[0] + first * p_.x_stride[2];
+      else
+        window.advance(first, last, plan_.strip_rows,
+                       [&](int64_t h, int64_t rows, uint8_t* codes) { quantize_rows(n, h, rows, codes, buffer); });
+      char* y = static_cast<char*>(p_.out.y);
+      char* block = p_.y_channels_last ? y + row * p_.OW * p_.O * bytes : scratch_.at<char>(own + plan_.output_own);
+      compute_band(&run, top, count, input, first, padding, scratch_.at<const uint8_t*>(own + plan_.rows_own), block);
+      if (!p_.y_channels_last)
+        transpose_store(bytes, block, count * p_.OW, p_.O, p_.O, y + (n * p_.O * p_.OH + oh) * p_.OW * bytes, p_.OH * p_.OW);
+    }
+  }
+
+  // All that the calls of one worker have in common.
+  DepthwiseRun kernel_run(int64_t own) const {
+    DepthwiseRun run;
+    run.r = p_.R;
+    run.s = p_.S;
+    run.stride = p_.stride[1];
+    run.dilation = p_.dilation[1];
+    run.rows = scratch_.at<const uint8_t*>(own + plan_.rows_own);
+    run.pixel = plan_.pixel;
+    run.width = p_.W;
+    run.flip = plan_.in_place && p_.in.dtype == DType::kInt8 ? 0x80 : 0;
+    run.b = packed_ + plan_.layout.panels_offset;
+    run.line = scratch_.at<uint8_t>(own + plan_.line_own);
+    run.out = columns_.output(p_.out, plan_.layout.column_sum(packed_, 0), 0);
+    run.out.columns = p_.O;
+    run.out.y_stride = p_.O;
+    run.out.row_step = 0;
+    run.out.bounded = bounded_;
+    return run;
+  }
+
+  // Input rows [h, h + rows) of sample n, at most a strip, as codes; `buffer` holds as many elements.
+  void quantize_rows(int64_t n, int64_t h, int64_t rows, uint8_t* codes, uint8_t* buffer) const {
+    const bool direct = plan_.channels_last && plan_.pixel == p_.C;
+    for_each_run_of(p_, plan_.channels_last, strip_of_rows(p_, n, h, rows), [&](int64_t offset, int64_t count, int64_t place) {
+      write_codes(table_, p_.in, offset, count, qparams_[n], (direct ? codes : buffer) + place);
+    });
+    if (direct) return;
+    const int64_t pixels = rows * p_.W;
+    if (!plan_.channels_last) transpose(buffer, pixels, p_.C, pixels, codes, plan_.pixel);
+    for (int64_t i = 0; i < pixels; ++i, codes += plan_.pixel) {
+      if (plan_.channels_last) std::memcpy(codes, buffer + i * p_.C, static_cast<size_t>(p_.C));
+      std::memset(codes + p_.C, 0, static_cast<size_t>(plan_.pixel - p_.C));
+    }
+  }
+
+  // `count` output rows, the first of which starts at input row `top`, into [rows][OW][O]. `input` is input row `first`.
+  void compute_band(DepthwiseRun* run, int64_t top, int64_t count, const uint8_t* input, int64_t first, const uint8_t* padding,
+                    const uint8_t** rows, char* y) const {
+    const int64_t row_step = plan_.in_place ? p_.x_stride[2] : plan_.row, bytes = dtype_bytes(p_.out.dtype);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < plan_.row_pointers; ++r) {
+        const int64_t h = top + i * p_.stride[0] + std::min(r, p_.R - 1) * p_.dilation[0];
+        rows[r] = h >= 0 && h < p_.H ? input + (h - first) * row_step : padding;
+      }
+      for (int64_t ow = 0; ow < p_.OW; ow += plan_.run) {
+        run->first = ow * p_.stride[1] - p_.pad[1];
+        run->pixels = std::min(plan_.run, p_.OW - ow);
+        run->out.y = y + (i * p_.OW + ow) * p_.O * bytes;
+        table_.depthwise(*run);
+      }
+    }
+  }
+
+  const DepthwisePlan& plan_;
+  const Int8Conv2dParams& p_;
+  const KernelTable& table_;
+  const Scratch scratch_;
+  const Columns columns_;
+  const int8_t* const packed_;
+  QParams<float>* const qparams_;
+  bool bounded_ = false;
+};
+
+int64_t line_bytes(const Int8Conv2dParams& p, int64_t pixels) {
   DepthwiseRun run;
   run.r = p.R;
   run.s = p.S;
   run.stride = p.stride[1];
   run.dilation = p.dilation[1];
-  run.pixels = 1;
-  const int64_t one = run.line_bytes();
-  run.pixels = 2;
-  plan.run = std::clamp<int64_t>((kLineBytes - one) / (run.line_bytes() - one) + 1, 1, p.OW);
-  return plan;
-}
-
-// Calls run(offset in x, elements, place in [rows][W][C] or [C][rows][W]) for the contiguous runs of rows [h, h + rows) of a
-// sample.
-template <class Run>
-void for_each_piece(const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, int64_t rows, const Run& run) {
-  const int64_t start = n * p.x_stride[0] + h * p.x_stride[2], pixels = rows * p.W;
-  const bool merged = p.x_stride[2] == p.W * p.x_stride[3];
-  if (plan.nhwc && p.x_stride[3] == p.C) {
-    if (merged) return run(start, pixels * p.C, int64_t{0});
-    for (int64_t i = 0; i < rows; ++i) run(start + i * p.x_stride[2], p.W * p.C, i * p.W * p.C);
-  } else if (plan.nhwc) {
-    for (int64_t i = 0; i < pixels; ++i) run(start + i / p.W * p.x_stride[2] + i % p.W * p.x_stride[3], p.C, i * p.C);
-  } else if (merged && p.x_stride[1] == pixels) {  // the whole sample is one run
-    run(start, p.C * pixels, int64_t{0});
-  } else {
-    for (int64_t c = 0; c < p.C; ++c) {
-      if (merged)
-        run(start + c * p.x_stride[1], pixels, c * pixels);
-      else
-        for (int64_t i = 0; i < rows; ++i) run(start + c * p.x_stride[1] + i * p.x_stride[2], p.W, c * pixels + i * p.W);
-    }
-  }
-}
-
-// Input rows [h, h + rows), at most a piece, as codes; `buffer` holds as many elements.
-void quantize_rows(const KernelTable& table, const Int8Conv2dParams& p, const Plan& plan, int64_t n, int64_t h, int64_t rows,
-                   const RowCodes& code, uint8_t* codes, uint8_t* buffer) {
-  const bool direct = plan.nhwc && plan.pixel == p.C;
-  for_each_piece(p, plan, n, h, rows, [&](int64_t offset, int64_t count, int64_t place) {
-    write_codes(table, p.in, offset, count, code, (direct ? codes : buffer) + place);
-  });
-  if (direct) return;
-  const int64_t pixels = rows * p.W;
-  if (!plan.nhwc) transpose(buffer, pixels, p.C, pixels, codes, plan.pixel);
-  for (int64_t i = 0; i < pixels; ++i, codes += plan.pixel) {
-    if (plan.nhwc) std::memcpy(codes, buffer + i * p.C, static_cast<size_t>(p.C));
-    std::memset(codes + p.C, 0, static_cast<size_t>(plan.pixel - p.C));
-  }
+  run.pixels = pixels;
+  return run.line_bytes();
 }
 
 }  // namespace
 
-void int8_conv2d_depthwise_cpu(const Int8Conv2dParams& p) {
-  const KernelTable& table = kernels();
-  const Plan plan = make_plan(p);
-  const PackedLayout& layout = plan.layout;
-  const int64_t threads = parallel_threads(), out_bytes = dtype_bytes(p.out.dtype);
-  const int64_t band_rows = (plan.band - 1) * p.stride[0] + plan.reach, row_pointers = round_up(p.R, kQuad);
-  const int64_t pieces = ceil_div(p.H, plan.piece);
+DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layout, const KernelTable& table, int64_t threads) {
+  DepthwisePlan plan;
+  plan.table = &table;
+  plan.threads = threads;
+  plan.layout = layout;
+  plan.channels_last = p.x_stride[1] == 1;
+  plan.pixel = layout.padded_n;
+  plan.in_place = p.in.mode == Activation::kQuantized && plan.channels_last && p.x_stride[3] == p.C && plan.pixel == p.C;
+  const int64_t width = std::max<int64_t>(1, p.W), output_row = p.OW * p.O * dtype_bytes(p.out.dtype);
+  plan.row = width * plan.pixel;
+  plan.reach = (p.R - 1) * p.dilation[0] + 1;
+  plan.strip_rows = std::clamp<int64_t>(kStripPixels / width, 1, std::max<int64_t>(1, p.H));
+  plan.strips = ceil_div(p.H, plan.strip_rows);
+  const int64_t rows = std::max(kBandBytes / plan.row, plan.reach);
+  plan.band = std::min(p.OH, (rows - plan.reach) / p.stride[0] + 1);
+  if (!p.y_channels_last) plan.band = std::clamp<int64_t>(kBandBytes / output_row, 1, plan.band);
+  plan.band_input = (plan.band - 1) * p.stride[0] + plan.reach;
+  const int64_t first_pixel = line_bytes(p, 1), each_further = line_bytes(p, 2) - first_pixel;
+  plan.run = std::clamp<int64_t>((kLineBytes - first_pixel) / each_further + 1, 1, p.OW);
+  plan.row_pointers = round_up(p.R, kQuad);
 
-  DepthwiseRun run;
-  run.r = p.R;
-  run.s = p.S;
-  run.stride = p.stride[1];
-  run.dilation = p.dilation[1];
-  run.pixel = plan.pixel;
-  run.width = p.W;
-  run.flip = plan.in_place && p.in.dtype == DType::kInt8 ? 0x80 : 0;
-
-  // Scratch of the call, then of each worker.
-  Scratch scratch;
-  Columns columns(p.out, layout, &scratch);
-  const int64_t packed_at = p.packed ? 0 : scratch.add(layout.bytes);
-  const int64_t range_at = is_dynamic(p.in) ? scratch.add(p.N * pieces * int64_t{sizeof(Range)}) : 0;
-  const int64_t sample_at = scratch.add(p.N * int64_t{sizeof(RowCodes)});
-  int64_t worker_bytes = 0;
-  const auto own = [&](int64_t bytes) { return (worker_bytes += round_up(bytes, 64)) - round_up(bytes, 64); };
-  run.pixels = plan.run;
-  const int64_t codes_own = own(plan.in_place ? 0 : band_rows * plan.row), padding_own = own(plan.row);
-  const int64_t buffer_own = own(plan.in_place ? 0 : plan.piece * p.W * p.C), line_own = own(run.line_bytes());
-  const int64_t rows_own = own(row_pointers * int64_t{sizeof(uint8_t*)});
-  const int64_t y_own = own(p.y_channels_last ? 0 : plan.band * p.OW * p.O * out_bytes);
-  const int64_t workers_at = scratch.add(threads * worker_bytes);
-  scratch.allocate();
-  columns.fill(p.out, layout, scratch);
-  const int8_t* packed = p.packed;
-  if (packed == nullptr) {
-    pack_weight_cpu(p.weight, layout, scratch.at<int8_t>(packed_at));
-    packed = scratch.at<int8_t>(packed_at);
-  }
-  run.b = packed + layout.panels_offset;
-  run.out = columns.output(p.out, layout.column_sum(packed, 0), 0);
-  run.out.columns = p.O;
-  run.out.row_step = 0;
-
-  const auto shares = [&](int64_t tasks, int64_t work, const auto& body) {
-    const int64_t workers = std::clamp<int64_t>(work / kWorkPerTask, 1, std::min(threads, tasks));
-    parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) body(worker, worker * tasks / workers, (worker + 1) * tasks / workers);
-    });
-  };
-
-  // 1. scales of the samples
-  Range* ranges = scratch.at<Range>(range_at);
-  if (is_dynamic(p.in) && p.H * p.W > 0)
-    shares(p.N * pieces, p.N * p.H * p.W * p.C, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        ranges[task] = Range{0.0f, 0.0f, 0};
-        const int64_t h = task % pieces * plan.piece;
-        for_each_piece(p, plan, task / pieces, h, std::min(plan.piece, p.H - h), [&](int64_t offset, int64_t count, int64_t) {
-          table.range(static_cast<const char*>(p.in.x) + offset * dtype_bytes(p.in.dtype), p.in.dtype, count, only_magnitude(p.in),
-                      &ranges[task]);
-        });
-      }
-    });
-  RowCodes* samples = scratch.at<RowCodes>(sample_at);
-  for (int64_t n = 0; n < p.N; ++n) {
-    Range range{0.0f, 0.0f, 0};
-    for (int64_t i = 0; is_dynamic(p.in) && p.W > 0 && i < pieces; ++i) {
-      const Range& r = ranges[n * pieces + i];
-      range = {std::min(range.min, r.min), std::max(range.max, r.max), std::max(range.abs_bits, r.abs_bits)};
-    }
-    samples[n] = row_codes(p.in, n, range);
-  }
-
-  // 2. bands of output rows
-  run.out.bounded = true;
-  for (int64_t n = 0; n < p.N && run.out.bounded; ++n) run.out.bounded = columns.bounded(p.out, &samples[n].scale, 1);
-  shares(p.N * p.OH, p.N * p.OH * p.OW * p.O * (2 + ceil_div(layout.taps, kQuad)), [&](int64_t worker, int64_t begin, int64_t end) {
-    const int64_t mine = workers_at + worker * worker_bytes;
-    uint8_t* const codes = scratch.at<uint8_t>(mine + codes_own);
-    uint8_t* const padding = scratch.at<uint8_t>(mine + padding_own);
-    uint8_t* const buffer = scratch.at<uint8_t>(mine + buffer_own);
-    const uint8_t** const rows = scratch.at<const uint8_t*>(mine + rows_own);
-    char* const block_y = scratch.at<char>(mine + y_own);
-    DepthwiseRun d = run;
-    d.rows = rows;
-    d.line = scratch.at<uint8_t>(mine + line_own);
-    int64_t from = 0, to = 0;  // input rows whose codes are there
-    for (int64_t task = begin, count; task < end; task += count) {
-      const int64_t n = task / p.OH, oh = task % p.OH;
-      count = std::min({plan.band, p.OH - oh, end - task});
-      const RowCodes& sample = samples[n];
-      if (task == begin || oh == 0) {
-        from = to = 0;
-        d.padding = static_cast<uint8_t>(sample.zero_point);
-        std::memset(padding, d.padding ^ d.flip, static_cast<size_t>(plan.row));
-      }
-      const int64_t top = oh * p.stride[0] - p.pad[0], bottom = top + (count - 1) * p.stride[0] + plan.reach;
-      const int64_t first = std::clamp<int64_t>(top, 0, p.H), last = std::clamp<int64_t>(bottom, first, p.H);
-      const uint8_t* band = codes;
-      if (plan.in_place) {
-        band = static_cast<const uint8_t*>(p.in.x) + n * p.x_stride[0] + first * p.x_stride[2];
-      } else {
-        const int64_t kept = std::max<int64_t>(0, to - first);
-        if (kept > 0) std::memmove(codes, codes + (first - from) * plan.row, static_cast<size_t>(kept * plan.row));
-        for (int64_t h = first + kept, left; h < last; h += left) {
-          left = std::min(plan.piece, last - h);
-          quantize_rows(table, p, plan, n, h, left, sample, codes + (h - first) * plan.row, buffer);
-        }
-        from = first;
-        to = last;
-      }
-      const int64_t row_step = plan.in_place ? p.x_stride[2] : plan.row, pixels = count * p.OW;
-      char* const y = p.y_channels_last ? static_cast<char*>(p.out.y) + task * p.OW * p.O * out_bytes : block_y;
-      d.out.y_stride = p.O;
-      d.out.row_zero = &sample.zero_point;
-      d.out.row_scale = &sample.scale;
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t r = 0; r < row_pointers; ++r) {
-          const int64_t h = top + i * p.stride[0] + std::min(r, p.R - 1) * p.dilation[0];
-          rows[r] = h >= 0 && h < p.H ? band + (h - first) * row_step : padding;
-        }
-        for (int64_t ow = 0; ow < p.OW; ow += plan.run) {
-          d.first = ow * p.stride[1] - p.pad[1];
-          d.pixels = std::min(plan.run, p.OW - ow);
-          d.out.y = y + (i * p.OW + ow) * p.O * out_bytes;
-          table.depthwise(d);
-        }
-      }
-      if (!p.y_channels_last)
-        transpose_store(out_bytes, block_y, pixels, p.O, p.O,
-                        static_cast<char*>(p.out.y) + (n * p.O * p.OH + oh) * p.OW * out_bytes, p.OH * p.OW);
-    }
-  });
+  ScratchLayout scratch, own;
+  plan.codes_own = own.add(plan.in_place ? 0 : plan.band_input * plan.row);
+  plan.padding_own = own.add(plan.row);
+  plan.buffer_own = own.add(plan.in_place ? 0 : plan.strip_rows * p.W * p.C);
+  plan.line_own = own.add(line_bytes(p, plan.run));
+  plan.rows_own = own.add(plan.row_pointers * int64_t{sizeof(uint8_t*)});
+  plan.output_own = own.add(p.y_channels_last ? 0 : plan.band * output_row);
+  plan.worker_bytes = own.bytes;
+  plan.columns = plan_columns(p.out, layout, &scratch);
+  plan.packs = p.packed == nullptr;
+  plan.packed_at = scratch.add(plan.packs ? layout.bytes : 0);
+  plan.ranges_at = scratch.add(is_dynamic(p.in) ? p.N * plan.strips * int64_t{sizeof(Range)} : 0);
+  plan.qparams_at = scratch.add(p.N * int64_t{sizeof(QParams<float>)});
+  plan.workers_at = scratch.add(threads * plan.worker_bytes);
+  plan.scratch_bytes = scratch.bytes;
+  return plan;
 }
+
+void run_depthwise(const DepthwisePlan& plan, const Int8Conv2dParams& p) { Depthwise(plan, p).run(); }
 
 }  // namespace quant_ops

@@ -2,236 +2,217 @@
 //
 //   y[m,n] = fma(float(sum_k a[m,k] b[n,k] - z[m] sum_k b[n,k]), scale_a[m] * scale_b[n], bias[n])
 //
-// Rows of x are quantized into a bounded scratch, then 6 x 64 tiles are multiplied, corrected, scaled and stored from registers.
-// Blocking, threads and edges live here; the inner loops are the table's (kernels/table.h); the weight layout is pack.h's.
-#include "cpu/activations.h"
+// Rows of x are quantized into a bounded scratch, a pass at a time; then tiles are multiplied, corrected, scaled and stored from
+// registers. Blocking, threads and edges live here; the inner loops are the table's (kernels/table.h); the weight layout is
+// pack.h's.
+#include "cpu/linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
+#include "cpu/activations.h"
 #include "cpu/parallel.h"
 
 namespace quant_ops {
 namespace {
 
-// Codes of one pass over the rows: bounds the scratch, whatever M is.
-constexpr int64_t kPassBytes = int64_t{8} << 20;
-// Rows multiplied against one weight panel before the next panel is fetched: with the panel (64 K bytes) they stay in the L2 cache.
-constexpr int64_t kBlockBytes = int64_t{256} << 10;
-// Multiply-accumulates worth a thread of their own; below, a fork costs more than it brings.
-constexpr int64_t kMacsPerTask = int64_t{1} << 20;
+constexpr int64_t kPassBytes = int64_t{8} << 20;           // codes of a pass: bounds the scratch, whatever M is
+constexpr int64_t kBlockBytes = int64_t{256} << 10;        // codes of a block of rows: with a panel they stay in the L2 cache
+constexpr int64_t kQuantizedPerThread = int64_t{1} << 16;  // elements that are worth a thread
 
-struct Split {
-  int64_t rows, panels;  // parts of each; their product is the number of workers
+// A pass is cut into row ranges times panel ranges, one of each for a worker.
+struct Shares {
+  int64_t rows, panels;
 };
 
-// At most `workers` parts with the least work for the busiest, in tiles; more parts of panels where that is equal, since every part
-// reads its panels once.
-Split split_work(int64_t tiles, int64_t panels, int64_t workers) {
-  Split best{1, 1};
+// Minimizes the tiles of the busiest of at most `workers` workers; on ties prefers to cut the panels, each of which is then read
+// by fewer workers.
+Shares cut_pass(int64_t tiles, int64_t panels, int64_t workers) {
+  Shares best{1, 1};
   int64_t least = tiles * panels;
-  for (int64_t parts = 1; parts <= std::min(workers, panels); ++parts) {
-    const int64_t row_parts = std::min(workers / parts, tiles);
-    const int64_t busiest = ceil_div(panels, parts) * ceil_div(tiles, row_parts);
+  for (int64_t panel_shares = 1; panel_shares <= std::min(workers, panels); ++panel_shares) {
+    const int64_t row_shares = std::min(workers / panel_shares, tiles);
+    const int64_t busiest = ceil_div(panels, panel_shares) * ceil_div(tiles, row_shares);
     if (busiest <= least) {
-      best = {row_parts, parts};
+      best = {row_shares, panel_shares};
       least = busiest;
     }
   }
   return best;
 }
 
+class Linear {
+ public:
+  Linear(const LinearPlan& plan, const Int8LinearParams& p)
+      : plan_(plan),
+        p_(p),
+        table_(*plan.table),
+        scratch_(plan.scratch_bytes),
+        columns_(plan.columns, p.out, plan.layout, scratch_),
+        codes_(scratch_.at<uint8_t>(plan.codes_at)),
+        row_scale_(scratch_.at<float>(plan.scale_at)),
+        row_zero_(scratch_.at<int32_t>(plan.zero_at)) {}
+
+  void run() {
+    for (pass_first_ = 0; pass_first_ < p_.M; pass_first_ += plan_.pass_rows) {
+      pass_rows_ = std::min(plan_.pass_rows, p_.M - pass_first_);
+      quantize();
+      multiply();
+    }
+  }
+
+ private:
+  // Rows of x -> codes, each row read once from memory.
+  void quantize() {
+    parallel_for(pass_rows_, std::max<int64_t>(1, kQuantizedPerThread / std::max<int64_t>(p_.K, 1)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t m = begin; m < end; ++m) quantize_row(m);
+                 });
+    bounded_ = columns_.bounded(p_.out, row_scale_, pass_rows_);
+  }
+
+  void quantize_row(int64_t m) const {
+    const int64_t offset = (pass_first_ + m) * p_.x_stride;
+    Range range = kZeroRange;
+    if (is_dynamic(p_.in)) find_range(table_, p_.in, offset, p_.K, &range);
+    const QParams<float> qparams = code_qparams(p_.in, pass_first_ + m, range);
+    row_scale_[m] = qparams.scale;
+    row_zero_[m] = qparams.zero_point;
+    if (plan_.in_place) return;
+    uint8_t* codes = codes_ + m * plan_.row_bytes;
+    write_codes(table_, p_.in, offset, p_.K, qparams, codes);
+    std::memset(codes + p_.K, 0, static_cast<size_t>(plan_.row_bytes - p_.K));  // meets the zeros of the packed weight
+  }
+
+  void multiply() const {
+    const int64_t workers = std::min(plan_.threads, 1 + pass_rows_ * p_.N * p_.K / kMacsPerThread);
+    const Shares shares = cut_pass(ceil_div(pass_rows_, table_.gemm_rows), plan_.layout.panels(), workers);
+    parallel_for(shares.rows * shares.panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) multiply_share(shares, worker);
+    });
+  }
+
+  // A worker takes its rows in blocks of even height, which stay in the cache while its panels pass by. A weight that is packed on
+  // use is packed once for all rows.
+  void multiply_share(const Shares& shares, int64_t worker) const {
+    const int64_t row_share = worker / shares.panels, panel_share = worker % shares.panels, panels = plan_.layout.panels();
+    const int64_t row_begin = row_share * pass_rows_ / shares.rows, row_end = (row_share + 1) * pass_rows_ / shares.rows;
+    const int64_t panel_begin = panel_share * panels / shares.panels, panel_end = (panel_share + 1) * panels / shares.panels;
+    const int64_t blocks = plan_.weight == WeightSource::kPacked ? ceil_div(row_end - row_begin, plan_.block_rows) : 1;
+    const int64_t block_rows = round_up(ceil_div(row_end - row_begin, blocks), table_.gemm_rows);
+    for (int64_t first = row_begin, last; first < row_end; first = last) {
+      last = std::min(first + block_rows, row_end);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        if (plan_.weight == WeightSource::kPlain)
+          multiply_plain(first, last, panel);
+        else
+          multiply_panel(first, last, panel, panel + 1 < panel_end, worker);
+      }
+    }
+  }
+
+  void multiply_plain(int64_t first, int64_t last, int64_t panel) const {
+    table_.dot({.k = p_.K,
+                .a = codes_ + first * plan_.row_bytes,
+                .a_stride = plan_.row_bytes,
+                .b = p_.weight + panel * kPanel * p_.K,
+                .b_stride = p_.K,
+                .out = output(nullptr, panel, first)},
+               last - first);
+  }
+
+  // `more`: the worker multiplies by the next panel afterwards.
+  void multiply_panel(int64_t first, int64_t last, int64_t panel, bool more, int64_t worker) const {
+    const int64_t width = plan_.layout.width(panel), panel_bytes = width * plan_.row_bytes;
+    GemmTile tile;
+    tile.taps = 1;
+    tile.quads = plan_.layout.quads;
+    tile.flip = plan_.in_place ? flip_of(p_.in) : 0;
+    tile.a = plan_.in_place ? static_cast<const uint8_t*>(p_.in.x) + pass_first_ * p_.x_stride : codes_;
+    const int32_t* column_sum;
+    if (plan_.weight == WeightSource::kPacked) {
+      tile.b = plan_.layout.panel(p_.packed, 0, panel);
+      column_sum = plan_.layout.column_sum(p_.packed, 0) + panel * kPanel;
+    } else {
+      int32_t* sums = scratch_.at<int32_t>(plan_.panels_at + worker * plan_.panel_bytes);
+      int8_t* b = reinterpret_cast<int8_t*>(sums + kPanel);
+      pack_panel(p_.weight, plan_.layout, 0, panel, b, sums);
+      tile.b = b;
+      column_sum = sums;
+    }
+    // the next panel is fetched while this one is used, a quarter by each of the first four tiles
+    const int8_t* ahead = plan_.weight == WeightSource::kPacked && more ? tile.b + panel_bytes : tile.b;
+    for (int64_t m = first, count; m < last; m += count) {
+      count = tile_rows(table_, last - m, width <= kSlimColumns);
+      int64_t a_offset[kMaxGemmRows];
+      for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * plan_.code_stride;
+      tile.a_offset = a_offset;
+      tile.ahead = ahead + std::min<int64_t>((m - first) / table_.gemm_rows, 3) * (panel_bytes / 4);
+      tile.out = output(column_sum, panel, m);
+      table_.gemm(tile, count, width);
+    }
+  }
+
+  // The epilogue of a tile of this panel from row m of the pass on.
+  TileOutput output(const int32_t* column_sum, int64_t panel, int64_t m) const {
+    const int64_t column = panel * kPanel;
+    TileOutput out = columns_.output(p_.out, column_sum, column);
+    out.bounded = bounded_;
+    out.columns = std::min<int64_t>(kPanel, p_.N - column);
+    out.y = static_cast<char*>(p_.out.y) + ((pass_first_ + m) * p_.y_stride + column) * dtype_bytes(p_.out.dtype);
+    out.y_stride = p_.y_stride;
+    out.row_scale = row_scale_ + m;
+    out.row_zero = row_zero_ + m;
+    out.row_step = 1;
+    return out;
+  }
+
+  const LinearPlan& plan_;
+  const Int8LinearParams& p_;
+  const KernelTable& table_;
+  const Scratch scratch_;
+  const Columns columns_;
+  uint8_t* const codes_;
+  float* const row_scale_;
+  int32_t* const row_zero_;
+  int64_t pass_first_ = 0, pass_rows_ = 0;
+  bool bounded_ = false;
+};
+
 }  // namespace
 
-RowCodes row_codes(const InputParams& in, int64_t i, const Range& range) {
-  if (is_dynamic(in)) {
-    const bool asymmetric = in.mode == Activation::kDynamicAsymmetric, finite = range.abs_bits < 0x7f800000u;
-    const float absmax = bits_float(range.abs_bits);
-    const auto p = asymmetric ? choose_qparams_of(range.min, range.max, finite, -128, 127, true)
-                              : choose_qparams_of(-absmax, absmax, finite, -127, 127, false);
-    return {p.scale, p.zero_point + kSignedOffset};
-  }
-  const int32_t offset = in.dtype == DType::kUInt8 ? 0 : kSignedOffset;
-  return {in.scale ? in.scale[i * in.scale_stride] : 1.0f, offset + (in.zero_point ? in.zero_point[i * in.zero_point_stride] : 0)};
+LinearPlan plan_linear(const Int8LinearParams& p, const KernelTable& table, int64_t threads) {
+  LinearPlan plan;
+  plan.table = &table;
+  plan.threads = threads;
+  plan.layout = packed_layout(p.N, p.K, 1, 1, 1);
+  plan.row_bytes = plan.layout.quads * kQuad;
+  plan.in_place = p.K == plan.row_bytes && reads_in_place(table, p.in);
+  plan.code_stride = plan.in_place ? p.x_stride : plan.row_bytes;
+  plan.weight = p.packed != nullptr                                         ? WeightSource::kPacked
+                : !plan.in_place && p.M <= kDotRows && table.dot != nullptr ? WeightSource::kPlain
+                                                                            : WeightSource::kPackedOnUse;
+  const int64_t row_bytes = std::max<int64_t>(plan.row_bytes, 1), tile = table.gemm_rows;
+  plan.pass_rows = std::min(p.M, std::max(tile, kPassBytes / row_bytes));
+  plan.block_rows = std::clamp<int64_t>(kBlockBytes / row_bytes / tile * tile, tile, 32 * tile);
+
+  ScratchLayout scratch;
+  plan.columns = plan_columns(p.out, plan.layout, &scratch);
+  plan.panel_bytes =
+      plan.weight == WeightSource::kPackedOnUse ? round_up(kPanel * (plan.row_bytes + int64_t{sizeof(int32_t)}), 64) : 0;
+  plan.panels_at = scratch.add(threads * plan.panel_bytes);
+  plan.codes_at = scratch.add(plan.in_place ? 0 : plan.pass_rows * plan.row_bytes);
+  plan.scale_at = scratch.add(plan.pass_rows * int64_t{sizeof(float)});
+  plan.zero_at = scratch.add(plan.pass_rows * int64_t{sizeof(int32_t)});
+  plan.scratch_bytes = scratch.bytes;
+  return plan;
 }
 
-void write_codes(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, const RowCodes& row, uint8_t* codes) {
-  if (in.dtype == DType::kUInt8) {
-    std::memcpy(codes, static_cast<const uint8_t*>(in.x) + offset, static_cast<size_t>(n));
-  } else if (in.dtype == DType::kInt8) {
-    const int8_t* x = static_cast<const int8_t*>(in.x) + offset;
-    for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(x[k]) ^ 0x80u;
-  } else {
-    // symmetric codes need no clamp to [1, 255]: |x| <= absmax, so none is 0
-    table.codes(static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype), in.dtype, n, row.scale, row.zero_point, codes);
-  }
-}
-
-bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
-                int64_t columns) {
-  const auto largest = [](const float* x, int64_t n) {
-    Range range{0.0f, 0.0f, 0};
-    kernels().range(x, DType::kFloat32, n, true, &range);
-    return double{bits_float(range.abs_bits)};  // NaN, for which nothing is bounded, if there is one
-  };
-  return out_scale > 0x1p-100f && out_scale < 0x1p100f &&
-         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) < 0x1p30 * out_scale;
-}
-
-Columns::Columns(const OutputParams& out, const PackedLayout& l, Scratch* scratch) {
-  const int64_t columns = count_ = l.depthwise ? l.padded_n : l.groups * l.padded_n;
-  const bool whole = columns == l.groups * l.n;
-  if (whole && out.weight_scale_stride == 1) {
-    scale_ = out.weight_scale;
-  } else {
-    scale_offset_ = scratch->add(columns * 4);
-  }
-  if (whole && out.bias != nullptr) {
-    bias_ = out.bias;
-  } else {
-    bias_offset_ = scratch->add(columns * 4);
-  }
-}
-
-void Columns::fill(const OutputParams& out, const PackedLayout& l, const Scratch& scratch) {
-  const int64_t groups = l.depthwise ? 1 : l.groups, n = l.depthwise ? l.groups : l.n;
-  const auto spread = [&](int64_t offset, const float* from, int64_t stride, float missing) {
-    float* to = scratch.at<float>(offset);
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t j = 0; j < l.padded_n; ++j) to[g * l.padded_n + j] = j < n && from ? from[(g * n + j) * stride] : missing;
-    return to;
-  };
-  if (scale_offset_ >= 0) scale_ = spread(scale_offset_, out.weight_scale, out.weight_scale_stride, 0.0f);
-  if (bias_offset_ >= 0) bias_ = spread(bias_offset_, out.bias, 1, -0.0f);  // adding -0 changes nothing
-}
-
-TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {
-  TileOutput o;
-  o.dtype = out.dtype;
-  o.column_sum = column_sum;
-  o.column_scale = scale_ + column;
-  o.bias = bias_ + column;
-  o.floor = out.relu ? 0.0f : -INFINITY;
-  o.out_scale = out.out_scale ? *out.out_scale : 1.0f;
-  o.out_zero_point = out.out_zero_point ? *out.out_zero_point : 0;
-  return o;
-}
+void run_linear(const LinearPlan& plan, const Int8LinearParams& p) { Linear(plan, p).run(); }
 
 void int8_linear_cpu(const Int8LinearParams& p) {
   if (p.M == 0 || p.N == 0) return;
-  const KernelTable& table = kernels();
-  const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
-  const int64_t row_bytes = layout.quads * kQuad;
-  const bool in_place = p.K == row_bytes && reads_in_place(table, p.in);
-  const int64_t pass_rows = std::min(p.M, std::max(table.gemm_rows, kPassBytes / std::max<int64_t>(row_bytes, 1)));
-  const int64_t threads = parallel_threads();
-
-  Scratch scratch;
-  Columns columns(p.out, layout, &scratch);
-  // A weight that is not packed is read as it is for a few rows; else it is packed panel by panel, each worker into its own, which
-  // stays in the cache while all rows use it.
-  const bool dot = !in_place && p.packed == nullptr && p.M <= kDotRows && table.dot != nullptr;
-  const int64_t panel_bytes = p.packed || dot ? 0 : round_up(kPanel * (row_bytes + int64_t{sizeof(int32_t)}), 64);
-  const int64_t panels_at = scratch.add(threads * panel_bytes);
-  const int64_t codes_at = scratch.add(in_place ? 0 : pass_rows * row_bytes);
-  const int64_t scale_at = scratch.add(pass_rows * 4), zero_at = scratch.add(pass_rows * 4);
-  scratch.allocate();
-  columns.fill(p.out, layout, scratch);
-  uint8_t* const codes = scratch.at<uint8_t>(codes_at);
-  const int64_t code_stride = in_place ? p.x_stride : row_bytes;
-  float* row_scale = scratch.at<float>(scale_at);
-  int32_t* row_zero = scratch.at<int32_t>(zero_at);
-
-  const int64_t element = dtype_bytes(p.in.dtype), panels = layout.panels();
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(row_bytes, 1) / table.gemm_rows * table.gemm_rows,
-                                            table.gemm_rows, 32 * table.gemm_rows);
-
-  for (int64_t m0 = 0; m0 < p.M; m0 += pass_rows) {
-    const int64_t rows = std::min(pass_rows, p.M - m0);
-
-    // rows of x -> unsigned codes, each row read once from memory
-    parallel_for(rows, std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(p.K, 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) {
-        const int64_t offset = (m0 + m) * p.x_stride;
-        Range range{0.0f, 0.0f, 0};
-        if (is_dynamic(p.in))
-          table.range(static_cast<const char*>(p.in.x) + offset * element, p.in.dtype, p.K, only_magnitude(p.in), &range);
-        const RowCodes row = row_codes(p.in, m0 + m, range);
-        row_scale[m] = row.scale;
-        row_zero[m] = row.zero_point;
-        if (in_place) continue;
-        uint8_t* out = codes + m * row_bytes;
-        write_codes(table, p.in, offset, p.K, row, out);
-        std::memset(out + p.K, 0, static_cast<size_t>(row_bytes - p.K));  // meets the zeros of the packed weight
-      }
-    });
-
-    const bool bounded = columns.bounded(p.out, row_scale, rows);
-    const auto output = [&](const int32_t* column_sum, int64_t panel, int64_t m) {
-      const int64_t column = panel * kPanel;
-      TileOutput out = columns.output(p.out, column_sum, column);
-      out.bounded = bounded;
-      out.columns = std::min<int64_t>(kPanel, p.N - column);
-      out.y = static_cast<char*>(p.out.y) + ((m0 + m) * p.y_stride + column) * dtype_bytes(p.out.dtype);
-      out.y_stride = p.y_stride;
-      out.row_scale = row_scale + m;
-      out.row_zero = row_zero + m;
-      out.row_step = 1;
-      return out;
-    };
-
-    // tiles: every worker has a range of rows and a range of panels, and takes its rows in blocks that fit the cache
-    const Split split = split_work(ceil_div(rows, table.gemm_rows), panels, std::min(threads, 1 + rows * p.N * p.K / kMacsPerTask));
-    parallel_for(split.rows * split.panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / split.panels, column_range = task % split.panels;
-        const int64_t row_from = row * rows / split.rows, row_to = (row + 1) * rows / split.rows;
-        const int64_t from = column_range * panels / split.panels, to = (column_range + 1) * panels / split.panels;
-        const int64_t blocks = p.packed ? ceil_div(row_to - row_from, block) : 1;
-        const int64_t even = round_up(ceil_div(row_to - row_from, blocks), table.gemm_rows);
-        for (int64_t first = row_from, last; first < row_to; first = last) {
-          last = std::min(first + even, row_to);
-          for (int64_t panel = from; panel < to; ++panel) {
-            const int64_t column = panel * kPanel, width = layout.width(panel);
-            if (dot) {
-              const int8_t* b = p.weight + column * p.K;
-              table.dot({p.K, codes + first * row_bytes, row_bytes, b, p.K, output(nullptr, panel, first)}, last - first);
-              continue;
-            }
-            GemmTile tile;
-            tile.taps = 1;
-            tile.quads = layout.quads;
-            tile.a = in_place ? static_cast<const uint8_t*>(p.in.x) + m0 * p.x_stride : codes;
-            tile.flip = in_place ? flip_of(p.in) : 0;
-            const int32_t* column_sum;
-            if (p.packed) {
-              tile.b = layout.panel(p.packed, 0, panel);
-              column_sum = layout.column_sum(p.packed, 0) + column;
-            } else {
-              int32_t* sums = scratch.at<int32_t>(panels_at + task * panel_bytes);
-              int8_t* b = reinterpret_cast<int8_t*>(sums + kPanel);
-              pack_panel(p.weight, layout, 0, panel, b, sums);
-              tile.b = b;
-              column_sum = sums;
-            }
-            // the next panel is fetched while this one is used, a quarter by each of the first four tiles
-            const int8_t* ahead = p.packed && panel + 1 < to ? tile.b + width * row_bytes : tile.b;
-            const int64_t quarter = width * row_bytes / kQuad;
-            for (int64_t m = first, count; m < last; m += count) {
-              count = tile_rows(table, last - m, width <= kSlimColumns);
-              int64_t a_offset[kMaxGemmRows];
-              for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * code_stride;
-              tile.a_offset = a_offset;
-              tile.ahead = ahead + std::min<int64_t>((m - first) / table.gemm_rows, 3) * quarter;
-              tile.out = output(column_sum, panel, m);
-              table.gemm(tile, count, width);
-            }
-          }
-        }
-      }
-    });
-  }
+  run_linear(plan_linear(p, kernels(), parallel_threads()), p);
 }
 
 }  // namespace quant_ops

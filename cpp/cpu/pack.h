@@ -1,15 +1,17 @@
-// The packed weight: what the micro-kernels read, the same bytes for every instruction set.
+// The packed weight: the bytes that the micro-kernels read, the same for every instruction set.
 //
-//   header     64 bytes that name the shape it was made for
-//   column sum int32 [groups][padded columns]                 sum over k of the weight, for the zero-point correction
-//   panels     int8  [groups][columns / 64][taps][k / 4][width][4]   width 64, the last panel rounded up to 16; k padded with zeros
+//   header      64 bytes that name the shape it was made for
+//   column sums int32 [products][padded columns]              sum over k of the weight, for the zero-point correction
+//   panels      int8  [products][columns / 64][taps][k / 4][width][4]   width 64, the last panel rounded up to 16; k padded with
+//   zeros
 //
-// A linear weight [N, K] has one group and one tap. A convolution weight [O, C/groups, R, S] has R * S taps, with two exceptions
-// that keep products long:
-//   few channels   a kernel row is one tap: R taps of S * C neighbouring bytes of the image (for a horizontal dilation of 1)
-//   small groups   several groups make one with a block-diagonal weight; the zeros cost less than tiles of four columns
-// A depthwise weight (one input and one output channel a group) is kept as [channels / 16][s][r / 4][16][4], four rows of the
-// kernel together; channels and rows that do not exist are zeros. Derived, never saved.
+// A linear weight [N, K] is one product with one tap. A convolution weight [O, C/groups, R, S] is one product a group with R * S
+// taps, with exceptions that keep the loops over k and over columns long:
+//   few channels   a kernel row is one tap (WeightForm::kRowTaps)
+//   small groups   several groups are joined into one product with a block-diagonal weight: its zeros cost less than tiles of
+//                  four columns
+//   depthwise      channels are columns, and the kernel lies along k (WeightForm::kDepthwise)
+// A packed weight is derived from a plain one and never saved.
 #pragma once
 
 #include <cstdint>
@@ -18,44 +20,52 @@
 
 namespace quant_ops {
 
+enum class WeightForm : int32_t {
+  kPanels,     // every position (r, s) of the kernel is a tap with the channels of a group
+  kRowTaps,    // R taps of S * C bytes: one row of the kernel, all channels of each of its columns
+  kDepthwise,  // [channels / 16][s][r / 4][16][4]: quads are four rows of the kernel; missing channels and rows are zeros
+};
+
 struct PackedLayout {
-  int64_t out_channels, in_channels, r, s, conv_groups;  // of the weight; in_channels of one group
-  bool depthwise, rows;                                  // kept as above; rows: of few channels
-  int64_t merged;                                        // groups of the weight in one of the product
-  int64_t groups, n, k, taps;                            // of the product: n columns and k inputs of one group and tap
-  int64_t quads, padded_n, column_sum_offset, panels_offset, group_bytes, bytes;
+  WeightForm form;
+  // The weight. in_channels are those of one group.
+  int64_t out_channels, in_channels, r, s, conv_groups;
+  // The products that it is cut into: n columns and k bytes a tap of each.
+  int64_t joined;    // groups of the convolution in one product
+  int64_t products;  // conv_groups / joined
+  int64_t n, k, taps;
+  int64_t quads;     // of a tap: k rounded up to 4, over 4
+  int64_t padded_n;  // columns of a product rounded up to 16; of a depthwise convolution all channels
+  // The buffer.
+  int64_t column_sums_offset, panels_offset, product_bytes, bytes;
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t width(int64_t panel) const { return panel * kPanel + kPanel <= padded_n ? kPanel : padded_n - panel * kPanel; }
 
-  const int32_t* column_sum(const int8_t* packed, int64_t group) const {
-    return reinterpret_cast<const int32_t*>(packed + column_sum_offset) + group * padded_n;
+  int64_t column_sum_offset(int64_t product) const { return column_sums_offset + product * padded_n * int64_t{sizeof(int32_t)}; }
+  int64_t panel_offset(int64_t product, int64_t panel) const {
+    return panels_offset + product * product_bytes + panel * kPanel * taps * quads * kQuad;
   }
-  const int8_t* panel(const int8_t* packed, int64_t group, int64_t panel) const {
-    return packed + panels_offset + group * group_bytes + panel * kPanel * taps * quads * kQuad;
+  const int32_t* column_sum(const int8_t* packed, int64_t product) const {
+    return reinterpret_cast<const int32_t*>(packed + column_sum_offset(product));
   }
-  // Where the weight of a channel of a depthwise convolution at row i and column j of its kernel is, after panels_offset.
-  int64_t depthwise_place(int64_t channel, int64_t i, int64_t j) const {
-    const int64_t groups_of_rows = (r + kQuad - 1) / kQuad;
-    return (((channel / kPanelStep * s + j) * groups_of_rows + i / kQuad) * kPanelStep + channel % kPanelStep) * kQuad + i % kQuad;
-  }
+  const int8_t* panel(const int8_t* packed, int64_t product, int64_t panel) const { return packed + panel_offset(product, panel); }
 };
 
-// `dilated`: no rows.
-PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups,
-                           bool dilated = false);
+// A function of the weight's shape alone, so that one packed weight serves every stride, padding and dilation.
+PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, int64_t r, int64_t s, int64_t groups);
 
 // weight: contiguous [out_channels, in_channels_per_group, r, s].
 void pack_weight_cpu(const int8_t* weight, const PackedLayout& layout, int8_t* packed);
 
 // One panel of it: [taps][k / 4][width][4] and the sums of its columns.
-void pack_panel(const int8_t* weight, const PackedLayout& layout, int64_t group, int64_t panel, int8_t* packed_panel,
+void pack_panel(const int8_t* weight, const PackedLayout& layout, int64_t product, int64_t panel, int8_t* packed_panel,
                 int32_t* column_sum);
 
 // The plain weight again.
 void unpack_weight_cpu(const int8_t* packed, const PackedLayout& layout, int8_t* weight);
 
-// Whether a buffer of `bytes` bytes was made by pack_weight_cpu for this layout (its shape; contents cannot be told).
+// Whether pack_weight_cpu made this buffer of `bytes` bytes for this layout. It compares shapes; it cannot compare contents.
 bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& layout);
 
 }  // namespace quant_ops

@@ -1,14 +1,18 @@
 // parallel_for: body(begin, end) over disjoint parts of [0, n), each of at least `grain` tasks. The op library runs on torch's
-// threads (torch/library_cpu.cpp), the test module serially (kernels_module.cpp); whoever links the core defines the two functions.
+// threads (torch/library_cpu.cpp), the test module serially (kernels/module.cpp); whoever links the core defines the two functions.
 // Bodies must not throw or allocate.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace quant_ops {
 
 void parallel_run(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 int64_t parallel_threads();
+
+// Multiply-accumulates that are worth a thread: with fewer, starting it costs more than it saves.
+constexpr int64_t kMacsPerThread = int64_t{1} << 20;
 
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
@@ -20,6 +24,17 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   parallel_run(
       n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// share(worker, begin, end) over at most `threads` parts of [0, tasks), each of which has at least `work_per_thread` of the work
+// of all tasks. The part is cut by hand so that it knows its worker, and by it the worker's own piece of scratch.
+template <class Share>
+void for_each_share(int64_t tasks, int64_t threads, int64_t work, int64_t work_per_thread, const Share& share) {
+  if (tasks <= 0) return;
+  const int64_t workers = std::clamp<int64_t>(work / work_per_thread, 1, std::min(threads, tasks));
+  parallel_for(workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) share(worker, worker * tasks / workers, (worker + 1) * tasks / workers);
+  });
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,7 +1,8 @@
-// One piece of memory per operator call, cut into 64-byte aligned parts. Made before the parallel region, never inside it.
+// One piece of memory per operator call, cut into 64-byte aligned parts. A plan adds up the parts (ScratchLayout); the call makes
+// the memory (Scratch) before its parallel regions, never inside one.
 //
 // A thread keeps its memory for the next call, up to kKept bytes, because fresh pages cost more than a small layer: the system
-// clears them, four kilobytes at a time. What is larger is given back at once.
+// clears them, four kilobytes at a time. Larger memory is given back at once.
 #pragma once
 
 #include <cstdint>
@@ -11,28 +12,32 @@
 
 namespace quant_ops {
 
+struct ScratchLayout {
+  int64_t bytes = 0;
+
+  // The offset of a new part.
+  int64_t add(int64_t part) {
+    const int64_t offset = bytes;
+    bytes += (part + 63) / 64 * 64;
+    return offset;
+  }
+};
+
 class Scratch {
  public:
   static constexpr int64_t kKept = int64_t{16} << 20;
 
-  Scratch() = default;
+  explicit Scratch(int64_t bytes) {
+    std::swap(memory_, kept());  // a second Scratch of this thread finds none meanwhile, and allocates
+    if (memory_.size >= bytes && memory_.data != nullptr) return;
+    memory_ = Memory(bytes > 0 ? bytes : 64);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
     if (memory_.size <= kKept && memory_.size >= kept().size) std::swap(memory_, kept());
   }
 
-  // First add() every part, then allocate(), then at<T>(handle).
-  int64_t add(int64_t bytes) {
-    const int64_t offset = size_;
-    size_ += (bytes + 63) / 64 * 64;
-    return offset;
-  }
-  void allocate() {
-    std::swap(memory_, kept());  // another Scratch of this thread meanwhile finds none, and allocates
-    if (memory_.size >= size_ && memory_.data != nullptr) return;
-    memory_ = Memory(size_ > 0 ? size_ : 64);
-  }
   template <class T>
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(memory_.data + offset);
@@ -62,7 +67,6 @@ class Scratch {
   }
 
   Memory memory_;
-  int64_t size_ = 0;
 };
 
 }  // namespace quant_ops

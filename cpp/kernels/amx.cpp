@@ -1,55 +1,39 @@
-// AMX-INT8 kernels: tdpbusd multiplies a tile of 16 rows x 64 k by one of 64 k x 16 columns. The packed panel is what it reads: 16
-// groups of four k, 64 bytes of each (amx_tile.h). All but the GEMM is AVX-512, as in avx512vnni.cpp.
+// AMX-INT8 kernels: tdpbusd multiplies a tile of 16 rows x 64 k by one of 64 k x 16 columns. It reads the packed panel as it
+// is: 16 quads of k, 64 bytes of each (amx_tile.h). All but the GEMM is AVX-512, as in avx512vnni.cpp.
 //
 // Compiled a second time for the tests with QUANT_OPS_AMX_EMULATED: every tile instruction in software, the rest AVX2.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#if defined(QUANT_OPS_AMX_EMULATED)
+#define QO_ISA amx_emulated
+#define QO_SIMD "kernels/simd/avx2.h"
+#else
+#define QO_ISA amx
+#define QO_SIMD "kernels/simd/avx512.h"
+#endif
 #include "kernels/target.h"
 
 #if defined(QUANT_OPS_AMX_EMULATED)
 QO_TARGET_BEGIN("avx2,fma,f16c")
+#include "kernels/simd/depthwise_avx2.h"
 #else
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#include "kernels/simd/depthwise_avx512.h"
 #endif
+#include "kernels/generic/depthwise.h"
+#include "kernels/simd/amx_tile.h"
+
 namespace quant_ops {
+namespace QO_ISA {
 namespace {
 
 #if defined(QUANT_OPS_AMX_EMULATED)
-#include "kernels/simd/avx2.h"
+using Taps = PairsOfTaps;
 #else
-#include "kernels/simd/avx512.h"
+using Taps = QuadsOfTaps;
 #endif
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-//
-#include "kernels/simd/amx_tile.h"
-#if defined(QUANT_OPS_AMX_EMULATED)
-#include "kernels/simd/depthwise_avx2.h"
-using FourTaps = PairsOfTaps;
-#else
-#include "kernels/simd/depthwise_avx512.h"
-
-struct FourTaps {
-  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
-  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
-    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
-  }
-};
-#endif
-#include "kernels/generic/depthwise.h"
 
 constexpr int64_t kRows = 32;
+constexpr int64_t kFewRows = 6;      // up to here tiles are mostly empty, and a tile of avx512vnni is as fast
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
 constexpr int64_t kTileGroups = 16;  // groups of four k of a tile
 constexpr int64_t kTileBytes = 64;   // bytes of a row of a tile
@@ -176,20 +160,19 @@ void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
   finish_sums(t.out, sum, rows, kPanel);
 }
 
-#if defined(QUANT_OPS_AMX_EMULATED)
-
-void gemm(const GemmTile& tile, int64_t rows, int64_t width) { gemm_u8s8_32x32_amx(tile, rows, width); }
-
-#else
-
-constexpr int64_t kFewRows = 7;  // up to here tiles are mostly empty, and vpdpbusd is as fast
-
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  if (rows <= kFewRows && rows <= kAvx512VnniKernels.gemm_rows) return kAvx512VnniKernels.gemm(tile, rows, width);
+#if !defined(QUANT_OPS_AMX_EMULATED)
+  if (rows <= kFewRows) return kAvx512VnniProducts.gemm(tile, rows, width);
+#endif
   gemm_u8s8_32x32_amx(tile, rows, width);
 }
 
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+#if !defined(QUANT_OPS_AMX_EMULATED)
+  if (rows <= kFewRows) return kAvx512VnniProducts.gemm_shape(rows, width);
 #endif
+  return {"amx", rows, width < 2 * kTileColumns ? width : 2 * kTileColumns};
+}
 
 int64_t peak(int64_t iterations) {
   TileConfig config;
@@ -204,48 +187,23 @@ int64_t peak(int64_t iterations) {
 }
 
 }  // namespace
+}  // namespace QO_ISA
 
 #if defined(QUANT_OPS_AMX_EMULATED)
-const KernelTable kAmxEmulatedKernels = {
-    "amx_emulated",
-    "gemm_u8s8_32x32_amx",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
-};
+#define QO_PRODUCTS kAmxEmulatedProducts
 #else
-const KernelTable kAmxKernels = {
-    "amx",
-    "gemm_u8s8_32x32_amx",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
-};
+#define QO_PRODUCTS kAmxProducts
 #endif
+
+constinit const ProductKernels QO_PRODUCTS = {
+    .isa = QO_TEXT(QO_ISA),
+    .gemm_rows = QO_ISA::kRows,
+    .slim_rows = QO_ISA::kRows,
+    .gemm = QO_ISA::gemm,
+    .gemm_shape = QO_ISA::gemm_shape,
+    .depthwise = QO_ISA::depthwise<QO_ISA::Taps>,
+    .peak = QO_ISA::peak,
+};
 
 }  // namespace quant_ops
 QO_TARGET_END

@@ -1,29 +1,18 @@
 // AVX2 + FMA + F16C kernels. The product is exact: bytes are widened to int16 and multiplied with vpmaddwd, never with vpmaddubsw,
 // whose int16 sums saturate (255 * 127 * 2 > 32767).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA avx2
+#define QO_SIMD "kernels/simd/avx2.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("avx2,fma,f16c")
-namespace quant_ops {
-namespace {
-
-#include "kernels/simd/avx2.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-//
-#include "kernels/simd/depthwise_avx2.h"
-using FourTaps = PairsOfTaps;
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/widening.h"
+#include "kernels/simd/depthwise_avx2.h"
+
+namespace quant_ops {
+namespace avx2 {
+namespace {
 
 struct Wide {
   using V = __m256i;
@@ -55,19 +44,21 @@ struct Wide {
   static QO_INLINE void store(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 
-#include "kernels/generic/widening.h"
-
-// 6 rows x 8 columns: 12 accumulators, each four columns of two partial sums, + 2 weights + 1 activation + 1 product = 16 ymm.
-template <int kRows, int kWidth>
-void gemm_u8s8_6x8_avx2(const GemmTile& t) {
-  widened_tile<kRows, kRows == 1 ? 4 : kRows <= 3 ? 2 : 1>(t, kWidth);
-}
-
+// 6 rows x 8 columns: 12 accumulators, each four columns of two partial sums, + 2 weights + 1 activation + 1 product = 16 ymm. Few
+// rows take more columns at a time instead.
 constexpr int64_t kRows = 6;
+constexpr int vectors_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+template <int kTileRows, int kWidth>
+void gemm_u8s8_6x8_avx2(const GemmTile& t) {
+  widened_tile<Wide, kTileRows, vectors_of(kTileRows)>(t, kWidth);
+}
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
   with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x8_avx2<r.value, w.value>(tile); });
 }
+
+GemmShape gemm_shape(int64_t rows, int64_t width) { return swept_shape("avx2", rows, width, vectors_of(rows) * Simd::N, Simd::N); }
 
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 12;
@@ -85,25 +76,16 @@ int64_t peak(int64_t iterations) {
 }
 
 }  // namespace
+}  // namespace avx2
 
-const KernelTable kAvx2Kernels = {
-    "avx2",
-    "gemm_u8s8_6x8_avx2",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kAvx2Products = {
+    .isa = "avx2",
+    .gemm_rows = avx2::kRows,
+    .slim_rows = avx2::kRows,
+    .gemm = avx2::gemm,
+    .gemm_shape = avx2::gemm_shape,
+    .depthwise = avx2::depthwise<avx2::PairsOfTaps>,
+    .peak = avx2::peak,
 };
 
 }  // namespace quant_ops

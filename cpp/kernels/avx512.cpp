@@ -1,28 +1,17 @@
 // AVX-512 kernels for processors without VNNI (Skylake-X): as avx2.cpp, with vectors of twice the length and twice as many of them.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA avx512
+#define QO_SIMD "kernels/simd/avx512.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace quant_ops {
-namespace {
-
-#include "kernels/simd/avx512.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-//
-#include "kernels/simd/depthwise_avx512.h"
-using FourTaps = PairsOfTaps;
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/widening.h"
+#include "kernels/simd/depthwise_avx512.h"
+
+namespace quant_ops {
+namespace avx512 {
+namespace {
 
 struct Wide {
   using V = __m512i;
@@ -51,21 +40,22 @@ struct Wide {
   }
 };
 
-#include "kernels/generic/widening.h"
-
 // 12 rows x 16 columns: 24 accumulators, each eight columns of two partial sums, + 2 weights + 1 activation + 1 product = 28 of 32
 // zmm. Few rows take more columns at a time instead, so that sums stay independent and the panel is read in whole lines.
-template <int kRows>
+constexpr int64_t kRows = 12;
+constexpr int vectors_of(int64_t rows) { return rows <= 3 ? 4 : rows <= 6 ? 2 : 1; }
+
+template <int kTileRows>
 void gemm_u8s8_12x16_avx512(const GemmTile& t, int64_t width) {
-  widened_tile<kRows, kRows <= 3 ? 4 : kRows <= 6 ? 2 : 1>(t, width);
+  widened_tile<Wide, kTileRows, vectors_of(kTileRows)>(t, width);
 }
 
-constexpr int64_t kRows = 12;
-
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  unroll<kRows>([&](auto r) QO_LAMBDA {
-    if (rows == r.value + 1) gemm_u8s8_12x16_avx512<r.value + 1>(tile, width);
-  });
+  with_rows<kRows>(rows, [&](auto r) QO_LAMBDA { gemm_u8s8_12x16_avx512<r.value>(tile, width); });
+}
+
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+  return swept_shape("avx512", rows, width, vectors_of(rows) * Simd::N, Simd::N);
 }
 
 int64_t peak(int64_t iterations) {
@@ -84,25 +74,16 @@ int64_t peak(int64_t iterations) {
 }
 
 }  // namespace
+}  // namespace avx512
 
-const KernelTable kAvx512Kernels = {
-    "avx512",
-    "gemm_u8s8_12x16_avx512",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kAvx512Products = {
+    .isa = "avx512",
+    .gemm_rows = avx512::kRows,
+    .slim_rows = avx512::kRows,
+    .gemm = avx512::gemm,
+    .gemm_shape = avx512::gemm_shape,
+    .depthwise = avx512::depthwise<avx512::PairsOfTaps>,
+    .peak = avx512::peak,
 };
 
 }  // namespace quant_ops

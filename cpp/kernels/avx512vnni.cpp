@@ -1,50 +1,30 @@
 // AVX-512 VNNI kernels: vpdpbusd adds four u8 x s8 products to an int32 lane, exactly (its saturating twin vpdpbusds is not used).
 // Lanes are output columns, so no sum ever crosses lanes.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA avx512vnni
+#define QO_SIMD "kernels/simd/avx512.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-namespace quant_ops {
-namespace {
-
-#include "kernels/simd/avx512.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-//
+#include "kernels/generic/depthwise.h"
 #include "kernels/simd/depthwise_avx512.h"
 
-struct FourTaps {
-  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
-  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
-    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
-  }
-};
-
-#include "kernels/generic/depthwise.h"
+namespace quant_ops {
+namespace avx512vnni {
+namespace {
 
 // 6 rows x 64 columns: 24 accumulators + 4 weights + 1 broadcast activation = 29 of 32 zmm. A vpdpbusd takes 4 to 5 cycles and one
 // or two start per cycle, so ten or more independent ones are needed: tiles of three rows and more run at full speed.
 //
-// A full tile fetches a part of the next panel. A smaller one is mostly alone with its panel and waits for memory: it fetches its
-// own panel a little ahead, which takes the place of a reorder buffer that its products fill.
+// A full tile prefetches a part of the next panel. Shorter tiles are bound by memory: the out-of-order window is full of vpdpbusd,
+// so the hardware does not run ahead, and they prefetch the same panel 4 KiB ahead.
 //
-// Of narrow panels the tile is 12 x 32 or 12 x 16, so that there are as many sums.
-constexpr int64_t kRows = 6, kNarrowRows = 12;
+// Slim panels use tiles of 12 x 32 or 12 x 16, which have as many independent sums.
+constexpr int64_t kRows = 6, kSlimRows = 12;
 constexpr int64_t kAheadBytes = 4096;
 
 template <int kTileRows, int kWidth>
-void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
+void gemm_u8s8_avx512vnni(const GemmTile& t) {
   constexpr int kVectors = kWidth / 16;
   __m512i acc[kTileRows][kVectors];
   unroll<kTileRows>([&](auto r)
@@ -69,7 +49,7 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
       unroll<kTileRows>([&](auto r) QO_LAMBDA {
         int32_t four;
         __builtin_memcpy(&four, a[r.value] + k, 4);
-        const __m512i av = _mm512_xor_si512(_mm512_set1_epi32(four), flip);  // beside the products it costs no time
+        const __m512i av = _mm512_xor_si512(_mm512_set1_epi32(four), flip);  // hidden behind the products
         unroll<kVectors>([&](auto v)
                              QO_LAMBDA { acc[r.value][v.value] = _mm512_dpbusd_epi32(acc[r.value][v.value], av, bv[v.value]); });
       });
@@ -79,10 +59,11 @@ void gemm_u8s8_6x64_avx512vnni(const GemmTile& t) {
 }
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  if (rows == kNarrowRows)
-    return width == 32 ? gemm_u8s8_6x64_avx512vnni<kNarrowRows, 32>(tile) : gemm_u8s8_6x64_avx512vnni<kNarrowRows, 16>(tile);
-  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_6x64_avx512vnni<r.value, w.value>(tile); });
+  if (rows == kSlimRows) return width == 32 ? gemm_u8s8_avx512vnni<kSlimRows, 32>(tile) : gemm_u8s8_avx512vnni<kSlimRows, 16>(tile);
+  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_avx512vnni<r.value, w.value>(tile); });
 }
+
+GemmShape gemm_shape(int64_t rows, int64_t width) { return {"avx512vnni", rows, width}; }
 
 // Four sums of sixteen lanes each -> their four totals.
 __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -93,15 +74,15 @@ __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// Lanes are k here: four columns at a time, read as they lie, the next four fetched meanwhile. The barriers keep g++ from moving
-// products together, which spills the sums.
+// Here lanes are k: four columns of the plain weight at a time, while the next four are prefetched. The asm barriers keep g++ from
+// grouping the products, which would spill the sums.
 template <int kTileRows>
 void dot_u8s8_4x4_avx512vnni(const DotTile& t) {
   constexpr int kColumns = 4;
   const __m512i ones = _mm512_set1_epi8(1);
   alignas(64) int32_t acc[kTileRows][kPanel], column_sum[kPanel];
   for (int64_t n = 0; n < t.out.columns; n += kColumns) {
-    const int8_t* b[kColumns];  // a column that does not exist is the last one again
+    const int8_t* b[kColumns];  // past the last column, the last one again
     unroll<kColumns>(
         [&](auto j) QO_LAMBDA { b[j.value] = t.b + (n + j.value < t.out.columns ? n + j.value : t.out.columns - 1) * t.b_stride; });
     __m512i sum[kColumns], product[kTileRows][kColumns];
@@ -135,9 +116,7 @@ void dot_u8s8_4x4_avx512vnni(const DotTile& t) {
 }
 
 void dot(const DotTile& tile, int64_t rows) {
-  unroll<kDotRows>([&](auto r) QO_LAMBDA {
-    if (rows == r.value + 1) dot_u8s8_4x4_avx512vnni<r.value + 1>(tile);
-  });
+  with_rows<kDotRows>(rows, [&](auto r) QO_LAMBDA { dot_u8s8_4x4_avx512vnni<r.value>(tile); });
 }
 
 int64_t peak(int64_t iterations) {
@@ -154,25 +133,18 @@ int64_t peak(int64_t iterations) {
 }
 
 }  // namespace
+}  // namespace avx512vnni
 
-const KernelTable kAvx512VnniKernels = {
-    "avx512vnni",
-    "gemm_u8s8_6x64_avx512vnni",
-    kRows,
-    kNarrowRows,
-    true,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    dot,
-    peak,
+constinit const ProductKernels kAvx512VnniProducts = {
+    .isa = "avx512vnni",
+    .gemm_rows = avx512vnni::kRows,
+    .slim_rows = avx512vnni::kSlimRows,
+    .flips = true,
+    .gemm = avx512vnni::gemm,
+    .gemm_shape = avx512vnni::gemm_shape,
+    .depthwise = avx512vnni::depthwise<avx512vnni::QuadsOfTaps>,
+    .dot = avx512vnni::dot,
+    .peak = avx512vnni::peak,
 };
 
 }  // namespace quant_ops

@@ -1,36 +1,24 @@
 // AVX-VNNI kernels: vpdpbusd on ymm registers, for processors with VNNI but without AVX-512 (Alder Lake and later clients).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA avxvnni
+#define QO_SIMD "kernels/simd/avx2.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
-namespace quant_ops {
-namespace {
-
-#include "kernels/simd/avx2.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-//
+#include "kernels/generic/depthwise.h"
 #include "kernels/simd/depthwise_avx2.h"
 
-struct FourTaps {
+namespace quant_ops {
+namespace avxvnni {
+namespace {
+
+struct QuadsOfTaps : Interleave {
   static QO_INLINE __m256i weights(const int8_t* p) { return Simd::load_int(reinterpret_cast<const int32_t*>(p)); }
   static QO_INLINE __m256i start(const int32_t*) { return _mm256_setzero_si256(); }
   static QO_INLINE __m256i dot(__m256i acc, const uint8_t* codes, __m256i w) {
     return _mm256_dpbusd_avx_epi32(acc, Simd::load_int(reinterpret_cast<const int32_t*>(codes)), w);
   }
 };
-
-#include "kernels/generic/depthwise.h"
 
 // Columns [n, n + 8 * kVectors) of the panel.
 template <int kRows, int kVectors>
@@ -61,22 +49,26 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
   finish_tile<kRows, kVectors>(t.out.from_column(n), [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
 }
 
-// 6 rows x 16 columns: 12 accumulators + 2 weights + 1 activation = 15 of 16 ymm; the panel is swept sixteen columns at a time.
-template <int kRows>
+// 6 rows x 16 columns: 12 accumulators + 2 weights + 1 activation = 15 of 16 ymm; the panel is swept sixteen columns at a time. Few
+// rows take more columns at a time instead.
+constexpr int64_t kRows = 6;
+constexpr int vectors_of(int64_t rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+
+template <int kTileRows>
 void gemm_u8s8_6x16_avxvnni(const GemmTile& t, int64_t width) {
-  constexpr int kVectors = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
+  constexpr int kVectors = vectors_of(kTileRows);
   int64_t n = 0;
-  for (; n + kVectors * 8 <= width && n < t.out.columns; n += kVectors * 8) sweep<kRows, kVectors>(t, n, width * kQuad);
+  for (; n + kVectors * 8 <= width && n < t.out.columns; n += kVectors * 8) sweep<kTileRows, kVectors>(t, n, width * kQuad);
   if constexpr (kVectors > 2)
-    for (; n < t.out.columns; n += 16) sweep<kRows, 2>(t, n, width * kQuad);
+    for (; n < t.out.columns; n += 16) sweep<kTileRows, 2>(t, n, width * kQuad);
 }
 
-constexpr int64_t kRows = 6;
-
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  unroll<kRows>([&](auto r) QO_LAMBDA {
-    if (rows == r.value + 1) gemm_u8s8_6x16_avxvnni<r.value + 1>(tile, width);
-  });
+  with_rows<kRows>(rows, [&](auto r) QO_LAMBDA { gemm_u8s8_6x16_avxvnni<r.value>(tile, width); });
+}
+
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+  return swept_shape("avxvnni", rows, width, vectors_of(rows) * Simd::N, 2 * Simd::N);
 }
 
 int64_t peak(int64_t iterations) {
@@ -93,25 +85,16 @@ int64_t peak(int64_t iterations) {
 }
 
 }  // namespace
+}  // namespace avxvnni
 
-const KernelTable kAvxVnniKernels = {
-    "avxvnni",
-    "gemm_u8s8_6x16_avxvnni",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kAvxVnniProducts = {
+    .isa = "avxvnni",
+    .gemm_rows = avxvnni::kRows,
+    .slim_rows = avxvnni::kRows,
+    .gemm = avxvnni::gemm,
+    .gemm_shape = avxvnni::gemm_shape,
+    .depthwise = avxvnni::depthwise<avxvnni::QuadsOfTaps>,
+    .peak = avxvnni::peak,
 };
 
 }  // namespace quant_ops

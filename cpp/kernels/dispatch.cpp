@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "kernels/table.h"
 
@@ -86,22 +87,30 @@ struct Candidate {
 // Worst first. __builtin_cpu_supports asks cpuid and xgetbv: a vector state that the system does not save counts as absent.
 int candidates(Candidate out[8]) {
   int n = 0;
-  out[n++] = {&kScalarKernels, true};
+  static const KernelTable scalar{kScalarProducts, kScalarVectors};
+  out[n++] = {&scalar, true};
 #if defined(__x86_64__)
+  static const KernelTable avx2{kAvx2Products, kAvx2Vectors};
+  static const KernelTable avx512{kAvx512Products, kAvx512Vectors};
+  static const KernelTable avxvnni{kAvxVnniProducts, kAvx2Vectors};
+  static const KernelTable amx{kAmxProducts, kAvx512Vectors};
+  static const KernelTable avx512vnni{kAvx512VnniProducts, kAvx512Vectors};
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  out[n++] = {&kAvx2Kernels, avx2};
-  out[n++] = {&kAvx512Kernels, avx512};
-  out[n++] = {&kAvxVnniKernels, avx2 && has_avxvnni()};
-  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  out[n++] = {&avx2, has_avx2};
+  out[n++] = {&avx512, has_avx512};
+  out[n++] = {&avxvnni, has_avx2 && has_avxvnni()};
   // Tested with emulated tiles only, never yet on a processor that has them: until then QUANT_OPS_ISA=amx must ask for it.
-  out[n++] = {&kAmxKernels, avx512vnni && has_amx()};
-  out[n++] = {&kAvx512VnniKernels, avx512vnni};
+  out[n++] = {&amx, has_avx512vnni && has_amx()};
+  out[n++] = {&avx512vnni, has_avx512vnni};
 #elif defined(__aarch64__)
-  out[n++] = {&kNeonDotKernels, has_dot()};
-  out[n++] = {&kNeonI8mmKernels, has_dot() && has_i8mm()};
+  static const KernelTable neon_dot{kNeonDotProducts, kNeonVectors};
+  static const KernelTable neon_i8mm{kNeonI8mmProducts, kNeonVectors};
+  out[n++] = {&neon_dot, has_dot()};
+  out[n++] = {&neon_i8mm, has_dot() && has_i8mm()};
 #endif
   return n;
 }
@@ -147,6 +156,49 @@ int runnable_kernels(const KernelTable* tables[8]) {
   for (int i = 0; i < n; ++i)
     if (all[i].runs) tables[count++] = all[i].table;
   return count;
+}
+
+std::string gemm_name(const KernelTable& table, int64_t rows, int64_t width) {
+  const GemmShape shape = table.gemm_shape(rows, width);
+  return "gemm_u8s8_" + std::to_string(shape.rows) + "x" + std::to_string(shape.columns) + "_" + shape.isa;
+}
+
+namespace {
+
+// A field that is a function, and its name.
+template <class Field>
+struct Entry {
+  const char* name;
+  Field field;
+};
+template <class Field>
+Entry(const char*, Field) -> Entry<Field>;
+
+constexpr std::tuple kProductEntries{Entry{"depthwise", &KernelTable::depthwise}, Entry{"dot", &KernelTable::dot}};
+constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
+                                    Entry{"dequantize", &KernelTable::dequantize},
+                                    Entry{"straight_through", &KernelTable::straight_through},
+                                    Entry{"straight_through_columns", &KernelTable::straight_through_columns},
+                                    Entry{"range", &KernelTable::range},
+                                    Entry{"range_columns", &KernelTable::range_columns},
+                                    Entry{"codes", &KernelTable::codes},
+                                    Entry{"pack", &KernelTable::pack}};
+static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
+              "a kernel has no name here");
+
+}  // namespace
+
+std::vector<std::pair<std::string, std::string>> kernel_names(const KernelTable& table) {
+  std::vector<std::pair<std::string, std::string>> names{{"gemm", gemm_name(table, table.gemm_rows, kPanel)}};
+  const auto add = [&](const char* space, const auto& entries) {
+    const auto one = [&](const auto& entry) {
+      if (table.*entry.field) names.emplace_back(entry.name, std::string(space) + "::" + entry.name);
+    };
+    std::apply([&](const auto&... entry) { (one(entry), ...); }, entries);
+  };
+  add(table.isa, kProductEntries);
+  add(table.vectors, kVectorEntries);
+  return names;
 }
 
 }  // namespace quant_ops

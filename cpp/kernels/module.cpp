@@ -1,5 +1,5 @@
 // quant_ops._kernels: every micro-kernel callable by instruction set on numpy arrays, without torch, for tests and
-// micro-benchmarks. Outputs are written into arrays that the caller passes, so that he can surround them with guards.
+// micro-benchmarks. Outputs are written into arrays of the caller, who can surround them with guards.
 // float16 is numpy's; bfloat16 travels as uint16 bits with dtype="bfloat16".
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/activations.h"
+#include "cpu/columns.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 
@@ -34,7 +34,7 @@ bool runs(const std::string& isa) {
 // Tables whose instructions are emulated; never chosen at run time.
 std::vector<std::string> emulated_isas() {
 #if defined(__x86_64__)
-  if (runs("avx2")) return {kAmxEmulatedKernels.isa};
+  if (runs("avx2")) return {kAmxEmulatedProducts.isa};
 #endif
   return {};
 }
@@ -44,7 +44,8 @@ const KernelTable& table_of(const std::string& isa) {
   for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
     if (isa == tables[i]->isa) return *tables[i];
 #if defined(__x86_64__)
-  if (isa == kAmxEmulatedKernels.isa && runs("avx2")) return kAmxEmulatedKernels;
+  static const KernelTable amx_emulated{kAmxEmulatedProducts, kAvx2Vectors};
+  if (isa == amx_emulated.isa && runs("avx2")) return amx_emulated;
 #endif
   throw py::value_error("this machine does not run the instruction set '" + isa + "'");
 }
@@ -126,15 +127,15 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
   }
 }
 
-// A row y[pixels, C] from input rows a[R, W, channels rounded up to 16], of bytes that xor `flip` are codes, and weights w[C, 1, R,
-// S].
+// A row y[pixels, C] from input rows a[R, W, channels rounded up to 16], whose bytes, xor `flip`, are the codes, and weights w[C,
+// 1, R, S].
 void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
                int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias, int64_t first,
                int64_t stride, int64_t dilation, uint8_t padding, uint8_t flip) {
   const KernelTable& table = table_of(isa);
   const int64_t channels = w.shape(0);
   const PackedLayout layout = packed_layout(channels, 1, w.shape(2), w.shape(3), channels);
-  if (!layout.depthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
+  if (layout.form != WeightForm::kDepthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
       column_scale.size() < layout.padded_n || bias.size() < layout.padded_n)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
@@ -317,6 +318,12 @@ PYBIND11_MODULE(_kernels, m) {
   m.def(
       "slim_rows", [](const std::string& isa) { return q::table_of(isa).slim_rows; }, "isa"_a,
       "Rows of the full tile of at most 32 columns.");
+  m.def(
+      "gemm_name", [](const std::string& isa, int64_t rows, int64_t width) { return q::gemm_name(q::table_of(isa), rows, width); },
+      "isa"_a, "rows"_a, "width"_a, "The kernel that multiplies a tile of so many rows by a panel of so many columns.");
+  m.def(
+      "kernel_names", [](const std::string& isa) { return q::kernel_names(q::table_of(isa)); }, "isa"_a,
+      "(entry, function) of every kernel of the table.");
   m.def("flips", [](const std::string& isa) { return q::table_of(isa).flips; }, "isa"_a, "Whether gemm takes a flip.");
   m.def("isas", &q::isas, "Instruction sets this machine runs, worst first.");
   m.def("emulated_isas", &q::emulated_isas, "Names of kernels whose instructions are emulated, for tests only.");

@@ -2,25 +2,17 @@
 // activations are unsigned: a - 128 is multiplied, and the sums start from 128 * column_sum, which is exact modulo 2^32. column_sum
 // goes over all taps. Tested under emulation, never timed on hardware.
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA neon_dot
+#define QO_SIMD "kernels/simd/neon.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-namespace quant_ops {
-namespace {
+#include "kernels/generic/depthwise.h"
+#include "kernels/simd/dot_neon.h"
 
-#include "kernels/simd/neon.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
+namespace quant_ops {
+namespace neon_dot {
+namespace {
 
 struct Dot {
   using A = int8x16_t;
@@ -38,41 +30,30 @@ struct Dot {
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) { return vdotq_s32(sum, b, a); }
 };
 
-#include "kernels/simd/dot_neon.h"
-//
-#include "kernels/generic/depthwise.h"
-
-template <int kRows>
+template <int kTileRows>
 void gemm_u8s8_8x8_neon_dot(const GemmTile& t, int64_t width) {
-  swept_tile<kRows>(t, width);
+  swept_tile<Dot, kTileRows>(t, width);
 }
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  unroll<kRows>([&](auto r) QO_LAMBDA {
-    if (rows == r.value + 1) gemm_u8s8_8x8_neon_dot<r.value + 1>(tile, width);
-  });
+  with_rows<kRows>(rows, [&](auto r) QO_LAMBDA { gemm_u8s8_8x8_neon_dot<r.value>(tile, width); });
+}
+
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+  return swept_shape("neon_dot", rows, width, vectors_of(rows) * Simd::N, kPanelStep);
 }
 
 }  // namespace
+}  // namespace neon_dot
 
-const KernelTable kNeonDotKernels = {
-    "neon_dot",
-    "gemm_u8s8_8x8_neon_dot",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kNeonDotProducts = {
+    .isa = "neon_dot",
+    .gemm_rows = neon_dot::kRows,
+    .slim_rows = neon_dot::kRows,
+    .gemm = neon_dot::gemm,
+    .gemm_shape = neon_dot::gemm_shape,
+    .depthwise = neon_dot::depthwise<neon_dot::QuadsOfTaps<neon_dot::Dot>>,
+    .peak = neon_dot::peak<neon_dot::Dot>,
 };
 
 }  // namespace quant_ops

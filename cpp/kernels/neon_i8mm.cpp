@@ -2,25 +2,17 @@
 // unsigned activations as they are, so nothing has to be corrected. Its matrix instructions (usmmla) want eight k of a column side
 // by side, which the packed panel has not. Tested under emulation, never timed on hardware.
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA neon_i8mm
+#define QO_SIMD "kernels/simd/neon.h"
 #include "kernels/target.h"
 
 QO_TARGET_BEGIN("arch=armv8.2-a+dotprod+i8mm")
-namespace quant_ops {
-namespace {
+#include "kernels/generic/depthwise.h"
+#include "kernels/simd/dot_neon.h"
 
-#include "kernels/simd/neon.h"
-//
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
+namespace quant_ops {
+namespace neon_i8mm {
+namespace {
 
 struct Dot {
   using A = uint8x16_t;
@@ -38,41 +30,30 @@ struct Dot {
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) { return vusdotq_s32(sum, a, b); }
 };
 
-#include "kernels/simd/dot_neon.h"
-//
-#include "kernels/generic/depthwise.h"
-
-template <int kRows>
+template <int kTileRows>
 void gemm_u8s8_8x8_neon_i8mm(const GemmTile& t, int64_t width) {
-  swept_tile<kRows>(t, width);
+  swept_tile<Dot, kTileRows>(t, width);
 }
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  unroll<kRows>([&](auto r) QO_LAMBDA {
-    if (rows == r.value + 1) gemm_u8s8_8x8_neon_i8mm<r.value + 1>(tile, width);
-  });
+  with_rows<kRows>(rows, [&](auto r) QO_LAMBDA { gemm_u8s8_8x8_neon_i8mm<r.value>(tile, width); });
+}
+
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+  return swept_shape("neon_i8mm", rows, width, vectors_of(rows) * Simd::N, kPanelStep);
 }
 
 }  // namespace
+}  // namespace neon_i8mm
 
-const KernelTable kNeonI8mmKernels = {
-    "neon_i8mm",
-    "gemm_u8s8_8x8_neon_i8mm",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kNeonI8mmProducts = {
+    .isa = "neon_i8mm",
+    .gemm_rows = neon_i8mm::kRows,
+    .slim_rows = neon_i8mm::kRows,
+    .gemm = neon_i8mm::gemm,
+    .gemm_shape = neon_i8mm::gemm_shape,
+    .depthwise = neon_i8mm::depthwise<neon_i8mm::QuadsOfTaps<neon_i8mm::Dot>>,
+    .peak = neon_i8mm::peak<neon_i8mm::Dot>,
 };
 
 }  // namespace quant_ops

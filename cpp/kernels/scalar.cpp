@@ -1,183 +1,51 @@
 // Plain C++ kernels: the reference that every other table must match bit for bit, and the fallback of machines without AVX2.
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#include "kernels/table.h"
+#define QO_ISA scalar
+#define QO_SIMD "kernels/simd/scalar.h"
 #include "kernels/target.h"
 
+#include "kernels/generic/depthwise.h"
+#include "kernels/simd/depthwise_scalar.h"
+
 namespace quant_ops {
+namespace scalar {
 namespace {
 
-struct Simd {
-  static constexpr int N = 1;
-  static constexpr bool kMasks = false;
-  using F = float;
-  using I = int32_t;
-  using Words = int32_t;
-  using D = double;
+constexpr int64_t kRows = 6;
 
-  static F set(float v) { return v; }
-  static I set_int(int32_t v) { return v; }
-  static D load(const double* p) { return *p; }
-  template <class T>
-  static F load(const T* p) {
-    return to_compute(*p);
-  }
-  template <class T>
-  static I load_int(const T* p) {
-    return *p;
-  }
-  static void store(double* p, D v) { *p = v; }
-  template <class T>
-  static void store_bytes(T* p, I a, I b, I c, I d) {
-    p[0] = static_cast<T>(a), p[1] = static_cast<T>(b), p[2] = static_cast<T>(c), p[3] = static_cast<T>(d);
-  }
-  template <class T>
-  static void store(T* p, F v) {
-    from_compute(v, p);
-  }
-  template <class T>
-  static void store(T* p, I v) {
-    *p = static_cast<T>(v);
-  }
-
-  // four codes + zero_point as the bytes of an int32, saturating
-  static Words set_words(int16_t v) { return v; }
-  static I set_bytes(int v) { return static_cast<I>(0x01010101u * static_cast<uint8_t>(v)); }
-  template <class Y>
-  static I pack(I a, I b, I c, I d, Words zero_point) {
-    uint32_t bytes = 0;
-    const I codes[4] = {a, b, c, d};
-    for (int i = 0; i < 4; ++i) {
-      const int64_t q = int64_t{codes[i]} + zero_point, least = std::numeric_limits<Y>::min(), most = std::numeric_limits<Y>::max();
-      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(q < least ? least : q > most ? most : q)) << 8 * i;
-    }
-    return static_cast<I>(bytes);
-  }
-  template <class Y>
-  static I max_bytes(I a, I b, Y) {
-    uint32_t bytes = 0;
-    for (int i = 0; i < 4; ++i) {
-      const Y x = static_cast<Y>(static_cast<uint32_t>(a) >> 8 * i), y = static_cast<Y>(static_cast<uint32_t>(b) >> 8 * i);
-      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(x > y ? x : y)) << 8 * i;
-    }
-    return static_cast<I>(bytes);
-  }
-  static void store_codes(void* p, I codes) { std::memcpy(p, &codes, sizeof(codes)); }
-  template <int kQuarter>
-  static void store_quarter(void* p, I codes) {
-    *static_cast<uint8_t*>(p) = static_cast<uint8_t>(static_cast<uint32_t>(codes) >> 8 * kQuarter);
-  }
-
-  static F add(F a, F b) { return a + b; }
-  static F sub(F a, F b) { return a - b; }
-  static F mul(F a, F b) { return a * b; }
-  static F div(F a, F b) { return a / b; }
-  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
-  static F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
-  static F min(F a, F b) { return a < b ? a : b; }
-  static F max(F a, F b) { return a > b ? a : b; }
-  static F round_even(F a) { return quant_ops::round_even(a); }
-  static F fraction(F a) { return a - quant_ops::round_even(a); }
-  static F max_magnitude(F a, F b) { return max(a, b < 0.0f ? -b : b); }
-  static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
-  static F keep_outside(F v, F steps, F lo, F hi) { return steps < lo || steps > hi ? v : 0.0f; }
-  static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
-  static I bits(F a) { return static_cast<I>(float_bits(a)); }
-  static I abs_bits(F a) { return static_cast<I>(float_bits(a) & 0x7fffffffu); }
-
-  static D accumulate(D acc, F a, F b) { return acc + static_cast<double>(a) * static_cast<double>(b); }  // the product is exact
-  static float reduce_min(F a) { return a; }
-  static float reduce_max(F a) { return a; }
-  static uint32_t reduce_max_unsigned(I a) { return static_cast<uint32_t>(a); }
-  static bool any_above(I a, I b) { return a > b; }
-
-  // wrap around modulo 2^32, as the vector instructions do
-  static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
-  static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
-  static I mul(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
-  static I min(I a, I b) { return a < b ? a : b; }
-  static I max(I a, I b) { return a > b ? a : b; }
-  static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
-  static void transpose(I (&)[N]) {}
-  static I sum_bytes(I a) {
-    int32_t sum = 0;
-    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(static_cast<uint32_t>(a) >> 8 * i);
-    return sum;
-  }
-  static F to_float(I a) { return static_cast<float>(a); }
-  static I to_int(F a) { return a > -0x1p31f && a < 0x1p31f ? static_cast<I>(quant_ops::round_even(a)) : INT32_MIN; }
-};
-
-#include "kernels/generic/unroll.h"
-//
-#include "kernels/generic/elementwise.h"
-
-struct Interleave {
-  static constexpr int kBlocks = 1;
-  template <int>
-  static void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
-    for (int c = 0; c < kPanelStep; ++c)
-      for (int r = 0; r < kQuad; ++r) to[c * kQuad + r] = row[r][c] ^ flip;
-  }
-};
-
-struct FourTaps {
-  static const int8_t* weights(const int8_t* p) { return p; }
-  static int32_t start(const int32_t*) { return 0; }
-  static int32_t dot(int32_t acc, const uint8_t* codes, const int8_t* w) {
-    for (int i = 0; i < kQuad; ++i) acc = Simd::add(acc, int32_t{codes[i]} * w[i]);
-    return acc;
-  }
-};
-
-#include "kernels/generic/depthwise.h"
-
-template <int kRows, int kWidth>
+template <int kTileRows, int kWidth>
 void gemm_u8s8_6x64_scalar(const GemmTile& t) {
-  int32_t acc[kRows][kPanel] = {};
+  int32_t acc[kTileRows][kPanel] = {};
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
-  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kRows)
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows)
     for (int64_t k = 0; k < t.quads; ++k, b += kWidth * kQuad)
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
         const uint8_t* a = t.a + offset[r] + k * kQuad;
         for (int64_t n = 0; n < kWidth; ++n)
           for (int i = 0; i < kQuad; ++i) acc[r][n] = Simd::add(acc[r][n], int32_t{a[i]} * b[n * kQuad + i]);
       }
-  finish_sums(t.out, &acc[0][0], kRows, kPanel);
+  finish_sums(t.out, &acc[0][0], kTileRows, kPanel);
 }
-
-constexpr int64_t kRows = 6;
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
   with_tile<kRows>(rows, width, [&](auto r, auto w) { gemm_u8s8_6x64_scalar<r.value, w.value>(tile); });
 }
 
+GemmShape gemm_shape(int64_t rows, int64_t width) { return {"scalar", rows, width}; }
+
 int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 
 }  // namespace
+}  // namespace scalar
 
-const KernelTable kScalarKernels = {
-    "scalar",
-    "gemm_u8s8_6x64_scalar",
-    kRows,
-    kRows,
-    false,
-    gemm,
-    depthwise_run,
-    quantize_run,
-    dequantize_run,
-    ste_run,
-    ste_columns_run,
-    range_run,
-    range_columns_run,
-    codes_run,
-    pack_run,
-    nullptr,
-    peak,
+constinit const ProductKernels kScalarProducts = {
+    .isa = "scalar",
+    .gemm_rows = scalar::kRows,
+    .slim_rows = scalar::kRows,
+    .gemm = scalar::gemm,
+    .gemm_shape = scalar::gemm_shape,
+    .depthwise = scalar::depthwise<scalar::PlainTaps>,
+    .peak = scalar::peak,
 };
 
 }  // namespace quant_ops

@@ -1,10 +1,14 @@
-// The micro-kernels: one table per instruction set, every entry a plain function on plain pointers. dispatch.cpp picks a table at
-// run time; drivers only ever call through it; kernels_module.cpp shows every table to the tests. All tables give the same bits.
+// The micro-kernels: one table per instruction set, every entry a plain function on plain pointers. dispatch.cpp chooses a table at
+// run time, drivers call the kernels through it only, and module.cpp shows every table to the tests. All tables give the same bits.
 //
-// To add a kernel: a function in elementwise.h (written once, against each file's Simd) or in the kernels/*.cpp, and a field here.
+// To add a kernel: a field here, its name in dispatch.cpp, and either one function in generic/ with a line in generic/vectors.h, or
+// a function and a line in every kernels/<isa>.cpp. Read next: avx512vnni.cpp.
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "contract/ops.h"
 
@@ -13,7 +17,7 @@ namespace quant_ops {
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
-constexpr int kSlimColumns = 32;     // columns: so few that more rows make a tile
+constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
@@ -25,14 +29,15 @@ struct TileOutput {
   int64_t columns;            // valid ones, 1 .. width
   const int32_t* column_sum;  // sum_k b[n,k]
   const float* column_scale;
-  const float* bias;        // -0 where there is none
+  const float* bias;        // -0 without a bias
   const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
   const float* row_scale;
   int64_t row_step;  // 0 or 1
   float floor;       // 0 for ReLU, else -inf
   float out_scale;   // int8 / uint8 output
   int32_t out_zero_point;
-  bool bounded = false;  // no sum that there can be makes NaN or |y / out_scale| >= 2^30, and 1 / out_scale is a normal number
+  // True if, for every possible sum, y is finite and |y / out_scale| < 2^30, and if 1 / out_scale is a normal number.
+  bool bounded = false;
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
@@ -55,11 +60,11 @@ struct TileOutput {
 struct GemmTile {
   int64_t taps;
   int64_t quads;      // groups of four k per tap
-  uint32_t flip = 0;  // what is read of a, xor this, is the unsigned codes; not 0 only for a table that says `flips`
+  uint32_t flip = 0;  // the bytes of a, xor this, are the unsigned codes; 0 unless the table has `flips`
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
   const int8_t* b;
-  const int8_t* ahead;  // fetched into the cache meanwhile: a quarter as many bytes as are read of b, of the next panel
+  const int8_t* ahead;  // part of the next panel, a quarter of b's bytes, that is prefetched during the product
   TileOutput out;
 };
 
@@ -69,10 +74,10 @@ struct GemmTile {
 struct DepthwiseRun {
   int64_t r, s;                // of the kernel
   int64_t stride, dilation;    // along the row
-  const uint8_t* const* rows;  // [r rounded up to 4] of the input, from its column 0 on; those beyond r can be any
-  int64_t pixel;               // bytes between columns; as many can be read of each as there are channels, rounded up to 16
+  const uint8_t* const* rows;  // [r rounded up to 4] of the input, from its column 0 on; those beyond r may repeat another one
+  int64_t pixel;               // bytes between columns, of which the channels, rounded up to 16, are readable
   int64_t first, width;
-  uint8_t flip;     // what is read, xor this, is the unsigned code
+  uint8_t flip;     // the bytes of the rows, xor this, are the unsigned codes
   uint8_t padding;  // an unsigned code
   const int8_t* b;
   uint8_t* line;  // scratch of line_bytes()
@@ -84,7 +89,8 @@ struct DepthwiseRun {
   int64_t line_bytes() const { return kDepthwiseBlocks * columns() * groups() * kPanelStep * kQuad; }
 };
 
-// One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and their sums. Zeros where either ends.
+// One panel of a weight whose k are contiguous: [k / 4][width][4] from `columns` columns, and the sums of the columns. Columns up
+// to `width`, and k up to a multiple of four, are filled with zeros.
 struct PackRun {
   const int8_t* weight;
   int64_t column_step;  // bytes between columns
@@ -94,8 +100,8 @@ struct PackRun {
 };
 constexpr int64_t kPackAhead = 256;  // bytes of a column fetched ahead
 
-// A few rows by a few columns of a weight that is not packed: acc[r][n] = sum_k a[r * a_stride + k] b[n * b_stride + k], corrected
-// and finished as a GemmTile's; the sums of the columns are made on the way.
+// A few rows by a few columns of a weight that is not packed: acc[r][n] = sum_k a[r * a_stride + k] b[n * b_stride + k], with the
+// correction and the epilogue of a GemmTile. The kernel computes the sums of the columns itself.
 struct DotTile {
   int64_t k;
   const uint8_t* a;
@@ -118,8 +124,8 @@ struct RowsRun {
   int64_t scale_row = 0, zero_row = 0;
 };
 
-// Needs |qmin - zero_point| and |qmax - zero_point| <= 2^24. With reciprocals the kernel multiplies, and divides only what lies so
-// close to a tie that the product might round otherwise than the quotient.
+// Needs |qmin - zero_point| and |qmax - zero_point| <= 2^24. With reciprocals the kernel multiplies, and divides only where the
+// product is so close to a tie that it might round to another integer than the quotient.
 struct QuantizeRun : RowsRun {
   const void* x;
   void* y;
@@ -130,15 +136,15 @@ struct QuantizeRun : RowsRun {
   bool simulate;
 };
 
-// The reciprocal that stands for a scale, or NaN for a scale that only division does justice to: both roundings of x * (1 / scale)
-// must be relative ones, so neither the scale nor its reciprocal may be subnormal.
+// 1 / scale, or NaN, which makes the kernel divide, where the error of x * (1 / scale) has no relative bound: if the scale or its
+// reciprocal is subnormal.
 static inline __attribute__((always_inline, unused)) float reciprocal_of(float scale) {
   return scale >= 0x1p-126f && scale <= 0x1p126f ? 1.0f / scale : __builtin_nanf("");
 }
 
-// How far x * (1 / scale) may be from its nearest integer and still round like the IEEE quotient: below 1/2 by more than the error
-// of three roundings of half a unit each, relative to the largest value that does not saturate. Negative, hence never, where codes
-// are so wide that most groups of elements would have to be divided anyway.
+// The largest distance of x * (1 / scale) from its nearest integer at which it surely rounds like the IEEE quotient: 1/2, less the
+// error of three roundings of half a unit each, relative to the largest value that does not saturate. For codes so wide that most
+// vectors would be divided anyway it is negative, so that all are.
 static inline __attribute__((always_inline, unused)) float tie_for(int64_t largest_step) {
   return largest_step <= 1024 ? 0.5f - static_cast<float>(largest_step + 2) * 0x1p-22f : -1.0f;
 }
@@ -184,7 +190,8 @@ struct StraightThroughColumnsRun {
   double* zero_lanes;   // likewise; null: not wanted
 };
 
-// Minimum and maximum of a run (NaN ignored) and whether all of it is finite; folded into what `range` holds already.
+// Minimum and maximum of a run, ignoring NaN, and the largest magnitude, which tells whether all of it is finite. A kernel extends
+// the range that it is given.
 struct Range {
   float min, max;
   uint32_t abs_bits;  // bits of the largest magnitude, as an integer; >= 0x7f800000 if any element is Inf or NaN
@@ -201,45 +208,76 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
-struct KernelTable {
-  const char* isa;
-  const char* gemm_name;  // of the full tile
-  int64_t gemm_rows;      // of the full tile, at most kMaxGemmRows
-  int64_t slim_rows;      // likewise, of a panel of at most kSlimColumns columns
-  bool flips;             // gemm reads signed codes where they lie
-  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a narrow panel
-  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
-  void (*depthwise)(const DepthwiseRun&);
+// ---- the tables -----------------------------------------------------------------------------------------------------
+
+// Kernels that need an instruction set's vectors alone. Sets with the same vectors share them (generic/vectors.h).
+struct VectorKernels {
+  const char* vectors;  // the namespace of these functions
   void (*quantize)(const QuantizeRun&);
   void (*dequantize)(const DequantizeRun&);
   void (*straight_through)(const StraightThroughRun&);
   void (*straight_through_columns)(const StraightThroughColumnsRun&);
-  void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);  // then min and max are not touched
+  // only_magnitude: min and max are not touched
+  void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);
   void (*range_columns)(const RangeColumnsRun&);
   // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   void (*pack)(const PackRun&);
-  void (*dot)(const DotTile& tile, int64_t rows);  // 1 <= rows <= kDotRows; null: there is none, packing is as fast
+};
+
+// The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.
+struct GemmShape {
+  const char* isa;
+  int64_t rows, columns;
+};
+
+// Of a kernel that sweeps its panel `columns` at a time, and `few` at a time where the panel is narrower.
+constexpr GemmShape swept_shape(const char* isa, int64_t rows, int64_t width, int64_t columns, int64_t few) {
+  return {isa, rows, columns <= width ? columns : few};
+}
+
+// Kernels that multiply.
+struct ProductKernels {
+  const char* isa;     // the namespace of these functions
+  int64_t gemm_rows;   // of the full tile, at most kMaxGemmRows
+  int64_t slim_rows;   // likewise, of a panel of at most kSlimColumns columns
+  bool flips = false;  // gemm reads signed codes where they lie
+  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel
+  void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
+  GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them
+  void (*depthwise)(const DepthwiseRun&);
+  void (*dot)(const DotTile& tile, int64_t rows) = nullptr;  // 1 <= rows <= kDotRows; null: packing is as fast
   int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
 };
 
-extern const KernelTable kScalarKernels;
+struct KernelTable : ProductKernels, VectorKernels {};
+
+extern const ProductKernels kScalarProducts;
+extern const VectorKernels kScalarVectors;
 #if defined(__x86_64__)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-extern const KernelTable kAvxVnniKernels;
-extern const KernelTable kAvx512VnniKernels;
-extern const KernelTable kAmxKernels;
-extern const KernelTable kAmxEmulatedKernels;  // in _kernels only
+extern const ProductKernels kAvx2Products, kAvx512Products, kAvxVnniProducts, kAvx512VnniProducts, kAmxProducts;
+extern const ProductKernels kAmxEmulatedProducts;  // in _kernels only
+extern const VectorKernels kAvx2Vectors, kAvx512Vectors;
 #elif defined(__aarch64__)
-extern const KernelTable kNeonDotKernels;
-extern const KernelTable kNeonI8mmKernels;
+extern const ProductKernels kNeonDotProducts, kNeonI8mmProducts;
+extern const VectorKernels kNeonVectors;
 #endif
+
+// ---- which table ----------------------------------------------------------------------------------------------------
 
 // The table in use: the best this machine runs, or what QUANT_OPS_ISA or set_isa names.
 // Throws std::runtime_error for a name that is unknown or that this machine cannot run.
 const KernelTable& kernels();
 void set_isa(const char* name);                      // "" = automatic again
 int runnable_kernels(const KernelTable* tables[8]);  // all tables this machine runs, worst first
+
+// ---- names ----------------------------------------------------------------------------------------------------------
+
+// The kernel that gemm(tile, rows, width) runs, as gemm_u8s8_6x64_avx512vnni.
+std::string gemm_name(const KernelTable& table, int64_t rows, int64_t width);
+
+// Every entry of a table and the function that it calls: {"quantize", "avx512::quantize"}, in the order of the fields, without
+// those that the table lacks; gemm with its full tile.
+std::vector<std::pair<std::string, std::string>> kernel_names(const KernelTable& table);
 
 }  // namespace quant_ops

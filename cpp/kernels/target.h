@@ -1,7 +1,23 @@
-// QO_TARGET_BEGIN("avx2,fma") ... QO_TARGET_END compiles what stands between for an instruction set, without compiler flags for the
-// whole file: inline functions of the standard headers, included before, keep the baseline and cannot leak wider instructions into
-// the rest of the library. Everything inside belongs in an unnamed namespace.
+// QO_TARGET_BEGIN("avx2,fma,f16c") ... QO_TARGET_END compiles what stands between for an instruction set, without compiler flags
+// for the whole file. Every header of the language and of the compiler is included here, before any region begins, so that its
+// inline functions keep the baseline: the linker may share them with the rest of the library. For the same reason everything inside
+// a region is in an unnamed namespace.
 #pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/table.h"
 
 #define QO_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -14,3 +30,6 @@
 
 #define QO_INLINE inline __attribute__((always_inline))
 #define QO_LAMBDA __attribute__((always_inline))
+
+#define QO_TEXT_OF(name) #name
+#define QO_TEXT(name) QO_TEXT_OF(name)

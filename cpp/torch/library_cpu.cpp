@@ -1,12 +1,11 @@
-// The op library: schemas and CPU kernels of torch.ops.quant_ops, on torch's stable ABI, and a few C functions for
-// python/quant_ops/_library.py. Fake kernels and autograd formulas are in python/quant_ops/ops.py; checks and allocation in
-// torch/quantize.h and torch/int8.h.
+// Registers the schemas and the CPU kernels of torch.ops.quant_ops, on torch's stable ABI. What is here is what the CPU does
+// otherwise than other devices; checks and allocation are in the headers that operators.h lists, kernels in cpu/. Gradients are
+// registered by python/quant_ops/ops.
 #include <pthread.h>
 
 #include <atomic>
-#include <cstring>
 
-#include "contract/cuda_weights.h"
+#include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "torch/operators.h"
 
@@ -36,6 +35,25 @@ int64_t parallel_threads() { return threads_lost ? 1 : torch::stable::get_num_th
 
 namespace {
 
+// The values of a zero point: rounded and clamped to [qmin, qmax] if it is floating, refused outside of it if it is an integer.
+std::vector<int32_t> zero_point_values(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax) {
+  const ScalarType type = t.scalar_type();
+  const bool floating = is_floating(type);
+  std::vector<int32_t> values(static_cast<size_t>(t.numel()));
+  const auto take = [&](size_t i, int64_t z) {
+    QO_EXPECT(z >= qmin && z <= qmax, op, name, " in [", qmin, ", ", qmax, "], got ", z);
+    values[i] = static_cast<int32_t>(z);
+  };
+  if (type == ScalarType::Int && t.is_contiguous()) {  // what the modules keep: a conversion would cost more than a small layer
+    for (size_t i = 0; i < values.size(); ++i) take(i, static_cast<const int32_t*>(t.const_data_ptr())[i]);
+    return values;
+  }
+  const Tensor wide = torch::stable::contiguous(to_type(t, floating ? ScalarType::Double : ScalarType::Long));
+  for (size_t i = 0; i < values.size(); ++i)
+    take(i, floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i]);
+  return values;
+}
+
 struct Cpu {
   static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
@@ -58,7 +76,7 @@ struct Cpu {
     for (int64_t i = 0; i < z.numel(); ++i) {
       int64_t value = floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i];
       value = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : value;
-      small = small && value >= -(1 << 23) && value <= (1 << 23);
+      small = small && value >= -kSmallZeroPoint && value <= kSmallZeroPoint;
       out[i] = static_cast<int32_t>(value);
     }
     return {z, small};
@@ -79,6 +97,9 @@ struct Cpu {
   static void pack(const Tensor& weight, const WeightShape& w, Tensor& packed) {
     pack_weight_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
   }
+  static void unpack(const Tensor& packed, const WeightShape& w, Tensor& weight) {
+    unpack_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
+  }
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
   }
@@ -97,64 +118,5 @@ STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
-  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight));
-}
-
-// ---- plain C, called through ctypes ---------------------------------------------------------------------------------
-
-#define QO_EXPORT extern "C" __attribute__((visibility("default")))
-
-// Each returns a text that stays valid until the thread's next call; one that starts with "quant_ops" is an error.
-namespace {
-const char* keep(std::string text) {
-  thread_local std::string kept;
-  kept = std::move(text);
-  return kept.c_str();
-}
-template <class F>
-const char* guarded(const F& f) {
-  try {
-    return keep(f());
-  } catch (const std::exception& e) {
-    return keep(e.what());
-  }
-}
-}  // namespace
-
-// The instruction set in use.
-QO_EXPORT const char* quant_ops_isa() {
-  return guarded([] { return std::string(quant_ops::kernels().isa); });
-}
-
-// Chooses another one; "" = automatic.
-QO_EXPORT const char* quant_ops_set_isa(const char* name) {
-  return guarded([&] {
-    quant_ops::set_isa(name);
-    return std::string(quant_ops::kernels().isa);
-  });
-}
-
-// Bytes of a weight packed by pack_weight, for its fake kernel.
-QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
-  return quant_ops::packed_layout(out_channels, in_channels, r, s, groups).bytes;
-}
-
-// The same of a weight on CUDA, known without the CUDA library.
-QO_EXPORT int64_t quant_ops_cuda_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
-  return quant_ops::cuda_weights(out_channels, in_channels, r, s, groups).bytes;
-}
-
-// All that this machine runs, worst first, separated by commas.
-QO_EXPORT const char* quant_ops_isas() {
-  return guarded([] {
-    const quant_ops::KernelTable* tables[8];
-    std::string names;
-    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
-    return names;
-  });
-}
-
-// The micro-kernel that int8_gemm, int8_linear and int8_conv2d call.
-QO_EXPORT const char* quant_ops_gemm_kernel() {
-  return guarded([] { return std::string(quant_ops::kernels().gemm_name); });
+  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight<quant_ops::Cpu>));
 }

@@ -1,8 +1,11 @@
 // Registers the CUDA kernels of torch.ops.quant_ops; schemas come from libquant_ops.so, which is loaded first. Checks and
 // allocation are those of the CPU (cpp/torch/quantize.h). Linked against torch's CPU libraries only, so that it builds and loads
-// beside any torch; the one CUDA function of torch that it needs is weak. QUANT_OPS_EMULATION registers the same operators under
-// another name for CPU tensors, with the kernels emulated (host_emulation.h): a test build. Read next: launch.h.
+// beside any torch; the one CUDA function of torch that it needs is weak. QUANT_OPS_EMULATION makes a test build: it registers the
+// same operators under another name for CPU tensors, with the kernels emulated (host_emulation.h). Read next: launch.h.
 #include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+#include <string>
 
 #include "launch.h"
 #include "torch/operators.h"
@@ -13,54 +16,72 @@ namespace quant_ops {
 namespace {
 
 #if defined(QUANT_OPS_EMULATION)
-struct OnDeviceOf {
-  OnDeviceOf(const char*, const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
-#else
-// Makes x's device the current one and knows its current stream.
 class OnDeviceOf {
  public:
-  OnDeviceOf(const char* op, const Tensor& x) : guard_(x.get_device_index()) {
+  OnDeviceOf(const char* op, const Tensor&) : op_(op) {}
+  Launch launch(void* memory = nullptr) const { return {op_, memory, nullptr}; }
+
+ private:
+  const char* op_;
+};
+#else
+// Makes x's device the current one and launches on its current stream.
+class OnDeviceOf {
+ public:
+  OnDeviceOf(const char* op, const Tensor& x) : op_(op), guard_(x.get_device_index()) {
     QO_EXPECT(aoti_torch_get_current_cuda_stream != nullptr, op,
               "a torch that has CUDA, got one built for the CPU. Install a CUDA build of torch.");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
-  void* stream() const { return stream_; }
+  Launch launch(void* memory = nullptr) const { return {op_, memory, stream_}; }
 
  private:
+  const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
 #endif
 
+// The bytes that a plan asks for, from torch's caching allocator. It reuses them in stream order, also inside a captured graph.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const Tensor& x) {
+    if (bytes > 0) tensor_ = empty({bytes}, ScalarType::Byte, x);
+  }
+  void* memory() { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
 struct Cuda {
   static void quantize(const QuantizeParams& p, const Tensor& x) {
     const OnDeviceOf device("quant_tensor_forward", x);
-    quantize_cuda(p, device.stream());
+    quantize_cuda(p, device.launch());
   }
 
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor& x) {
     const OnDeviceOf device("quant_tensor_backward", x);
-    // torch's caching allocator: reused in stream order, also inside a captured graph
-    Tensor workspace = empty({quantize_backward_workspace(p)}, ScalarType::Double, x);
-    quantize_backward_cuda(p, workspace.mutable_data_ptr<double>(), device.stream());
+    const QuantizeBackwardPlan plan = plan_quantize_backward(p);
+    Workspace workspace(plan.bytes, x);
+    run_quantize_backward(plan, p, device.launch(workspace.memory()));
   }
 
   static void dequantize(const DequantizeParams& p, const Tensor& x) {
     const OnDeviceOf device("dequant_tensor", x);
-    dequantize_cuda(p, device.stream());
+    dequantize_cuda(p, device.launch());
   }
 
   static void choose_qparams(const ChooseQParams& p, const Tensor& x) {
     const OnDeviceOf device("choose_qparams", x);
-    Tensor workspace = empty({choose_qparams_workspace(p)}, ScalarType::Double, x);
-    choose_qparams_cuda(p, workspace.mutable_data_ptr<double>(), device.stream());
+    const QParamsPlan plan = plan_choose_qparams(p, gpu_limits().multiprocessors);
+    Workspace workspace(plan.bytes, x);
+    run_choose_qparams(plan, p, device.launch(workspace.memory()));
   }
 
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor& x) {
     const OnDeviceOf device("quantize_rows", x);
-    quantize_rows_cuda(p, device.stream());
+    quantize_rows_cuda(p, p.columns, device.launch());
   }
 
   static const int32_t* no_zero_point() { return nullptr; }
@@ -68,25 +89,41 @@ struct Cuda {
   // Values stay on the device, so that nothing waits for it; whether they are small is known from the dtype alone.
   static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
     const ScalarType type = t.scalar_type();
-    const bool small = is_floating(type) ? qmin >= -(1 << 23) && qmax <= (1 << 23)
+    const bool small = is_floating(type) ? qmin >= -kSmallZeroPoint && qmax <= kSmallZeroPoint
                                          : is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short});
     if (type == ScalarType::Int) return {t, small};
     const OnDeviceOf device("zero_point", t);
     const Tensor dense = torch::stable::contiguous(t);
     Tensor z = empty(sizes_of(t), ScalarType::Int, t);
     const bool is_int64 = type == ScalarType::Long;
-    zero_points_cuda(dense.const_data_ptr(), is_int64 ? DType::kInt32 : to_dtype(type), is_int64, z.mutable_data_ptr<int32_t>(),
-                     z.numel(), qmin, qmax, device.stream());
+    zero_points_cuda({.from = dense.const_data_ptr(),
+                      .dtype = is_int64 ? DType::kInt32 : to_dtype(type),
+                      .is_int64 = is_int64,
+                      .to = z.mutable_data_ptr<int32_t>(),
+                      .n = z.numel(),
+                      .qmin = qmin,
+                      .qmax = qmax},
+                     device.launch());
     return {z, small};
   }
 
-  // ---- integer products: sizes of workspaces first, then work ----
-
   static void linear(const char* op, const Int8LinearParams& p, const Tensor& x) {
-    with_workspace(op, x, [&](void* memory, void* stream) { return int8_linear_cuda(op, p, memory, stream); });
+    if (p.M == 0 || p.N == 0) return;
+    const OnDeviceOf device(op, x);
+    const LinearPlan plan = plan_linear(p, gpu_limits(), kernel_choice());
+    expect_kernel(op, plan.kernel, kernel_choice());
+    Workspace workspace(plan.bytes, x);
+    run_linear(plan, p, device.launch(workspace.memory()));
   }
+
   static void conv2d(const Int8Conv2dParams& p, const Tensor& x) {
-    with_workspace("int8_conv2d", x, [&](void* memory, void* stream) { return int8_conv2d_cuda(p, memory, stream); });
+    const char* op = "int8_conv2d";
+    if (p.N == 0 || p.O == 0 || p.OH * p.OW == 0) return;
+    const OnDeviceOf device(op, x);
+    const Conv2dPlan plan = plan_conv2d(p, gpu_limits(), kernel_choice());
+    expect_kernel(op, plan.kernel, kernel_choice());
+    Workspace workspace(plan.bytes, x);
+    run_conv2d(plan, p, device.launch(workspace.memory()));
   }
 
   // Integer zero points are used as they are: looking at them would wait for the device.
@@ -103,45 +140,49 @@ struct Cuda {
     const CudaWeights w = layout_of(shape);
     int8_t* to = packed.mutable_data_ptr<int8_t>();
     pack_weight_cuda(weight.const_data_ptr<int8_t>(), w, reinterpret_cast<int32_t*>(to), w.plain ? nullptr : to + w.rows_offset,
-                     device.stream());
+                     device.launch());
   }
-  // its length is all that the host can see
+  // The length is all that the host can see.
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return packed.numel() == packed_bytes(w) && reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
-
- private:
-  template <class Work>
-  static void with_workspace(const char* op, const Tensor& x, const Work& work) {
-    const OnDeviceOf device(op, x);
-    const int64_t bytes = work(nullptr, nullptr);
-    // one byte more, so that there is memory even for a call that needs none; torch's allocator reuses it in stream order
-    Tensor memory = empty({bytes + 1}, ScalarType::Byte, x);
-    work(memory.mutable_data_ptr(), device.stream());
-  }
 };
 
 }  // namespace
 }  // namespace quant_ops
 
-// The kernel of a dense product with bfloat16 results on the current device, for python/quant_ops/_library.py; a text that stays
-// valid until the thread's next call, an error if it starts with "quant_ops".
-extern "C" __attribute__((visibility("default"))) const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K) {
+#define QO_EXPORT extern "C" __attribute__((visibility("default")))
+
+// For python/quant_ops/_library.py. The kernel of an int8_linear with codes and bfloat16 results on the current device, as text
+// that stays valid until the thread's next call. A text that starts with "quant_ops" is an error.
+QO_EXPORT const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K) {
   thread_local std::string kept;
-  quant_ops::IgemmProblem p{};
+  quant_ops::Int8LinearParams p{};
   p.M = M;
   p.N = p.y_stride = N;
-  p.K = p.a_stride = p.b_stride = (K + 15) / 16 * 16;
-  p.row_step = p.column_step = 1;
-  p.y_dtype = quant_ops::DType::kBFloat16;
+  p.K = p.x_stride = K;
+  p.in.dtype = quant_ops::DType::kInt8;
+  p.in.mode = quant_ops::Activation::kQuantized;
+  p.in.scale_stride = p.out.weight_scale_stride = 1;
+  p.out.dtype = quant_ops::DType::kBFloat16;
   try {
-    kept = quant_ops::igemm_kernel_text("int8_gemm", p);
+    const quant_ops::KernelPlan kernel = quant_ops::plan_linear(p, quant_ops::gpu_limits(), quant_ops::kernel_choice()).kernel;
+    quant_ops::expect_kernel("int8_gemm", kernel, quant_ops::kernel_choice());
+    kept = quant_ops::kernel_text(kernel);
   } catch (const std::exception& e) {
     kept = e.what();
   }
   return kept.c_str();
 }
+
+// As quant_ops_is_dtype_refusal of exports.cpp, for the refusals of this library.
+QO_EXPORT int quant_ops_cuda_is_dtype_refusal(const char* sentence) {
+  return quant_ops::last_dtype_refusal() == sentence;
+}
+
+// Wants this kernel from now on, in place of the one that QUANT_OPS_CUDA_KERNEL names; null or empty: that one again.
+QO_EXPORT void quant_ops_cuda_set_kernel(const char* text) { quant_ops::set_kernel_choice(text); }
 
 #if defined(QUANT_OPS_EMULATION)
 STABLE_TORCH_LIBRARY(quant_ops_emulated, m) { quant_ops::define_operators(m); }

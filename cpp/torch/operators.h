@@ -1,8 +1,16 @@
-// The operators: their schemas, and the kernels that every device has, by its `Device` (torch/library_cpu.cpp,
-// ../cpp/torch/library_cuda.cpp).
+// The operators: their schemas, which exist only here, and what is registered for every device. Each operator is a template over a
+// `Backend`, which is what differs between devices: library_cpu.cpp, library_cuda.cpp, and library_meta.cpp for the fake kernels.
+//   quant_tensor_forward to quantize_rows   quantize.h
+//   int8_gemm, int8_linear                  linear.h
+//   int8_conv2d                             conv2d.h
+//   pack_weight, unpack_weight              pack.h
+// Read next: one of these; python/quant_ops/ops for the documentation of an operator, its fake kernel and its gradient.
 #pragma once
 
-#include "torch/int8.h"
+#include "torch/conv2d.h"
+#include "torch/linear.h"
+#include "torch/pack.h"
+#include "torch/quantize.h"
 
 namespace quant_ops {
 
@@ -33,17 +41,18 @@ void define_operators(Library& m) {
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }
 
-template <class Device, class Library>
+// All but unpack_weight, which CUDA does not have.
+template <class Backend, class Library>
 void implement_operators(Library& m) {
-  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Device>));
-  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Device>));
-  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Device>));
-  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Device>));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Device>));
-  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Device>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear<Device>));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Device>));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight<Device>));
+  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Backend>));
+  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Backend>));
+  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Backend>));
+  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Backend>));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Backend>));
+  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Backend>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear<Backend>));
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Backend>));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight<Backend>));
 }
 
 }  // namespace quant_ops

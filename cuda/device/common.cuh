@@ -1,5 +1,5 @@
 // What all CUDA kernels share: vectors of elements, conversions in hardware, launches that check themselves. Without nvcc the
-// kernels are compiled for the host instead (host_emulation.h), which is how tests run them where there is no GPU.
+// kernels are compiled for the host instead (host_emulation.h), so that tests run them on a machine without a GPU.
 // Read next: layout.cuh for addresses, quantize.cu for kernels.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include "contract/dtypes.h"
 #include "device/layout.cuh"
 #include "device/quotient.cuh"
+#include "device/workspace.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -26,10 +27,9 @@ constexpr int kWarp = 32;
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 // Args::kBarriers says whether the kernel's threads wait for each other; only the emulation needs to know.
-// An error of an earlier launch may surface here too; the text says which operator noticed.
+// An error of an earlier launch may surface here too; the message names the operator that noticed.
 template <class Args>
-void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, void* stream, const Args& args,
-            int shared_bytes = 0) {
+void launch(const Launch& at, void (*kernel)(Args), int64_t blocks, dim3 threads, const Args& args, int shared_bytes = 0) {
 #if defined(__CUDACC__)
   static_cast<void>(Args::kBarriers);
   constexpr int kWithoutAsking = 48 << 10;
@@ -37,18 +37,18 @@ void launch(const char* op, void (*kernel)(Args), int64_t blocks, dim3 threads, 
   if (shared_bytes > kWithoutAsking)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(
-        args);
+    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes),
+             static_cast<cudaStream_t>(at.stream)>>>(args);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("quant_ops.") + op + ": expected the kernel launch to succeed, got " +
+    throw std::runtime_error(std::string("quant_ops.") + at.op + ": expected the kernel launch to succeed, got " +
                              cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
                              (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction
                                   ? ". Build for this GPU: set QUANT_OPS_CUDA_ARCHS to its architecture."
                                   : ". Set CUDA_LAUNCH_BLOCKING=1 to find the launch that failed."));
 #else
-  (void)op, (void)stream;
+  static_cast<void>(at);
   emulation::run([&] { kernel(args); }, blocks, threads, Args::kBarriers, static_cast<size_t>(shared_bytes));
 #endif
 }
@@ -68,7 +68,7 @@ inline int64_t multiprocessors() {
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 
-// N elements that are loaded and stored at once: whole words, from which elements are taken only where they are used.
+// N elements that are loaded and stored at once. They stay whole words in registers until an element is used.
 template <class T, int N>
 struct Vector {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
@@ -92,7 +92,7 @@ struct Vector {
   }
 };
 
-// A GPU refuses what the host would let pass.
+// The emulation aborts on an address that a GPU would refuse. On a GPU this does nothing.
 __device__ __forceinline__ void expect_aligned(const void* p, size_t bytes) {
 #if defined(__CUDACC__)
   static_cast<void>(p), static_cast<void>(bytes);
@@ -146,18 +146,7 @@ __device__ __forceinline__ X rounded_to(Compute<X> value) {
   return y;
 }
 
-// The nearest integer, ties to even; NaN gives 0, large values saturate.
-__device__ __forceinline__ int32_t nearest_int(float x) {
-#if defined(__CUDA_ARCH__)
-  return __float2int_rn(x);
-#else
-  if (!(x == x)) return 0;
-  const float r = round_even(x);
-  return r >= 2147483648.0f ? INT32_MAX : r < -2147483648.0f ? INT32_MIN : static_cast<int32_t>(r);
-#endif
-}
-
-// The q_dtype code at p[i].
+// The code of type `dtype` at p[i].
 __device__ __forceinline__ int64_t load_code(const void* p, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kInt8: return static_cast<const int8_t*>(p)[i];

@@ -1,5 +1,5 @@
-// From int32 sums to results: zero-point correction, scales, bias, ReLU, conversion, and where a result lies. Device code that
-// every integer kernel of this folder ends in; the same bits as the CPU's. Read next: portable.cuh.
+// From int32 sums to results: zero-point correction, scales, bias, ReLU, conversion, and the place of a result in y. Every integer
+// kernel but the Hopper engine's ends in this device code. Its bits are those of the CPU. Read next: portable.cuh.
 #pragma once
 
 #include "device/common.cuh"
@@ -7,69 +7,77 @@
 
 namespace quant_ops {
 
-// Four neighbouring columns of a row are finished at once.
+// A thread finishes this many neighbouring columns of a row at once.
 constexpr int kFour = 4;
 
-// Row m belongs to sample m / rows: of a convolution, whose rows are pixels. Of a GEMM every row is a sample.
+// Members are those of IgemmProblem. Row m belongs to sample m / rows: in a convolution rows are pixels, in a GEMM every row is a
+// sample.
 struct Epilogue {
-  const float* row_scale;
-  const int32_t* row_zero;  // null: none
-  int64_t row_step;         // per sample
-  const float* column_scale;
-  int64_t column_step;
-  const int32_t* column_sum;  // null when row_zero is
-  const float* bias;
-  float floor;
-  void* y;
-  DType dtype;
+  const float* row_scale = nullptr;
+  const int32_t* row_zero = nullptr;
+  int64_t row_step = 0;  // per sample
+  const float* column_scale = nullptr;
+  int64_t column_step = 0;
+  const int32_t* column_sum = nullptr;
+  const float* bias = nullptr;
+  float floor = 0.0f;
+  void* y = nullptr;
+  DType dtype = DType::kFloat32;
   FastDiv rows = FastDiv(1);
-  int64_t y_sample, y_row, y_column;
-  bool vectors;  // results of four neighbouring columns are one aligned vector
-  const float* out_scale;
-  const int32_t* out_zero_point;
+  int64_t y_sample = 0, y_row = 0, y_column = 0;  // strides
+  bool vectors = false;                           // results of four neighbouring columns are one aligned vector
+  const float* out_scale = nullptr;
+  const int32_t* out_zero_point = nullptr;
 };
 
-inline int64_t bytes_of(DType dtype) {
-  return dtype == DType::kInt8 || dtype == DType::kUInt8 ? 1 : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2 : 4;
-}
-
-// Whether vectors of four columns are aligned; first columns of groups are multiples of `columns`.
+// Whether vectors of four columns are aligned. Groups start at multiples of `columns`.
 inline bool whole_vectors(const Epilogue& e, int64_t columns) {
   return e.y_column == 1 && columns % kFour == 0 && e.y_row % kFour == 0 && e.y_sample % kFour == 0 &&
-         is_aligned(e.y, kFour * bytes_of(e.dtype));
+         is_aligned(e.y, kFour * dtype_bytes(e.dtype));
 }
 
 inline Epilogue epilogue_of(const IgemmProblem& p) {
-  Epilogue e{p.row_scale, p.row_zero, p.row_step, p.column_scale, p.column_step,   p.column_sum,
-             p.bias,      p.floor,    p.y,        p.y_dtype,      FastDiv(1),      p.y_stride,
-             0,           1,          false,      p.out_scale,    p.out_zero_point};
+  Epilogue e{.row_scale = p.row_scale,
+             .row_zero = p.row_zero,
+             .row_step = p.row_step,
+             .column_scale = p.column_scale,
+             .column_step = p.column_step,
+             .column_sum = p.column_sum,
+             .bias = p.bias,
+             .floor = p.floor,
+             .y = p.y,
+             .dtype = p.y_dtype,
+             .y_sample = p.y_stride,
+             .y_column = 1,
+             .out_scale = p.out_scale,
+             .out_zero_point = p.out_zero_point};
   e.vectors = whole_vectors(e, p.N);
   return e;
 }
 
-struct RowParams {
+struct OutputRow {
   float scale;
   int32_t zero;
   int64_t offset;  // of the row in y
 };
 
-__device__ __forceinline__ RowParams row_params(const Epilogue& e, int64_t m) {
+__device__ __forceinline__ OutputRow output_row(const Epilogue& e, int64_t m) {
   const int64_t sample = e.rows.quotient(m);
-  RowParams row;
+  OutputRow row;
   row.scale = e.dtype == DType::kInt32 ? 1.0f : e.row_scale[sample * e.row_step];
   row.zero = e.row_zero != nullptr ? e.row_zero[sample * e.row_step] : 0;
   row.offset = sample * e.y_sample + (m - sample * e.rows.divisor) * e.y_row;
   return row;
 }
 
-struct ColumnParams {
+struct OutputColumns {
   float scale[kFour], bias[kFour];
   int32_t sum[kFour];
 };
 
-// Columns n .. n + 3, of which `count` exist.
-__device__ __forceinline__ ColumnParams column_params(const Epilogue& e, int64_t n, int count) {
-  ColumnParams c;
+// What the epilogue reads for columns n .. n + 3, of which `count` exist.
+__device__ __forceinline__ OutputColumns output_columns(const Epilogue& e, int64_t n, int count) {
+  OutputColumns c;
 #pragma unroll
   for (int i = 0; i < kFour; ++i) {
     const bool exists = i < count && e.dtype != DType::kInt32;
@@ -113,8 +121,8 @@ __device__ __forceinline__ void convert_and_store(const Epilogue& e, int64_t off
   store_four(e, offset, count, values);
 }
 
-// Sums of columns n .. n + 3 of a row, of which `count` exist, to y.
-__device__ __forceinline__ void finish_four(const Epilogue& e, const RowParams& row, const ColumnParams& columns, int64_t n,
+// Writes the results of columns n .. n + 3 of a row, of which `count` exist, from their sums.
+__device__ __forceinline__ void finish_four(const Epilogue& e, const OutputRow& row, const OutputColumns& columns, int64_t n,
                                             int count, int32_t (&sums)[kFour]) {
 #pragma unroll
   for (int i = 0; i < kFour; ++i)  // modulo 2^32

@@ -18,7 +18,7 @@ namespace quant_ops {
 #endif
 
 // n / d for 0 <= n < 2^63, 1 <= d < 2^63, by one wide multiplication. With l = ceil(log2 d) and magic = ceil(2^(63+l) / d) < 2^64,
-// n * magic / 2^(63+l) exceeds n / d by less than 1 / d, hence has the same integer part.
+// n * magic / 2^(63+l) exceeds n / d by less than 1 / d, and so has the same integer part.
 struct FastDiv {
   uint64_t magic = 0;
   int64_t divisor = 1;
@@ -45,7 +45,7 @@ struct FastDiv {
   }
 };
 
-// An Iteration as a kernel parameter: row-major positions to the offsets of some of its operands.
+// An Iteration as a kernel parameter. It turns row-major positions into the offsets of some of its operands.
 template <int kOperandCount>
 struct Dims {
   int ndim = 0;
@@ -135,46 +135,47 @@ constexpr int64_t kMaxGrid = 0x7fffffff;  // gridDim.x
 
 // ---- tiles of codes in shared memory and in registers ---------------------------------------------------------------
 
-constexpr int kChunk = 16;  // bytes: of an asynchronous copy, and of a row of an ldmatrix matrix
+constexpr int kVectorBytes = 16;  // of an asynchronous copy, and of a row of an ldmatrix matrix
 
-// Where chunk `chunk` of row `row` is in a tile of rows of kRowBytes. Exclusive or with the row spreads the eight rows that
+// Where vector `vector` of row `row` is in a tile of rows of kRowBytes. The exclusive or with the row spreads the eight rows that
 // ldmatrix reads at once, and the eight lanes that write at once, over all banks.
 template <int kRowBytes>
-QO_HD_MEMBER int tile_offset(int row, int chunk) {
+QO_HD_MEMBER int tile_offset(int row, int vector) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 bytes: two rows share the 32 banks");
   const int spread = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
-  return row * kRowBytes + (chunk ^ spread) * kChunk;
+  return row * kRowBytes + (vector ^ spread) * kVectorBytes;
 }
 
-// mma.m16n8k32 takes a 16 x 32 from four 8 x 16 matrices, ordered along rows first; b, whose rows are columns of the product, from
-// two along k. For both, an ldmatrix.x4 whose lane l names this row and chunk (of 16 bytes) of a 16 x 32 block:
+// mma.m16n8k32 takes its 16 x 32 operand a as four 8 x 16 matrices, ordered along rows first. The rows of its operand b are columns
+// of the product, and it takes two matrices of them along k. For both, lane l of an ldmatrix.x4 names this row and 16-byte vector
+// of a 16 x 32 block:
 QO_HD_MEMBER int a_row(int lane) { return lane & 15; }
-QO_HD_MEMBER int a_chunk(int lane) { return lane >> 4; }
+QO_HD_MEMBER int a_vector(int lane) { return lane >> 4; }
 QO_HD_MEMBER int b_row(int lane) { return (lane & 7) + (lane >> 4) * 8; }  // words 0, 1: columns 0 .. 7; 2, 3: columns 8 .. 15
-QO_HD_MEMBER int b_chunk(int lane) { return (lane >> 3) & 1; }
+QO_HD_MEMBER int b_vector(int lane) { return (lane >> 3) & 1; }
 
-// Registers 0, 1 and 2, 3 of an accumulator: two neighbouring columns of rows c_row and c_row + 8.
+// Registers 0 and 1 of an accumulator are two neighbouring columns of row c_row, registers 2 and 3 those of row c_row + 8.
 QO_HD_MEMBER int c_row(int lane) { return lane >> 2; }
 QO_HD_MEMBER int c_column(int lane) { return (lane & 3) * 2; }
 
 // ---- convolution ----------------------------------------------------------------------------------------------------
 
-// The pixels of a convolution as rows of a product: row m is output pixel m, element k of a row is channel k % tap of the input
-// pixel under kernel position k / tap. Codes are NHWC; strides are in bytes.
+// The pixels of a convolution as rows of a product. Row m is output pixel m. Element k of a row is byte k % group of the codes of
+// the input pixel under tap k / group. Codes are NHWC, and strides are in bytes.
 struct Gather {
   const int8_t* codes = nullptr;
   const int8_t* padding = nullptr;  // [samples][16]: the zero point's code; null: 0
   int64_t sample = 0, row = 0, pixel = 0;
-  int64_t group = 0;  // channels of a group
+  int64_t group = 0;  // bytes of a tap: the codes of a group of a pixel, padded
   int32_t height = 0, width = 0;
   int32_t stride[2] = {}, pad[2] = {}, dilation[2] = {};
-  FastDiv pixels, columns;  // of the output: OH * OW, OW
-  FastDiv tap, kernel_columns;
+  FastDiv pixels, columns;      // of the output: OH * OW, OW
+  FastDiv tap, kernel_columns;  // of the kernel: bytes of a tap, S
 };
 
-// Where the kernel of an output pixel starts.
+// The input pixel of tap (0, 0) of an output pixel.
 struct GatherRow {
-  const int8_t* at;  // of row h, column w; outside of the image where these are
+  const int8_t* at;  // its codes, or an address outside of the image if h or w is
   int32_t h, w, sample;
 };
 
@@ -189,10 +190,10 @@ QO_HD_MEMBER GatherRow gather_row(const Gather& g, int64_t m, int64_t group) {
   return r;
 }
 
-// Element k of every row.
+// The tap and channel of element k, alike in every row.
 struct GatherTap {
-  int32_t h, w;    // from the row's own
-  int64_t offset;  // bytes from its `at`
+  int32_t h, w;    // relative to GatherRow's
+  int64_t offset;  // bytes from GatherRow's `at`
 };
 
 QO_HD_MEMBER GatherTap gather_tap(const Gather& g, int64_t k) {

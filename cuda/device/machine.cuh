@@ -16,7 +16,7 @@ __device__ __forceinline__ char* shared_memory() {
 #endif
 }
 
-// kBytes from global to shared memory, both aligned to kBytes; zeros, and nothing is read, where not valid.
+// Copies kBytes from global to shared memory, both aligned to kBytes. Unless valid, it reads nothing and writes zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   static_assert(kBytes == 4 || kBytes == 16, "cp.async.cg takes 16 bytes, .ca 4, 8 or 16");

@@ -1,9 +1,10 @@
-// Runs the kernels of this folder on the host, for tests on machines without a GPU: a block's threads are fibers, taken in turn;
-// one that waits at a barrier hands over to the next. Checks addresses, arithmetic and missing waits, not speed, races within a
-// barrier's interval or launch limits. A block in which no thread can go on aborts. The tensor-core instructions follow the tables
-// of the PTX manual; asynchronous copies happen as late as the program allows. Read next: common.cuh, machine.cuh.
+// Runs the CUDA kernels on the host, for tests on machines without a GPU. The threads of a block are fibers that take turns; one
+// that waits at a barrier hands over to the next. This checks addresses, arithmetic and missing waits, but not speed, launch limits
+// or races between two barriers. A block in which no thread can go on aborts. The tensor-core instructions follow the tables of the
+// PTX manual, and asynchronous copies happen as late as the program allows. Read next: common.cuh, machine.cuh.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -44,7 +45,9 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t fiber;
+  ucontext_t start;
+  jmp_buf fiber;
+  bool started = false;
   std::vector<char> stack = std::vector<char>(size_t{1} << 17);
   bool done = false;
   const Barrier* barrier = nullptr;  // waited for, until its generation changes
@@ -61,14 +64,25 @@ struct Block {
   Barrier barrier;
   std::vector<Barrier> warps;
   std::vector<uint64_t> shared;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const void* call = nullptr;
   void (*enter)(const void*) = nullptr;
 };
 inline Block block;
 
 inline Thread& self() { return block.threads[block.current]; }
-inline void pass_on() { swapcontext(&self().fiber, &block.scheduler); }
+
+// Fibers start by a context and then change over by _longjmp, which, unlike swapcontext, makes no system call: a kernel changes
+// over millions of times. They outlive their block and take part in the next one.
+inline void pass_on() {
+  if (_setjmp(self().fiber) == 0) _longjmp(block.scheduler, 1);
+}
+inline void resume(Thread& thread) {
+  if (_setjmp(block.scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.fiber, 1);
+  thread.started = true;
+  setcontext(&thread.start);
+}
 
 inline void release(Barrier* b) {
   b->arrived = 0;
@@ -83,11 +97,21 @@ inline void wait_at(Barrier* b, size_t members) {
 }
 
 inline void fiber_main() {
-  block.enter(block.call);
-  self().done = true;
-  --block.alive;
-  if (block.barrier.arrived > 0 && block.barrier.arrived == block.alive) release(&block.barrier);
-  pass_on();
+  for (;; pass_on()) {
+    block.enter(block.call);
+    self().done = true;
+    --block.alive;
+    if (block.barrier.arrived > 0 && block.barrier.arrived == block.alive) release(&block.barrier);
+  }
+}
+
+inline void add_thread() {
+  Thread& thread = block.threads.emplace_back();
+  getcontext(&thread.start);
+  thread.start.uc_stack.ss_sp = thread.stack.data();
+  thread.start.uc_stack.ss_size = thread.stack.size();
+  thread.start.uc_link = nullptr;
+  makecontext(&thread.start, fiber_main, 0);
 }
 
 // Without barriers the threads simply run one after the other.
@@ -110,7 +134,7 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t s
     }
     return;
   }
-  while (block.threads.size() < count) block.threads.emplace_back();
+  while (block.threads.size() < count) add_thread();
   block.count = count;
   block.call = &call;
   block.enter = [](const void* c) { (*static_cast<const Call*>(c))(); };
@@ -127,11 +151,6 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t s
       thread.exchanges = 0;
       thread.copies.clear();
       thread.groups.clear();
-      getcontext(&thread.fiber);
-      thread.fiber.uc_stack.ss_sp = thread.stack.data();
-      thread.fiber.uc_stack.ss_size = thread.stack.size();
-      thread.fiber.uc_link = nullptr;
-      makecontext(&thread.fiber, fiber_main, 0);
     }
     while (block.alive > 0) {
       bool progress = false;
@@ -142,7 +161,7 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t s
         progress = true;
         block.current = t;
         be_thread(t);
-        swapcontext(&block.scheduler, &thread.fiber);
+        resume(thread);
       }
       if (!progress) {
         std::fprintf(stderr, "emulated kernel: its threads wait at different barriers\n");
@@ -152,7 +171,8 @@ void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t s
   }
 }
 
-// What every lane of the warp says, after all have said it. Two slots in turn, so that one barrier is enough.
+// Tells the warp a message, and gives those of all lanes once all have told theirs. Two slots take turns, so that one barrier is
+// enough.
 template <class Message>
 const Message* tell_warp(const Message& message) {
   static_assert(sizeof(Message) <= kSlotBytes);

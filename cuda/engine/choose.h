@@ -1,22 +1,22 @@
-// Which tile, and how many parts of K, an integer product gets on a GPU: plain host code, a model of the time that each would take.
+// Which kernel an integer product gets on a GPU, and how many splits of K: a model of the time that each would take. Plain host
+// code.
 //
-//   blocks = tiles * groups * parts;   time = waves * (start + steps * step) + parts' extra traffic
+//   blocks = tiles * groups * splits;   time = waves * (start + steps * step) + the splits' extra traffic
 //
-// A step (block_k elements of K) costs the larger of its multiplications and its bytes; a wave is what is resident at once, its
-// last one counted in part, so that one row more never costs a jump. QUANT_OPS_CUDA_KERNEL names a tile to use instead. Read next:
-// portable.cuh.
+// A step (a tile's k elements of K) takes as long as the slowest of its multiplications, its loads and their latency. A wave is the
+// blocks that are resident at once. The last wave counts in proportion to its blocks, so that one more row never costs a jump.
+// QUANT_OPS_CUDA_KERNEL names a kernel to use instead. Read next: choose.cpp, portable.cuh.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <stdexcept>
 #include <string>
+
+#include "engine/problem.h"
 
 namespace quant_ops {
 
-// X(rows, columns, k, warps along rows, warps along columns, stages): of a block. Each instance is a kernel per loader.
+// X(rows, columns, k, warps along rows, warps along columns, stages) of a block. Every loader has a kernel for each of them.
 #define QO_IGEMM_TILES(X)  \
   X(16, 64, 128, 1, 4, 4)  \
   X(32, 64, 128, 1, 4, 4)  \
@@ -31,12 +31,13 @@ struct IgemmTile {
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
   constexpr int ring_bytes() const { return stages * (m + n) * k; }
-  // The epilogue passes 16 rows of each warp's sums through the same memory; eight more columns spread the banks.
+  // The epilogue passes 16 rows of each warp's sums through the same memory. Eight extra columns avoid bank conflicts.
   constexpr int staging_bytes() const { return warps_m * warps_n * 16 * (n / warps_n + 8) * 4; }
   constexpr int shared_bytes() const { return ring_bytes() > staging_bytes() ? ring_bytes() : staging_bytes(); }
 };
 
-#define QO_IGEMM_TILE(m, n, k, wm, wn, s) {"igemm_s8s8_" #m "x" #n "x" #k "_mma", m, n, k, wm, wn, s},
+#define QO_IGEMM_TILE(M, N, K, WarpsM, WarpsN, Stages) \
+  {.name = "igemm_s8s8_" #M "x" #N "x" #K "_mma", .m = M, .n = N, .k = K, .warps_m = WarpsM, .warps_n = WarpsN, .stages = Stages},
 constexpr IgemmTile kIgemmTiles[] = {QO_IGEMM_TILES(QO_IGEMM_TILE)};
 #undef QO_IGEMM_TILE
 constexpr int kIgemmTileCount = sizeof(kIgemmTiles) / sizeof(kIgemmTiles[0]);
@@ -44,25 +45,19 @@ constexpr int kIgemmTileCount = sizeof(kIgemmTiles) / sizeof(kIgemmTiles[0]);
 struct GpuLimits {
   int arch;  // 80, 86, 89, 90, 100, 120
   int64_t multiprocessors;
-  int64_t block_bytes, shared_bytes;  // shared memory that a block may have, that a multiprocessor has
+  int64_t block_bytes, shared_bytes;  // shared memory: what a block may have, what a multiprocessor has
 };
+const GpuLimits& gpu_limits();  // of the current device
 
 struct IgemmShape {
   int64_t M, N, K, groups;
-  int load_bytes = 16;  // at once, of a
-};
-
-struct IgemmChoice {
-  int tile;
-  int64_t parts;   // of K
-  int64_t part_k;  // elements of each, a multiple of the tile's k
-  double time;     // in clocks, of the model
+  int load_bytes = 16;  // of a, by one copy: 16 or 4
 };
 
 inline bool tile_fits(const IgemmTile& t, const GpuLimits& gpu) { return t.shared_bytes() <= gpu.block_bytes; }
 
-// Blocks that a multiprocessor holds: by shared memory (1 KiB of each block is the system's) and by registers, of which a thread
-// with a warp's sums needs those and about 90 more.
+// Blocks that a multiprocessor holds. Limits are shared memory, of which the system takes 1 KiB a block, and registers: a thread
+// needs one for each of its sums and about 90 more.
 inline int64_t resident_blocks(const IgemmTile& t, const GpuLimits& gpu) {
   const int64_t sums = int64_t{t.m} * t.n / t.threads(), registers = std::min<int64_t>(255, sums + 90) * t.threads();
   return std::max<int64_t>(
@@ -71,34 +66,34 @@ inline int64_t resident_blocks(const IgemmTile& t, const GpuLimits& gpu) {
 
 constexpr double kLaunchClocks = 2500;                 // a kernel after another one
 constexpr double kCacheBytes = 48, kMemoryBytes = 18;  // per clock and multiprocessor, from the L2 cache and from memory
-constexpr int64_t kMostParts = 16;
-constexpr int64_t kLeastSteps = 4;  // of a part: fewer do not fill the pipeline
+constexpr int64_t kMostSplits = 16;
+constexpr int64_t kLeastSteps = 4;  // of a split: fewer do not fill the pipeline
 
-// The model's clocks of `shape` with a tile, K in `parts` of `steps` steps each.
-inline double igemm_time(const IgemmShape& shape, const IgemmTile& t, const GpuLimits& gpu, int64_t parts, int64_t steps) {
+// The model's clocks for a shape and a tile, with K in `splits` of `steps` steps each.
+inline double igemm_time(const IgemmShape& shape, const IgemmTile& t, const GpuLimits& gpu, int64_t splits, int64_t steps) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const double rate = gpu.arch == 80 || gpu.arch == 90 || gpu.arch == 100 ? 2048 : 1024;  // multiplications by mma.sync a clock
   const double start = 1500, finish = 4.0 * t.m * t.n / 128;
 
-  const int64_t tiles = ceil_div(shape.M, t.m) * ceil_div(shape.N, t.n) * shape.groups, blocks = tiles * parts;
+  const int64_t tiles = ceil_div(shape.M, t.m) * ceil_div(shape.N, t.n) * shape.groups, blocks = tiles * splits;
   const int64_t resident = resident_blocks(t, gpu), slots = resident * gpu.multiprocessors;
-  // what a multiprocessor's blocks, side by side, take for a step of each
+  // blocks of a multiprocessor that take turns; each does a step in the time that follows
   const double active = std::min<double>(static_cast<double>(resident), static_cast<double>(blocks) / gpu.multiprocessors);
   const double side_by_side = std::max(1.0, active);
-  // narrow warp tiles read more of shared memory per multiplication than it can give
+  // small warp tiles read more shared memory per multiplication than it can deliver: they reach a part of the rate
   const double warp_m = static_cast<double>(t.m) / t.warps_m, warp_n = static_cast<double>(t.n) / t.warps_n;
-  const double share = std::min(1.0, 128.0 * warp_m * warp_n / (warp_m + warp_n) / rate);
-  const double multiply = static_cast<double>(t.m) * t.n * t.k / (rate * share) * side_by_side;
+  const double reached = std::min(1.0, 128.0 * warp_m * warp_n / (warp_m + warp_n) / rate);
+  const double multiply = static_cast<double>(t.m) * t.n * t.k / (rate * reached) * side_by_side;
   const double fetch = static_cast<double>(t.m + t.n) * t.k / kCacheBytes * side_by_side * (shape.load_bytes < 16 ? 2.0 : 1.0);
-  const double latency = 700.0 / (t.stages - 1);  // of a load, shared by the stages in flight
+  const double latency = 700.0 / (t.stages - 1);  // of a load, divided by the stages in flight
   const double block_time = start + static_cast<double>(steps) * std::max({multiply, fetch, latency}) + finish * side_by_side;
   const double waves = std::max(1.0, static_cast<double>(blocks) / static_cast<double>(slots));
   const double compute = block_time * waves;
 
   const double operands = static_cast<double>(shape.groups) * shape.K * static_cast<double>(shape.M + shape.N);
   const double bandwidth = kMemoryBytes * static_cast<double>(gpu.multiprocessors);
-  const double sums = parts == 1 ? 0.0 : 8.0 * static_cast<double>(parts) * shape.M * shape.N * shape.groups;
-  const double joining = parts == 1 ? 0.0 : kLaunchClocks + sums / (kCacheBytes * static_cast<double>(gpu.multiprocessors));
+  const double sums = splits == 1 ? 0.0 : 8.0 * static_cast<double>(splits) * shape.M * shape.N * shape.groups;
+  const double joining = splits == 1 ? 0.0 : kLaunchClocks + sums / (kCacheBytes * static_cast<double>(gpu.multiprocessors));
   return kLaunchClocks + std::max(compute, operands / bandwidth) + joining;
 }
 
@@ -107,7 +102,8 @@ inline double igemm_time(const IgemmShape& shape, const IgemmTile& t, const GpuL
 constexpr int kGemvRows = 8, kGemvColumns = 16, kGemvWarps = 8;
 constexpr const char* kGemvName = "gemv_s8s8_16x8_mma";
 
-// Bytes between rows in shared memory: 64 modulo the 128 of all banks, so that the eight lanes that read at once do not meet.
+// Bytes between rows in shared memory. All banks are 128 bytes; an odd multiple of 64 keeps the eight lanes that read at once
+// apart.
 inline int64_t gemv_pitch(int64_t K) { return (K + 127) / 128 * 128 + 64; }
 inline int64_t gemv_shared_bytes(int64_t K) {
   return kGemvRows * gemv_pitch(K) + kGemvWarps * kGemvColumns * kGemvRows * 4 + kGemvRows * 8;
@@ -116,14 +112,13 @@ inline bool gemv_fits(int64_t M, int64_t K, const GpuLimits& gpu) {
   return M <= kGemvRows && gemv_shared_bytes(K) <= gpu.block_bytes;
 }
 
-// Clocks; x_bytes: of an element of floating rows, which every block quantizes for itself, 0 for codes.
+// The model's clocks. x_bytes is the size of an element of floating rows, which every block quantizes for itself; 0 for codes.
 inline double gemv_time(int64_t M, int64_t N, int64_t K, int64_t x_bytes, const GpuLimits& gpu) {
   const double blocks = static_cast<double>((N + kGemvColumns - 1) / kGemvColumns), sms = static_cast<double>(gpu.multiprocessors);
   const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(gpu.shared_bytes / (gemv_shared_bytes(K) + 1024), 4));
   const double waves = std::max(1.0, blocks / (sms * static_cast<double>(resident)));
   const double rows = static_cast<double>(M) * static_cast<double>(K);
-  // of a block: rows to shared memory (floating ones are read twice and cost some twenty instructions), then loads of 512 bytes of
-  // K
+  // A block first writes its rows to shared memory. Floating rows are read twice and cost about twenty instructions an element.
   const double staging = x_bytes == 0 ? 400 + rows / 48 : 1500 + rows * (2.0 * static_cast<double>(x_bytes) / 48 + 20.0 / 128);
   const double loads = 700.0 * static_cast<double>(K) / (64.0 * kGemvWarps * 4) + 700;
   const double memory = static_cast<double>(N) * static_cast<double>(K) / (kMemoryBytes * std::min(blocks, sms));
@@ -132,63 +127,37 @@ inline double gemv_time(int64_t M, int64_t N, int64_t K, int64_t x_bytes, const 
 
 // ---- choice ---------------------------------------------------------------------------------------------------------
 
-// A kernel and its parts as text: "igemm_s8s8_64x64x128_mma", with ":4" for four parts.
-inline std::string kernel_text(const char* name, int64_t parts) {
-  return parts == 1 ? std::string(name) : std::string(name) + ":" + std::to_string(parts);
-}
+// A kernel to use in place of the fastest one, for tests and benchmarks.
+struct KernelChoice {
+  std::string name;    // empty: as the model likes
+  int64_t splits = 0;  // 0: likewise
 
-// Of `forced`, which is as kernel_text gives it, or null or empty.
-struct ForcedKernel {
-  std::string name;
-  int64_t parts = 0;  // 0: as the model likes
-
-  explicit ForcedKernel(const char* forced) : name(forced == nullptr ? "" : forced) {
-    const size_t colon = name.find(':');
-    if (colon == std::string::npos) return;
-    parts = std::max<int64_t>(1, std::atoll(name.c_str() + colon + 1));
-    name.resize(colon);
-  }
+  KernelChoice() = default;
+  explicit KernelChoice(const std::string& text);  // as kernel_text gives it
 };
 
-// The best tile for the shape, or the forced one; tile -1: no tile of this table has that name. M, N, groups >= 1.
-inline IgemmChoice choose_igemm(const IgemmShape& shape, const GpuLimits& gpu, const ForcedKernel& forced) {
-  constexpr int64_t kMostPartBytes = int64_t{64} << 20;  // of the sums of all parts
-  IgemmChoice best{-1, 1, 0, 0.0};
-  for (int i = 0; i < kIgemmTileCount; ++i) {
-    const IgemmTile& t = kIgemmTiles[i];
-    if (!tile_fits(t, gpu) || (!forced.name.empty() && forced.name != t.name)) continue;
-    const int64_t steps = (shape.K + t.k - 1) / t.k;
-    const auto consider = [&](int64_t wanted) {
-      const int64_t part_steps = std::max<int64_t>(1, (steps + wanted - 1) / wanted);
-      const int64_t parts = std::max<int64_t>(1, (steps + part_steps - 1) / part_steps);
-      const double time = igemm_time(shape, t, gpu, parts, part_steps);
-      if (best.tile < 0 || time < best.time) best = {i, parts, part_steps * t.k, time};
-    };
-    if (forced.parts > 0) {
-      consider(forced.parts);
-      continue;
-    }
-    const int64_t part_bytes = 4 * shape.M * shape.N * shape.groups;
-    consider(1);
-    for (int64_t parts = 2; parts <= kMostParts && steps / parts >= kLeastSteps && parts * part_bytes <= kMostPartBytes; ++parts)
-      consider(parts);
-  }
-  return best;
-}
+// What set_kernel_choice said last, at first the value of QUANT_OPS_CUDA_KERNEL.
+const KernelChoice& kernel_choice();
+void set_kernel_choice(const char* text);  // null or empty: QUANT_OPS_CUDA_KERNEL again
 
-// What QUANT_OPS_CUDA_KERNEL says.
-inline const char* forced_kernel() { return std::getenv("QUANT_OPS_CUDA_KERNEL"); }
+// The tile and splits with the least time, or the wanted ones. Engine::kNone if no tile has the wanted name. M, N, groups >= 1.
+KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted);
 
-// Whether a name, with or without parts, is of the table of tiles, or unknown to all tables: those that start with "igemm".
-inline bool is_igemm_tile(const char* name) { return name != nullptr && std::strncmp(name, "igemm", 5) == 0; }
+// The kernel for a dense product among all engines. Engine::kNone if none has the wanted name and takes the problem.
+KernelPlan choose_kernel(const IgemmProblem& p, const GpuLimits& gpu, const KernelChoice& wanted);
 
-[[noreturn]] inline void refuse_forced_kernel(const char* op, const char* forced) {
-  std::string names = kGemvName;
-  for (const IgemmTile& t : kIgemmTiles) names += std::string(", ") + t.name;
-  throw std::runtime_error(std::string("quant_ops.") + op +
-                           ": expected QUANT_OPS_CUDA_KERNEL to name a kernel that takes these shapes on "
-                           "this GPU, got " +
-                           forced + ". Unset it, or name one of " + names + ".");
-}
+// The gemv kernel if it is to quantize the rows of p too, from a dtype of x_bytes; else Engine::kNone. `other` is the kernel that
+// would multiply their codes.
+KernelPlan choose_quantizing_gemv(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
+                                  const KernelPlan& other);
+
+// The tile for a convolution. A wanted name of a kernel that only dense products have leaves the choice to the model.
+KernelPlan choose_conv_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted);
+
+// The kernel's name, with ":4" for four splits: "igemm_s8s8_64x64x128_mma:4".
+std::string kernel_text(const KernelPlan& kernel);
+
+// Throws if the plan found no kernel.
+void expect_kernel(const char* op, const KernelPlan& kernel, const KernelChoice& wanted);
 
 }  // namespace quant_ops

@@ -1,22 +1,15 @@
-// Integer products of up to eight rows (gemv.cu), floating rows quantized on the way. Plain host code.
+// Integer products of up to eight rows (gemv.cu). Plain host code.
 #pragma once
 
 #include "engine/problem.h"
 
 namespace quant_ops {
 
-// Rows to quantize by their data, in place of IgemmProblem's a, row_scale and row_zero.
-struct FloatingRows {
-  const void* x;
-  DType dtype;
-  int64_t stride, columns;
-  bool asymmetric;
-};
+// p.M <= kGemvRows, and a block has gemv_shared_bytes(p.K) of shared memory.
+void run_gemv(const IgemmProblem& p, const Launch& at);
 
-// Whether gemv_cuda is to quantize the rows of p, too.
-bool gemv_quantizes(const char* op, const IgemmProblem& p, const FloatingRows& rows);
-
-// p.M <= kGemvRows; gemv_shared_bytes(p.K) fit. rows: null, or the floating rows.
-void gemv_cuda(const char* op, const IgemmProblem& p, const FloatingRows* rows, void* stream);
+// The same for floating rows, which the kernel quantizes by their data. They take the place of p's a, row_scale and row_zero; q,
+// scale and zero_point of `rows` are not written.
+void run_quantizing_gemv(const IgemmProblem& p, const QuantizeRowsParams& rows, const Launch& at);
 
 }  // namespace quant_ops

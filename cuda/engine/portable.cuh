@@ -1,9 +1,9 @@
 // The portable integer engine (sm_80 and newer): one kernel over a loader of rows, for GEMM and for implicit-GEMM convolution.
 //
 // A block computes a tile of [kM, kN]. Its codes come through a ring of kStages buffers of [kM + kN][kK] bytes in shared memory,
-// filled by cp.async that run kStages - 1 steps ahead; warps read them by ldmatrix and multiply by mma.sync. Buffers are swizzled
-// (tile_offset), so that neither side meets a bank conflict. Sums leave through shared memory, 16 rows of a warp at a time, so that
-// stores are vectors. K may be split over blocks: each part then writes its sums, and join_kernel adds and finishes them.
+// which cp.async fills kStages - 1 steps ahead. Warps read them by ldmatrix and multiply by mma.sync. Buffers are swizzled
+// (tile_offset), so that neither side has bank conflicts. Sums leave through shared memory, 16 rows of a warp at a time, so that
+// stores are vectors. K may be split over blocks: each split then writes its sums, and join_kernel adds and finishes them.
 // Read next: layout.cuh for the addresses, epilogue.cuh, portable.cu.
 #pragma once
 
@@ -16,15 +16,15 @@ namespace quant_ops {
 struct IgemmArgs {
   static constexpr bool kBarriers = true;
   int64_t M, N, K;  // of one group
-  const int8_t* a;  // dense rows; else `gather`
+  const int8_t* a;  // of dense products; convolutions have `gather`
   int64_t a_stride;
   const int8_t* b;  // [groups][N][b_stride]
   int64_t b_stride;
   Gather gather;
   Epilogue out;
   int64_t tiles_m, tiles_n, groups;
-  int64_t part_k;       // elements of K of a part, a multiple of the tile's
-  int64_t part_stride;  // elements of y between parts
+  int64_t split_k;       // elements of K of a split, a multiple of the tile's
+  int64_t split_stride;  // elements of y between splits
 };
 
 template <int M, int N, int K, int WarpsM, int WarpsN, int Stages>
@@ -38,37 +38,37 @@ struct Tile {
 
 // ---- loaders --------------------------------------------------------------------------------------------------------
 
-// A thread copies the same chunk column of every kStep-th row.
+// What a thread copies of a tile: the same 16-byte vector of every kStep-th row.
 template <int kRows, int kK, int kThreads>
-struct Share {
-  static constexpr int kChunks = kK / kChunk, kStep = kThreads / kChunks, kCount = kRows / kStep;
-  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "whole rows, alike for every thread");
-  __device__ __forceinline__ static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
-  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / kChunks + i * kStep; }
+struct ThreadCopies {
+  static constexpr int kVectors = kK / kVectorBytes, kStep = kThreads / kVectors, kCount = kRows / kStep;
+  static_assert(kThreads % kVectors == 0 && kRows % kStep == 0, "whole rows, alike for every thread");
+  __device__ __forceinline__ static int vector() { return static_cast<int>(threadIdx.x) % kVectors; }
+  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / kVectors + i * kStep; }
 };
 
-// Rows [first, rows) of a matrix whose K is contiguous; others are zeros.
+// Rows [first, rows) of a matrix whose K is contiguous. Rows beyond are zeros.
 template <int kRows, int kK, int kThreads>
-struct DenseRows : Share<kRows, kK, kThreads> {
-  using Share<kRows, kK, kThreads>::kCount;
-  const int8_t* at;  // the thread's chunk of its first row
-  const int8_t* safe;
+struct DenseRows : ThreadCopies<kRows, kK, kThreads> {
+  using ThreadCopies<kRows, kK, kThreads>::kCount;
+  const int8_t* at;    // the thread's vector of its first row
+  const int8_t* safe;  // an address for copies that read nothing
   int64_t step, K;
   uint32_t exists;
 
   __device__ __forceinline__ DenseRows(const int8_t* matrix, int64_t stride, int64_t first, int64_t rows, int64_t K_)
       : safe(matrix), step(stride * this->kStep), K(K_), exists(0) {
-    at = matrix + (first + this->row(0)) * stride + this->chunk() * kChunk;
+    at = matrix + (first + this->row(0)) * stride + this->vector() * kVectorBytes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) exists |= static_cast<uint32_t>(first + this->row(i) < rows) << i;
   }
 
   __device__ __forceinline__ void load(char* tile, int64_t k) const {
-    const bool within = k + this->chunk() * kChunk < K;
+    const bool within = k + this->vector() * kVectorBytes < K;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = within && (exists >> i & 1);
-      copy_async<kChunk>(tile + tile_offset<kK>(this->row(i), this->chunk()), valid ? at + i * step + k : safe, valid);
+      copy_async<kVectorBytes>(tile + tile_offset<kK>(this->row(i), this->vector()), valid ? at + i * step + k : safe, valid);
     }
   }
 };
@@ -81,12 +81,12 @@ struct DenseLoader {
   };
 };
 
-// Pixels of a convolution, by copies of kBytes, within which the kernel position does not change. Rows beyond the last repeat it.
+// Pixels of a convolution, by copies of kBytes. The tap does not change within a copy. Rows beyond the last one repeat it.
 template <int kBytes>
 struct GatherLoader {
   template <class T>
-  struct Rows : Share<T::kM, T::kK, T::kThreads> {
-    using Share<T::kM, T::kK, T::kThreads>::kCount;
+  struct Rows : ThreadCopies<T::kM, T::kK, T::kThreads> {
+    using ThreadCopies<T::kM, T::kK, T::kThreads>::kCount;
     const Gather& g;
     int64_t K;
     GatherRow rows[kCount];
@@ -101,15 +101,17 @@ struct GatherLoader {
 
     __device__ __forceinline__ void load(char* tile, int64_t k) const {
 #pragma unroll
-      for (int byte = 0; byte < kChunk; byte += kBytes) {
-        const int64_t element = k + this->chunk() * kChunk + byte;
+      for (int byte = 0; byte < kVectorBytes; byte += kBytes) {
+        const int64_t element = k + this->vector() * kVectorBytes + byte;
         const bool within = element < K;
         const GatherTap tap = gather_tap(g, element);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           const bool pixel = within && inside(g, rows[i], tap), padded = within && g.padding != nullptr;
-          const int8_t* from = pixel ? rows[i].at + tap.offset : padded ? g.padding + int64_t{rows[i].sample} * kChunk : g.codes;
-          copy_async<kBytes>(tile + tile_offset<T::kK>(this->row(i), this->chunk()) + byte, from, pixel || padded);
+          const int8_t* from = pixel    ? rows[i].at + tap.offset
+                               : padded ? g.padding + int64_t{rows[i].sample} * kVectorBytes
+                                        : g.codes;
+          copy_async<kBytes>(tile + tile_offset<T::kK>(this->row(i), this->vector()) + byte, from, pixel || padded);
         }
       }
     }
@@ -118,9 +120,9 @@ struct GatherLoader {
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// Blocks that run together share rows: they go down kTall tiles before the next column of tiles.
+// Blocks that run at the same time share rows and columns: they go down kTall tiles before the next column of tiles.
 struct TilePlace {
-  int64_t m, n, group, part;
+  int64_t m, n, group, split;
 };
 __device__ __forceinline__ TilePlace tile_place(const IgemmArgs& a) {
   constexpr uint32_t kTall = 8;
@@ -140,10 +142,10 @@ __device__ __forceinline__ void multiply_stage(const char* stage, int warp_m, in
     uint32_t a[T::kWarpM / 16][4], b[T::kWarpN / 16][4];
 #pragma unroll
     for (int i = 0; i < T::kWarpM / 16; ++i)
-      load_matrices(stage + tile_offset<T::kK>(warp_m * T::kWarpM + i * 16 + a_row(lane), k * 2 + a_chunk(lane)), a[i]);
+      load_matrices(stage + tile_offset<T::kK>(warp_m * T::kWarpM + i * 16 + a_row(lane), k * 2 + a_vector(lane)), a[i]);
 #pragma unroll
     for (int j = 0; j < T::kWarpN / 16; ++j)
-      load_matrices(tile_b + tile_offset<T::kK>(warp_n * T::kWarpN + j * 16 + b_row(lane), k * 2 + b_chunk(lane)), b[j]);
+      load_matrices(tile_b + tile_offset<T::kK>(warp_n * T::kWarpN + j * 16 + b_row(lane), k * 2 + b_vector(lane)), b[j]);
 #pragma unroll
     for (int i = 0; i < T::kWarpM / 16; ++i)
 #pragma unroll
@@ -154,21 +156,21 @@ __device__ __forceinline__ void multiply_stage(const char* stage, int warp_m, in
   }
 }
 
-// The warp's sums to y, from row m and column n (of its group; `first` is the group's first column) on.
+// Writes the warp's results to y, from row m and column n on. n counts from the group's first column, which is `first`.
 template <class T>
 __device__ __forceinline__ void finish_warp(const Epilogue& e, char* staging, int64_t m, int64_t M, int64_t n, int64_t N,
                                             int64_t first, int lane, const int32_t (&sums)[T::kWarpM / 16][T::kWarpN / 8][4]) {
-  constexpr int kPitch = T::kWarpN + 8;  // eight more: the lanes' pairs of columns lie in different banks
+  constexpr int kPitch = T::kWarpN + 8;  // with eight more, the lanes' pairs of columns lie in different banks
   constexpr int kAcross = T::kWarpN / kFour, kRowsAtOnce = kWarp / kAcross;
   int32_t* block = reinterpret_cast<int32_t*>(staging);
-  const bool across = e.y_column == 1;  // else rows are contiguous in y: lanes go down the 16 rows first
+  const bool across = e.y_column == 1;  // else rows are contiguous in y, and lanes go down the 16 rows first
   const auto columns_from = [&](int64_t column) { return static_cast<int>(N - column < kFour ? N - column : kFour); };
-  ColumnParams columns;
+  OutputColumns columns;
   if (across && n + lane % kAcross * kFour < N)
-    columns = column_params(e, first + n + lane % kAcross * kFour, columns_from(n + lane % kAcross * kFour));
+    columns = output_columns(e, first + n + lane % kAcross * kFour, columns_from(n + lane % kAcross * kFour));
 #pragma unroll
   for (int i = 0; i < T::kWarpM / 16; ++i) {
-    __syncwarp();  // of the 16 rows before, everything is read
+    __syncwarp();  // all lanes have read the 16 rows before
 #pragma unroll
     for (int j = 0; j < T::kWarpN / 8; ++j)
 #pragma unroll
@@ -183,12 +185,12 @@ __device__ __forceinline__ void finish_warp(const Epilogue& e, char* staging, in
       const int column = across ? lane % kAcross * kFour : (r * 2 + (lane >> 4)) * kFour;
       if (m + i * 16 + row >= M || n + column >= N) continue;
       const int count = columns_from(n + column);
-      if (!across) columns = column_params(e, first + n + column, count);
+      if (!across) columns = output_columns(e, first + n + column, count);
       const auto words = load_vector<kFour>(block + row * kPitch + column);
       int32_t four[kFour];
 #pragma unroll
       for (int c = 0; c < kFour; ++c) four[c] = words.get(c);
-      finish_four(e, row_params(e, m + i * 16 + row), columns, first + n + column, count, four);
+      finish_four(e, output_row(e, m + i * 16 + row), columns, first + n + column, count, four);
     }
   }
 }
@@ -204,8 +206,8 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
   const typename Loader::template Rows<T> a(args, place.m * T::kM, place.group);
   const DenseRows<T::kN, T::kK, T::kThreads> b(args.b + place.group * args.N * args.b_stride, args.b_stride, place.n * T::kN,
                                                args.N, args.K);
-  const int64_t k_begin = place.part * args.part_k, left = args.K - k_begin;
-  const int steps = static_cast<int>(((left < args.part_k ? left : args.part_k) + T::kK - 1) / T::kK);
+  const int64_t k_begin = place.split * args.split_k, left = args.K - k_begin;
+  const int steps = static_cast<int>(((left < args.split_k ? left : args.split_k) + T::kK - 1) / T::kK);
   const auto load = [&](int step) {
     if (step < steps) {
       char* stage = memory + step % T::kStages * T::kStageBytes;
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<T::kStages - 2>();
-    __syncthreads();              // this step's codes are there for all; of the step before, everything is read
+    __syncthreads();              // all threads have this step's codes, and have read those of the step before
     load(step + T::kStages - 1);  // into the buffer of the step before
     multiply_stage<T>(memory + step % T::kStages * T::kStageBytes, warp_m, warp_n, lane, sums);
   }
@@ -231,7 +233,7 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
 
   // results
   Epilogue e = args.out;
-  if (place.part > 0) e.y = static_cast<int32_t*>(e.y) + place.part * args.part_stride;
+  if (place.split > 0) e.y = static_cast<int32_t*>(e.y) + place.split * args.split_stride;
   char* staging = memory + warp * (16 * (T::kWarpN + 8) * 4);
   finish_warp<T>(e, staging, place.m * T::kM + warp_m * T::kWarpM, args.M, place.n * T::kN + warp_n * T::kWarpN, args.N,
                  place.group * args.N, lane, sums);
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
 
 using IgemmKernel = void (*)(IgemmArgs);
 
-// Of every tile of choose.h.
+// The kernel for a tile of choose.h, by the tile's number.
 template <class Loader>
 IgemmKernel igemm_kernel_of(int tile) {
 #define QO_IGEMM_KERNEL(m, n, k, wm, wn, s) igemm_kernel<Tile<m, n, k, wm, wn, s>, Loader>,
@@ -250,13 +252,8 @@ IgemmKernel igemm_kernel_of(int tile) {
   return kernels[tile];
 }
 
-const GpuLimits& gpu_limits();  // of the current device
-
-// choose_igemm, remembered.
-IgemmChoice portable_choice(const IgemmShape& shape, const GpuLimits& gpu, const ForcedKernel& forced);
-
-// Takes memory for the parts' sums and launches; `args` needs no tiles and parts yet.
-void run_igemm(const char* op, IgemmArgs args, const IgemmChoice& choice, IgemmKernel (*kernel_of)(int), Workspace* workspace,
-               void* stream);
+// Launches the portable kernel that was chosen for `args`, whose tiles and splits it fills in, and the join of the splits. `sums`
+// is workspace for kernel.sums values.
+void run_portable(IgemmArgs args, const KernelPlan& kernel, IgemmKernel (*kernel_of)(int tile), int32_t* sums, const Launch& at);
 
 }  // namespace quant_ops

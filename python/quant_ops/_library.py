@@ -59,12 +59,14 @@ def load() -> None:
         raise ImportError(
             f"quant_ops: {path} does not load under torch {torch.__version__}: {error}. Rebuild it with: {_BUILD}"
         ) from error
-    for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_gemm_kernel):
+    for function in (_c.quant_ops_isa, _c.quant_ops_set_isa, _c.quant_ops_isas, _c.quant_ops_kernels, _c.quant_ops_gemm_kernel):
         function.restype = ctypes.c_char_p
     _c.quant_ops_set_isa.argtypes = [ctypes.c_char_p]
+    _c.quant_ops_gemm_kernel.argtypes = [ctypes.c_int64] * 2
     for function in (_c.quant_ops_packed_bytes, _c.quant_ops_cuda_packed_bytes):
         function.argtypes = [ctypes.c_int64] * 5
         function.restype = ctypes.c_int64
+    _c.quant_ops_is_dtype_refusal.argtypes = [ctypes.c_char_p]
     cpu_library = path
 
     cuda_path = _find(_CUDA_LIBRARY)
@@ -78,6 +80,8 @@ def load() -> None:
             _c_cuda = ctypes.CDLL(str(cuda_path))
             _c_cuda.quant_ops_cuda_gemm_kernel.argtypes = [ctypes.c_int64] * 3
             _c_cuda.quant_ops_cuda_gemm_kernel.restype = ctypes.c_char_p
+            _c_cuda.quant_ops_cuda_is_dtype_refusal.argtypes = [ctypes.c_char_p]
+            _c_cuda.quant_ops_cuda_set_kernel.argtypes = [ctypes.c_char_p]
             cuda_library = cuda_path
         except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
             cuda_reason = f"{_CUDA_LIBRARY} does not load: {error}. Rebuild it with: {_BUILD}"
@@ -93,6 +97,14 @@ def _text(value: bytes) -> str:
 def _library() -> ctypes.CDLL:
     assert _c is not None
     return _c
+
+
+def is_dtype_refusal(sentence: str) -> bool:
+    """Whether an operator's sentence, raised on this thread, refused a dtype: a TypeError, as the check decided."""
+    text = sentence.encode()
+    return bool(
+        _library().quant_ops_is_dtype_refusal(text) or (_c_cuda is not None and _c_cuda.quant_ops_cuda_is_dtype_refusal(text))
+    )
 
 
 def isa() -> str:
@@ -113,19 +125,31 @@ def set_isa(name: str | None) -> str:
     return _text(_library().quant_ops_set_isa((name or "").encode()))
 
 
-def gemm_kernel() -> str:
-    """The micro-kernel that the int8 operators call on the CPU."""
-    return _text(_library().quant_ops_gemm_kernel())
+def kernels() -> dict[str, str]:
+    """The micro-kernels in use on the CPU, by their entry in the table (``cpp/kernels/table.h``)."""
+    return dict(pair.split("=") for pair in _text(_library().quant_ops_kernels()).split(","))
+
+
+def gemm_kernel(rows: int = 1 << 20, columns: int = 1 << 20) -> str:
+    """The CPU's micro-kernel that multiplies ``rows`` of codes by a packed weight of ``columns``; by default of the full tile."""
+    return _text(_library().quant_ops_gemm_kernel(rows, columns))
 
 
 def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
     """The kernel that multiplies ``(m, k)`` codes by an ``(n, k)`` weight on the current CUDA device; ``:4`` = K in four parts.
 
-    QUANT_OPS_CUDA_KERNEL names another one to use. Raises RuntimeError if it names none that takes these shapes.
+    QUANT_OPS_CUDA_KERNEL, read once, names another one to use. Raises RuntimeError if it names none that takes these shapes.
     """
     if _c_cuda is None:
         raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
     return _text(_c_cuda.quant_ops_cuda_gemm_kernel(m, n, k))
+
+
+def set_cuda_kernel(name: str | None) -> None:
+    """Uses this kernel for integer products on CUDA from now on, for tests and benchmarks; None: as QUANT_OPS_CUDA_KERNEL says."""
+    if _c_cuda is None:
+        raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
+    _c_cuda.quant_ops_cuda_set_kernel((name or "").encode())
 
 
 def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: int, device: str = "cpu") -> int:

@@ -9,6 +9,19 @@ import torch
 
 from . import _library, ops
 
+# The micro-kernels of an operator, as entries of the kernel table. For activations that are not quantized yet the integer operators
+# also use `range` and `codes`.
+_ENTRIES = {
+    "int8_gemm": ("gemm",),
+    "int8_linear": ("gemm",),
+    "int8_conv2d": ("gemm", "depthwise"),
+    "quant_tensor_forward": ("quantize",),
+    "quant_tensor_backward": ("straight_through", "straight_through_columns"),
+    "dequant_tensor": ("dequantize",),
+    "choose_qparams": ("range", "range_columns"),
+    "quantize_rows": ("range", "quantize"),
+}
+
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
@@ -38,7 +51,7 @@ def kernel_for(m: int, n: int, k: int, device: str | torch.device = "cpu") -> st
     """Name of the kernel that ``int8_gemm`` and a static ``int8_linear`` of (m, k) by (n, k) take on a device.
 
     On CUDA it depends on the shape, on the current GPU and on ``QUANT_OPS_CUDA_KERNEL``; ":4" after it says that K is cut into four
-    parts. On the CPU it is the instruction set's.
+    parts. On the CPU it is the instruction set's for a packed weight, its tile as large as ``m`` and ``n`` allow.
 
     Raises:
         ValueError: a size below 1, or another kind of device.
@@ -49,7 +62,7 @@ def kernel_for(m: int, n: int, k: int, device: str | torch.device = "cpu") -> st
         raise ValueError(
             f"quant_ops.kernel_for: expected sizes of at least 1 and device cpu or cuda, got {m}, {n}, {k} and {device}"
         )
-    return _library.cuda_gemm_kernel(m, n, k) if kind == "cuda" else _library.gemm_kernel()
+    return _library.cuda_gemm_kernel(m, n, k) if kind == "cuda" else _library.gemm_kernel(m, n)
 
 
 def collect() -> dict[str, Any]:
@@ -67,17 +80,8 @@ def collect() -> dict[str, Any]:
     }
     try:
         report["isa"] = _library.isa()
-        kernel = _library.gemm_kernel()
-        report["kernels"] = {
-            "int8_gemm": kernel,
-            "int8_linear": kernel,
-            "int8_conv2d": f"{kernel} (depthwise: depthwise_run_{report['isa']})",
-            "quant_tensor_forward": f"quantize_run_{report['isa']}",
-            "quant_tensor_backward": f"ste_run_{report['isa']}",
-            "dequant_tensor": f"dequantize_run_{report['isa']}",
-            "choose_qparams": f"range_run_{report['isa']}",
-            "quantize_rows": f"range_run_{report['isa']}, quantize_run_{report['isa']}",
-        }
+        kernels = _library.kernels()
+        report["kernels"] = {op: ", ".join(kernels[entry] for entry in entries) for op, entries in _ENTRIES.items()}
         if _library.cuda_library and torch.cuda.is_available():
             report["cuda_kernels"] = {
                 f"linear {m}x4096x4096": _library.cuda_gemm_kernel(m, 4096, 4096) for m in (1, 16, 64, 256, 4096)

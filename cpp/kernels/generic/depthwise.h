@@ -1,18 +1,25 @@
-// Depthwise convolution, written once: a run of output pixels of one row. Included after elementwise.h; each file supplies
-// * Interleave::kBlocks: blocks of sixteen channels that are interleaved at once
-// * Interleave::run<kBlocks>(row, flip, to, block_stride): of four rows, block i goes to to[i * block_stride + 4 c + r] =
-//   row[r][16 i + c] ^ flip
-// * FourTaps::weights(const int8_t*): N channels of four weights, as dot wants them
-// * FourTaps::start(const int32_t* sum): what the sums of N channels start from, given the sums of their weights
-// * FourTaps::dot(I acc, const uint8_t* codes, W weights)
+// Depthwise convolution, written once: a run of output pixels of one row. `Taps` is how an instruction set multiplies four rows of
+// the kernel at once:
+//   kBlocks                                           blocks of sixteen channels that are interleaved at once
+//   interleave<kBlocks>(row, flip, to, block_stride)  of four rows: to[i * block_stride + 4 c + r] = row[r][16 i + c] ^ flip
+//   weights(const int8_t*)                            N channels of four weights, as dot takes them
+//   start(const int32_t* sum)                         the initial sums of N channels, given the sums of their weights
+//   dot(I acc, const uint8_t* codes, W weights)       acc + the four products of each channel
 //
-// Channels are lanes, and the four bytes of a lane are four rows of the kernel in one column of it. A column is interleaved once,
-// into a line that stays in the L1 cache, and read by every output pixel that it belongs to, whatever stride and dilation are.
+// Channels are lanes, and the four bytes of a lane are four rows of the kernel in one of its columns. Each column of the image is
+// interleaved once, into a line that stays in the L1 cache, and then read by every output pixel that needs it, whatever the stride
+// and the dilation are.
+#pragma once
+
+#include "kernels/generic/epilogue.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 constexpr int64_t kBlockBytes = kPanelStep * kQuad;  // sixteen channels of four taps
 
 // All input columns, for kBlocks blocks from `channel` on: [block][column][groups][16][4].
-template <int kBlocks>
+template <class Taps, int kBlocks>
 void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) {
   const int64_t columns = d.columns(), pixel = d.pixel, step = groups * kBlockBytes, block_stride = columns * step;
   const uint8_t flip = d.flip;
@@ -28,31 +35,31 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
     unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] = d.rows[g * kQuad + r.value] + (d.first + before) * pixel + channel; });
     uint8_t* to = d.line + before * step + g * kBlockBytes;
     for (int64_t w = before; w < inside; ++w, to += step) {
-      Interleave::run<kBlocks>(row, flip, to, block_stride);
+      Taps::template interleave<kBlocks>(row, flip, to, block_stride);
       unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] += pixel; });
     }
   }
 }
 
-// Channels [column, column + N) of all pixels, from their line, four pixels at a time for the weights' sake; the last four may
-// overlap those before. kS, kGroups: columns and groups of rows of the kernel where they are known, which removes the loops; else
-// 0.
-template <class Y, bool kWhole, int kS, int kGroups>
+// Channels [column, column + N) of all pixels, from their line, four pixels at a time, so that each weight is loaded once for four;
+// the last four may overlap the ones before. kS, kGroups: columns and groups of rows of the kernel if they are known at compile
+// time, which removes the loops, or 0.
+template <class Taps, class Y, bool kWhole, int kS, int kGroups>
 void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const int8_t* b) {
   const TileOutput out = d.out.from_column(column);  // a copy that no store can change
   const Rounding<Y> rounding(out);
   const ColumnVector<true> parameters[1] = {ColumnVector<true>(out, 0)};
   const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = kS > 0 ? kS : d.s;
   const int64_t step = d.stride * groups * kBlockBytes, tap_step = d.dilation * groups * kBlockBytes;
-  const auto start = FourTaps::start(out.column_sum);
+  const auto start = Taps::start(out.column_sum);
   const auto finish = [&](auto count, int64_t pixel) QO_LAMBDA {
     typename Simd::I acc[count.value];
     unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
     const uint8_t* a = line + pixel * step;
     const int8_t* weights = b;
     const auto tap = [&](const uint8_t* from) QO_LAMBDA {
-      const auto w = FourTaps::weights(weights);
-      unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = FourTaps::dot(acc[p.value], from + p.value * step, w); });
+      const auto w = Taps::weights(weights);
+      unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = Taps::dot(acc[p.value], from + p.value * step, w); });
       weights += kBlockBytes;
     };
     const auto taps_of_column = [&](const uint8_t* from) QO_LAMBDA {
@@ -76,30 +83,34 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
     for (int64_t i = 0; i < pixels; ++i) finish(Int<1>{}, i);
 }
 
-template <class Y>
+template <class Taps, class Y>
 void depthwise_typed(const DepthwiseRun& d) {
-  constexpr int64_t kBlocks = Interleave::kBlocks;
+  constexpr int64_t kBlocks = Taps::kBlocks;
   const int64_t groups = d.groups(), block_stride = d.columns() * groups * kBlockBytes;
   const bool three_by_three = groups == 1 && d.s == 3;
   for (int64_t channel = 0, blocks; channel < d.out.columns; channel += blocks * kPanelStep) {
     blocks = channel + (kBlocks - 1) * kPanelStep < d.out.columns ? kBlocks : 1;
-    blocks == kBlocks ? interleave_columns<kBlocks>(d, channel, groups) : interleave_columns<1>(d, channel, groups);
+    blocks == kBlocks ? interleave_columns<Taps, kBlocks>(d, channel, groups) : interleave_columns<Taps, 1>(d, channel, groups);
     for (int64_t i = 0; i < blocks * kPanelStep && channel + i < d.out.columns; i += Simd::N) {
       const int64_t column = channel + i, lane = i % kPanelStep * kQuad;
       const uint8_t* line = d.line + i / kPanelStep * block_stride + lane;
       const int8_t* b = d.b + column / kPanelStep * d.s * groups * kBlockBytes + lane;
       if (column + Simd::N > d.out.columns)
-        sum_taps<Y, false, 0, 0>(d, column, line, b);
+        sum_taps<Taps, Y, false, 0, 0>(d, column, line, b);
       else if (three_by_three)
-        sum_taps<Y, true, 3, 1>(d, column, line, b);
+        sum_taps<Taps, Y, true, 3, 1>(d, column, line, b);
       else if (groups == 2)
-        sum_taps<Y, true, 0, 2>(d, column, line, b);
+        sum_taps<Taps, Y, true, 0, 2>(d, column, line, b);
       else
-        sum_taps<Y, true, 0, 0>(d, column, line, b);
+        sum_taps<Taps, Y, true, 0, 0>(d, column, line, b);
     }
   }
 }
 
-void depthwise_run(const DepthwiseRun& d) {
-  with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<std::remove_pointer_t<decltype(type)>>(d); });
+template <class Taps>
+void depthwise(const DepthwiseRun& d) {
+  with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

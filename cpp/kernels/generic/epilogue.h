@@ -1,5 +1,11 @@
-// The epilogue of arithmetic.h, from registers: sums of products -> corrected for the zero point -> scaled, bias, ReLU -> the
-// output's type. Every integer kernel ends here. Part of elementwise.h.
+// The epilogue of arithmetic.h, which every integer kernel ends with: y = (acc - row_zero * column_sum) * scale + bias, ReLU, and
+// the conversion to the output's type. finish_tile takes sums from registers, finish_sums from memory.
+#pragma once
+
+#include "kernels/generic/partial.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 // Calls f with a null pointer of the output's type.
 template <class F>
@@ -14,8 +20,8 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
   }
 }
 
-// What N columns bring. kShared: row_step is 0, all rows of the tile have one scale and one zero point, as the pixels of a sample
-// have.
+// Per-column operands of the epilogue, one vector. kShared: row_step is 0, all rows have the same scale and zero point (the pixels
+// of a sample).
 template <bool kShared>
 struct ColumnVector {
   typename Simd::I sum, correction;  // correction: kShared
@@ -42,10 +48,10 @@ struct ColumnVector {
   }
 };
 
-// float32 results -> codes of eight bits, as arithmetic.h has it, without a division: v * (1 / scale) rounds like the quotient
-// unless it lies next to a tie n + 1/2, as tie_for has it. Then, in about one group of 64 in 250, the group is divided.
+// float32 results -> codes of eight bits, as in arithmetic.h but without a division: v * (1 / scale) rounds like the quotient
+// unless it lies close to a tie n + 1/2 (tie_for). If one of 64 values does, about once in 250 times, all 64 are divided.
 //
-// That needs products that an int32 can hold and no NaN, which the driver vouches for (TileOutput::bounded); else all is divided.
+// That is valid only for products that are finite and fit an int32 (TileOutput::bounded); otherwise everything is divided.
 template <class Y>
 struct Requantize {
   typename Simd::F scale, reciprocal;
@@ -57,7 +63,7 @@ struct Requantize {
       : scale(Simd::set(o.out_scale)),
         reciprocal(Simd::set(1.0f / o.out_scale)),
         tie(Simd::set_int(static_cast<int32_t>(float_bits(tie_for(farthest(o.out_zero_point)))))),
-        // ReLU: what is below 0 becomes the code of 0
+        // ReLU: values below 0 become the code of 0
         least(Simd::set_bytes(o.floor == 0.0f ? static_cast<Y>(o.out_zero_point) : std::numeric_limits<Y>::min())),
         zero_point(Simd::set_words(static_cast<int16_t>(o.out_zero_point))),
         divide(!o.bounded) {}
@@ -79,8 +85,8 @@ struct Requantize {
       q[i.value] = Simd::to_int(steps);
     });
     if (__builtin_expect(divide || Simd::any_above(Simd::bits(distance), tie), 0)) {
-      const auto most = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);  // beyond any code; a NaN passes
-      unroll<4>([&](auto i) QO_LAMBDA {                                    // the values again: kept, they would take four registers
+      const auto most = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);  // beyond every code; NaN stays NaN
+      unroll<4>([&](auto i) QO_LAMBDA {                                    // computed again: to keep them would take four registers
         const auto steps = Simd::min(most, Simd::max(fewest, Simd::round_even(Simd::div(value(i), scale))));
         q[i.value] = Simd::to_int(Simd::nan_to_zero(steps));
       });
@@ -175,8 +181,8 @@ void finish_typed(const TileOutput& o, const int32_t* sums, int64_t rows, int64_
   if (n < o.columns) finish_columns<Y, 1, kShared, false>(o, rounding, n, sums, rows, stride);
 }
 
-// A tile whose sums are in memory: [rows][stride]. A function of its own, because between accumulators there are no registers left
-// for it, and because the code of the tiles stays small.
+// A tile whose sums are in memory: [rows][stride]. Not inlined: the accumulators of a tile leave no registers for it, and the code
+// of the tiles stays small.
 __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
@@ -184,7 +190,8 @@ __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* s
   });
 }
 
-// A tile in registers: float32 goes from there, which needs few more, columns outside and rows inside; all else through memory.
+// A tile in registers. A whole tile of float32 is finished there, columns in the outer loop and rows in the inner one, which needs
+// few more registers; everything else goes through memory.
 template <int kRows, int kVectors, class Sum>
 QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
   constexpr int64_t N = Simd::N;
@@ -203,7 +210,10 @@ QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
   unroll<kRows>([&](auto r) QO_LAMBDA {
     unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(sums + (r.value * kVectors + v.value) * N, sum(r, v)); });
   });
-  TileOutput mine = o;  // a sweep over a panel leaves the columns behind its own to the next one
+  TileOutput mine = o;  // clipped to this sweep's columns: later sweeps write the rest
   mine.columns = o.columns < kVectors * N ? o.columns : kVectors * N;
   finish_sums(mine, sums, kRows, kVectors * N);
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

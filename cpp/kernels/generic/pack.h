@@ -1,6 +1,12 @@
-// A panel of a weight whose k are contiguous, by transposition of vectors. Part of elementwise.h.
+// A panel of a weight whose k are contiguous, by transposition of vectors.
+#pragma once
 
-void pack_run(const PackRun& r) {
+#include "kernels/generic/prelude.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
+
+void pack(const PackRun& r) {
   constexpr int64_t kBytes = Simd::N * kQuad;
   const int64_t row = r.width * kQuad;
   for (int64_t n = 0; n < r.width; n += Simd::N) {
@@ -10,7 +16,7 @@ void pack_run(const PackRun& r) {
       alignas(64) int8_t edge[Simd::N * kBytes];
       const int8_t* from = r.weight + n * r.column_step + k;
       int64_t step = r.column_step;
-      if (n + Simd::N > r.columns || k + kBytes > r.k) {  // what is missing is zero
+      if (n + Simd::N > r.columns || k + kBytes > r.k) {  // missing columns and k are zero
         std::memset(edge, 0, sizeof(edge));
         for (int64_t j = 0; j < Simd::N && n + j < r.columns; ++j)
           std::memcpy(edge + j * kBytes, from + j * step, static_cast<size_t>(r.k - k < kBytes ? r.k - k : kBytes));
@@ -35,3 +41,6 @@ void pack_run(const PackRun& r) {
     Simd::store(r.column_sum + n, sum);
   }
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

@@ -1,4 +1,10 @@
-// Minimum, maximum and largest magnitude of runs and of columns. Part of elementwise.h.
+// Minimum, maximum and largest magnitude of runs and of columns. NaN is ignored by minimum and maximum alone.
+#pragma once
+
+#include "kernels/generic/partial.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 // N lanes of minimum, maximum and magnitude.
 template <bool kOnlyMagnitude>
@@ -51,7 +57,7 @@ void range_typed(const X* x, int64_t count, Range* range) {
     lanes[0].merge(lanes[2]);
   }
   for (; i + N <= count; i += N) lanes[0].include(Simd::load(x + i));
-  if (i < count) lanes[0].include(Simd::load(x + count - N));  // some of them twice, which changes nothing
+  if (i < count) lanes[0].include(Simd::load(x + count - N));  // elements that are included twice change nothing
   if constexpr (!kOnlyMagnitude) {
     range->min = Simd::reduce_min(lanes[0].min);
     range->max = Simd::reduce_max(lanes[0].max);
@@ -68,11 +74,11 @@ void range_of(const void* x, DType dtype, int64_t n, Range* range) {
   }
 }
 
-void range_run(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range) {
-  only_magnitude ? range_of<true>(x, dtype, n, range) : range_of<false>(x, dtype, n, range);
+void range(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* into) {
+  only_magnitude ? range_of<true>(x, dtype, n, into) : range_of<false>(x, dtype, n, into);
 }
 
-// Several rows at a time, so that the arrays over columns are read and written once for all of them.
+// Several rows at a time: the arrays over columns are read and written once for all of them.
 template <class X, int kRows>
 QO_INLINE void range_rows(const RangeColumnsRun& r, const X* x) {
   constexpr int64_t N = Simd::N;
@@ -89,7 +95,8 @@ QO_INLINE void range_rows(const RangeColumnsRun& r, const X* x) {
   };
   int64_t c = 0;
   for (; c + N <= r.columns; c += N) vectors(c, N);
-  if (c < r.columns) r.columns >= N ? vectors(r.columns - N, N) : vectors(0, r.columns);  // some twice, which changes nothing
+  if (c < r.columns)
+    r.columns >= N ? vectors(r.columns - N, N) : vectors(0, r.columns);  // elements that are included twice change nothing
 }
 
 template <class X>
@@ -100,10 +107,13 @@ void range_columns_typed(const RangeColumnsRun& r) {
   for (; row < r.rows; ++row) range_rows<X, 1>(r, x + row * r.x_row);
 }
 
-void range_columns_run(const RangeColumnsRun& r) {
+void range_columns(const RangeColumnsRun& r) {
   switch (r.dtype) {
     case DType::kFloat32: return range_columns_typed<float>(r);
     case DType::kFloat16: return range_columns_typed<Half>(r);
     default: return range_columns_typed<BFloat16>(r);
   }
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

@@ -1,4 +1,10 @@
-// The straight-through gradient: of contiguous runs, and of slices that lie side by side. Part of elementwise.h.
+// The straight-through gradient: of contiguous runs, and of slices that lie side by side.
+#pragma once
+
+#include "kernels/generic/partial.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 // straight_through of arithmetic.h.
 struct SteFactors {
@@ -16,6 +22,18 @@ QO_INLINE SteFactors ste_factors(typename Simd::F x, typename Simd::F grad, type
   return f;
 }
 
+// Calls f for each vector of the 32 lanes: unrolled, except where vectors are so short that the code would be enormous.
+template <int kParts, class F>
+QO_INLINE void for_each_part(const F& f) {
+  struct Part {
+    int value;
+  };
+  if constexpr (kParts <= 8)
+    unroll<kParts>(f);
+  else
+    for (int v = 0; v < kParts; ++v) f(Part{v});
+}
+
 // kSums: 0 none, 1 that of the scale, 2 both.
 template <class X, int kSums>
 void ste_typed(const StraightThroughRun& r) {
@@ -27,10 +45,10 @@ void ste_typed(const StraightThroughRun& r) {
   const auto lo1 = Simd::to_float(Simd::sub(qmin, zero1)), hi1 = Simd::to_float(Simd::sub(qmax, zero1));
   double lanes[kReduceLanes] = {};
   typename Simd::D scale_sum[kParts], zero_sum[kParts];
-  unroll<kParts>([&](auto v) QO_LAMBDA { scale_sum[v.value] = zero_sum[v.value] = Simd::load(lanes); });
+  for_each_part<kParts>([&](auto v) QO_LAMBDA { scale_sum[v.value] = zero_sum[v.value] = Simd::load(lanes); });
   const auto part = [&](const X* x, const X* grad, X* dx, const float* scales, const int32_t* zeros) QO_LAMBDA {
-    unroll<kParts>([&](auto v) QO_LAMBDA {
-      constexpr int64_t i = v.value * N;
+    for_each_part<kParts>([&](auto v) QO_LAMBDA {
+      const int64_t i = v.value * N;
       auto scale = scale1, lo = lo1, hi = hi1;
       if (r.scale_step) scale = Simd::load(scales + i);
       if (r.zero_step) {
@@ -50,7 +68,7 @@ void ste_typed(const StraightThroughRun& r) {
   int64_t i = 0;
   for (; i + kReduceLanes <= r.n; i += kReduceLanes)
     part(x + i, grad + i, dx ? dx + i : nullptr, r.scale + i * r.scale_step, r.zero_point + i * r.zero_step);
-  if (i < r.n) {  // the rest, among elements that contribute nothing: x is NaN, bytes of ones, the gradient 0
+  if (i < r.n) {  // the rest, padded with elements that contribute nothing: x is NaN (bytes of ones), the gradient is 0
     X x_part[kReduceLanes], grad_part[kReduceLanes] = {}, dx_part[kReduceLanes];
     float scales[kReduceLanes] = {};
     int32_t zeros[kReduceLanes] = {};
@@ -67,7 +85,7 @@ void ste_typed(const StraightThroughRun& r) {
       for (int64_t j = 0; j < rest; ++j) dx[i + j] = dx_part[j];
   }
   const auto sum = [&](auto& parts) QO_LAMBDA {
-    unroll<kParts>([&](auto v) QO_LAMBDA { Simd::store(lanes + v.value * N, parts[v.value]); });
+    for_each_part<kParts>([&](auto v) QO_LAMBDA { Simd::store(lanes + v.value * N, parts[v.value]); });
     unroll<5>([&](auto i) QO_LAMBDA {
       constexpr int step = kReduceLanes / 2 >> i.value;
       for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
@@ -85,7 +103,7 @@ void ste_of(const StraightThroughRun& r) {
   ste_typed<X, 0>(r);
 }
 
-void ste_run(const StraightThroughRun& r) {
+void straight_through(const StraightThroughRun& r) {
   switch (r.dtype) {
     case DType::kFloat32: return ste_of<float>(r);
     case DType::kFloat16: return ste_of<Half>(r);
@@ -93,7 +111,7 @@ void ste_run(const StraightThroughRun& r) {
   }
 }
 
-// Columns [c, c + kVectors * N), `valid` of them: down the rows, so that what belongs to the columns stays in registers.
+// The first `valid` of the columns [c, c + kVectors * N), row by row, so that the parameters of the columns stay in registers.
 template <class X, bool kZero, int kVectors>
 QO_INLINE void ste_columns_block(const StraightThroughColumnsRun& r, int64_t c, int64_t valid) {
   using F = typename Simd::F;
@@ -111,7 +129,7 @@ QO_INLINE void ste_columns_block(const StraightThroughColumnsRun& r, int64_t c, 
   X* dx = r.dx ? static_cast<X*>(r.dx) + c : nullptr;
   int64_t lane = r.lane;
   for (int64_t row = 0; row < r.rows; ++row) {
-    // rows are far apart, so that no prefetcher sees the next ones coming
+    // consecutive rows are too far apart for the hardware prefetcher
     constexpr int64_t kAhead = 8;
     if (row + kAhead < r.rows) {
       for (int64_t i = 0; i < kVectors * Simd::N; i += 64 / static_cast<int64_t>(sizeof(X))) {
@@ -152,10 +170,13 @@ void ste_columns_of(const StraightThroughColumnsRun& r) {
   r.zero_lanes ? ste_columns_typed<X, true>(r) : ste_columns_typed<X, false>(r);
 }
 
-void ste_columns_run(const StraightThroughColumnsRun& r) {
+void straight_through_columns(const StraightThroughColumnsRun& r) {
   switch (r.dtype) {
     case DType::kFloat32: return ste_columns_of<float>(r);
     case DType::kFloat16: return ste_columns_of<Half>(r);
     default: return ste_columns_of<BFloat16>(r);
   }
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

@@ -1,5 +1,5 @@
 // The exact u8 x s8 product without VNNI, written once for AVX2 and AVX-512: bytes are widened to int16 and multiplied with
-// vpmaddwd, never with vpmaddubsw, whose int16 sums saturate (255 * 127 * 2 > 32767). Included after elementwise.h; `Wide` gives
+// vpmaddwd, never with vpmaddubsw, whose int16 sums saturate (255 * 127 * 2 > 32767). `Wide` gives
 //   V load_weights(const int8_t*)       Simd::N / 2 columns of four k, widened
 //   V broadcast(const uint16_t*)        one group of four k to every column
 //   V multiply_add(V acc, V a, V b)     vpmaddwd and vpaddd: two partial sums a column; an asm barrier on the sum keeps g++ from
@@ -9,13 +9,19 @@
 //
 // Widening an activation costs as much as a product, so it is done once for all columns of the panel, a chunk of k at a time, and
 // not in the inner loop.
+#pragma once
+
+#include "kernels/generic/epilogue.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 constexpr int64_t kChunk = 256;  // groups of k; a full tile of widened activations fits the L1 cache
 constexpr int64_t kSlack = 32;   // elements that widen may write after its last group
 constexpr int64_t kWideRow = kChunk * kQuad + kSlack;
 
 // sum[r][0 .. kVectors * N) += the product of one chunk. The accumulators live in registers.
-template <int kRows, int kVectors>
+template <class Wide, int kRows, int kVectors>
 QO_INLINE void widened_product(const uint16_t* wide, const int8_t* b, int64_t groups, int64_t b_stride, int32_t* sum) {
   typename Wide::V acc[kRows][kVectors][2];
   unroll<kRows>([&](auto r) QO_LAMBDA {
@@ -42,7 +48,7 @@ QO_INLINE void widened_product(const uint16_t* wide, const int8_t* b, int64_t gr
 }
 
 // The panel is swept kVectors * N columns at a time, its last columns N at a time.
-template <int kRows, int kVectors>
+template <class Wide, int kRows, int kVectors>
 QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
   alignas(64) uint16_t wide[kRows * kWideRow];
   alignas(64) int32_t sum[kRows * kPanel] = {};
@@ -64,10 +70,13 @@ QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
     }
     int64_t n = 0;
     for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N)
-      widened_product<kRows, kVectors>(wide, b + n * kQuad, groups, b_stride, sum + n);
+      widened_product<Wide, kRows, kVectors>(wide, b + n * kQuad, groups, b_stride, sum + n);
     if constexpr (kVectors > 1)
-      for (; n < t.out.columns; n += Simd::N) widened_product<kRows, 1>(wide, b + n * kQuad, groups, b_stride, sum + n);
+      for (; n < t.out.columns; n += Simd::N) widened_product<Wide, kRows, 1>(wide, b + n * kQuad, groups, b_stride, sum + n);
     b += groups * b_stride;
   }
   finish_sums(t.out, sum, kRows, kPanel);
 }
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

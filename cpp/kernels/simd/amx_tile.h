@@ -1,9 +1,15 @@
 // The eight AMX tile registers as an object: the instructions themselves, or with QUANT_OPS_AMX_EMULATED an emulator in plain C++
-// with which the same kernel source is tested on machines without AMX. Included inside an unnamed namespace. A tile is a number
+// with which the same kernel source is tested on machines without AMX. A tile is a number
 // known at compile time; bytes and rows are what configure() gave it.
 //
 // Own inline assembly instead of the compiler's intrinsics: g++'s are macros that do not tell that memory is read or written
 // (GCC bug 122446), so stores to a buffer may be moved behind the load of a tile from it.
+#pragma once
+
+#include "kernels/generic/prelude.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 struct alignas(64) TileConfig {  // the operand of ldtilecfg; tiles that are not used have no rows
   uint8_t palette = 1;
@@ -102,3 +108,6 @@ struct Tiles {
 };
 
 #endif
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

@@ -1,4 +1,17 @@
-// Simd of elementwise.h by AVX2, FMA and F16C. Included inside a target region and an unnamed namespace.
+// The operations of scalar.h by AVX2, FMA and F16C.
+#pragma once
+
+#if defined(__x86_64__)
+#include "kernels/target.h"
+
+#if !defined(QO_ISA)  // opened alone
+#define QO_ISA avx2
+#define QO_SIMD "kernels/simd/avx2.h"
+#endif
+
+namespace quant_ops::QO_ISA {
+namespace {
+
 struct Simd {
   static constexpr int N = 8;
   static constexpr bool kMasks = false;
@@ -162,3 +175,7 @@ struct Simd {
   static QO_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static QO_INLINE I to_int(F a) { return _mm256_cvtps_epi32(a); }
 };
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

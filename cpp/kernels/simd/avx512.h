@@ -1,4 +1,17 @@
-// Simd of elementwise.h by AVX-512 F, BW, DQ and VL. Included inside a target region and an unnamed namespace.
+// The operations of scalar.h by AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#if defined(__x86_64__)
+#include "kernels/target.h"
+
+#if !defined(QO_ISA)  // opened alone
+#define QO_ISA avx512
+#define QO_SIMD "kernels/simd/avx512.h"
+#endif
+
+namespace quant_ops::QO_ISA {
+namespace {
+
 struct Simd {
   static constexpr int N = 16;
   static constexpr bool kMasks = true;  // a store of the first n elements alone
@@ -163,3 +176,7 @@ struct Simd {
   static QO_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static QO_INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 };
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

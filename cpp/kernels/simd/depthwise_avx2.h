@@ -1,9 +1,19 @@
-// What depthwise.h asks for, by AVX2: Interleave, and FourTaps without VNNI. Included after elementwise.h.
+// The Taps of depthwise.h by AVX2, without VNNI.
+#pragma once
+
+#if defined(__x86_64__)
+#include "kernels/simd/avx2.h"
+
+#include "kernels/generic/unroll.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
+
 struct Interleave {
   static constexpr int kBlocks = 1;
 
   template <int>
-  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
+  static QO_INLINE void interleave(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     const __m128i bits = _mm_set1_epi8(static_cast<char>(flip));
     __m128i v[kQuad];
     unroll<kQuad>([&](auto r) QO_LAMBDA { v[r.value] = _mm_xor_si128(Simd::load128(row[r.value]), bits); });
@@ -18,7 +28,7 @@ struct Interleave {
 };
 
 // Even and odd bytes as int16: vpmaddwd multiplies two and two exactly, and lanes stay where they are.
-struct PairsOfTaps {
+struct PairsOfTaps : Interleave {
   struct W {
     __m256i even, odd;
   };
@@ -33,3 +43,7 @@ struct PairsOfTaps {
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), w.odd)));
   }
 };
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

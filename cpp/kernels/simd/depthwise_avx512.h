@@ -1,10 +1,20 @@
-// What depthwise.h asks for, by AVX-512: Interleave, and FourTaps without VNNI. Included after elementwise.h.
+// The Taps of depthwise.h by AVX-512: with VNNI (QuadsOfTaps) and without (PairsOfTaps).
+#pragma once
+
+#if defined(__x86_64__)
+#include "kernels/simd/avx512.h"
+
+#include "kernels/generic/unroll.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
+
 struct Interleave {
   static constexpr int kBlocks = 2;
 
   // Dwords L of all rows into lane L (two rows lie in a vector), then a 4 x 4 transposition of bytes within each lane.
   template <int kBlocks>
-  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t block_stride) {
+  static QO_INLINE void interleave(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t block_stride) {
     const __m512i bits = _mm512_set1_epi8(static_cast<char>(flip));
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const auto store = [&](int64_t block, __m512i v)
@@ -30,7 +40,7 @@ struct Interleave {
 };
 
 // Even and odd bytes as int16: vpmaddwd multiplies two and two exactly, and lanes stay where they are.
-struct PairsOfTaps {
+struct PairsOfTaps : Interleave {
   struct W {
     __m512i even, odd;
   };
@@ -45,3 +55,15 @@ struct PairsOfTaps {
     return _mm512_add_epi32(acc, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), w.odd)));
   }
 };
+
+struct QuadsOfTaps : Interleave {
+  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
+  static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
+  }
+};
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

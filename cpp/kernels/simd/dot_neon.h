@@ -1,11 +1,20 @@
 // The product by NEON's dot instructions, which add four byte products to an int32 lane: written once for sdot and usdot. Lanes are
 // output columns. The activation is the operand that is taken by lane, so one load of sixteen bytes serves four groups of k.
-// Included after elementwise.h; `Dot` gives
+// `Dot` gives
 //   A                                   sixteen activations in a register
 //   A load16(const uint8_t*)            reads sixteen
 //   A load4(const uint8_t*)             reads four, into lane 0
 //   I start(const int32_t* column_sum)  what the sums of four columns start from
 //   I add<kLane>(I sum, int8x16_t b, A a), and without a lane: all of them, each with its own
+#pragma once
+
+#if defined(__aarch64__)
+#include "kernels/simd/neon.h"
+
+#include "kernels/generic/epilogue.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
 
 // A function of its own: inlined, its registers make g++ spill an accumulator in the loop.
 template <int kRows, int kVectors>
@@ -15,7 +24,7 @@ __attribute__((noinline)) void finish_vectors(const TileOutput& o, const int32_t
 }
 
 // Columns [n, n + 4 * kVectors) of the panel.
-template <int kRows, int kVectors>
+template <class Dot, int kRows, int kVectors>
 QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
   Simd::I acc[kRows][kVectors];
   unroll<kVectors>([&](auto v) QO_LAMBDA {
@@ -30,23 +39,25 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
     unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
     int64_t k = 0;
     for (; k + 4 * kQuad <= k_end; k += 4 * kQuad) {
-      Dot::A av[kRows];
+      typename Dot::A av[kRows];
       unroll<kRows>([&](auto r) QO_LAMBDA { av[r.value] = Dot::load16(a[r.value] + k); });
       unroll<4>([&](auto group) QO_LAMBDA {
         unroll<kVectors>([&](auto v) QO_LAMBDA {
           const int8x16_t bv = vld1q_s8(b + v.value * 16);
-          unroll<kRows>([&](auto r)
-                            QO_LAMBDA { acc[r.value][v.value] = Dot::add<group.value>(acc[r.value][v.value], bv, av[r.value]); });
+          unroll<kRows>([&](auto r) QO_LAMBDA {
+            acc[r.value][v.value] = Dot::template add<group.value>(acc[r.value][v.value], bv, av[r.value]);
+          });
         });
         b += b_stride;
       });
     }
     for (; k < k_end; k += kQuad, b += b_stride) {
-      Dot::A av[kRows];
+      typename Dot::A av[kRows];
       unroll<kRows>([&](auto r) QO_LAMBDA { av[r.value] = Dot::load4(a[r.value] + k); });
       unroll<kVectors>([&](auto v) QO_LAMBDA {
         const int8x16_t bv = vld1q_s8(b + v.value * 16);
-        unroll<kRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = Dot::add<0>(acc[r.value][v.value], bv, av[r.value]); });
+        unroll<kRows>([&](auto r)
+                          QO_LAMBDA { acc[r.value][v.value] = Dot::template add<0>(acc[r.value][v.value], bv, av[r.value]); });
       });
     }
   }
@@ -60,45 +71,49 @@ QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
 
 // 8 rows x 8 columns: 16 accumulators + 8 activations + 2 weights = 26 of 32 registers, and 64 products for 16 loads; with 6 x 16
 // all 32 would be taken. Tiles of fewer rows are wider, so that enough sums are independent.
-template <int kRows>
+constexpr int64_t kRows = 8;
+constexpr int vectors_of(int64_t rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
+
+template <class Dot, int kTileRows>
 QO_INLINE void swept_tile(const GemmTile& t, int64_t width) {
-  constexpr int kVectors = kRows <= 2 ? 8 : kRows <= 4 ? 4 : 2;
+  constexpr int kVectors = vectors_of(kTileRows);
   int64_t n = 0;
-  for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N) sweep<kRows, kVectors>(t, n, width * kQuad);
+  for (; n + kVectors * Simd::N <= width && n < t.out.columns; n += kVectors * Simd::N)
+    sweep<Dot, kTileRows, kVectors>(t, n, width * kQuad);
   if constexpr (kVectors > 4)
-    for (; n < t.out.columns; n += kPanelStep) sweep<kRows, 4>(t, n, width * kQuad);
+    for (; n < t.out.columns; n += kPanelStep) sweep<Dot, kTileRows, 4>(t, n, width * kQuad);
 }
 
-constexpr int64_t kRows = 8;
-
+template <class Dot>
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 16;
   Simd::I acc[kChains];
   const int8x16_t b = vdupq_n_s8(5);
-  const Dot::A a = Dot::A(vdupq_n_s8(3));
+  const auto a = typename Dot::A(vdupq_n_s8(3));
   unroll<kChains>([&](auto c) QO_LAMBDA { acc[c.value] = vdupq_n_s32(0); });
   for (int64_t i = 0; i < iterations; ++i)
     unroll<kChains>([&](auto c) QO_LAMBDA {
-      acc[c.value] = Dot::add<0>(acc[c.value], b, a);
+      acc[c.value] = Dot::template add<0>(acc[c.value], b, a);
       asm volatile("" : "+w"(acc[c.value]));
     });
   return iterations * kChains * 16;
 }
 
-// ---- depthwise.h's ------------------------------------------------------------------------------------------------
-
-struct Interleave {
+// The Taps of depthwise.h.
+template <class Dot>
+struct QuadsOfTaps {
   static constexpr int kBlocks = 1;
   template <int>
-  static QO_INLINE void run(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
+  static QO_INLINE void interleave(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     uint8x16x4_t v;
     unroll<kQuad>([&](auto r) QO_LAMBDA { v.val[r.value] = veorq_u8(vld1q_u8(row[r.value]), vdupq_n_u8(flip)); });
     vst4q_u8(to, v);
   }
-};
-
-struct FourTaps {
   static QO_INLINE int8x16_t weights(const int8_t* p) { return vld1q_s8(p); }
   static QO_INLINE Simd::I start(const int32_t* column_sum) { return Dot::start(column_sum); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, int8x16_t w) { return Dot::add(acc, w, Dot::load16(codes)); }
 };
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

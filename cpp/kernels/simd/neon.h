@@ -1,5 +1,18 @@
-// Simd of elementwise.h by NEON, as every aarch64 processor has it. Included inside a target region and an unnamed namespace.
+// The operations of scalar.h by NEON, as every aarch64 processor has it.
 // fmin, fmax and the saturating conversions of ARM treat NaN otherwise than the contract, hence comparisons and selections.
+#pragma once
+
+#if defined(__aarch64__)
+#include "kernels/target.h"
+
+#if !defined(QO_ISA)  // opened alone
+#define QO_ISA neon
+#define QO_SIMD "kernels/simd/neon.h"
+#endif
+
+namespace quant_ops::QO_ISA {
+namespace {
+
 struct Simd {
   static constexpr int N = 4;
   static constexpr bool kMasks = false;
@@ -147,3 +160,7 @@ struct Simd {
   static QO_INLINE F to_float(I a) { return vcvtq_f32_s32(a); }
   static QO_INLINE I to_int(F a) { return vcvtnq_s32_f32(a); }
 };
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
+#endif

@@ -1,5 +1,5 @@
-// A kernel of the Hopper engine: CUTLASS's warp-specialised GEMM for a tile of kSm90Tiles, with the epilogue of arithmetic.h as one
-// visitor. Included by the gemm_*.cu files alone, each of which instantiates one tile: a kernel takes the compiler half a minute.
+// A kernel of the Hopper engine: CUTLASS's warp-specialised GEMM for a tile of kTiles, with the epilogue of arithmetic.h as one
+// visitor. Only the gemm_*.cu files include it. Each of them instantiates one tile, because a kernel compiles for half a minute.
 // Read next: sm90.h for the operands' layout, sm90.cpp for the table of these functions.
 #pragma once
 
@@ -30,9 +30,9 @@ struct WithFloor {
   };
 };
 
-// The formula as the root of the visitor tree, on fragments of the accumulator and of the five broadcast vectors. CUTLASS's own
-// nodes would compute it in several, with a fused multiply-add only where the compiler contracts one; this is the CPU's function.
-// Either side may come first: the products commute.
+// The formula as the root of the visitor tree, on fragments of the accumulator and of the five broadcast vectors. A tree of
+// CUTLASS's own nodes would have a fused multiply-add only where the compiler contracts one; this calls the function that the CPU
+// uses. Either side may come first: the products commute.
 template <class Out>
 struct Formula : fusion::Sm90Compute<WithFloor, Out, float, cutlass::FloatRoundStyle::round_to_nearest> {
   using Base = fusion::Sm90Compute<WithFloor, Out, float, cutlass::FloatRoundStyle::round_to_nearest>;
@@ -84,32 +84,32 @@ struct OutOf<DType::kBFloat16> {
 
 template <int kKernel, DType kOut>
 struct Gemm {
-  static constexpr Sm90Tile kTile = kSm90Tiles[kKernel];
+  static constexpr sm90::Tile kTile = kTiles[kKernel];
   using Out = typename OutOf<kOut>::type;
-  using Tile = cute::Shape<Int<kTile.m>, Int<kTile.n>, Int<kTile.k>>;
+  using TileShape = cute::Shape<Int<kTile.m>, Int<kTile.n>, Int<kTile.k>>;
   using Cluster = cute::Shape<Int<kTile.cluster>, _1, _1>;
   using Rows = cutlass::layout::RowMajor;
   using Columns = cutlass::layout::ColumnMajor;
   using Sm90 = cutlass::arch::Sm90;
   using TensorOp = cutlass::arch::OpClassTensorOp;
 
-  // Per row of the first and of the second side. Whether it varies and whether it is there is known at run time.
+  // Values per row of the first and of the second side. A flag and the pointer tell at run time whether they vary and exist.
   template <class T>
-  using First = fusion::Sm90ColBroadcast<0, Tile, T, T, cute::Stride<bool, _0, _0>>;
+  using First = fusion::Sm90ColBroadcast<0, TileShape, T, T, cute::Stride<bool, _0, _0>>;
   template <class T>
-  using Second = fusion::Sm90RowBroadcast<0, Tile, T, T, cute::Stride<_0, bool, _0>>;
+  using Second = fusion::Sm90RowBroadcast<0, TileShape, T, T, cute::Stride<_0, bool, _0>>;
   using Bias = std::conditional_t<kTile.swapped, First<float>, Second<float>>;
   using Epilogue = fusion::Sm90EVT<Formula<Out>, First<float>, First<int32_t>, Second<float>, Second<int32_t>, Bias>;
 
-  // y has its columns contiguous: the second side, or the first where swapped.
+  // Columns are contiguous in y. They are the second side, or the first one of a swapped tile.
   using OutLayout = std::conditional_t<kTile.swapped, Columns, Rows>;
   static constexpr int kOutAlignment = 16 / sizeof(Out);
   using EpilogueSchedule = std::conditional_t<kTile.cooperative, cutlass::epilogue::TmaWarpSpecializedCooperative,
                                               cutlass::epilogue::TmaWarpSpecialized>;
-  // Written through shared memory in pieces of 64 bytes a row: as large for float32 as for float16, so that stages are too.
+  // Results pass through shared memory in pieces of 64 bytes a row, whatever their dtype, so that the stages fit for all dtypes.
   using Piece = cute::Shape<Int<kTile.cooperative ? 128 : 64>, Int<std::min(kTile.n, 64 / int{sizeof(Out)})>>;
   using CollectiveEpilogue =
-      typename cutlass::epilogue::collective::CollectiveBuilder<Sm90, TensorOp, Tile, Cluster, Piece, int32_t, float, void,
+      typename cutlass::epilogue::collective::CollectiveBuilder<Sm90, TensorOp, TileShape, Cluster, Piece, int32_t, float, void,
                                                                 OutLayout, kOutAlignment, Out, OutLayout, kOutAlignment,
                                                                 EpilogueSchedule, Epilogue>::CollectiveOp;
 
@@ -117,8 +117,8 @@ struct Gemm {
                                       std::conditional_t<kTile.warpgroups == 2, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                                          cutlass::gemm::KernelTmaWarpSpecialized>>;
   using CollectiveMainloop =
-      typename cutlass::gemm::collective::CollectiveBuilder<Sm90, TensorOp, int8_t, Rows, 16, int8_t, Columns, 16, int32_t, Tile,
-                                                            Cluster, cutlass::gemm::collective::StageCount<kTile.stages>,
+      typename cutlass::gemm::collective::CollectiveBuilder<Sm90, TensorOp, int8_t, Rows, 16, int8_t, Columns, 16, int32_t,
+                                                            TileShape, Cluster, cutlass::gemm::collective::StageCount<kTile.stages>,
                                                             Schedule>::CollectiveOp;
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue,
@@ -129,7 +129,7 @@ struct Gemm {
   static_assert(kTile.blocks_per_sm * (Kernel::SharedStorageSize + 1024) <= 228 * 1024, "the blocks of a multiprocessor fit in it");
 
   static typename Kernel::Arguments arguments(const IgemmProblem& p) {
-    const Sm90Side first = sm90_first(p, kTile), second = sm90_second(p, kTile);
+    const Side first = first_side(p, kTile), second = second_side(p, kTile);
     const auto size = [](int64_t n) { return static_cast<int>(n); };
     const float no_bias = -0.0f;  // changes no value and no sign
 
@@ -153,7 +153,7 @@ struct Gemm {
                             bias,
                             {p.floor}};
     args.epilogue.ptr_D = static_cast<Out*>(p.y);
-    const int64_t y_stride = sm90_stride(p.M, p.y_stride, p.N);
+    const int64_t y_stride = stride_of(p.M, p.y_stride, p.N);
     if constexpr (kTile.swapped)
       args.epilogue.dD = {_1{}, y_stride, 0};
     else
@@ -161,27 +161,22 @@ struct Gemm {
 
     cudaGetDevice(&args.hw_info.device_id);
     cudaDeviceGetAttribute(&args.hw_info.sm_count, cudaDevAttrMultiProcessorCount, args.hw_info.device_id);
-    args.scheduler.max_swizzle_size = sm90_swizzle(p, kTile);
+    args.scheduler.max_swizzle_size = swizzle(p, kTile);
     return args;
   }
 };
 
+// None of these kernels uses a workspace (tests/sm90_arguments.cu).
 template <int kKernel, DType kOut>
-int64_t workspace(const IgemmProblem& p) {
-  using G = Gemm<kKernel, kOut>;
-  return static_cast<int64_t>(G::Adapter::get_workspace_size(G::arguments(p)));
-}
-
-template <int kKernel, DType kOut>
-void launch(const IgemmProblem& p, void* workspace, void* stream) {
+void launch(const IgemmProblem& p, const Launch& at) {
   using G = Gemm<kKernel, kOut>;
   const auto args = G::arguments(p);
   typename G::Adapter gemm;
   cutlass::Status status = G::Adapter::can_implement(args);
-  if (status == cutlass::Status::kSuccess) status = gemm.run(args, workspace, static_cast<cudaStream_t>(stream));
+  if (status == cutlass::Status::kSuccess) status = gemm.run(args, nullptr, static_cast<cudaStream_t>(at.stream));
   const cudaError_t error = cudaGetLastError();
   if (status != cutlass::Status::kSuccess || error != cudaSuccess)
-    throw std::runtime_error(std::string("quant_ops.int8_gemm: expected ") + G::kTile.name +
+    throw std::runtime_error(std::string("quant_ops.") + at.op + ": expected " + G::kTile.name +
                              " to take M, N, K = " + std::to_string(p.M) + ", " + std::to_string(p.N) + ", " + std::to_string(p.K) +
                              ", got " + cutlass::cutlassGetStatusString(status) + " (" + cudaGetErrorName(error) +
                              "). Set CUDA_LAUNCH_BLOCKING=1 to find the launch that failed.");
@@ -189,11 +184,10 @@ void launch(const IgemmProblem& p, void* workspace, void* stream) {
 
 }  // namespace quant_ops::sm90
 
-// The tile of that name for every output dtype.
-#define QO_SM90_INSTANCE(kernel, dtype)                                                                         \
-  template int64_t quant_ops::sm90::workspace<kernel, quant_ops::DType::dtype>(const quant_ops::IgemmProblem&); \
-  template void quant_ops::sm90::launch<kernel, quant_ops::DType::dtype>(const quant_ops::IgemmProblem&, void*, void*)
-#define QO_SM90_TILE(name)                                  \
-  QO_SM90_INSTANCE(quant_ops::sm90_kernel(name), kFloat32); \
-  QO_SM90_INSTANCE(quant_ops::sm90_kernel(name), kFloat16); \
-  QO_SM90_INSTANCE(quant_ops::sm90_kernel(name), kBFloat16)
+// Instantiates the tile of that name for every output dtype.
+#define QO_SM90_INSTANCE(kernel, dtype) \
+  template void quant_ops::sm90::launch<kernel, quant_ops::DType::dtype>(const quant_ops::IgemmProblem&, const quant_ops::Launch&)
+#define QO_SM90_TILE(name)                                         \
+  QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kFloat32); \
+  QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kFloat16); \
+  QO_SM90_INSTANCE(quant_ops::sm90::kernel_named(name), kBFloat16)

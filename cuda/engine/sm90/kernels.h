@@ -1,4 +1,4 @@
-// What sm90.cpp calls and the gemm_*.cu files define, per tile and output dtype.
+// What sm90.cpp calls and the gemm_*.cu files define, for each tile and output dtype.
 #pragma once
 
 #include "engine/sm90/sm90.h"
@@ -6,9 +6,6 @@
 namespace quant_ops::sm90 {
 
 template <int kKernel, DType kOut>
-int64_t workspace(const IgemmProblem& p);
-
-template <int kKernel, DType kOut>
-void launch(const IgemmProblem& p, void* workspace, void* stream);
+void launch(const IgemmProblem& p, const Launch& at);
 
 }  // namespace quant_ops::sm90

@@ -7,39 +7,27 @@
 
 #include "engine/sm90/kernels.h"
 
-namespace quant_ops {
+namespace quant_ops::sm90 {
 namespace {
 
-struct Entry {
-  int64_t (*workspace)(const IgemmProblem&);
-  void (*launch)(const IgemmProblem&, void*, void*);
-};
-
-template <int kKernel, DType kOut>
-constexpr Entry kEntry = {&sm90::workspace<kKernel, kOut>, &sm90::launch<kKernel, kOut>};
+using Function = void (*)(const IgemmProblem&, const Launch&);
 
 template <int... kKernel>
-Entry entry_of(int kernel, DType out, std::integer_sequence<int, kKernel...>) {
-  static constexpr Entry float32[] = {kEntry<kKernel, DType::kFloat32>...};
-  static constexpr Entry float16[] = {kEntry<kKernel, DType::kFloat16>...};
-  static constexpr Entry bfloat16[] = {kEntry<kKernel, DType::kBFloat16>...};
+Function function_of(int kernel, DType out, std::integer_sequence<int, kKernel...>) {
+  static constexpr Function float32[] = {&launch<kKernel, DType::kFloat32>...};
+  static constexpr Function float16[] = {&launch<kKernel, DType::kFloat16>...};
+  static constexpr Function bfloat16[] = {&launch<kKernel, DType::kBFloat16>...};
   return (out == DType::kFloat32 ? float32 : out == DType::kFloat16 ? float16 : bfloat16)[kernel];
-}
-
-Entry entry_for(const IgemmProblem& p, int kernel) {
-  if (!igemm_sm90_can(p, kernel))
-    throw std::runtime_error("quant_ops.int8_gemm: expected a problem that Hopper kernel " + std::to_string(kernel) +
-                             " takes, got M, N, K = " + std::to_string(p.M) + ", " + std::to_string(p.N) + ", " +
-                             std::to_string(p.K) + ". The portable engine takes every problem.");
-  return entry_of(kernel, p.y_dtype, std::make_integer_sequence<int, kSm90Kernels>());
 }
 
 }  // namespace
 
-int64_t igemm_sm90_workspace(const IgemmProblem& p, int kernel) { return entry_for(p, kernel).workspace(p); }
-
-void igemm_sm90(const IgemmProblem& p, int kernel, void* workspace, void* stream) {
-  entry_for(p, kernel).launch(p, workspace, stream);
+void run(const IgemmProblem& p, int kernel, const Launch& at) {
+  if (!takes(p, kernel))
+    throw std::runtime_error(std::string("quant_ops.") + at.op + ": expected a problem that Hopper kernel " +
+                             std::to_string(kernel) + " takes, got M, N, K = " + std::to_string(p.M) + ", " + std::to_string(p.N) +
+                             ", " + std::to_string(p.K) + ". The portable engine takes every problem.");
+  function_of(kernel, p.y_dtype, std::make_integer_sequence<int, kKernels>())(p, at);
 }
 
-}  // namespace quant_ops
+}  // namespace quant_ops::sm90

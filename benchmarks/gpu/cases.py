@@ -1,0 +1,342 @@
+"""What bench.py times: data, contenders and floors of every row.
+
+A case makes problems (one set of buffers each) and has contenders, which make from a problem a call that a CUDA graph can capture.
+Every contender starts from the same data; weights are prepared before the call. The floor of a case counts each tensor once. A
+rehearsal runs the same code on small tensors on the CPU. Read next: bench.py, common/shapes.py.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import quant_ops as qo
+from benchmarks.common import shapes
+from benchmarks.common.problems import ConvProblem, LinearProblem, floating, ours_dynamic, ours_static
+from quant_ops import _library
+
+BF16 = torch.bfloat16
+LEAST_SQNR = 25.0  # dB, of every contender against the reference of its case; torch rounds quotients to bfloat16 in some
+
+
+@dataclass
+class Case:
+    stem: str
+    set: str
+    shape: str
+    dtype: str
+    make: Callable[[], Any]  # a problem
+    contenders: dict[str, Callable[[Any], Callable[[], Any]]]
+    bytes: int  # read or written at least once by the best possible kernel
+    reference: str  # the contender that the others are compared with
+    ops: int = 0  # integer multiplications and additions
+    compiled: set[str] = field(default_factory=set)  # contenders that torch.compile, seconds each
+    kernel: str = ""  # that ours chooses
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+# ---- Linear ------------------------------------------------------------------------------------------------------------
+
+ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
+LINEAR = {
+    "torch_quantizer": [shapes.Linear(512, 960, 960)],  # the row of its README
+    "llama": [shapes.Linear(M, N, K) for N, K in ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)) for M in ROWS]
+    + [shapes.Linear(M, 28672, 8192) for M in (1, 64, 1024, 8192)],
+    "llama edges": [shapes.Linear(M, 4096, 4096) for M in (2, 4, 8, 17, 32, 65, 128, 129, 512, 2048)],
+    "vit": [shapes.Linear(197 * n, N, K) for n in (1, 32) for N, K in ((2304, 768), (3072, 768), (768, 3072))],
+    "sdxl": [shapes.Linear(M, N, K) for M, N, K in ((4096, 640, 640), (4096, 5120, 640), (1024, 1280, 1280), (1024, 10240, 1280))],
+}
+SMALL_LINEAR = {"rehearsal": [shapes.Linear(1, 64, 64), shapes.Linear(24, 48, 64)]}
+COMPILED_LINEAR = {(512, 960, 960), (64, 4096, 4096), (4096, 4096, 4096)}
+
+
+def row_codes(p):
+    return qo.quantize_rows(p.x)[0]
+
+
+def int_mm_linear(x, weight, weight_scale, bias):
+    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 127
+    codes = (x / scale).round().to(torch.int8)
+    return (torch._int_mm(codes, weight) * scale * weight_scale + bias).to(x.dtype)
+
+
+def int_mm(p, call=int_mm_linear):
+    arguments = p.x, p.int8_layer.weight.t(), p.int8_layer.weight_scale.view(1, -1), p.float_layer.bias
+    return lambda: call(*arguments)
+
+
+def int_mm_compiled(p):
+    return int_mm(p, compiled(int_mm_linear))
+
+
+def torchao(p):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(copy.deepcopy(p.float_layer))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return functools.partial(model, p.x)
+
+
+def chosen(s: shapes.Linear, device: str) -> str:
+    return _library.cuda_gemm_kernel(*s) if device == "cuda" else _library.gemm_kernel()
+
+
+def linear_cases(device: str, small: bool):
+    for name, group in (SMALL_LINEAR if small else LINEAR).items():
+        for s in group:
+            x, w, y = s.M * s.K, s.N * s.K, s.M * s.N
+            make = functools.partial(LinearProblem, s, device, BF16)
+            contenders = {
+                "ours dynamic": ours_dynamic,
+                "bf16": functools.partial(floating, BF16),
+                "fp16": functools.partial(floating, torch.float16),
+                "torch._int_mm": int_mm,
+                "ours static": ours_static,
+                "torchao": torchao,
+            }
+            slow, size, kernel = set(), 2 * x + w + 2 * y + 8 * s.N, chosen(s, device)
+            if small or tuple(s) in COMPILED_LINEAR:
+                contenders["torch._int_mm compiled"] = int_mm_compiled
+                slow = {"torch._int_mm compiled"}
+            yield Case("linear", name, str(s), "bfloat16", make, contenders, size, "bf16", 2 * s.macs, slow, kernel)
+            if s.M >= 256 or small:
+                contenders = {
+                    "ours": lambda p: functools.partial(qo.int8_gemm, row_codes(p), p.int8_layer.weight),
+                    "torch._int_mm": lambda p: functools.partial(torch._int_mm, row_codes(p), p.int8_layer.weight.t()),
+                }
+                yield Case("gemm", name, str(s), "int8", make, contenders, x + w + 4 * y, "torch._int_mm", 2 * s.macs)
+
+
+# ---- every kernel of int8_linear, forced -------------------------------------------------------------------------------
+
+# As choose.h and sm90.h in cuda/engine name them; one that a machine or a shape does not allow is reported as not timed.
+PORTABLE = ("16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x256x64")
+HOPPER = ("64x16x256_swapped", "64x32x256_swapped", "64x64x256_swapped", "64x128x128", "128x128x128", "128x256x128")
+KERNELS = ("gemv_s8s8_16x8_mma", *(f"igemm_s8s8_{t}_mma" for t in PORTABLE), *(f"gemm_s8s8_{t}_sm90a" for t in HOPPER))
+FORCED = [shapes.Linear(M, 4096, 4096) for M in (1, 8, 16, 64, 256, 1024, 4096)] + [shapes.Linear(8192, 8192, 8192)]
+
+
+def forced(kernel: str, p):
+    if not p.x.is_cuda:  # a rehearsal
+        return ours_dynamic(p)
+
+    def call():
+        _library.set_cuda_kernel(kernel)
+        try:
+            return p.int8_layer(p.x)
+        finally:
+            _library.set_cuda_kernel(None)
+
+    return call
+
+
+def kernel_cases(device: str, small: bool):
+    for s in SMALL_LINEAR["rehearsal"] if small else FORCED:
+        contenders = {"ours chosen": ours_dynamic} | {kernel: functools.partial(forced, kernel) for kernel in KERNELS}
+        size = 2 * s.M * s.K + s.N * s.K + 2 * s.M * s.N + 8 * s.N
+        make = functools.partial(LinearProblem, s, device, BF16)
+        yield Case(
+            "linear kernels",
+            "forced",
+            str(s),
+            "bfloat16",
+            make,
+            contenders,
+            size,
+            "ours chosen",
+            2 * s.macs,
+            kernel=chosen(s, device),
+        )
+
+
+# ---- Conv2d ------------------------------------------------------------------------------------------------------------
+
+Conv = shapes.Conv
+CONV = {
+    "torch_quantizer": [Conv(1, 512, 64, 512, 3)],  # the row of its README
+    "resnet-50": [
+        Conv(n, *rest)
+        for n in (1, 32)
+        for rest in (
+            (64, 56, 64, 3, 1),
+            (256, 56, 64, 1),
+            (128, 28, 128, 3, 1),
+            (256, 14, 256, 3, 1),
+            (512, 7, 512, 3, 1),
+            (256, 56, 512, 1, 0, 2),
+        )
+    ]
+    + [Conv(32, 3, 224, 64, 7, 3, 2)],
+    "sd-unet": [
+        Conv(2, 320, 64, 320, 3, 1),
+        Conv(2, 640, 32, 640, 3, 1),
+        Conv(2, 1280, 16, 1280, 3, 1),
+        Conv(2, 1280, 8, 1280, 3, 1),
+        Conv(2, 320, 64, 320, 3, 1, 2),
+    ],
+    "others": [Conv(32, 128, 56, 128, 3, 1, groups=32), Conv(32, 96, 56, 96, 3, 1, groups=96), Conv(8, 256, 28, 256, 3, 2, d=2)],
+}
+SMALL_CONV = {"rehearsal": [Conv(1, 16, 6, 16, 3, 1), Conv(2, 8, 6, 8, 3, 1, groups=8), Conv(1, 16, 6, 16, 1)]}
+
+
+def conv_cases(device: str, small: bool):
+    for name, group in (SMALL_CONV if small else CONV).items():
+        for s in group:
+            tensors = 2 * s.N * (s.C * s.H**2 + s.O * s.out**2) + s.O * s.C // s.groups * s.k**2 + 8 * s.O
+            contenders = {
+                "ours dynamic": ours_dynamic,
+                "bf16": functools.partial(floating, BF16),
+                "fp16": functools.partial(floating, torch.float16),
+                "ours static": ours_static,
+            }
+            yield Case(
+                "conv2d",
+                name,
+                str(s),
+                "bfloat16",
+                functools.partial(ConvProblem, s, device, BF16),
+                contenders,
+                tensors,
+                "bf16",
+                2 * s.macs,
+            )
+
+
+# ---- rows and ranges ---------------------------------------------------------------------------------------------------
+
+TOKENS = [(1, 4096), (64, 4096), (1024, 4096), (4096, 4096), (4096, 14336), (16384, 8192), (2048, 1280), (6304, 768)]
+SMALL_TOKENS = [(3, 72)]
+COMPILED_TOKENS = {(4096, 4096), (3, 72)}
+
+
+def eager_rows(x):
+    scale = x.abs().amax(1, keepdim=True).float() / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+def eager_range(x, dim, kept):
+    scale = (x.abs().amax(dim, keepdim=True) if kept else x.abs().amax()).float() / 127
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def row_cases(device: str, small: bool):
+    for shape in SMALL_TOKENS if small else TOKENS:
+        n, text = shape[0] * shape[1], "x".join(map(str, shape))
+
+        def make(shape=shape):
+            return torch.randn(shape, device=device, dtype=BF16)
+
+        contenders = {
+            "ours": lambda x: functools.partial(qo.quantize_rows, x),
+            "eager": lambda x: functools.partial(eager_rows, x),
+        }
+        slow = set()
+        if shape in COMPILED_TOKENS:
+            contenders["torch.compile"] = lambda x: functools.partial(compiled(eager_rows), x)
+            slow = {"torch.compile"}
+        yield Case("quantize_rows", "tokens", text, "bfloat16", make, contenders, 3 * n + 8 * shape[0], "eager", 0, slow)
+        for label, dim in (("tensor", []), ("rows", [1]), ("columns", [0])):
+            if n < 1 << 22 and not small:
+                continue
+            contenders = {
+                "ours": lambda x, dim=dim: functools.partial(qo.choose_qparams, x, dim, -127, 127),
+                "eager": lambda x, dim=dim: functools.partial(eager_range, x, dim, bool(dim)),
+            }
+            yield Case("choose_qparams", label, text, "bfloat16", make, contenders, 2 * n, "eager")
+
+
+# ---- elementwise -------------------------------------------------------------------------------------------------------
+
+TENSORS = [*shapes.TENSOR["torch_quant_ext"], (16, 256, 128, 128)]
+SMALL_TENSORS = [(2, 8, 6, 6)]
+COMPILED_TENSORS = {TENSORS[-1], SMALL_TENSORS[0]}
+
+
+class ElementwiseProblem:
+    def __init__(self, shape, dtype, scale_shape, axis, device):
+        self.x = torch.randn(shape, device=device).to(dtype)
+        self.scale = torch.rand(scale_shape, device=device) * 0.02 + 0.02
+        self.zeros = torch.zeros(self.scale.numel(), dtype=torch.int32, device=device)
+        self.axis = axis
+
+    @functools.cached_property
+    def grad(self):
+        return torch.randn(self.x.shape, device=self.x.device).to(self.x.dtype)
+
+    @functools.cached_property
+    def codes(self):
+        return torch.randint(-128, 128, self.x.shape, device=self.x.device, dtype=torch.int8)
+
+
+def fake_quantize(p):
+    if p.scale.dim() == 0:
+        return lambda: torch.fake_quantize_per_tensor_affine(p.x, p.scale, p.zeros, -128, 127)
+    return lambda: torch.fake_quantize_per_channel_affine(p.x, p.scale.view(-1), p.zeros, p.axis, -128, 127)
+
+
+def eager_simulated(x, scale):
+    return (torch.round(x / scale).clamp(-128, 127) * scale).to(x.dtype)
+
+
+def eager_backward(grad, x, scale):
+    v = x / scale
+    steps = torch.round(v)
+    inside = (steps >= -128) & (steps <= 127)
+    factor = torch.where(inside, steps - v, steps.clamp(-128, 127))
+    return torch.where(inside, grad, 0), (grad * factor).sum_to_size(scale.shape)
+
+
+def elementwise_cases(device: str, small: bool):
+    for shape in SMALL_TENSORS if small else TENSORS:
+        for dtype in (BF16, torch.float32):
+            parameters = {"tensor": ((), 0), "dim 0": ((shape[0], 1, 1, 1), 0), "dim 1": ((1, shape[1], 1, 1), 1)}
+            for label, (scale_shape, axis) in parameters.items():
+                make = functools.partial(ElementwiseProblem, shape, dtype, scale_shape, axis, device)
+                n, size, text = torch.Size(shape).numel(), dtype.itemsize, "x".join(map(str, shape))
+                simulated = {
+                    "ours": lambda p: lambda: qo.quant_tensor_forward(p.x, p.scale, None, -128, 127),
+                    "torch.fake_quantize": fake_quantize,
+                    "eager": lambda p: lambda: eager_simulated(p.x, p.scale),
+                }
+                slow = set()
+                if shape in COMPILED_TENSORS and label != "dim 0":
+                    simulated["torch.compile"] = lambda p: functools.partial(compiled(eager_simulated), p.x, p.scale)
+                    slow = {"torch.compile"}
+                to_int8 = {
+                    "ours": lambda p: lambda: qo.quant_tensor_forward(p.x, p.scale, None, -128, 127, simulate=False),
+                    "eager": lambda p: lambda: torch.round(p.x / p.scale).clamp(-128, 127).to(torch.int8),
+                }
+                dequantize = {
+                    "ours": lambda p: lambda: qo.dequant_tensor(p.codes, p.scale, None, p.x.dtype),
+                    "eager": lambda p: lambda: (p.codes * p.scale).to(p.x.dtype),
+                }
+                backward = {
+                    "ours": lambda p: lambda: qo.quant_tensor_backward(p.grad, p.x, p.scale, None, -128, 127),
+                    "eager": lambda p: lambda: eager_backward(p.grad, p.x, p.scale),
+                }
+                name = name_of(dtype)
+                yield Case("quantize, simulated", label, text, name, make, simulated, 2 * n * size, "eager", 0, slow)
+                yield Case("quantize to int8", label, text, name, make, to_int8, n * (size + 1), "eager")
+                yield Case("dequantize", label, text, name, make, dequantize, n * (size + 1), "eager")
+                yield Case("backward", label, text, name, make, backward, 3 * n * size, "eager")
+
+
+SECTIONS = {
+    "linear": linear_cases,
+    "conv2d": conv_cases,
+    "rows": row_cases,
+    "elementwise": elementwise_cases,
+    "kernels": kernel_cases,
+}

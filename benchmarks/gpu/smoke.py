@@ -1,0 +1,94 @@
+"""Every CUDA operator once on small, odd tensors: what compute-sanitizer watches.
+
+python -m benchmarks.gpu.smoke [--rehearse] [--few]        --few: one dtype and shape an operator, for racecheck, which is slow
+
+Results are checked elsewhere (tests/test_cuda*.py); here every access counts. Operators without a CUDA kernel are named and left
+out.
+"""
+
+import argparse
+import itertools
+
+import torch
+
+import quant_ops as qo
+
+
+def has_kernel(op: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"quant_ops::{op}", device.upper())
+
+
+def elementwise(device: str, few: bool) -> None:
+    cases = [((7, 16, 7, 7), (16, 1, 1)), ((1000,), ()), ((130, 24), (24,)), ((33, 50), (33, 1)), ((2100, 24), (1, 24))]
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    for (shape, parameter), dtype in itertools.islice(itertools.product(cases, dtypes), 1 if few else None):
+        x, scale = torch.randn(shape, device=device).to(dtype), torch.rand(parameter, device=device) + 0.1
+        zero = torch.randn(parameter, device=device)
+        for view in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            q = qo.quant_tensor_forward(view, scale, zero, -128, 127, True, False)
+            qo.quant_tensor_forward(view, scale, None, -128, 127)
+            qo.dequant_tensor(q, scale, zero.round().int(), dtype)
+            qo.quant_tensor_backward(view, view, scale, zero, -128, 127, True)
+
+
+def ranges(device: str, few: bool) -> None:
+    shapes = [(5, 1031), (300, 40), (3, 20000), (2, 40000), (7, 5)]
+    for shape, dtype in itertools.islice(itertools.product(shapes, (torch.bfloat16, torch.float32)), 2 if few else None):
+        x = torch.randn(shape, device=device).to(dtype)
+        for view in (x, x[:, 1:], x.t()):
+            for dim in ([], [0], [1]):
+                qo.choose_qparams(view, dim, -128, 127, True)
+            qo.quantize_rows(view, True)
+
+
+def products(device: str, few: bool) -> None:
+    shapes = [(3, 40, 64), (130, 72, 200), (1, 64, 4096), (20, 33, 51), (300, 256, 128)]
+    for M, N, K in shapes[: 2 if few else None]:
+        weight = torch.randint(-128, 128, (N, K), device=device, dtype=torch.int8)
+        scale, bias = torch.rand(N, device=device) + 0.1, torch.randn(N, device=device)
+        packed = qo.pack_weight(weight)
+        qo.int8_gemm(torch.randint(-128, 128, (M, K), device=device, dtype=torch.int8), weight)
+        for dtype, asymmetric in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+            x = torch.randn(M, K, device=device).to(dtype)
+            qo.int8_linear(x, weight, scale, bias, asymmetric=asymmetric, relu=True)
+            qo.int8_linear(x, weight, scale, packed_weight=packed, asymmetric=asymmetric)
+            qo.int8_linear(x, weight, scale, x_scale=torch.tensor(0.05, device=device))
+
+
+def convolutions(device: str, few: bool) -> None:
+    cases = [(16, 32, 3, 1), (6, 6, 3, 6), (3, 16, 7, 1), (32, 32, 3, 4), (16, 24, 1, 1)]  # C, O, kernel, groups
+    for C, O, k, groups in cases[: 2 if few else None]:
+        weight = torch.randint(-128, 128, (O, C // groups, k, k), device=device, dtype=torch.int8)
+        scale = torch.rand(O, device=device) + 0.1
+        for layout, asymmetric in itertools.product((torch.contiguous_format, torch.channels_last), (False, True)):
+            x = torch.randn(2, C, 9, 11, device=device).to(torch.bfloat16).contiguous(memory_format=layout)
+            qo.int8_conv2d(x, weight, scale, stride=2, padding=k // 2, groups=groups, asymmetric=asymmetric)
+
+
+GROUPS = {
+    elementwise: ("quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"),
+    ranges: ("choose_qparams", "quantize_rows"),
+    products: ("int8_gemm", "int8_linear", "pack_weight"),
+    convolutions: ("int8_conv2d",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU")
+    parser.add_argument("--few", action="store_true")
+    options = parser.parse_args()
+    device = "cpu" if options.rehearse else "cuda"
+    for group, ops in GROUPS.items():
+        missing = [op for op in ops if not has_kernel(op, device)]
+        if missing:
+            print(f"left out: {', '.join(missing)} has no kernel for {device}")
+        else:
+            group(device, options.few)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("smoke finished")
+
+
+if __name__ == "__main__":
+    main()

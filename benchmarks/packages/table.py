@@ -1,0 +1,114 @@
+"""Tables of the scripts that compare with other packages."""
+
+from benchmarks.common import table
+
+
+def linear(data):
+    """Minima in microseconds; our share of the limit and the best other contender are those of ours dynamic."""
+    lines, ratios = _layers(data, "linear", "Linear M x N x K", "ours dynamic", "best other / ours")
+    return "\n".join(
+        [
+            table.heading(data["machine"], "torchao", "onnxruntime", "onnx"),
+            "",
+            lines,
+            "",
+            f"{table.summary(ratios)} The limit is the larger of all products at the peak and one read of the int8 weight at the "
+            "bandwidth measured in the same process for its size.",
+            *table.missing(data),
+        ]
+    )
+
+
+def conv2d(data):
+    """Minima in microseconds, from float to float and from codes to codes."""
+    parts = [table.heading(data["machine"], "onnxruntime")]
+    for stem, title, own in (("conv2d", "float32 to float32", "ours dynamic"), ("conv2d int8", "int8 to int8", "ours")):
+        lines, ratios = _layers(data, stem, f"Conv2d, {title}", own, f"best other / {own}")
+        parts += [lines, table.summary(ratios)] if ratios else [lines]
+    parts.append(
+        "The limit is the larger of all products at the peak and one pass over input, int8 weight and result at the bandwidth with "
+        "which the same process reads as many bytes."
+    )
+    return "\n".join(["\n\n".join(parts), *table.missing(data)])
+
+
+def _layers(data, stem, title, own, last):
+    """(a table with a row per shape, its last column)"""
+    rows = table.grouped(data["results"], "set", "shape", stem=stem)
+    names, lines, ratios = table.contenders(rows), [], []
+    for (group, shape), row in rows.items():
+        ours, others = row[own], [r for name, r in row.items() if not table.is_ours(name)]
+        best = table.fastest(others) if others else {"contender": ""}
+        ratios += [best["min_us"] / ours["min_us"]] if others else []
+        limit = f"{ours['percent_of_limit']:.0f}" if "percent_of_limit" in ours else ""
+        share = f"{ratios[-1]:.2f}" if others else ""
+        lines.append([f"{group} {shape}", *table.times(row, names), limit, best["contender"], share])
+    return table.markdown([title, *names, "% of limit", "best other", last], lines), ratios
+
+
+def networks(data):
+    """Minima in milliseconds."""
+    rows = table.grouped(data["results"], "stem", "threads", "shape")
+    names, lines = table.contenders(rows), []
+    head = ["network", "threads", "batch", *names]
+    head += ["fp32 / ours dynamic", "bf16 / ours dynamic", "best int8 other / best ours static"]
+    for (network, threads, shape), row in rows.items():
+        ms = _milliseconds(row)
+        dynamic, static = ms["ours dynamic"], min(ms["ours static"], ms["ours static chained"])
+        int8 = [time for name, time in ms.items() if name.startswith(("torch.ao", "ONNX"))]
+        cells = [network, str(threads), shape, *(f"{ms[name]:.1f}" if name in ms else "" for name in names)]
+        lines.append([*cells, table.ratio([ms["fp32"]], dynamic), table.ratio([ms["bf16"]], dynamic), table.ratio(int8, static)])
+    first = {}  # the smallest batch
+    for (network, *_), row in rows.items():
+        first.setdefault(network, row)
+    return "\n".join(
+        [
+            f"{table.whose(data['machine'], 'onnxruntime')}. "
+            "Times are minima in milliseconds, from float image to float result. A figure below 1 is a loss.",
+            "",
+            table.markdown(head, lines),
+            "",
+            *(f"Signal to noise of the output of {network} against fp32, in dB: {_sqnr(row)}." for network, row in first.items()),
+            *table.missing(data),
+        ]
+    )
+
+
+def model(data):
+    """One table per model, of minima in milliseconds."""
+    parts = [
+        f"{table.whose(data['machine'], 'transformers')}. "
+        "Times are minima in milliseconds, of the whole encoder. A figure below 1 is a loss."
+    ]
+    for stem, title in (("bert", []), ("minilm", ["all-MiniLM-L6-v2 with its trained weights, on real sentences:"])):
+        rows = table.grouped(data["results"], "threads", "shape", stem=stem)
+        if rows:
+            parts += [*title, _encoder(rows), _closeness(list(rows.values()))]
+    return "\n".join(["\n\n".join(parts), *table.missing(data)])
+
+
+def _encoder(rows):
+    names, lines = table.contenders(rows), []
+    head = ["threads", "batch x tokens", *names, "fp32 / ours", "bf16 / ours", "best torch.ao / ours"]
+    for (threads, shape), row in rows.items():
+        ms = _milliseconds(row)
+        others = [[ms[name]] if name in ms else [] for name in ("fp32", "bf16")]
+        others.append([time for name, time in ms.items() if name.startswith("torch.ao")])
+        times = [f"{ms[name]:.1f}" if name in ms else "" for name in names]
+        lines.append([str(threads), shape, *times, *(table.ratio(other, ms["ours dynamic"]) for other in others)])
+    return table.markdown(head, lines, text_columns=0)
+
+
+def _closeness(rows):
+    if any("least_cosine" in r for r in rows[-1].values()):
+        cosines = ", ".join(f"{name} {r['least_cosine']:.4f}" for name, r in rows[-1].items() if name != "fp32")
+        return f"Least cosine similarity of an embedding with that of fp32: {cosines}."
+    return f"Signal to noise of the last hidden state against fp32, in dB: {_sqnr(rows[0])}."
+
+
+def _milliseconds(row):
+    return {name: r["min_us"] / 1e3 for name, r in row.items()}
+
+
+def _sqnr(row):
+    return ", ".join(f"{name} {r['sqnr_db']:.0f}" for name, r in row.items() if name != "fp32")

@@ -1,0 +1,55 @@
+// Scales and biases of the columns of a product, and whether its rounding needs care: see columns.h.
+#include "cpu/columns.h"
+
+#include <cmath>
+
+namespace quant_ops {
+
+bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
+                int64_t columns) {
+  const auto largest = [](const float* x, int64_t n) {
+    Range range{0.0f, 0.0f, 0};
+    kernels().range(x, DType::kFloat32, n, true, &range);
+    return double{bits_float(range.abs_bits)};  // NaN if x contains one; then no comparison below holds
+  };
+  return out_scale > 0x1p-100f && out_scale < 0x1p100f &&
+         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) < 0x1p30 * out_scale;
+}
+
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, ScratchLayout* scratch) {
+  const bool depthwise = l.form == WeightForm::kDepthwise;
+  ColumnsPlan plan{depthwise ? l.padded_n : l.products * l.padded_n, ColumnsPlan::kNoCopy, ColumnsPlan::kNoCopy};
+  const bool unpadded = plan.count == l.out_channels;
+  const int64_t bytes = plan.count * int64_t{sizeof(float)};
+  if (!unpadded || out.weight_scale_stride != 1) plan.scale_at = scratch->add(bytes);
+  if (!unpadded || out.bias == nullptr) plan.bias_at = scratch->add(bytes);
+  return plan;
+}
+
+Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& l, const Scratch& scratch)
+    : count_(plan.count), scale_(out.weight_scale), bias_(out.bias) {
+  const bool depthwise = l.form == WeightForm::kDepthwise;
+  const int64_t products = depthwise ? 1 : l.products, n = depthwise ? l.out_channels : l.n;
+  const auto padded = [&](int64_t at, const float* from, int64_t stride, float missing) {
+    float* to = scratch.at<float>(at);
+    for (int64_t g = 0; g < products; ++g)
+      for (int64_t j = 0; j < l.padded_n; ++j) to[g * l.padded_n + j] = j < n && from ? from[(g * n + j) * stride] : missing;
+    return to;
+  };
+  if (plan.scale_at != ColumnsPlan::kNoCopy) scale_ = padded(plan.scale_at, out.weight_scale, out.weight_scale_stride, 0.0f);
+  if (plan.bias_at != ColumnsPlan::kNoCopy) bias_ = padded(plan.bias_at, out.bias, 1, -0.0f);  // adding -0 changes nothing
+}
+
+TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {
+  TileOutput o;
+  o.dtype = out.dtype;
+  o.column_sum = column_sum;
+  o.column_scale = scale_ + column;
+  o.bias = bias_ + column;
+  o.floor = out.relu ? 0.0f : -INFINITY;
+  o.out_scale = out.out_scale ? *out.out_scale : 1.0f;
+  o.out_zero_point = out.out_zero_point ? *out.out_zero_point : 0;
+  return o;
+}
+
+}  // namespace quant_ops

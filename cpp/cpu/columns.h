@@ -1,0 +1,49 @@
+// Tiles of the integer products: how many rows they have, and the data of their columns that the epilogue reads.
+#pragma once
+
+#include "cpu/pack.h"
+#include "cpu/scratch.h"
+#include "kernels/table.h"
+
+namespace quant_ops {
+
+// Rows of the next tile when `left` remain: full tiles; the last two split the remainder evenly because short tiles are slow.
+inline int64_t tile_rows(int64_t left, int64_t full) { return left <= full ? left : left < 2 * full ? (left + 1) / 2 : full; }
+
+// The same for a table; `slim`: the tile has at most kSlimColumns columns.
+inline int64_t tile_rows(const KernelTable& table, int64_t left, bool slim) {
+  return slim && left >= table.slim_rows ? table.slim_rows : tile_rows(left, table.gemm_rows);
+}
+
+// TileOutput::bounded for every accumulator that int32 holds.
+bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
+                int64_t columns);
+
+// Kernels read whole vectors of scales and biases, so every product needs padded_n of each. The caller's arrays serve where they
+// are as long and step by 1, else copies.
+struct ColumnsPlan {
+  int64_t count;              // of all products
+  int64_t scale_at, bias_at;  // copies in scratch; kNoCopy: the caller's array
+
+  static constexpr int64_t kNoCopy = -1;
+};
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& layout, ScratchLayout* scratch);
+
+class Columns {
+ public:
+  Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& layout, const Scratch& scratch);
+
+  // The epilogue of tiles that start at this column of all products' columns. Callers add `y`, the valid columns and the rows.
+  TileOutput output(const OutputParams& out, const int32_t* column_sum, int64_t column) const;
+
+  bool bounded(const OutputParams& out, const float* row_scale, int64_t rows) const {
+    return dtype_bytes(out.dtype) == 1 && is_bounded(*out.out_scale, row_scale, rows, scale_, bias_, count_);
+  }
+
+ private:
+  int64_t count_;
+  const float* scale_;
+  const float* bias_;
+};
+
+}  // namespace quant_ops

@@ -1,0 +1,27 @@
+// The table of the kernels that need vectors alone: what vectors_*.cpp compile. A new one is a field of VectorKernels, a line here
+// and its name in dispatch.cpp.
+#pragma once
+
+#include "kernels/generic/dequantize.h"
+#include "kernels/generic/pack.h"
+#include "kernels/generic/quantize.h"
+#include "kernels/generic/range.h"
+#include "kernels/generic/straight_through.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
+
+constexpr VectorKernels kVectorKernels = {
+    .vectors = QO_TEXT(QO_ISA),
+    .quantize = quantize,
+    .dequantize = dequantize,
+    .straight_through = straight_through,
+    .straight_through_columns = straight_through_columns,
+    .range = range,
+    .range_columns = range_columns,
+    .codes = codes,
+    .pack = pack,
+};
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA

@@ -1,0 +1,80 @@
+// Plain C functions of libquant_ops.so, which python/quant_ops/_library.py calls through ctypes.
+#include "contract/cuda_weights.h"
+#include "cpu/activations.h"
+#include "cpu/pack.h"
+#include "torch/errors.h"
+
+#define QO_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Each returns a text that stays valid until the thread's next call; one that starts with "quant_ops" is an error.
+namespace {
+const char* keep(std::string text) {
+  thread_local std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+template <class F>
+const char* guarded(const F& f) {
+  try {
+    return keep(f());
+  } catch (const std::exception& e) {
+    return keep(e.what());
+  }
+}
+}  // namespace
+
+// The instruction set in use.
+QO_EXPORT const char* quant_ops_isa() {
+  return guarded([] { return std::string(quant_ops::kernels().isa); });
+}
+
+// Chooses another one; "" = automatic.
+QO_EXPORT const char* quant_ops_set_isa(const char* name) {
+  return guarded([&] {
+    quant_ops::set_isa(name);
+    return std::string(quant_ops::kernels().isa);
+  });
+}
+
+// Bytes of a weight packed by pack_weight, for its fake kernel.
+QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::packed_layout(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// The same of a weight on CUDA, known without the CUDA library.
+QO_EXPORT int64_t quant_ops_cuda_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
+  return quant_ops::cuda_weights(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// All that this machine runs, worst first, separated by commas.
+QO_EXPORT const char* quant_ops_isas() {
+  return guarded([] {
+    const quant_ops::KernelTable* tables[8];
+    std::string names;
+    for (int i = 0, n = quant_ops::runnable_kernels(tables); i < n; ++i) names += (i ? "," : "") + std::string(tables[i]->isa);
+    return names;
+  });
+}
+
+// The micro-kernels of the table in use, as "entry=name", separated by commas; gemm with its full tile.
+QO_EXPORT const char* quant_ops_kernels() {
+  return guarded([] {
+    std::string names;
+    for (const auto& [entry, name] : quant_ops::kernel_names(quant_ops::kernels()))
+      names += (names.empty() ? "" : ",") + entry + "=" + name;
+    return names;
+  });
+}
+
+// The micro-kernel that multiplies so many rows by a packed weight of so many columns: that of the first tile. The others are like
+// it, except where the rows or the columns end.
+QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
+  return guarded([&] {
+    const quant_ops::KernelTable& table = quant_ops::kernels();
+    const int64_t width = quant_ops::packed_layout(columns, 1, 1, 1, 1).width(0);
+    return quant_ops::gemm_name(table, quant_ops::tile_rows(table, rows, width <= quant_ops::kSlimColumns), width);
+  });
+}
+
+// Whether a sentence of this thread refused a dtype: a TypeError, as the check decided.
+QO_EXPORT int quant_ops_is_dtype_refusal(const char* sentence) { return quant_ops::last_dtype_refusal() == sentence; }

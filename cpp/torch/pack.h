@@ -1,0 +1,39 @@
+// pack_weight and unpack_weight: checks and allocation. `Backend` supplies packed_bytes(shape) and pack(weight, shape, packed), and
+// on the CPU unpack(packed, shape, weight). Read next: cpu/pack.h and contract/cuda_weights.h for the layouts.
+#pragma once
+
+#include "torch/int8.h"
+
+namespace quant_ops {
+
+template <class Backend>
+Tensor pack_weight(const Tensor& weight, int64_t groups) {
+  const char* op = "pack_weight";
+  expect_int8(op, "weight", weight);
+  QO_EXPECT(weight.dim() == 2 || weight.dim() == 4, op, "weight.shape (N, K) or (O, C/groups, R, S), got ", shape_text(weight));
+  QO_EXPECT(groups >= 1 && weight.size(0) % groups == 0 && (groups == 1 || weight.dim() == 4), op,
+            "groups to divide the output channels of a convolution, got groups ", groups, " and weight.shape ", shape_text(weight));
+  const Tensor plain = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  const WeightShape shape = weight_shape(weight.sizes(), groups);
+  Tensor packed = empty({Backend::packed_bytes(shape)}, ScalarType::Char, weight);
+  Backend::pack(plain, shape, packed);
+  return packed;
+}
+
+template <class Backend>
+Tensor unpack_weight(const Tensor& packed_weight, const Ints& shape, int64_t groups) {
+  const char* op = "unpack_weight";
+  expect_int8(op, "packed_weight", packed_weight);
+  const bool conv = shape.size() == 4;
+  QO_EXPECT(shape.size() == 2 || conv, op, "shape (N, K) or (O, C/groups, R, S), got ", shape_text(shape));
+  QO_EXPECT(groups >= 1 && shape[0] % groups == 0 && (groups == 1 || conv), op,
+            "groups to divide the output channels of a convolution, got groups ", groups, " and shape ", shape_text(shape));
+  const WeightShape of = weight_shape(shape, groups);
+  QO_EXPECT(packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, of), op,
+            "packed_weight made by pack_weight from a weight of this shape, got another one");
+  Tensor weight = empty(shape, ScalarType::Char, packed_weight);
+  Backend::unpack(packed_weight, of, weight);
+  return weight;
+}
+
+}  // namespace quant_ops

@@ -1,0 +1,167 @@
+// The choice among the engines' kernels by the models of choose.h and sm90/sm90.h, or by name. Plain host code.
+#include "engine/choose.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#if defined(QUANT_OPS_SM90)
+#include "engine/sm90/sm90.h"
+#endif
+
+namespace quant_ops {
+namespace {
+
+// ---- the wanted kernel ----------------------------------------------------------------------------------------------
+
+std::atomic<const KernelChoice*> current{nullptr};
+
+const char* from_environment() {
+  const char* text = std::getenv("QUANT_OPS_CUDA_KERNEL");
+  return text == nullptr ? "" : text;
+}
+
+// ---- portable tiles -------------------------------------------------------------------------------------------------
+
+// Offers `splits` of K with tile i; keeps it if it is faster than the best plan so far.
+void consider(const IgemmShape& shape, const GpuLimits& gpu, int i, int64_t splits, KernelPlan* best) {
+  const IgemmTile& t = kIgemmTiles[i];
+  const auto ceil_div = [](int64_t a, int64_t b) { return std::max<int64_t>(1, (a + b - 1) / b); };
+  const int64_t steps = (shape.K + t.k - 1) / t.k, split_steps = ceil_div(steps, splits);
+  splits = ceil_div(steps, split_steps);  // none is empty
+  const double time = igemm_time(shape, t, gpu, splits, split_steps);
+  if (best->engine != Engine::kNone && time >= best->time) return;
+  *best = {.engine = Engine::kPortable,
+           .kernel = i,
+           .splits = splits,
+           .split_k = split_steps * t.k,
+           .time = time,
+           .sums = splits > 1 ? splits * shape.M * shape.N * shape.groups : 0};
+}
+
+// choose_tile without a wanted kernel, remembered: the model takes some microseconds, and a layer asks for the same shapes again
+// and again.
+KernelPlan remembered_tile(const IgemmShape& shape, const GpuLimits& gpu) {
+  struct Entry {
+    IgemmShape shape{};
+    int arch = 0;
+    int64_t multiprocessors = 0;
+    KernelPlan plan;
+  };
+  thread_local Entry entries[64];
+  uint64_t hash = 0;
+  for (const int64_t value : {shape.M, shape.N, shape.K, shape.groups, int64_t{shape.load_bytes}})
+    hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
+  Entry& e = entries[hash >> 58];
+  const IgemmShape& known = e.shape;
+  if (known.M != shape.M || known.N != shape.N || known.K != shape.K || known.groups != shape.groups ||
+      known.load_bytes != shape.load_bytes || e.arch != gpu.arch || e.multiprocessors != gpu.multiprocessors)
+    e = {shape, gpu.arch, gpu.multiprocessors, choose_tile(shape, gpu, KernelChoice())};
+  return e.plan;
+}
+
+}  // namespace
+
+KernelChoice::KernelChoice(const std::string& text) : name(text) {
+  const size_t colon = name.find(':');
+  if (colon == std::string::npos) return;
+  splits = std::max<int64_t>(1, std::atoll(name.c_str() + colon + 1));
+  name.resize(colon);
+}
+
+const KernelChoice& kernel_choice() {
+  const KernelChoice* choice = current.load(std::memory_order_acquire);
+  if (choice == nullptr) {
+    set_kernel_choice(nullptr);
+    choice = current.load(std::memory_order_acquire);
+  }
+  return *choice;
+}
+
+// Every choice stays where it is, since another thread may still read the one before.
+void set_kernel_choice(const char* text) {
+  static std::mutex mutex;
+  static std::map<std::string, KernelChoice>& choices = *new std::map<std::string, KernelChoice>;
+  const std::string wanted = text == nullptr || *text == 0 ? from_environment() : text;
+  const std::lock_guard<std::mutex> lock(mutex);
+  current.store(&choices.try_emplace(wanted, wanted).first->second, std::memory_order_release);
+}
+
+KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted) {
+  constexpr int64_t kMostSumBytes = int64_t{64} << 20;  // of all splits
+  const int64_t sum_bytes = 4 * shape.M * shape.N * shape.groups;
+  KernelPlan best;
+  for (int i = 0; i < kIgemmTileCount; ++i) {
+    const IgemmTile& t = kIgemmTiles[i];
+    if (!tile_fits(t, gpu) || (!wanted.name.empty() && wanted.name != t.name)) continue;
+    if (wanted.splits > 0) {
+      consider(shape, gpu, i, wanted.splits, &best);
+      continue;
+    }
+    const int64_t steps = (shape.K + t.k - 1) / t.k;
+    consider(shape, gpu, i, 1, &best);
+    for (int64_t splits = 2; splits <= kMostSplits && steps / splits >= kLeastSteps && splits * sum_bytes <= kMostSumBytes;
+         ++splits)
+      consider(shape, gpu, i, splits, &best);
+  }
+  return best;
+}
+
+KernelPlan choose_kernel(const IgemmProblem& p, const GpuLimits& gpu, const KernelChoice& wanted) {
+  const bool any = wanted.name.empty();
+  KernelPlan best = any ? remembered_tile({p.M, p.N, p.K, 1}, gpu) : choose_tile({p.M, p.N, p.K, 1}, gpu, wanted);
+  const auto offer = [&](const KernelPlan& plan) {
+    if (best.engine == Engine::kNone || plan.time < best.time) best = plan;
+  };
+  if (gemv_fits(p.M, p.K, gpu) && (any || wanted.name == kGemvName))
+    offer({.engine = Engine::kGemv, .time = gemv_time(p.M, p.N, p.K, 0, gpu)});
+#if defined(QUANT_OPS_SM90)
+  for (int i = 0; gpu.arch == 90 && i < sm90::kKernels; ++i)
+    if (sm90::takes(p, i) && (any || wanted.name == sm90::kTiles[i].name))
+      offer({.engine = Engine::kSm90, .kernel = i, .time = sm90::clocks(p, i, static_cast<int>(gpu.multiprocessors))});
+#endif
+  return best;
+}
+
+KernelPlan choose_quantizing_gemv(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
+                                  const KernelPlan& other) {
+  if (!gemv_fits(p.M, p.K, gpu) || (!wanted.name.empty() && wanted.name != kGemvName)) return {};
+  const double time = gemv_time(p.M, p.N, p.K, x_bytes, gpu);
+  // the other kernel needs one launch more, of quantize_rows
+  if (wanted.name.empty() && time >= other.time + kLaunchClocks) return {};
+  return {.engine = Engine::kGemv, .time = time};
+}
+
+KernelPlan choose_conv_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted) {
+  const bool names_tile = wanted.name.compare(0, 5, "igemm") == 0;
+  return names_tile ? choose_tile(shape, gpu, wanted) : remembered_tile(shape, gpu);
+}
+
+std::string kernel_text(const KernelPlan& kernel) {
+  switch (kernel.engine) {
+    case Engine::kNone: return "none";
+    case Engine::kGemv: return kGemvName;
+    case Engine::kDepthwise: return "depthwise";
+#if defined(QUANT_OPS_SM90)
+    case Engine::kSm90: return sm90::kTiles[kernel.kernel].name;
+#endif
+    default: break;
+  }
+  const std::string name = kIgemmTiles[kernel.kernel].name;
+  return kernel.splits == 1 ? name : name + ":" + std::to_string(kernel.splits);
+}
+
+void expect_kernel(const char* op, const KernelPlan& kernel, const KernelChoice& wanted) {
+  if (kernel.engine != Engine::kNone) return;
+  std::string names = kGemvName;
+  for (const IgemmTile& t : kIgemmTiles) names += std::string(", ") + t.name;
+  const std::string text = wanted.splits > 0 ? wanted.name + ":" + std::to_string(wanted.splits) : wanted.name;
+  throw std::runtime_error(std::string("quant_ops.") + op +
+                           ": expected QUANT_OPS_CUDA_KERNEL to name a kernel that takes these shapes on "
+                           "this GPU, got " +
+                           text + ". Unset it, or name one of " + names + ".");
+}
+
+}  // namespace quant_ops

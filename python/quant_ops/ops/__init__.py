@@ -1,0 +1,20 @@
+"""The operators: ``quantize`` for floating tensors, ``int8`` for integer products.
+
+The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words.
+"""
+
+from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, unpack_weight
+from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
+
+__all__ = [
+    "choose_qparams",
+    "dequant_tensor",
+    "int8_conv2d",
+    "int8_gemm",
+    "int8_linear",
+    "pack_weight",
+    "quant_tensor_backward",
+    "quant_tensor_forward",
+    "quantize_rows",
+    "unpack_weight",
+]

@@ -1,0 +1,128 @@
+"""What every operator's section uses: calling it with the exceptions of Python, its fake kernel, and refusing its gradient.
+
+Checks are written once, in C++ (``cpp/torch``). A fake kernel runs them through ``torch.ops.quant_ops_meta``, the same operators
+for tensors without data, and adds the one thing that C++ cannot: shapes in which a size may be symbolic.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_ops import _library
+
+_ops = torch.ops.quant_ops
+_IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # autograd kernels of the int8 operators; must stay alive
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls an operator; its refusal of a dtype becomes a TypeError, of anything else a ValueError."""
+    if torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:
+        text = str(error).split("\n")[0]
+        if text.startswith("quant_ops::"):  # the dispatcher: an argument that is no Tensor, int, ...
+            raise TypeError(text) from None
+        if not text.startswith("quant_ops."):
+            raise
+        kind = TypeError if _library.is_dtype_refusal(text) else ValueError
+        raise kind(text) from None
+
+
+# ---- fake kernels ----------------------------------------------------------------------------------------------------
+
+# For a size that only the data will tell: one that checks of a single size accept. Checks of two such sizes against each other hold
+# where they are the same, and the real operator checks again.
+_UNKNOWN_SIZE = 4096
+
+
+def _example(size: int | torch.SymInt) -> int:
+    """The size itself, or of a symbolic one the size that the graph is traced with; no guard is added."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return _UNKNOWN_SIZE if hint is None else int(hint)
+
+
+def _without_data(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    sizes, strides = ([_example(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+
+
+def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers the fake kernel of an operator; decorates the function that makes its results.
+
+    The function gets the operator's arguments by name, with the schema's defaults, and ``checked``: the results for concrete
+    sizes, after all of the operator's checks. It takes dtypes from them and computes shapes from the arguments, so that these may
+    be symbolic.
+    """
+    check = getattr(torch.ops.quant_ops_meta, name).default
+    schema = getattr(_ops, name).default._schema.arguments
+    names = [argument.name for argument in schema]
+    defaults = {argument.name: argument.default_value for argument in schema}
+
+    def register(results: Callable[..., Any]) -> None:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._DisableTorchDispatch():
+                checked = check(*map(_without_data, args), **{k: _without_data(v) for k, v in kwargs.items()})
+            return results(checked=checked, **defaults | dict(zip(names, args, strict=False)) | kwargs)
+
+        torch.library.register_fake(f"quant_ops::{name}", kernel)
+
+    return register
+
+
+# ---- no gradient -----------------------------------------------------------------------------------------------------
+
+
+class _Inference(torch.autograd.Function):
+    """Computes without a graph; a gradient that is asked for gets a clear error instead of a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, kwargs: dict[str, Any], *args: Any) -> Tensor:
+        ctx.name = op._schema.name.replace("::", ".")
+        ctx.like = [(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in args]
+        result: Tensor = op(*args, **kwargs)
+        if not result.is_floating_point():
+            ctx.mark_non_differentiable(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        needed = zip(ctx.needs_input_grad[2:], ctx.like, strict=True)
+        return None, None, *(_no_gradient(grad, *like, ctx.name) if needs and like else None for needs, like in needed)
+
+
+# An operator, so that tracing (torch.compile with gradients enabled) meets the fake kernel and only a real backward pass raises.
+@torch.library.custom_op("quant_ops::_no_gradient", mutates_args=())
+def _no_gradient(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
+    raise RuntimeError(
+        f"{op}: expected no gradient to be asked for, got a backward pass through an int8 operator, which is for "
+        "inference. Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
+    )
+
+
+@_no_gradient.register_fake
+def _(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
+    return grad.new_empty(shape, dtype=dtype)
+
+
+def inference_only(name: str) -> None:
+    """Registers the autograd kernel of an int8 operator: straight to the kernel unless an input requires a gradient."""
+    op = getattr(_ops, name).default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    is_grad_enabled = torch.is_grad_enabled
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+            tensors = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            return _Inference.apply(op, tensors, *args)  # type: ignore[no-untyped-call]
+        with below_autograd():
+            return op(*args, **kwargs)
+
+    _IMPLEMENTATION.impl(name, kernel, "Autograd")

@@ -1,0 +1,259 @@
+"""The int8 operators, one section each: typed wrapper with the documentation and fake kernel. They are for inference: no gradient.
+
+Schemas are in ``cpp/torch/operators.h``, checks in ``cpp/torch/{linear,conv2d,pack}.h``, the formula of the epilogue in
+``cpp/contract/ops.h``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_ops import _library
+from quant_ops.ops._register import call, fake_kernel, inference_only
+
+_ops = torch.ops.quant_ops
+
+# ---- int8_gemm -------------------------------------------------------------------------------------------------------
+
+
+def int8_gemm(a: Tensor, b: Tensor) -> Tensor:
+    """Exact integer product ``a @ b.T`` in int32, on every instruction set: no saturation anywhere.
+
+    Args:
+        a: int8 or uint8, ``(M, K)``.
+        b: int8, ``(N, K)``, as nn.Linear keeps its weight.
+
+    Returns:
+        int32 ``(M, N)``.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes do not fit, or K > 131071 (65793 for uint8), where the sum could overflow.
+    """
+    return call(_ops.int8_gemm.default, a, b)
+
+
+@fake_kernel("int8_gemm")
+def _(checked: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=checked.dtype)
+
+
+inference_only("int8_gemm")
+
+
+# ---- int8_linear -----------------------------------------------------------------------------------------------------
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    *,
+    packed_weight: Tensor | None = None,
+    asymmetric: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Fused int8 linear layer: quantize, multiply exactly, scale, add bias, ReLU, convert, in one call.
+
+    ``y = fma(acc, x_scale * weight_scale, bias)`` in float32, where ``acc`` is the exact int32 product of the codes, then ReLU,
+    then one rounding to the result's dtype, or ``clamp(rne(y / out_scale) + out_zero_point)`` for an integer result.
+
+    Args:
+        x: ``(..., K)``. float32, float16 or bfloat16: quantized here, per row from its data without ``x_scale`` (dynamic), to
+            [-128, 127] with it (static). int8 or uint8: codes already, ``x_scale`` required.
+        weight: int8 ``(N, K)``.
+        weight_scale: floating, one element or ``(N,)``.
+        bias: floating ``(N,)``.
+        x_scale: one element, or one per row, shape ``(..., 1)``.
+        x_zero_point: like ``x_scale``; integer, or floating (rounded).
+        packed_weight: ``pack_weight(weight)``, for speed; without it the weight is packed in every call (on CUDA only where it
+            has to be).
+        asymmetric: dynamic quantization with a zero point.
+        out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``) for the next layer.
+        out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x).
+        relu: clamp negative results to 0.
+
+    Returns:
+        ``(..., N)``. Row i of a batch equals row i alone, bit for bit, for any number of threads and instruction set.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: shapes do not fit; K > 131071 (65793 for uint8 or with a zero point); a zero point outside its range.
+        RuntimeError: a gradient is asked for.
+
+    On CUDA values are not looked at, which would stop the stream: an integer zero point outside its range is used as it is.
+    """
+    return call(
+        _ops.int8_linear.default,
+        x,
+        weight,
+        weight_scale,
+        bias,
+        x_scale,
+        x_zero_point,
+        packed_weight=packed_weight,
+        asymmetric=asymmetric,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+        out_dtype=out_dtype,
+        relu=relu,
+    )
+
+
+@fake_kernel("int8_linear")
+def _(checked: Tensor, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=checked.dtype)
+
+
+inference_only("int8_linear")
+
+
+# ---- int8_conv2d -----------------------------------------------------------------------------------------------------
+
+
+def int8_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    *,
+    packed_weight: Tensor | None = None,
+    asymmetric: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Fused int8 convolution (implicit GEMM), with the arithmetic of :func:`int8_linear`.
+
+    Args:
+        x: ``(N, C, H, W)`` or ``(C, H, W)``, dtypes as in :func:`int8_linear`; dynamic quantization is per sample. Read in place
+            when channels or columns are contiguous (channels_last, NCHW), copied once otherwise.
+        weight: int8 ``(O, C / groups, R, S)``.
+        weight_scale: one element, ``(O,)`` or ``(O, 1, 1, 1)``.
+        stride, dilation: one number or ``(vertical, horizontal)``.
+        padding: one number, ``(vertical, horizontal)`` or ``(top, bottom, left, right)``; padded pixels are real zeros.
+        x_scale, x_zero_point: one element, or one per sample, shape ``(N, 1, 1, 1)``.
+        packed_weight: ``pack_weight(weight, groups)``.
+        bias, asymmetric, out_scale, out_zero_point, out_dtype, relu: as in :func:`int8_linear`.
+
+    Returns:
+        ``(N, O, OH, OW)`` with ``OH = (H + top + bottom - dilation * (R - 1) - 1) // stride + 1``; channels_last if x is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`int8_linear`; also groups that do not divide the channels, an output smaller
+            than 1 x 1, and C / groups * R * S beyond the exact bound.
+    """
+    return call(
+        _ops.int8_conv2d.default,
+        x,
+        weight,
+        weight_scale,
+        bias,
+        _list(stride),
+        _list(padding),
+        _list(dilation),
+        groups,
+        x_scale,
+        x_zero_point,
+        packed_weight=packed_weight,
+        asymmetric=asymmetric,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+        out_dtype=out_dtype,
+        relu=relu,
+    )
+
+
+def _list(value: int | Sequence[int]) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
+
+
+@fake_kernel("int8_conv2d")
+def _(
+    checked: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    **_: Any,
+) -> Tensor:
+    top, bottom, left, right = padding if len(padding) == 4 else (padding[0], padding[0], padding[-1], padding[-1])
+    reach_h = x.shape[-2] + top + bottom - dilation[0] * (weight.shape[2] - 1) - 1
+    reach_w = x.shape[-1] + left + right - dilation[-1] * (weight.shape[3] - 1) - 1
+    torch._check(reach_h >= 0)  # for what is derived from the size of the result
+    torch._check(reach_w >= 0)
+    shape = (*x.shape[:-3], weight.shape[0], reach_h // stride[0] + 1, reach_w // stride[-1] + 1)
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=checked.dtype, device=x.device, memory_format=memory_format)
+
+
+inference_only("int8_conv2d")
+
+
+# ---- pack_weight -----------------------------------------------------------------------------------------------------
+
+
+def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """An int8 weight, ``(N, K)`` or ``(O, C / groups, R, S)``, in the layout that its device's kernels read.
+
+    On the CPU the same for every instruction set (``cpp/cpu/pack.h``), on CUDA for every GPU
+    (``cpp/contract/cuda_weights.h``: the sums of its columns, and its rows where the weight itself will not do). Derived from the
+    weight, never to be saved.
+
+    Returns:
+        int8, one dimension.
+
+    Raises:
+        TypeError: weight is not int8.
+        ValueError: another number of dimensions, or groups that do not divide O.
+    """
+    return call(_ops.pack_weight.default, weight, groups)
+
+
+@fake_kernel("pack_weight")
+def _(checked: Tensor, weight: Tensor, groups: int) -> Tensor:
+    r, s = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    device = "cuda" if weight.device.type == "cuda" else "cpu"
+    length = _library.packed_bytes(weight.shape[0], weight.shape[1], r, s, groups, device)
+    return weight.new_empty((length,), dtype=checked.dtype)
+
+
+inference_only("pack_weight")
+
+
+# ---- unpack_weight -----------------------------------------------------------------------------------------------
+
+
+def unpack_weight(packed_weight: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
+    """The plain int8 weight of ``shape`` that ``packed_weight = pack_weight(weight, groups)`` was made from.
+
+    Raises:
+        TypeError: packed_weight is not int8.
+        ValueError: it was made from a weight of another shape or number of groups.
+    """
+    return call(_ops.unpack_weight.default, packed_weight, shape, groups)
+
+
+@fake_kernel("unpack_weight")
+def _(checked: Tensor, packed_weight: Tensor, shape: Sequence[int], **_: Any) -> Tensor:
+    return packed_weight.new_empty(shape, dtype=checked.dtype)
+
+
+inference_only("unpack_weight")
