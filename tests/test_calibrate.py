@@ -15,7 +15,7 @@ from torch import nn
 
 import quant_ops as qo
 from quant_ops.convert.prepared import Prepared, PreparedLinear
-from quant_ops.observe import Observer
+from quant_ops.observers import Observer
 
 KINDS = sorted(Observer.kinds)
 

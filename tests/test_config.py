@@ -3,7 +3,7 @@
 import pytest
 
 import quant_ops as qo
-from quant_ops.observe import Observer
+from quant_ops.observers import Observer
 
 KINDS = sorted(Observer.kinds)
 

@@ -9,7 +9,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quant_ops as qo
-from quant_ops.observe import Observer, histogram
+from quant_ops.observers import Observer, histogram
 
 KINDS = sorted(Observer.kinds)
 DISTRIBUTIONS = ["entropy", "histogram", "mse", "percentile"]

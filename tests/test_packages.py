@@ -13,8 +13,8 @@ BELOW = {
     "": {"ops"},  # info checks the operators
     "ops": {""},
     "nn": {"", "ops"},
-    "observe": {"", "ops"},
-    "convert": {"", "ops", "nn", "observe"},
+    "observers": {"", "ops"},
+    "convert": {"", "ops", "nn", "observers"},
     "report": {"", "ops", "nn"},
     "compat": {"", "ops", "nn", "convert", "report"},
     "cli": {"", "nn", "convert", "report"},
@@ -54,6 +54,6 @@ def test_every_package_has_its_place():
         "",
         "ops",
         "nn",
-        "observe",
+        "observers",
         "convert",
     }

@@ -10,7 +10,7 @@ from torch import nn
 
 import quant_ops as qo
 from quant_ops.convert.prepared import Prepared, PreparedConv2d, PreparedLinear
-from quant_ops.observe import Observer
+from quant_ops.observers import Observer
 from quant_ops.report.error import sqnr
 
 KINDS = sorted(Observer.kinds)

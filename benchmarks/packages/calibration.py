@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 from benchmarks.common.timing import in_turns
-from quant_ops.observe import Observer
+from quant_ops.observers import Observer
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._models import Forward, call, evaluating
-from ..observe import Observer
+from ..observers import Observer
 from .prepared import Prepared
 
 _log = logging.getLogger("quant_ops")

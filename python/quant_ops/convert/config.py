@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ..observe import Observer
+from ..observers import Observer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import INT8_LAYERS, Int8Layer, float_class
-from ..observe import Observer
+from ..observers import Observer
 from .config import Int8Static, Scheme
 
 

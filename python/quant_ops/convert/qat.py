@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import Int8Layer
-from ..observe import Observer
+from ..observers import Observer
 from ..ops import choose_qparams, quant_tensor_forward
 from .config import Int8Static, Scheme
 from .prepared import Prepared, choose_weight_scale, to_int8
