@@ -177,9 +177,7 @@ QO_EXPORT const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K
 }
 
 // As quant_ops_is_dtype_refusal of exports.cpp, for the refusals of this library.
-QO_EXPORT int quant_ops_cuda_is_dtype_refusal(const char* sentence) {
-  return quant_ops::last_dtype_refusal() == sentence;
-}
+QO_EXPORT int quant_ops_cuda_is_dtype_refusal(const char* sentence) { return quant_ops::last_dtype_refusal() == sentence; }
 
 // Wants this kernel from now on, in place of the one that QUANT_OPS_CUDA_KERNEL names; null or empty: that one again.
 QO_EXPORT void quant_ops_cuda_set_kernel(const char* text) { quant_ops::set_kernel_choice(text); }
