@@ -10,6 +10,7 @@ from torch import nn
 
 from .._models import Result, Table, has_hooks, reasons
 from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..nn.loading import check_loads
 from .config import Config, Scheme
 from .prepared import Prepared
 
@@ -185,6 +186,7 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
             setattr(parent, attribute, layer)
         del module  # the last reference: the float weight is freed here
     leave_fused_paths(model)
+    check_loads(model)
 
 
 def leave_fused_paths(model: nn.Module) -> None:
