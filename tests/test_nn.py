@@ -424,6 +424,23 @@ def test_codes_can_be_assigned():
         layer.qweight = torch.ones(4, 8)
 
 
+def test_functional_call_computes_with_the_codes_it_is_given():
+    layer, other, x = linear(8, 4), linear(8, 4, seed=1), randn(3, 8)
+    expected = layer(x)
+    assert torch.equal(torch.func.functional_call(layer, other.state_dict(), x), other(x))
+    assert torch.equal(layer(x), expected)
+    model, image = nn.Sequential(conv(4, 6, 3)), randn(2, 4, 5, 5)
+    another = nn.Sequential(conv(4, 6, 3, seed=1))
+    assert torch.equal(torch.func.functional_call(model, another.state_dict(), image), another(image))
+
+
+def test_weights_can_be_told_apart():
+    """Code that looks for tied weights compares pointers and uses tensors as keys."""
+    layer, other = linear(8, 4), linear(8, 4)
+    assert layer.weight.data_ptr() == layer.weight.data_ptr() != other.weight.data_ptr()
+    assert {layer.weight: 1, other.weight: 2}[layer.weight] == 1
+
+
 def test_compute_dtype_follows_the_model():
     layer = qo.QuantLinear.from_float(nn.Linear(8, 4).bfloat16())
     assert layer.weight.dtype == torch.bfloat16

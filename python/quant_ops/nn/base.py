@@ -561,7 +561,9 @@ class Int8Layer(nn.Module):
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the operator call. Each one left at its default saves a tenth of a microsecond."""
         b = self._buffers  # a dict lookup each; attribute access would cost more than the call
-        options: dict[str, Any] = {"packed_weight": b["packed_weight"]}
+        options: dict[str, Any] = {}
+        if b["qweight"] is None or not b["qweight"].is_cpu:  # on the CPU there are codes only while functional_call lends them
+            options["packed_weight"] = b["packed_weight"]
         scale, zero_point = b["input_scale"], b["input_zero_point"]
         if b["timestep"] is not None:
             scale, zero_point = _at_step(b["timestep"], scale, zero_point)

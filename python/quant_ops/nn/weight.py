@@ -110,6 +110,9 @@ class DequantizedWeight(Tensor):
                 return func(*args, **kwargs)
         if func in _SELF:
             return args[0]
+        if func is Tensor.data_ptr:  # tells tied weights apart from others, as it does elsewhere
+            held = args[0].packed_weight if args[0].codes is None else args[0].codes
+            return held.data_ptr()
         if func is DequantizedWeight.dequantize or func is Tensor.dequantize:
             return args[0].dequantize()
         name = getattr(func, "__name__", "")
@@ -138,6 +141,9 @@ class DequantizedWeight(Tensor):
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return repr(self.dequantize())
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantize()
