@@ -146,6 +146,18 @@ def test_from_float_of_something_else(layer):
         layer.from_float(nn.ReLU())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "settings"), [(131072, {}), (65794, {"asymmetric": True}), (65794, {"input_scale": 0.1, "input_zero_point": 3})]
+)
+def test_sums_that_would_not_be_exact_are_refused(inputs, settings):
+    """Here, and not at every call. One product fewer is accepted."""
+    with pytest.raises(
+        ValueError, match=rf"^quant_ops.QuantLinear: expected at most {inputs - 1} products in a sum, .*, got {inputs}"
+    ):
+        linear(inputs, 1, **settings)
+    assert linear(inputs - 1, 1, **settings)(torch.ones(1, inputs - 1)).isfinite().all()
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ DTYPES = {
     "output_scale": torch.float32,
     "output_zero_point": torch.int32,
 }  # of the buffers in the state_dict
+_EXACT, _EXACT_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
 _DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
 _NO_STAND_IN: Any = ((None,) * 4, None)
 
@@ -300,6 +301,9 @@ class Int8Layer(nn.Module):
                 refuse(f"one {side}_zero_point for each of {scale.numel()} steps", zero_point.numel())
             if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
                 refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
+        products, shifted = self._weight_shape[1:].numel(), self.asymmetric or tensors.get("input_zero_point") is not None
+        if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
+            refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
         if self.asymmetric and tensors.get("input_scale") is not None:
             refuse("no input_scale in an asymmetric layer, which finds the range of every input", "one")
 

@@ -72,6 +72,7 @@ class DequantizedWeight(Tensor):
     codes: Tensor | None
     scale: Tensor
     groups: int
+    _described: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
     def __new__(
@@ -85,16 +86,20 @@ class DequantizedWeight(Tensor):
     ) -> "DequantizedWeight":
         made: DequantizedWeight = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=scale.device)
         made.codes, made.packed_weight, made.scale, made.groups = codes, packed_weight, scale, groups
+        made._described = (torch.Size(shape), dtype, scale.device)
         return made
+
+    # Asked in every forward of some models. Tensor's own properties would go through __torch_function__, which takes 2 us.
+    shape = property(lambda self: self._described[0])
+    dtype = property(lambda self: self._described[1])
+    device = property(lambda self: self._described[2])
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
     def dequantize(self) -> Tensor:
         """The values, as a tensor of their own."""
-        with torch._C.DisableTorchFunctionSubclass():
-            shape, dtype = self.shape, self.dtype
-        codes = self.codes
+        codes, (shape, dtype, _) = self.codes, self._described
         if codes is None:
             assert self.packed_weight is not None
             codes = unpacked(self.packed_weight, shape, self.groups)
