@@ -575,6 +575,11 @@ def test_a_model_moved_to_channels_last_runs_in_it(before):
     assert plain(x).is_contiguous()
     assert model(x[0]).dim() == 3
     assert model[0].dequantize()(x).is_contiguous(memory_format=torch.channels_last)
+    assert model.half().float()(x).is_contiguous(memory_format=torch.channels_last)
+    assert model.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+    line = qo.QuantConv1d.from_float(nn.Conv1d(4, 6, 3))
+    assert line.to(memory_format=torch.channels_last)(randn(2, 4, 9)).is_contiguous()
+    assert linear(4, 3).to(memory_format=torch.channels_last_3d)(randn(2, 4)).shape == (2, 3)
 
 
 # ---- the default dtype ---------------------------------------------------------------------------------------------------

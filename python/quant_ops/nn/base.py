@@ -410,14 +410,16 @@ class Int8Layer(nn.Module):
     def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
         before = dict(self._buffers)
         # what fn does to a floating weight: another dtype, another memory format
-        probe = fn(torch.empty((2, 2, 2, 2), dtype=self.compute_dtype, device=self.device))
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        small = [2] * len(self._weight_shape)
+        probe = fn(torch.empty(small, dtype=self.compute_dtype, device=self.device, memory_format=memory_format))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype != old.dtype:
                 self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
         self.compute_dtype = probe.dtype
-        self.channels_last = len(self._weight_shape) == 4 and (self.channels_last or is_channels_last(probe))
+        self.channels_last = is_channels_last(probe)
         old_scale, old_packed = before["weight_scale"], before["packed_weight"]
         if old_scale is not None and old_scale.device != self.device:
             if self._buffers["qweight"] is None:
