@@ -80,6 +80,15 @@ def size_mismatch(key: str, shape: torch.Size, current: torch.Size) -> str:
     return f"size mismatch for {key}: copying a param with shape {shape} from checkpoint, the shape in current model is {current}."
 
 
+def _in_onnx_export() -> bool:
+    return is_in_onnx_export()
+
+
+# Dynamo takes torch's function for False; it calls one with this mark, which torch.compiler.assume_constant_result would set (that
+# imports Dynamo, which takes a second).
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a weight or an image lies in channels_last and in no other order."""
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -536,13 +545,13 @@ class Int8Layer(nn.Module):
             tracer: Any = x.tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
             return node
-        if is_in_onnx_export():
+        if _in_onnx_export():
             self._refuse_onnx()
         return self._run(x)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called instead of forward by torch.jit.trace."""
-        if is_in_onnx_export():
+        if _in_onnx_export():
             self._refuse_onnx()
         return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
