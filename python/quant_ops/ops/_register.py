@@ -17,7 +17,7 @@ _IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # autograd kernels
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls an operator; its refusal of a dtype becomes a TypeError, of anything else a ValueError."""
+    """Calls an operator; its refusal of a dtype becomes a TypeError, of a value a ValueError; without memory a RuntimeError."""
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
     try:
@@ -28,8 +28,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             raise TypeError(text) from None
         if not text.startswith("quant_ops."):
             raise
-        kind = TypeError if _library.is_dtype_refusal(text) else ValueError
-        raise kind(text) from None
+        raise _library.refusal_kind(text)(text) from None
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
