@@ -1,4 +1,4 @@
-"""A seeded stream of hostile operator calls, run in a process of its own by test_hostile.py: ``python hostile_calls.py SEED COUNT``.
+"""A seeded stream of hostile operator calls, for test_hostile.py: ``python hostile_calls.py SEED COUNT``.
 
 Each call starts from one that works and gets one to three arguments of sizes near the ends of int64, other dtypes, views, expanded
 tensors and tensors without data. It may give a result, or refuse with a sentence of quant_ops; the same call on tensors of device
@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -92,8 +93,8 @@ def good(op: str) -> dict[str, object]:
 
 
 OPERATORS = [
-    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "int8_gemm", "int8_linear",
-    "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
+    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "int8_gemm",
+    "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
 ]  # fmt: skip
 
 
@@ -142,7 +143,7 @@ ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|pac
 def main(seed: int, count: int) -> None:
     torch.set_num_threads(2)
     torch.ones(1 << 20).exp()  # starts the threads
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + LEAST_MEMORY,) * 2)
     rng = random.Random(seed)
     refused = 0

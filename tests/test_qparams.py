@@ -50,7 +50,15 @@ def test_rows_and_columns_of_every_length(isa, dtype):
                 assert marked.view(-1)[0].isnan()
 
 
-WIDE = [(-(2**31), 2**31 - 1), (0, 2**31 - 1), (-(2**31), 0), (-(2**31), -5), (2**31 - 2, 2**31 - 1), (-(2**24) - 3, 2**25 + 1), (7, 2**30)]
+WIDE = [
+    (-(2**31), 2**31 - 1),
+    (0, 2**31 - 1),
+    (-(2**31), 0),
+    (-(2**31), -5),
+    (2**31 - 2, 2**31 - 1),
+    (-(2**24) - 3, 2**25 + 1),
+    (7, 2**30),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -729,7 +729,7 @@ def test_no_gradient_through_codes_or_integer_zero_points():
     assert scale.grad.shape == ()
 
 
-# ---- derivatives of higher order, forward mode, torch.func -------------------------------------------------------------------------
+# ---- derivatives of higher order, forward mode, torch.func -----------------------------------------------------------------------
 
 
 def _straight_through(x, scale, zero_point, qmin, qmax):
@@ -771,7 +771,9 @@ def test_mixed_second_derivatives_of_a_learned_zero_point_are_refused():
     x, scale, zero_point = (t.requires_grad_() for t in _leaves((4, 1), torch.float32, asymmetric=True))
     first = torch.autograd.grad(_fake_quantized(x, scale, zero_point).pow(2).sum(), (x, scale, zero_point), create_graph=True)
     torch.autograd.grad(first[0].sum(), (x, scale, zero_point), retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"^quant_ops\.quant_tensor_backward: expected no second derivative by a scale and a learned"):
+    with pytest.raises(
+        RuntimeError, match=r"^quant_ops\.quant_tensor_backward: expected no second derivative by a scale and a learned"
+    ):
         torch.autograd.grad(first[1].sum(), zero_point)
 
 
@@ -815,7 +817,13 @@ def test_vmap_gives_the_results_of_a_loop():
     assert torch.equal(torch.vmap(lambda a: qo.quantize_rows(a)[0])(x), qo.quantize_rows(x)[0])
 
 
+def _dual(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        f(torch.autograd.forward_ad.make_dual(x, x))
+
+
 _DERIVATIVES = {
+    "dual": _dual,
     "grad": lambda f, x: torch.func.grad(lambda a: f(a).sum())(x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
@@ -824,25 +832,25 @@ _DERIVATIVES = {
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("kind", [*_DERIVATIVES, "dual"])
+@pytest.mark.parametrize("kind", _DERIVATIVES)
 @pytest.mark.parametrize("what", ["layer", "operator", "wrapper"])
 def test_int8_operators_refuse_every_derivative(kind, what):
     layer = qo.QuantLinear.from_float(nn.Linear(8, 4))
     arguments = layer.plain_weight(), layer.weight_scale
-    f = {"layer": layer, "operator": lambda a: ops.int8_linear(a, *arguments), "wrapper": lambda a: qo.int8_linear(a, *arguments)}[what]
+    f = {"layer": layer, "operator": lambda a: ops.int8_linear(a, *arguments), "wrapper": lambda a: qo.int8_linear(a, *arguments)}[
+        what
+    ]
     with pytest.raises(RuntimeError, match=r"^quant_ops\.int8_linear: expected no derivative to be asked for, got a call inside"):
-        if kind == "dual":
-            with torch.autograd.forward_ad.dual_level():
-                f(torch.autograd.forward_ad.make_dual(floats(2, 8), floats(2, 8)))
-        else:
-            _DERIVATIVES[kind](f, floats(2, 8))
+        _DERIVATIVES[kind](f, floats(2, 8))
     frozen = torch.func.grad(lambda w: (f(floats(2, 8)) @ w).sum())(floats(4))  # what is constant may be int8
     assert frozen.abs().sum() > 0
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
 def test_raw_operators_inside_torch_func_say_what_to_call(transform):
-    with pytest.raises(RuntimeError, match=r"^quant_ops\.quant_tensor_forward: expected a call of quant_ops\.quant_tensor_forward inside"):
+    with pytest.raises(
+        RuntimeError, match=r"^quant_ops\.quant_tensor_forward: expected a call of quant_ops\.quant_tensor_forward inside"
+    ):
         transform(lambda a: ops.quant_tensor_forward(a, _S, None, -8, 7).sum())(floats(2, 8))
 
 

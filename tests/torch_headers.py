@@ -2,8 +2,8 @@
 
     python tests/torch_headers.py [VERSION ...]
 
-compiles ``cpp/torch/*.cpp`` against the headers of these versions (by default of the oldest that is supported and of the newest that
-pip offers) and says which compile. pip tells where a wheel is, without downloading it; headers are kept in build/torch-headers.
+compiles ``cpp/torch/*.cpp`` against the headers of these versions (by default of the oldest that is supported and of the newest
+that pip offers) and says which compile. pip tells where a wheel is, without downloading it; build/torch-headers keeps the headers.
 """
 
 import io
@@ -92,12 +92,15 @@ def headers(version: str | None = None) -> tuple[str, Path]:
         ready = CACHE / found / "ready"
         if ready.exists():
             return found, ready.parent
-        remote = open(url.removeprefix("file://"), "rb") if url.startswith("file://") else io.BufferedReader(RemoteFile(url), 1 << 16)
-        with remote, zipfile.ZipFile(remote) as archive:
+        path = Path(url.removeprefix("file://"))
+        with (
+            path.open("rb") if url.startswith("file://") else io.BufferedReader(RemoteFile(url), 1 << 16) as remote,
+            zipfile.ZipFile(remote) as archive,
+        ):
             for name in archive.namelist():
-                path = name.removeprefix("torch/include/")
-                if path != name and path.startswith(FOLDERS) and not name.endswith("/"):
-                    to = CACHE / found / path
+                inside = name.removeprefix("torch/include/")
+                if inside != name and inside.startswith(FOLDERS) and not name.endswith("/"):
+                    to = CACHE / found / inside
                     to.parent.mkdir(parents=True, exist_ok=True)
                     partial = to.with_suffix(f".{os.getpid()}")  # several processes may fetch the same
                     partial.write_bytes(archive.read(name))
@@ -110,7 +113,18 @@ def headers(version: str | None = None) -> tuple[str, Path]:
 
 def compile_against(include: Path, source: str, compiler: str) -> str:
     """The compiler's complaints; empty when it has none."""
-    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-fvisibility=hidden", "-Icpp", "-Icuda", "-isystem", str(include)]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wall",
+        "-Werror",
+        "-fvisibility=hidden",
+        "-Icpp",
+        "-Icuda",
+        "-isystem",
+        str(include),
+    ]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", *(["-DUSE_CUDA"] if "cuda" in source else [])]
     done = subprocess.run([*command, f"cpp/torch/{source}"], cwd=ROOT, check=False, capture_output=True, text=True)
     return done.stderr if done.returncode else ""

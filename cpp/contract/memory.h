@@ -1,4 +1,5 @@
-// What an allocation throws that fails: it knows how many bytes were asked for, and its catcher (torch/errors.h) which operator asked.
+// What an allocation throws that fails: it knows how many bytes were asked for, and its catcher (torch/errors.h) which operator
+// asked.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@
 #include "torch/errors.h"
 
 // A call of torch's C functions. torch's own macro of this kind has another name in 2.10 than in 2.13.
-#define QO_TORCH(call)                                                                                                \
-  do {                                                                                                                \
+#define QO_TORCH(call)                                                                                                 \
+  do {                                                                                                                 \
     if ((call) != TORCH_SUCCESS) throw std::runtime_error("quant_ops: " #call " failed: " + quant_ops::torch_error()); \
   } while (0)
 
@@ -24,7 +24,8 @@ namespace quant_ops {
 
 // What torch says of the C call that has just failed.
 inline std::string torch_error() {
-  return torch_exception_get_what_without_backtrace == nullptr ? "see torch's output" : torch_exception_get_what_without_backtrace();
+  return torch_exception_get_what_without_backtrace == nullptr ? "see torch's output"
+                                                               : torch_exception_get_what_without_backtrace();
 }
 
 // ---- dtypes ---------------------------------------------------------------------------------------------------------
@@ -153,8 +154,8 @@ inline Tensor empty(const Ints& shape, ScalarType type, const Tensor& like, bool
   QO_TORCH(aoti_torch_get_device_type(like.get(), &device_type));
   QO_TORCH(aoti_torch_get_device_index(like.get(), &device_index));
   return allocated(step, type, [&] {
-    QO_TORCH(
-        aoti_torch_empty_strided(dims, shape.data(), strides.data(), static_cast<int32_t>(type), device_type, device_index, &handle));
+    QO_TORCH(aoti_torch_empty_strided(dims, shape.data(), strides.data(), static_cast<int32_t>(type), device_type, device_index,
+                                      &handle));
     return Tensor(handle);
   });
 }

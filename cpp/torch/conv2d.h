@@ -35,8 +35,8 @@ inline Int8Conv2dParams conv2d_geometry(const char* op, const Ints& x, const Int
   QO_EXPECT(groups >= 1 && p.C % groups == 0 && p.O % groups == 0, op,
             "groups to divide the input and output channels, got groups ", groups, ", ", p.C, " input and ", p.O,
             " output channels");
-  QO_EXPECT(p.C >= 1 && times(weight[1], groups) == p.C, op, "x.shape[-3] == weight.shape[1] * groups, got ", p.C, " and ", weight[1],
-            " * ", groups);
+  QO_EXPECT(p.C >= 1 && times(weight[1], groups) == p.C, op, "x.shape[-3] == weight.shape[1] * groups, got ", p.C, " and ",
+            weight[1], " * ", groups);
   QO_EXPECT(p.R >= 1 && p.S >= 1, op, "a kernel of at least 1 x 1, got ", p.R, " x ", p.S);
   pair_of(op, "stride", stride, 1, p.stride);
   pair_of(op, "dilation", dilation, 1, p.dilation);
@@ -50,9 +50,9 @@ inline Int8Conv2dParams conv2d_geometry(const char* op, const Ints& x, const Int
     for (int64_t n : numbers) largest = std::max(largest, n);
     return largest < kMostSize;
   };
-  const bool small = is_small({p.N, p.H, p.W, pad.top, pad.bottom, pad.left, pad.right, p.stride[0], p.stride[1], p.dilation[0],
-                               p.dilation[1]}) &&
-                     is_small({p.H + pad.top + pad.bottom, p.W + pad.left + pad.right});
+  const bool small =
+      is_small({p.N, p.H, p.W, pad.top, pad.bottom, pad.left, pad.right, p.stride[0], p.stride[1], p.dilation[0], p.dilation[1]}) &&
+      is_small({p.H + pad.top + pad.bottom, p.W + pad.left + pad.right});
   QO_EXPECT(small, op, "the batch, each side of the image with its padding, stride and dilation below 2^30, got x.shape ",
             shape_text(x), ", padding ", shape_text(padding), ", stride ", shape_text(stride), " and dilation ",
             shape_text(dilation), ". Split the batch or the image.");

@@ -1,7 +1,7 @@
 // The sentences that refuse an argument: "quant_ops.<op>: expected <relation>, got <values>. <remedy>". Each is written once, where
 // it is checked, for every device and for the fake kernels (library_meta.cpp). torch raises it as RuntimeError; for the wrappers of
-// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE) or a ValueError (QO_EXPECT). Memory that cannot be had is a
-// RuntimeError there too (named_errors).
+// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE) or a ValueError (QO_EXPECT). Memory that
+// cannot be had is a RuntimeError there too (named_errors).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -23,8 +23,8 @@ using Ints = std::vector<int64_t>;
 
 enum class Refusal : int32_t { kValue, kDtype, kMemory };
 
-// The last refusal on this thread that was not of a value. A sentence always comes from the same check, so an old one is never
-// mistaken for a refusal of another kind.
+// The last refusal on this thread that was not of a value: the first line of its text. A sentence always comes from the same check,
+// so an old one is never mistaken for a refusal of another kind.
 struct LastRefusal {
   Refusal kind = Refusal::kValue;
   std::string sentence;
@@ -42,7 +42,7 @@ template <class... Parts>
   std::ostringstream text;
   text << "quant_ops." << op << ": expected ";
   (text << ... << parts);
-  if (kind != Refusal::kValue) last_refusal() = {kind, text.str()};
+  if (kind != Refusal::kValue) last_refusal() = {kind, text.str().substr(0, text.str().find('\n'))};
   throw std::runtime_error(text.str());
 }
 

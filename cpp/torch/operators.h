@@ -42,9 +42,9 @@ void define_operators(Library& m) {
 }
 
 // Registers the operator of this name for the library `m`, with errors that name it.
-#define QO_IMPLEMENT(m, name, Backend)                                                                                      \
-  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                                             \
-    ::quant_ops::named_errors(#name, [&] { TORCH_BOX(&::quant_ops::name<Backend>)(stack, arguments, results); });            \
+#define QO_IMPLEMENT(m, name, Backend)                                                                             \
+  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                                    \
+    ::quant_ops::named_errors(#name, [&] { TORCH_BOX (&::quant_ops::name<Backend>)(stack, arguments, results); }); \
   })
 
 // All but unpack_weight, which CUDA does not have.

@@ -120,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   QO_EXPECT(sizes_of(grad) == sizes_of(tensor), op, "grad.shape == tensor.shape, got ", shape_text(grad), " and ",
             shape_text(tensor));
   expect_device(op, "grad", grad, tensor);
+  expect_elements(op, "tensor", tensor.sizes());
   const ScalarType type = tensor.scalar_type(), compute = compute_type(type);
   const Tensor g = to_type(grad, type);
   const ScaleAndZeroPoint z = scale_and_zero_point<Backend>(op, tensor, scale, zero_point, asymmetric, qmin, qmax, compute);

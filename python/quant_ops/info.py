@@ -81,7 +81,9 @@ def collect() -> dict[str, Any]:
     try:
         report["isa"] = _library.isa()
         kernels = _library.kernels()
-        report["kernels"] = {op: ", ".join(kernels[entry] for entry in entries if entry in kernels) for op, entries in _ENTRIES.items()}
+        report["kernels"] = {
+            op: ", ".join(kernels[entry] for entry in entries if entry in kernels) for op, entries in _ENTRIES.items()
+        }
         if _library.cuda_library and torch.cuda.is_available():
             report["cuda_kernels"] = {
                 f"linear {m}x4096x4096": _library.cuda_gemm_kernel(m, 4096, 4096) for m in (1, 16, 64, 256, 4096)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_ops.ops._register import DerivativeError, autograd_kernel, call, constant, fake_kernel, in_transform, inference_only, wants_derivative
+from quant_ops.ops._register import (
+    DerivativeError,
+    autograd_kernel,
+    call,
+    constant,
+    fake_kernel,
+    in_transform,
+    inference_only,
+    wants_derivative,
+)
 
 _ops = torch.ops.quant_ops
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -80,7 +89,7 @@ class _Simulate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         tensor: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
@@ -101,14 +110,14 @@ class _Simulate(torch.autograd.Function):
         ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensor, scale, zero_point = ctx.saved_tensors
         grad_tensor, grad_scale, grad_zero_point = _gradient(grad, tensor, scale, zero_point, *ctx.options)
         learned = ctx.needs_input_grad[2] and _is_learned(zero_point, ctx.options[2])
         return grad_tensor, grad_scale, grad_zero_point if learned else None, *[None] * 4
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         tensor, scale, zero_point = ctx.saved_tensors
         return _by_factors(tangents[:3], tensor, scale, zero_point, ctx.options)
 
@@ -128,9 +137,7 @@ def _forward_kernel(
         _expect_no_transform("quant_tensor_forward")
         return _Simulate.apply(tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
     with _below_autograd():
-        return _ops.quant_tensor_forward.default(
-            tensor, scale, zero_point, qmin, qmax, asymmetric, simulate, block_size=block_size
-        )
+        return _ops.quant_tensor_forward.default(tensor, scale, zero_point, qmin, qmax, asymmetric, simulate, block_size=block_size)
 
 
 autograd_kernel("quant_tensor_forward", _forward_kernel)
@@ -258,7 +265,7 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         grad: Tensor,
         tensor: Tensor,
         scale: Tensor,
@@ -279,7 +286,7 @@ class _Gradient(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensor, scale, zero_point = ctx.saved_tensors
         _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
         if _is_learned(zero_point, ctx.options[2]):
@@ -288,7 +295,7 @@ class _Gradient(torch.autograd.Function):
         return of_grad, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         tensor, scale, zero_point = ctx.saved_tensors
         of_grad, _, of_scale, of_zero, *_ = tangents
         _refuse_mixed(_is_learned(zero_point, ctx.options[2]) and (of_scale is not None or of_zero is not None))
@@ -308,8 +315,8 @@ def _gradient(grad: Tensor, tensor: Tensor, scale: Tensor, zero_point: Tensor | 
     """quant_tensor_backward where torch.func may be at work."""
     if in_transform() is not None:
         return _Gradient.apply(grad, tensor, scale, zero_point, *options)  # type: ignore[no-untyped-call]
-    *options, block_size = options
-    return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, *options, block_size=block_size)
+    *others, block_size = options
+    return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, *others, block_size=block_size)
 
 
 def _backward_kernel(
@@ -327,9 +334,7 @@ def _backward_kernel(
         _expect_no_transform("quant_tensor_backward")
         return _Gradient.apply(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
     with _below_autograd():
-        return _ops.quant_tensor_backward.default(
-            grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size
-        )
+        return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size)
 
 
 autograd_kernel("quant_tensor_backward", _backward_kernel)
