@@ -233,7 +233,7 @@ def check_model(op: str, model: nn.Module) -> None:
 
 
 def all_layers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, str]]:
-    """Name, layer, parent and attribute of every float or int8 layer of these kinds, under every name that it has, in the model's order."""
+    """Name, layer, parent and attribute of every float or int8 layer, in the model's order, under every name that it has."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return [
         (name, module, modules[name.rpartition(".")[0]], name.rpartition(".")[2])
