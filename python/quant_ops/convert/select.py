@@ -100,8 +100,8 @@ class Survey:
                     result.notes.append(
                         (name, f"its weight is tied to that of {other or 'the model itself'!r}, which {what}{cost}")
                     )
-        result.share = _share(model, done)
-        result.bytes_before, result.bytes_after = self._before, _size(model)
+        result.bytes_before = self._before
+        measure(model, result)
         _log.info("%s", result)
         if not result.converted:
             found = "; ".join(reasons(result.skipped)[:3]) + ("; ..." if len(result.skipped) > 3 else "")
@@ -111,6 +111,12 @@ class Survey:
                 stacklevel=3,
             )
         return result
+
+
+def measure(model: nn.Module, result: ConversionResult) -> None:
+    """Share and memory of the model as it is now."""
+    result.share = _share(model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared))
+    result.bytes_after = _size(model)
 
 
 def _remember(model: nn.Module, result: ConversionResult) -> None:
