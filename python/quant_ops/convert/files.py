@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import _library
-from .._models import has_hooks
+from .._models import has_hooks, patched
 from ..nn import INT8_LAYERS, Int8Layer
 from . import config
 from .prepared import Prepared
@@ -287,6 +287,8 @@ def _check_fit(model: nn.Module, file: _File) -> None:
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
         if has_hooks(module):
             refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
+        if reason := patched(module):
+            refuse(f"{name!r} in the model: {reason}")
         for setting in kind.geometry:
             stored = _from_json(entry["arguments"][setting])
             if getattr(module, setting) != stored:

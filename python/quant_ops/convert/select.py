@@ -171,7 +171,11 @@ def _no_int8(module: nn.Module, weights: list[str]) -> str:
 def _share(model: nn.Module, done: Any) -> float:
     """The fraction of the weights' elements that is in layers of these classes."""
     layers = [module for module in model.modules() if isinstance(module, done)]
-    taken = sum(math.prod(shape) for shape in {id(layer.weight): layer.weight.shape for layer in layers}.values())
+    weights: dict[int, torch.Size] = {}  # a float weight that several of them share counts once
+    for layer in layers:
+        parameter = layer._parameters.get("weight")
+        weights[id(layer if parameter is None else parameter)] = layer.weight.shape
+    taken = sum(map(math.prod, weights.values()))
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = sum(
         parameter.numel()
