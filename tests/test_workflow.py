@@ -67,7 +67,7 @@ def test_each_layer_is_what_from_float_makes():
         float_layer = original.get_submodule(name)
         expected = type(layer).from_float(float_layer, asymmetric=True, weight_bits=5)
         assert repr(layer) == repr(expected)
-        assert layer.weight.abs().max() == 15
+        assert layer.qweight.abs().max() == 15
         assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), expected.buffers(), strict=True))
 
 

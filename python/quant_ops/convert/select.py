@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..nn.loading import check_loads
 from ..observers import Observer
 from .config import Config, Scheme
 from .prepared import Prepared
@@ -331,6 +332,7 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
             setattr(parent, attribute, layer)
         del module  # the last reference: the float weight is freed here
     leave_fused_paths(model)
+    check_loads(model)
 
 
 def leave_fused_paths(model: nn.Module) -> None:
