@@ -32,6 +32,9 @@ def batches():
 several = [(torch.ones(1, 3, 6, 6),), (torch.zeros(1, 3, 6, 6),)]
 none = lambda: []
 raises = lambda: 1 / 0
+sequence = lambda: nn.Sequential(
+    nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1, groups=2), nn.Flatten(), nn.Linear(36, 2)
+)
 labelled = [(torch.ones(1, 3, 6, 6), torch.zeros(1))]
 without_layers = lambda: nn.Sequential(nn.LSTM(3, 3))
 number = lambda: 3
@@ -115,6 +118,15 @@ def test_a_target_that_no_int8_model_meets(folder, capsys, target):
     assert not (folder / "r.json").exists()
 
 
+def test_quantize_conv1d(folder, capsys):
+    assert "3 converted, 0 skipped\nint8: 100.0 % of the weights" in call(capsys, "quantize", "user_net:sequence", "m", "--fold")
+    model = user_net().sequence().eval()
+    qo.fold_batchnorm_(model)
+    qo.load_(model, "m")
+    assert [type(layer).__name__ for layer in model] == ["QuantConv1d", "Identity", "QuantConv1d", "Flatten", "QuantLinear"]
+    assert model(torch.randn(2, 3, 8)).isfinite().all()
+
+
 def test_quantize_folds(folder, capsys):
     assert "1 folded" in call(capsys, "quantize", "user_net:trained", "m", "--fold")
     assert not any("running_mean" in name for name in __import__("safetensors.torch").torch.load_file("m"))
@@ -151,7 +163,8 @@ def test_report(folder, capsys):
     call(capsys, "quantize", "user_net:trained", "m", "--data", "user_net:batches", "--report", "r.json")
     described = call(capsys, "report", "m")
     assert described.splitlines()[0] == f"m: format 1, written by quant_ops {qo.__version__}"
-    assert "  4: QuantLinear(in_features=128, out_features=12, asymmetric=False, relu=False), weight_bits=8" in described
+    assert "  4: QuantLinear(in_features=128, out_features=12, asymmetric=" in described
+    assert "relu=False), weight_bits=8, config={'config': 'Int8Dynamic'" in described
 
     compared = json.loads(call(capsys, "report", "m", "--model", "user_net:trained", "--data", "user_net:batches", "--json"))
     written = json.loads((folder / "r.json").read_text())
@@ -277,6 +290,7 @@ def test_complaints_are_one_line(folder, capsys, arguments, words):
     ("arguments", "words"),
     [
         (["broken_net:f", "m"], "got ModuleNotFoundError at {folder}/broken_net.py:1: No module named 'no_such_dependency'."),
+        (["typo_net:f", "m"], "got SyntaxError at {folder}/typo_net.py:1: "),
         (["exits_net:f", "m"], "got SystemExit at {folder}/exits_net.py:1: ended the program with status 0."),
         (["user_net:raises", "m"], "ZeroDivisionError at {folder}/user_net.py:"),
         (["user_net:trained", "m", "--static", "--data", "user_net:raises"], "ZeroDivisionError at {folder}/user_net.py:"),
@@ -284,6 +298,7 @@ def test_complaints_are_one_line(folder, capsys, arguments, words):
     ],
 )
 def test_errors_of_the_users_code_are_one_line(folder, capsys, arguments, words):
+    (folder / "typo_net.py").write_text("def f(:")
     (folder / "exits_net.py").write_text("raise SystemExit(0)")
     line = refused(capsys, "quantize", *arguments)
     assert line.startswith("quant_ops: got ")

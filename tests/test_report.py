@@ -283,6 +283,32 @@ def test_plot(tmp_path, repeats):
     assert "<svg" in (tmp_path / "report.svg").read_text()
 
 
+def test_plot_shows_the_worst_first_and_covers_nothing(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    model, quantized, x = uneven()
+    report = qo.compare(model, quantized, x)
+    drawn = []
+    save = Figure.savefig
+    try:
+        Figure.savefig = lambda self, *args, **kwargs: (save(self, *args, **kwargs), drawn.append(self))
+        report.plot(tmp_path / "a.png")
+        qo.Report([], [], 0.0, 1.0).plot(tmp_path / "b.png")
+    finally:
+        Figure.savefig = save
+    figure = drawn[0]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1", "3", "0", "2"]
+    values = [layer.sqnr for layer in report.worst(4)]
+    low, high = figure.axes[0].get_xlim()
+    assert low < min(values) < max(values) < high
+    assert min(values) - low < 0.2 * (high - low)  # the axis begins near the least value, not at 0
+    for axes in figure.axes:
+        legend, frame = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.y0 >= frame.y1 - 8
+        assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first one on top
+
+
 def test_plot_names_what_is_missing(tmp_path, monkeypatch):
     report = qo.compare(*both(), BATCH)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -48,14 +48,16 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         text = f"ended the program with status {error.code}"
     frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).parents[1])
-    theirs = [frame for frame in frames if not frame.filename.startswith((here, "<", os.path.dirname(torch.__file__)))]
-    place = (theirs or frames)[-1]
+    not_theirs = ("<", str(Path(__file__).parents[1]), os.path.dirname(torch.__file__), os.path.dirname(importlib.__file__))
+    place = ([frame for frame in frames if not frame.filename.startswith(not_theirs)] or frames)[-1]
+    where = f"{place.filename}:{place.lineno}"
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
     text = text if len(text) <= 300 else text[:300] + "..."
     hint = ""
     if isinstance(error, TypeError) and "positional argument" in text:
         hint = " A tuple or list of --data is taken as the model's arguments: leave out labels."
-    return f"quant_ops: got {type(error).__name__} at {place.filename}:{place.lineno}: {text}.{hint} (See --traceback.)"
+    return f"quant_ops: got {type(error).__name__} at {where}: {text}.{hint} (See --traceback.)"
 
 
 def _expect(command: str, condition: bool, relation: str) -> None:
@@ -240,6 +242,7 @@ def _find(argument: str, path: str) -> Any:
         raise ValueError(f"quant_ops: expected {argument} as module:function, got {path!r}")
     if os.sep in module or module.endswith(".py") or not all(module.split(".")):
         likely = ".".join(part for part in module.removesuffix(".py").replace(os.sep, ".").split(".") if part)
+        likely = likely or "module"
         raise ValueError(
             f"quant_ops: expected {argument} as module:function, got {path!r}, whose first part is no name of a module but a path "
             f"or relative. Write {likely}:{name} in the folder from which that module can be imported."
