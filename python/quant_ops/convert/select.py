@@ -87,8 +87,7 @@ class Survey:
     def finish(self, result: ConversionResult) -> ConversionResult:
         """Adds what stayed float beside the layers, tied weights, and sizes; warns if nothing was converted, and logs."""
         model, done = self._model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared)
-        if result.kind != "int8":
-            _remember(model, result)
+        _remember(model, result)
         result.skipped += [(name, _no_int8(module, weights)) for name, module, weights in _other_weights(model)]
         order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
         result.skipped.sort(key=lambda entry: order.get(entry[0], len(order)))
@@ -121,18 +120,19 @@ def measure(model: nn.Module, result: ConversionResult) -> None:
 
 
 def _remember(model: nn.Module, result: ConversionResult) -> None:
-    """Leaves with each layer that was skipped why, so that convert_ can say so; copies of the model keep it."""
-    for name in result.converted:
-        vars(model.get_submodule(name)).pop(_REASON, None)
-    for name, reason in result.skipped:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, Prepared | Int8Layer):
-            vars(layer)[_REASON] = reason
+    """Leaves with each layer that prepare_ skips why, so that convert_ can say so; copies of the model keep it until then."""
+    for _, layer, *_ in all_layers(model):
+        vars(layer).pop(_REASON, None)
+    if result.kind != "int8":
+        for name, reason in result.skipped:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, Prepared | Int8Layer):
+                vars(layer)[_REASON] = reason
 
 
 def remembered(layer: nn.Module) -> str:
-    """Why prepare_ or prepare_qat_ skipped the layer. It is forgotten then."""
-    return vars(layer).pop(_REASON, None) or "it is not prepared"
+    """Why prepare_ or prepare_qat_ skipped the layer."""
+    return vars(layer).get(_REASON, "it is not prepared")
 
 
 def _size(model: nn.Module) -> int:
