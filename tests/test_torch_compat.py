@@ -857,3 +857,11 @@ def test_dequantizing_refuses_a_gradient_of_its_scale():
     scale = scales().requires_grad_()
     with pytest.raises(RuntimeError, match=r"^quant_ops\.dequant_tensor: expected no gradient to be asked for"):
         qo.dequant_tensor(codes(3, 4), scale).sum().backward()
+
+
+def test_chosen_parameters_are_constants():
+    x = floats(3, 4).requires_grad_()
+    assert not any(t.requires_grad for t in (*qo.choose_qparams(x, [], -127, 127), *qo.quantize_rows(x)))
+    with torch.autograd.forward_ad.dual_level():
+        scale, _ = qo.choose_qparams(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(3, 4)), [], -127, 127)
+        assert torch.autograd.forward_ad.unpack_dual(scale).tangent is None

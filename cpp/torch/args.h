@@ -95,7 +95,10 @@ void expect_elements(const char* op, const char* name, const Sizes& sizes) {
   int64_t elements = 1;
   for (int64_t size : sizes) elements = times(elements, std::max<int64_t>(1, size));
   QO_EXPECT(elements <= kMostElements, op, name, " of at most 2^45 elements (an empty dimension counts as one), got shape ",
-            shape_text(sizes), ". Split the call.");
+            shape_text(Ints(sizes.begin(), sizes.end())), ". Split the call.");
+}
+inline void expect_elements(const char* op, const char* name, std::initializer_list<int64_t> sizes) {
+  expect_elements<std::initializer_list<int64_t>>(op, name, sizes);
 }
 
 // ---- tensors --------------------------------------------------------------------------------------------------------

@@ -57,14 +57,14 @@ inline Int8Conv2dParams conv2d_geometry(const char* op, const Ints& x, const Int
             shape_text(x), ", padding ", shape_text(padding), ", stride ", shape_text(stride), " and dilation ",
             shape_text(dilation), ". Split the batch or the image.");
   const int64_t padded_h = p.H + pad.top + pad.bottom, padded_w = p.W + pad.left + pad.right;
-  expect_elements(op, "an image with its padding", Ints{p.C, padded_h, padded_w});
+  expect_elements(op, "an image with its padding", {p.C, padded_h, padded_w});
   const int64_t reach_h = padded_h - times(p.dilation[0], p.R - 1) - 1;
   const int64_t reach_w = padded_w - times(p.dilation[1], p.S - 1) - 1;
   QO_EXPECT(reach_h >= 0 && reach_w >= 0, op, "an output of at least 1 x 1, got an input of ", p.H, " x ", p.W, ", padding ",
             shape_text(padding), ", dilation ", shape_text(dilation), " and a kernel of ", p.R, " x ", p.S);
   p.OH = reach_h / p.stride[0] + 1;
   p.OW = reach_w / p.stride[1] + 1;
-  expect_elements(op, "a result", Ints{p.N, p.O, p.OH, p.OW});
+  expect_elements(op, "a result", {p.N, p.O, p.OH, p.OW});
   return p;
 }
 

@@ -20,7 +20,7 @@ Tensor int8_gemm(const Tensor& a, const Tensor& b) {
   expect_exact(op, "K", a.size(1), a.scalar_type() == ScalarType::Byte);
   expect_elements(op, "a", a.sizes());
   expect_elements(op, "b", b.sizes());
-  expect_elements(op, "a result", Ints{a.size(0), b.size(0)});
+  expect_elements(op, "a result", {a.size(0), b.size(0)});
 
   Holder holder;
   int64_t x_stride;

@@ -4,7 +4,7 @@ Checks are written once, in C++ (``cpp/torch``). A fake kernel runs them through
 for tensors without data, and adds the one thing that C++ cannot: shapes in which a size may be symbolic.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not text.startswith("quant_ops."):
             raise
         raise _library.refusal_kind(text)(text) from None
+
+
+def call_fast(function: Callable[..., Any], tensors: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    """As ``call`` with ``(*tensors, *args)``, past the autograd kernel, which is Python, where none of the tensors needs it."""
+    if torch.compiler.is_compiling() or in_transform() is not None or wants_derivative(tensors):
+        return call(function, *tensors, *args, **kwargs)
+    with _below_autograd():
+        return call(function, *tensors, *args, **kwargs)
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
@@ -89,16 +97,16 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 in_transform = torch._C._functorch.maybe_current_level  # the level of torch.func's innermost transform; None outside of them
 
 
-def wants_derivative(tensors: Iterable[Any]) -> bool:
+def wants_derivative(tensors: Sequence[Any]) -> bool:
     """Whether autograd follows any of the arguments, backward or (forward mode) by its tangent."""
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    return forward_ad._current_level >= 0 and any(t.is_floating_point() and _has_tangent(t) for t in tensors)
-
-
-def _has_tangent(t: Tensor) -> bool:
-    return forward_ad.unpack_dual(t).tangent is not None
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return True
+    if forward_ad._current_level < 0:
+        return False
+    floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in floating)
 
 
 def autograd_kernel(name: str, kernel: Callable[..., Any]) -> None:
@@ -158,11 +166,5 @@ def inference_only(name: str) -> None:
 
 
 def constant(name: str) -> None:
-    """Registers the autograd kernel of an operator whose results count as constants."""
-    op = getattr(_ops, name).default
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with _below_autograd():
-            return op(*args, **kwargs)
-
-    autograd_kernel(name, kernel)
+    """Lets autograd pass an operator by, whose results count as constants."""
+    autograd_kernel(name, torch.library.fallthrough_kernel)

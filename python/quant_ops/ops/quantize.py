@@ -14,6 +14,7 @@ from quant_ops.ops._register import (
     DerivativeError,
     autograd_kernel,
     call,
+    call_fast,
     constant,
     fake_kernel,
     in_transform,
@@ -65,11 +66,9 @@ def quant_tensor_forward(
     """
     if simulate and not torch.compiler.is_compiling() and in_transform() is not None:
         return call(_Simulate.apply, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)
-    return call(
+    return call_fast(
         _ops.quant_tensor_forward.default,
-        tensor,
-        scale,
-        zero_point,
+        (tensor, scale, zero_point),
         qmin,
         qmax,
         asymmetric,
@@ -189,12 +188,9 @@ def quant_tensor_backward(
     """
     if not torch.compiler.is_compiling() and in_transform() is not None:
         return call(_Gradient.apply, grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)
-    return call(
+    return call_fast(
         _ops.quant_tensor_backward.default,
-        grad,
-        tensor,
-        scale,
-        zero_point,
+        (grad, tensor, scale, zero_point),
         qmin,
         qmax,
         asymmetric,
@@ -316,6 +312,9 @@ def _gradient(grad: Tensor, tensor: Tensor, scale: Tensor, zero_point: Tensor | 
     if in_transform() is not None:
         return _Gradient.apply(grad, tensor, scale, zero_point, *options)  # type: ignore[no-untyped-call]
     *others, block_size = options
+    if not wants_derivative((grad, tensor, scale, zero_point)):
+        with _below_autograd():
+            return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, *others, block_size=block_size)
     return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, *others, block_size=block_size)
 
 
@@ -362,7 +361,7 @@ def dequant_tensor(
         TypeError: a dtype is not one of those above.
         ValueError: shapes do not broadcast.
     """
-    return call(_ops.dequant_tensor.default, tensor, scale, zero_point, dtype, block_size=block_size)
+    return call_fast(_ops.dequant_tensor.default, (tensor, scale, zero_point), dtype, block_size=block_size)
 
 
 @fake_kernel("dequant_tensor")
