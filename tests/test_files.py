@@ -57,6 +57,22 @@ def test_version_1_files_are_still_read(isa):
     assert fresh.grouped.weight_bits == 4
 
 
+def test_codes_of_the_first_files_are_called_weight(tmp_path):
+    """The fixture has them; a model that is int8 already takes it too."""
+    assert "stem.weight" in load_file(FIXTURES / "format_1.safetensors")
+    model = format_1.quantized()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    qo.load_(model, FIXTURES / "format_1.safetensors")
+    assert "stem.qweight" in model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    qo.save(model, tmp_path / "m")
+    assert {"stem.qweight", "second.qweight"} <= load_file(tmp_path / "m").keys()
+    assert nn.Sequential(nn.Linear(16, 12)).load_state_dict(load_file(tmp_path / "m"), strict=False).missing_keys == [
+        "0.weight",
+        "0.bias",
+    ]
+
+
 def test_every_format_has_a_fixture():
     assert [path.name for path in sorted(FIXTURES.glob("format_?.safetensors"))] == [
         f"format_{version}.safetensors" for version in range(1, files.FORMAT_VERSION + 1)
@@ -151,6 +167,97 @@ def test_shared_layers_stay_shared(tmp_path):
     fresh = on_meta(format_1.Net)
     qo.load_(fresh, tmp_path / "m")
     assert fresh.again is fresh.second
+
+
+class Rotary(nn.Module):
+    """A model with buffers that are in no state_dict: frequencies computed by the constructor, position ids, a mask twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.register_buffer("inv_freq", 1.0 / (100.0 ** (torch.arange(0, 8, 2, dtype=torch.float32) / 8)), persistent=False)
+        self.register_buffer("position_ids", torch.arange(16).expand(1, -1), persistent=False)
+        self.register_buffer("none", None, persistent=False)
+        self.blocks = nn.ModuleList(nn.Module() for _ in range(2))
+        for block in self.blocks:
+            block.register_buffer("mask", torch.ones(16, 16, dtype=torch.bool).tril(), persistent=False)
+        self.register_buffer("kept", torch.zeros(2))
+
+    def forward(self, x):
+        angles = self.position_ids[:, : x.shape[1], None] * self.inv_freq
+        x = self.up(x) * torch.cat([angles.cos(), angles.sin()], -1)
+        return torch.where(self.blocks[1].mask[: x.shape[1], :8], x, 0)
+
+
+def test_buffers_that_are_in_no_state_dict_come_back_on_meta(tmp_path):
+    torch.manual_seed(0)
+    model, x = Rotary().eval(), torch.randn(2, 5, 8)
+    qo.quantize_(model)
+    model.inv_freq *= 1.5  # scaled for longer texts
+    qo.save(model, tmp_path / "m")
+    header = header_of(tmp_path / "m")
+    assert header["not_in_state_dict"] == ["inv_freq", "position_ids", "blocks.0.mask", "blocks.1.mask"]
+    assert header["shared"] == {"blocks.1.mask": "blocks.0.mask"}
+    fresh = on_meta(Rotary)
+    qo.load_(fresh, tmp_path / "m")
+    assert torch.equal(fresh(x), model(x))
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    for (name, buffer), (other, wanted) in zip(fresh.named_buffers(), model.named_buffers(), strict=True):
+        assert (name, buffer.dtype) == (other, wanted.dtype)
+        assert torch.equal(buffer, wanted)
+    fresh.inv_freq += 1  # not a view of the file
+    real = Rotary().eval()
+    qo.load_(real, tmp_path / "m")  # as in load_state_dict, real ones stay
+    assert torch.equal(real.inv_freq * 1.5, model.inv_freq)
+
+
+def test_models_of_transformers_load_on_meta(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+    }
+    ids, image = torch.randint(3, 90, (2, 7)), torch.randn(2, 3, 32, 32)
+    swin = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    for kind, settings, x in (("Bert", small, ids), ("Llama", small, ids), ("Qwen2", small, ids), ("Swin", swin, image)):
+
+        def make(kind=kind, settings=settings):
+            return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+
+        model = make().eval()
+        with torch.no_grad():
+            float_output = model(x)[0]
+            qo.quantize_(model)
+            expected = model(x)[0]
+            assert (expected - float_output).norm() < 0.1 * float_output.norm()
+            qo.save(model, tmp_path / "m")
+            fresh = on_meta(make)
+            qo.load_(fresh, tmp_path / "m")
+            assert torch.equal(fresh(x)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_of_weights_comes_back(tmp_path, dtype):
+    model = saved(tmp_path / "m").to(dtype)
+    qo.save(model, tmp_path / "m")
+    for fresh in (Net(), on_meta(Net)):
+        qo.load_(fresh, tmp_path / "m")
+        assert fresh.up.weight.dtype == fresh.head.weight.dtype == dtype
+        assert fresh.up.weight_scale.dtype == torch.float32
+        x = torch.randn(4, 3, 9, 9).to(dtype)
+        assert torch.equal(fresh.eval()(x), model(x))
+
+
+def test_a_channels_last_model_stays_one(tmp_path):
+    saved(tmp_path / "m")
+    fresh = Net().to(memory_format=torch.channels_last)
+    qo.load_(fresh, tmp_path / "m")
+    assert fresh.stem(torch.randn(2, 3, 9, 9)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_unusual_tensors(tmp_path):

@@ -146,6 +146,18 @@ def test_from_float_of_something_else(layer):
         layer.from_float(nn.ReLU())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "settings"), [(131072, {}), (65794, {"asymmetric": True}), (65794, {"input_scale": 0.1, "input_zero_point": 3})]
+)
+def test_sums_that_would_not_be_exact_are_refused(inputs, settings):
+    """Here, and not at every call. One product fewer is accepted."""
+    with pytest.raises(
+        ValueError, match=rf"^quant_ops.QuantLinear: expected at most {inputs - 1} products in a sum, .*, got {inputs}"
+    ):
+        linear(inputs, 1, **settings)
+    assert linear(inputs - 1, 1, **settings)(torch.ones(1, inputs - 1)).isfinite().all()
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +436,23 @@ def test_codes_can_be_assigned():
         layer.qweight = torch.ones(4, 8)
 
 
+def test_functional_call_computes_with_the_codes_it_is_given():
+    layer, other, x = linear(8, 4), linear(8, 4, seed=1), randn(3, 8)
+    expected = layer(x)
+    assert torch.equal(torch.func.functional_call(layer, other.state_dict(), x), other(x))
+    assert torch.equal(layer(x), expected)
+    model, image = nn.Sequential(conv(4, 6, 3)), randn(2, 4, 5, 5)
+    another = nn.Sequential(conv(4, 6, 3, seed=1))
+    assert torch.equal(torch.func.functional_call(model, another.state_dict(), image), another(image))
+
+
+def test_weights_can_be_told_apart():
+    """Code that looks for tied weights compares pointers and uses tensors as keys."""
+    layer, other = linear(8, 4), linear(8, 4)
+    assert layer.weight.data_ptr() == layer.weight.data_ptr() != other.weight.data_ptr()
+    assert {layer.weight: 1, other.weight: 2}[layer.weight] == 1
+
+
 def test_compute_dtype_follows_the_model():
     layer = qo.QuantLinear.from_float(nn.Linear(8, 4).bfloat16())
     assert layer.weight.dtype == torch.bfloat16
@@ -546,6 +575,11 @@ def test_a_model_moved_to_channels_last_runs_in_it(before):
     assert plain(x).is_contiguous()
     assert model(x[0]).dim() == 3
     assert model[0].dequantize()(x).is_contiguous(memory_format=torch.channels_last)
+    assert model.half().float()(x).is_contiguous(memory_format=torch.channels_last)
+    assert model.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+    line = qo.QuantConv1d.from_float(nn.Conv1d(4, 6, 3))
+    assert line.to(memory_format=torch.channels_last)(randn(2, 4, 9)).is_contiguous()
+    assert linear(4, 3).to(memory_format=torch.channels_last_3d)(randn(2, 4)).shape == (2, 3)
 
 
 # ---- the default dtype ---------------------------------------------------------------------------------------------------

@@ -451,13 +451,12 @@ def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.
 def _rest(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:
     """The buffers on the meta device that are in no state_dict. Those on a real device stay, as in ``load_state_dict``."""
     rest: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
+    made: dict[Tensor, Tensor] = {}
     for name, old in _meta_buffers(model, file):
-        source = file.not_in_state_dict[name]
-        if source not in made:
-            made[source] = file.tensor(source, place(old)).clone()  # the model may write into it
-            _check_dtype(name, made[source], old, file)
-        rest[name] = made[source]
+        if old not in made:  # those with the same elements are one in the file; in the model they are what they were
+            made[old] = file.tensor(file.not_in_state_dict[name], place(old)).clone()
+            _check_dtype(name, made[old], old, file)
+        rest[name] = made[old]
     return rest
 
 

@@ -61,6 +61,7 @@ DTYPES = {
     "output_scale": torch.float32,
     "output_zero_point": torch.int32,
 }  # of the buffers in the state_dict
+_EXACT, _EXACT_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
 _DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
 _NO_STAND_IN: Any = ((None,) * 4, None)
 
@@ -300,6 +301,9 @@ class Int8Layer(nn.Module):
                 refuse(f"one {side}_zero_point for each of {scale.numel()} steps", zero_point.numel())
             if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
                 refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
+        products, shifted = self._weight_shape[1:].numel(), self.asymmetric or tensors.get("input_zero_point") is not None
+        if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
+            refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
         if self.asymmetric and tensors.get("input_scale") is not None:
             refuse("no input_scale in an asymmetric layer, which finds the range of every input", "one")
 
@@ -406,14 +410,16 @@ class Int8Layer(nn.Module):
     def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
         before = dict(self._buffers)
         # what fn does to a floating weight: another dtype, another memory format
-        probe = fn(torch.empty((2, 2, 2, 2), dtype=self.compute_dtype, device=self.device))
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        small = [2] * len(self._weight_shape)
+        probe = fn(torch.empty(small, dtype=self.compute_dtype, device=self.device, memory_format=memory_format))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype != old.dtype:
                 self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
         self.compute_dtype = probe.dtype
-        self.channels_last = len(self._weight_shape) == 4 and (self.channels_last or is_channels_last(probe))
+        self.channels_last = is_channels_last(probe)
         old_scale, old_packed = before["weight_scale"], before["packed_weight"]
         if old_scale is not None and old_scale.device != self.device:
             if self._buffers["qweight"] is None:
@@ -561,7 +567,9 @@ class Int8Layer(nn.Module):
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the operator call. Each one left at its default saves a tenth of a microsecond."""
         b = self._buffers  # a dict lookup each; attribute access would cost more than the call
-        options: dict[str, Any] = {"packed_weight": b["packed_weight"]}
+        options: dict[str, Any] = {}
+        if b["qweight"] is None or not b["qweight"].is_cpu:  # on the CPU there are codes only while functional_call lends them
+            options["packed_weight"] = b["packed_weight"]
         scale, zero_point = b["input_scale"], b["input_zero_point"]
         if b["timestep"] is not None:
             scale, zero_point = _at_step(b["timestep"], scale, zero_point)

@@ -72,6 +72,7 @@ class DequantizedWeight(Tensor):
     codes: Tensor | None
     scale: Tensor
     groups: int
+    _described: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
     def __new__(
@@ -85,16 +86,20 @@ class DequantizedWeight(Tensor):
     ) -> "DequantizedWeight":
         made: DequantizedWeight = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=scale.device)
         made.codes, made.packed_weight, made.scale, made.groups = codes, packed_weight, scale, groups
+        made._described = (torch.Size(shape), dtype, scale.device)
         return made
+
+    # Asked in every forward of some models. Tensor's own properties would go through __torch_function__, which takes 2 us.
+    shape = property(lambda self: self._described[0])
+    dtype = property(lambda self: self._described[1])
+    device = property(lambda self: self._described[2])
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
     def dequantize(self) -> Tensor:
         """The values, as a tensor of their own."""
-        with torch._C.DisableTorchFunctionSubclass():
-            shape, dtype = self.shape, self.dtype
-        codes = self.codes
+        codes, (shape, dtype, _) = self.codes, self._described
         if codes is None:
             assert self.packed_weight is not None
             codes = unpacked(self.packed_weight, shape, self.groups)
@@ -110,6 +115,9 @@ class DequantizedWeight(Tensor):
                 return func(*args, **kwargs)
         if func in _SELF:
             return args[0]
+        if func is Tensor.data_ptr:  # tells tied weights apart from others, as it does elsewhere
+            held = args[0].packed_weight if args[0].codes is None else args[0].codes
+            return held.data_ptr()
         if func is DequantizedWeight.dequantize or func is Tensor.dequantize:
             return args[0].dequantize()
         name = getattr(func, "__name__", "")
@@ -138,6 +146,9 @@ class DequantizedWeight(Tensor):
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return repr(self.dequantize())
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantize()
