@@ -49,6 +49,42 @@ def test_rows_and_columns_of_every_length(isa, dtype):
                 assert marked.view(-1)[0].isnan()
 
 
+WIDE = [
+    (-(2**31), 2**31 - 1),
+    (0, 2**31 - 1),
+    (-(2**31), 0),
+    (-(2**31), -5),
+    (2**31 - 2, 2**31 - 1),
+    (-(2**24) - 3, 2**25 + 1),
+    (7, 2**30),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("qmin", "qmax"), WIDE)
+def test_zero_points_of_wide_ranges_are_exact(isa, dtype, qmin, qmax):
+    """The quotient in the compute dtype, everything after its rounding in integers."""
+    rows = torch.randn(20, 9, dtype=torch.float64) * 3
+    rows = torch.cat([rows, rows.abs(), -rows.abs(), torch.tensor([[-1.0, -2.0, *[-0.5] * 7]]), rows[:2] * 1e-30]).to(dtype)
+    for view, dim in ((rows, [1]), (rows.t().contiguous(), [0])):
+        scale, zero = qo.choose_qparams(view, dim, qmin, qmax, True)
+        low = view.to(scale.dtype).amin(dim, keepdim=True).clamp(max=0)
+        high = view.to(scale.dtype).amax(dim, keepdim=True).clamp(min=0)
+        steps = torch.tensor(qmax - qmin).to(scale.dtype)
+        expected = torch.where(high - low > 0, (high - low) / steps, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)
+        assert torch.equal(scale, expected)
+        exact = [min(max(qmin - int(q), qmin), qmax) for q in torch.round(low / scale).flatten().tolist()]
+        assert zero.flatten().tolist() == exact
+        assert qo.quant_tensor_forward(view, scale, zero, qmin, qmax, True, False).dtype == torch.int32
+
+
+def test_expanded_dimensions_are_looked_at_once():
+    x = torch.tensor([[1.0], [-4.0]])
+    scale, zero = qo.choose_qparams(x.expand(2, 2**40), [1], -128, 127, True)
+    assert torch.equal(scale, qo.choose_qparams(x, [1], -128, 127, True)[0])
+    assert zero.tolist() == [[-128], [127]]
+
+
 def test_float64_stays_float64():
     x = torch.randn(4, 100, dtype=torch.float64)
     scale, _ = qo.choose_qparams(x, [1], -127, 127)

@@ -30,13 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import _library
-from .._models import has_hooks
+from .._models import has_hooks, patched
 from ..nn import INT8_LAYERS, Int8Layer
 from ..nn.base import DTYPES, is_channels_last
 from ..nn.loading import check_loads
 from . import config
 from .prepared import Prepared
-from .select import FLOAT, ConversionResult, leave_fused_paths
+from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
 
 FORMAT_VERSION = 1
 
@@ -212,7 +212,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         device: where the tensors go; by default where the model's are, the CPU for those on the meta device.
 
     Returns:
-        The int8 layers, and the Linear, Conv1d and Conv2d layers that the file keeps float. Dtypes are the file's.
+        The int8 layers, and the layers and other modules whose weights the file keeps float. Dtypes are the file's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -226,6 +226,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     def place(tensor: Tensor) -> torch.device | str:
         return device or ("cpu" if tensor.is_meta else tensor.device)
 
+    survey = Survey("load_", model)
     layers, floats_of_file, rest = _layers(model, file, place), _float_state(model, file, place), _rest(model, file, place)
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     try:
@@ -243,7 +244,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     leave_fused_paths(model)
     check_loads(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
-    return ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
+    return survey.finish(ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats]))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -365,6 +366,8 @@ def _check_fit(model: nn.Module, file: _File) -> None:
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
         if has_hooks(module):
             refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
+        if reason := patched(module):
+            refuse(f"{name!r} in the model: {reason}")
         for setting in kind.geometry:
             argument = _from_json(entry["arguments"][setting])
             if repr(getattr(module, setting)) != repr(argument):  # 8.0 and true are neither 8 nor 1

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.onnx import is_in_onnx_export
@@ -22,6 +23,7 @@ from ..ops import choose_qparams, quant_tensor_forward
 from .weight import DequantizedWeight, dequantized, packed, placeholder, unpacked
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_transform = torch._C._functorch.maybe_current_level
 _Self = TypeVar("_Self", bound="Int8Layer")
 
 
@@ -533,14 +535,21 @@ class Int8Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; see the class for shapes and dtypes."""
         # Skip the operator's autograd kernel where nothing requires a gradient: it is Python, takes 3 us, and only refuses
-        # gradients. Tensors of inference mode never reach it. What a Proxy of torch.fx has as requires_grad is not False.
-        if is_compiling() or x.requires_grad is not False or x.is_inference():
+        # gradients. Tensors of inference mode never reach it. What a Proxy of torch.fx has as requires_grad is not False. Under
+        # torch.func and in forward mode nothing requires a gradient.
+        if (
+            is_compiling()
+            or x.requires_grad is not False
+            or x.is_inference()
+            or _in_transform() is not None
+            or forward_ad._current_level >= 0
+        ):
             return self._forward_unusual(x)
         with _below_autograd():
             return self._run(x)
 
     def _forward_unusual(self, x: Tensor) -> Tensor:
-        """Compiled, traced by torch.fx, with gradients, or in inference mode."""
+        """Compiled, traced by torch.fx, differentiated, or in inference mode."""
         if isinstance(x, Proxy):  # the layer becomes one node of the graph, as torch's own layers do
             tracer: Any = x.tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
