@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .._models import count_batches
 from ..nn import Int8Layer, float_class
 from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
@@ -114,10 +115,11 @@ def convert_(model: nn.Module) -> ConversionResult:
     """Replaces the layers of :func:`prepare_` or :func:`prepare_qat_` by int8 ones with the scales that they have found, in place.
 
     A layer that no data has reached becomes float again, and the result says so. A step without data (``num_steps``) takes the
-    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both.
+    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both, and how many
+    batches were left out because they held NaN or Inf.
 
     Raises:
-        ValueError: the model is not prepared, no layer has seen data, or one has seen NaN or Inf. The model is then as it was.
+        ValueError: the model is not prepared, no layer has seen data, or a weight holds NaN or Inf. The model is then as it was.
     """
     check_model("convert_", model)
     result = ConversionResult()
@@ -130,16 +132,16 @@ def convert_(model: nn.Module) -> ConversionResult:
             result.skipped.append((name, "int8 already" if isinstance(module, Int8Layer) else "it is not prepared"))
     if not places:
         raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
-    unreached = {
-        module for module in places if isinstance(module, Prepared) and module.observer is not None and module.observer.empty
-    }
+    unreached = {module: why for module in places if isinstance(module, Prepared) and (why := module.unreached())}
     if len(unreached) == len(places):
-        raise ValueError("quant_ops.convert_: expected calibration data, got none in any layer. Call calibrate first.")
+        left_out = any("NaN or Inf" in why for why in unreached.values())
+        got = "batches with NaN or Inf alone. Mend the data or the model" if left_out else "none in any layer. Call calibrate first"
+        raise ValueError(f"quant_ops.convert_: expected calibration data, got {got}.")
     for name, module, *_ in layers:
         if not isinstance(module, Prepared):
             continue
         if module in unreached:
-            result.skipped.append((name, "no calibration data has reached it"))
+            result.skipped.append((name, unreached[module]))
             continue
         if problem := module.problem():
             raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
@@ -167,6 +169,8 @@ def _assumptions(layer: Prepared) -> list[str]:
     if unseen := observer.unseen_steps():
         verb = "started from" if getattr(layer, "learned", False) else "take"
         notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
-    if not (observer.min < 0).any() and not (observer.max > 0).any():
+    if left_out := observer.batches_left_out:
+        notes.append(f"NaN or Inf at its input: {count_batches(left_out)} left out")
+    if observer.only_zeros:
         notes.append("its input was always zero: scale 1")
     return notes
