@@ -1,5 +1,7 @@
 """Which layers a converting call takes, with which config, and why it leaves out the others."""
 
+import copy
+
 import pytest
 from models import NAMES, Net, batches
 from torch import nn
@@ -109,7 +111,8 @@ def test_prepared_twice():
     qo.prepare_(model)
     before = dict(model.named_modules())
     for call in (qo.prepare_, qo.quantize_):
-        result = call(model)
+        with pytest.warns(UserWarning, match="got none"):
+            result = call(model)
         assert result.converted == []
         assert set(result.skipped) == {(name, "prepared already. convert_ makes it int8") for name in NAMES}
     assert dict(model.named_modules()) == before
@@ -119,3 +122,18 @@ def test_prepared_twice():
 def test_a_bare_layer(call):
     with pytest.raises(ValueError, match=rf"^quant_ops\.{call.__name__}: expected a model that contains layers, got a bare Linear"):
         call(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("call", [qo.prepare_, qo.prepare_qat_], ids=lambda f: f.__name__)
+def test_convert_keeps_the_reason_of_prepare(call, copied):
+    model = Net().eval()
+    model.extra = nn.Linear(2, 2)
+    model.extra.register_forward_hook(lambda *_: None)
+    call(model, qo.Int8Dynamic(), exclude=["head"])
+    expected = {"head": "excluded by 'head'", "extra": "it has hooks, which a replacement would lose"}
+    model.late = nn.Linear(2, 2)
+    model = copy.deepcopy(model) if copied else model
+    assert dict(qo.convert_(model).skipped) == expected | {"late": "it is not prepared"}
+    assert qo.prepare_(model, include=["head"]).converted == ["head"]
+    assert dict(qo.prepare_(nn.Sequential(model.late, nn.Linear(2, 2))).skipped) == {}

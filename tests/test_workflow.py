@@ -1,5 +1,6 @@
 """quantize_: what it converts, what it leaves and why, and what it must not break."""
 
+import copy
 import dataclasses
 import gc
 import logging
@@ -8,9 +9,10 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import quant_ops as qo
+from quant_ops._models import show_bytes
 from quant_ops.convert import config
 
 
@@ -98,6 +100,7 @@ def test_result_is_printed_and_logged(caplog):
         result = qo.quantize_(Net(), include=["head", "stem"], exclude=["head"])
     lines = str(result).splitlines()
     assert lines[0] == "1 converted, 5 skipped"
+    assert lines[1].startswith("int8: 28.4 % of the weights, 3.28 kB -> ")  # 216 of 760
     assert "  int8   stem" in lines
     assert "  float  head: excluded by 'head'" in lines
     assert str(result) in caplog.text
@@ -108,9 +111,11 @@ def test_again_does_nothing():
     qo.quantize_(model)
     before = dict(model.named_modules())
     first = qo.quantize_(Net())
-    result = qo.quantize_(model, include=first.converted)  # patterns may name layers that are int8 already
+    with pytest.warns(UserWarning, match="expected at least one Linear, Conv1d or Conv2d to convert, got none"):
+        result = qo.quantize_(model, include=first.converted)  # patterns may name layers that are int8 already
     assert result.converted == []
     assert result.skipped == [(name, "int8 already") for name in first.converted]
+    assert "  int8   stem: int8 already" in str(result).splitlines()
     assert dict(model.named_modules()) == before
 
 
@@ -167,6 +172,9 @@ class MyLinear(nn.Linear):
         return super().forward(x) + 1
 
 
+COMPUTED = "its weight is computed by a hook. Remove it first, e.g. with remove_weight_norm, remove_spectral_norm or prune.remove"
+
+
 def _hooked(register):
     layer = nn.Linear(4, 4)
     getattr(layer, register)(lambda *_: None)
@@ -186,8 +194,20 @@ def _hooked(register):
             parametrizations.weight_norm(nn.Linear(4, 4)),
             "its weight is parametrized. Remove the parametrization first",
         ),
+        (prune.identity(nn.Linear(4, 4), "weight"), COMPUTED),
+        (torch.nn.utils.spectral_norm(nn.Linear(4, 4)), COMPUTED),
     ],
-    ids=["subclass", "lazy", "forward_hook", "forward_pre_hook", "backward_hook", "backward_pre_hook", "parametrized"],
+    ids=[
+        "subclass",
+        "lazy",
+        "forward_hook",
+        "forward_pre_hook",
+        "backward_hook",
+        "backward_pre_hook",
+        "parametrized",
+        "prune",
+        "norm",
+    ],
 )
 def test_left_alone(layer, reason):
     model = nn.Sequential(nn.Linear(4, 4), layer)
@@ -197,14 +217,163 @@ def test_left_alone(layer, reason):
     assert model[1] is layer
 
 
-def test_other_layers_are_not_mentioned():
-    model = nn.Sequential(
-        nn.ConvTranspose1d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.Embedding(3, 3), nn.LSTM(3, 3), nn.BatchNorm2d(3)
-    )
-    before = list(model)
+class Mixture(nn.Module):
+    """Fused experts: parameters of three dimensions, and no layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 4, 8)), nn.Parameter(torch.randn(2, 8, 4))
+
+
+class Transposed(nn.Module):
+    """As transformers' Conv1D: a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.zeros(8))
+
+
+OTHERS = {
+    "conv3d": (nn.Conv3d(3, 3, 1), "Conv3d has no int8 form: weight"),
+    "up1d": (nn.ConvTranspose1d(3, 3, 1), "ConvTranspose1d has no int8 form: weight"),
+    "up2d": (nn.ConvTranspose2d(3, 3, 1), "ConvTranspose2d has no int8 form: weight"),
+    "embedding": (nn.Embedding(3, 3), "Embedding has no int8 form: weight"),
+    "bag": (nn.EmbeddingBag(3, 3), "EmbeddingBag has no int8 form: weight"),
+    "lstm": (nn.LSTM(3, 3, 2), "LSTM has no int8 form: weight_ih_l0, weight_hh_l0, weight_ih_l1, weight_hh_l1"),
+    "gru": (nn.GRU(3, 3, 3), "GRU has no int8 form: weight_ih_l0, weight_hh_l0, weight_ih_l1, weight_hh_l1 and 2 more"),
+    "bilinear": (nn.Bilinear(2, 3, 4), "Bilinear has no int8 form: weight"),
+    "transposed": (Transposed(), "Transposed has no int8 form: weight"),
+    "experts": (Mixture(), "Mixture has no int8 form: up, down"),
+    "list": (nn.ParameterList([torch.ones(2, 2), torch.ones(2)]), "ParameterList has no int8 form: 0"),
+    "lazy": (nn.LazyConvTranspose2d(3, 1), "LazyConvTranspose2d has no int8 form: weight, bias"),
+    "normed": (parametrizations.weight_norm(nn.Conv3d(3, 3, 1)), "ParametrizedConv3d has no int8 form: weight"),
+}
+
+
+@pytest.mark.parametrize("call", [qo.quantize_, qo.prepare_, qo.prepare_qat_], ids=lambda f: f.__name__)
+def test_every_other_module_with_a_weight_is_named(call):
+    model = nn.ModuleDict({name: copy.deepcopy(module) for name, (module, _) in OTHERS.items()})
+    model["norm"] = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(3), nn.PReLU())  # vectors are no weights
+    model["fc"] = nn.Linear(3, 3)
+    before = dict(model.named_modules())
+    result = call(model)
+    assert (result.converted, result.skipped) == (["fc"], [(name, reason) for name, (_, reason) in OTHERS.items()])
+    assert all(module is before[name] for name, module in model.named_modules() if name.partition(".")[0] in OTHERS)
+
+
+def test_parameters_of_the_model_itself():
+    model = Mixture()
+    model.fc = nn.Linear(4, 4)
     result = qo.quantize_(model)
-    assert (result.converted, result.skipped) == ([], [])
-    assert list(model) == before
+    assert result.skipped == [("", "Mixture has no int8 form: up, down")]
+    assert str(result).splitlines()[-1] == "  float  the model itself: Mixture has no int8 form: up, down"
+
+
+@pytest.mark.parametrize("call", [qo.quantize_, qo.prepare_, qo.prepare_qat_], ids=lambda f: f.__name__)
+def test_nothing_converted_warns(call):
+    model = nn.Sequential(nn.LSTM(3, 3), nn.ReLU())
+    with pytest.warns(
+        UserWarning, match=rf"^quant_ops\.{call.__name__}: expected at least one .* got none.* \(0: LSTM has no"
+    ) as caught:
+        result = call(model)
+    assert caught[0].filename == __file__
+    assert (result.converted, result.share) == ([], 0)
+
+
+# ---- a layer that a call does not compute as its class does ------------------------------------------------------------------
+
+
+def _patch_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + 1
+
+
+def _patch_call(layer):
+    call = layer._call_impl
+    layer._call_impl = lambda x: call(x) + 1
+
+
+@pytest.mark.parametrize("call", [qo.quantize_, qo.prepare_, qo.prepare_qat_], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("patch", "word"),
+    [(_patch_forward, "its forward was replaced"), (_patch_call, "its _call_impl was replaced"), (nn.Module.compile, "compiled")],
+    ids=["forward", "call", "compile"],
+)
+def test_a_patched_layer_stays(call, patch, word):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    patch(model[1])
+    layer = model[1]
+    result = call(model)
+    assert (result.converted, [name for name, _ in result.skipped]) == (["0"], ["1"])
+    assert word in result.skipped[0][1]
+    assert model[1] is layer
+
+
+def test_a_layer_patched_after_prepare_stays():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    qo.prepare_(model, qo.Int8Dynamic())
+    _patch_forward(model[1])
+    layer = model[1]
+    result = qo.convert_(model)
+    assert (result.converted, [name for name, _ in result.skipped]) == (["0"], ["1"])
+    assert model[1] is layer
+
+
+# ---- how much is int8, and what it takes --------------------------------------------------------------------------------------
+
+
+def held(model):
+    """Bytes of distinct storages."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+    return sum(storages.values())
+
+
+def test_share_and_memory():
+    model = nn.ModuleDict({"embedding": nn.Embedding(50, 32), "body": nn.Linear(32, 64), "head": nn.Linear(64, 50, bias=False)})
+    model["head"].weight = nn.Parameter(torch.randn(50, 64))
+    before = held(model)
+    assert before == 4 * (50 * 32 + 64 * 32 + 64 + 50 * 64)
+    result = qo.quantize_(model)
+    assert result.share == pytest.approx((64 * 32 + 50 * 64) / (50 * 32 + 64 * 32 + 50 * 64))
+    assert (result.bytes_before, result.bytes_after) == (before, held(model))
+    for layer in (model["body"], model["head"]):
+        layer.keep_packed_only()
+    packed = sum(layer.packed_weight.nbytes for layer in (model["body"], model["head"]))
+    again = qo.quantize_(nn.ModuleDict({"all": model, "new": nn.Linear(1, 1, bias=False)}))
+    assert again.bytes_before == 4 + 4 * 50 * 32 + packed + 4 * (64 + 64 + 50) + 2  # scales, bias, and two placeholders
+    assert str(result).splitlines()[1] == f"int8: 76.6 % of the weights, 27.6 kB -> {result.bytes_after / 1000:.1f} kB"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (353_400_000, "353 MB"), (9_996_000, "10.0 MB"), (2.5e12, "2500 GB")],
+)
+def test_sizes(count, text):
+    assert show_bytes(count) == text
+
+
+def test_a_tied_head_is_named():
+    model = nn.ModuleDict({"embedding": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False), "fc": nn.Linear(6, 6)})
+    model["head"].weight = model["embedding"].weight
+    result = qo.quantize_(model)
+    note = "its weight is tied to that of 'embedding', which stays float: the int8 weight comes on top of it"
+    assert result.notes == [("head", note)]
+    assert result.bytes_before == 4 * (60 + 36 + 6)  # the tied weight once
+    assert result.bytes_after > 4 * 60 + 60 + 36
+    assert f"  int8   head; {note}" in str(result).splitlines()
+
+
+def test_tied_layers_are_named():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    qo.prepare_(model, qo.Int8Dynamic())
+    assert dict(qo.convert_(model).notes).keys() == {"0", "1"}
+
+
+def test_a_result_shows_itself_as_its_table():
+    result = qo.quantize_(Net(), exclude=[lambda name, _: name == "head"])
+    assert repr(result) == str(result)
+    assert "head: excluded by &lt;lambda&gt;" in result._repr_html_()
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +384,10 @@ def test_multihead_attention_keeps_its_projection():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 4, batch_first=True), "out": nn.Linear(16, 8)}).eval()
     result = qo.quantize_(model)
     assert result.converted == ["out"]
-    assert result.skipped == [("attention.out_proj", "nn.MultiheadAttention reads the weight itself and never calls the layer")]
+    assert result.skipped == [
+        ("attention", "MultiheadAttention has no int8 form: in_proj_weight"),
+        ("attention.out_proj", "nn.MultiheadAttention reads the weight itself and never calls the layer"),
+    ]
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         assert model["attention"](x, x, x)[0].shape == (2, 5, 16)

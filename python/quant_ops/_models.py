@@ -1,6 +1,9 @@
-"""What the packages share about whole models: calling one, its modes, its hooks, and how a result about its layers is shown."""
+"""What the packages share about whole models: calls, modes, hooks and memory of one, and how a result about its layers is shown."""
 
 import contextlib
+import html
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -47,11 +50,59 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+# Attributes of an instance that take part in a call of it, in place of those of its class.
+_CALLED = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl")
+
+
+def patched(module: nn.Module) -> str | None:
+    """How a call of the module differs from what its class does, other than by hooks; None if it does not."""
+    for name in _CALLED:
+        if name in vars(module):
+            return f"its {name} was replaced on the instance, which a replacement would lose"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "it was compiled with its own compile(), which a replacement would lose. Compile it afterwards"
+    return None
+
+
+def held_bytes(*modules: nn.Module) -> int:
+    """Bytes of memory that parameters and buffers hold, packed copies included. What several of them share counts once."""
+    held: dict[Any, int] = {}
+    for module in modules:
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            if nn.parameter.is_lazy(tensor):
+                continue  # no data yet, not even a shape
+            # A dimension of stride 0 repeats the same memory. Only plain tensors have an address to compare.
+            sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+            plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if plain and tensor.numel() else id(tensor)
+            held[key] = math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
+    return sum(held.values())
+
+
+def show_bytes(count: float) -> str:
+    """A size in decimal units, with three digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.{0 if unit == 'bytes' or count >= 99.95 else 1 if count >= 9.995 else 2}f} {unit}"
+
+
 Table = tuple[str, tuple[str, ...], list[tuple[str, str]]]  # summary, the labels that may occur, label and text of every line
 
 
-class Result:
-    """What a call did to a model's layers. Printed, it is a table: a summary, then a line for each layer."""
+class Printed:
+    """Shows itself as its text wherever Python shows a value: printed, as the last expression in a REPL, and in a notebook."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+class Result(Printed):
+    """What a call did to a model's layers. Shown, it is a table: a summary, then a line for each layer."""
 
     def _table(self) -> Table:
         raise NotImplementedError
@@ -63,5 +114,5 @@ class Result:
 
 
 def reasons(skipped: list[tuple[str, str]]) -> list[str]:
-    """The texts of layers that were left as they were."""
-    return [f"{name}: {reason}" for name, reason in skipped]
+    """The texts of layers that were left as they were. The name of a whole model among its modules is empty."""
+    return [f"{name or 'the model itself'}: {reason}" for name, reason in skipped]

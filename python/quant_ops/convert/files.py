@@ -28,7 +28,7 @@ from .._models import has_hooks
 from ..nn import INT8_LAYERS, Int8Layer
 from . import config
 from .prepared import Prepared
-from .select import FLOAT, ConversionResult, leave_fused_paths
+from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
 
 FORMAT_VERSION = 1
 
@@ -171,7 +171,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         device: where the tensors go; by default where the model's are, the CPU for those on the meta device.
 
     Returns:
-        The int8 layers, and the Linear, Conv1d and Conv2d layers that the file keeps float. Dtypes are the file's.
+        The int8 layers, and the layers and other modules whose weights the file keeps float. Dtypes are the file's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -186,12 +186,13 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         return device or ("cpu" if tensor.is_meta else tensor.device)
 
     layers = _layers(model, file, place)
+    survey = Survey("load_", model)
     model.load_state_dict(_float_state(model, file, place), strict=False, assign=True)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     leave_fused_paths(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
-    return ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
+    return survey.finish(ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats]))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

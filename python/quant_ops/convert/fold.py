@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .._models import Result, Table, has_hooks, reasons
+from .._models import Result, Table, has_hooks, patched, reasons
 from ..nn import Int8Layer
 
 _log = logging.getLogger("quant_ops")
@@ -46,7 +46,7 @@ _WATCHED = (*_PAIRS, _BatchNorm, Int8Layer)  # leaves of the graph, and what a r
 _Found = nn.Module | str  # the layer that a BatchNorm may be folded into, or the reason why there is none
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class FoldResult(Result):
     """What :func:`fold_batchnorm_` did. ``print(result)`` shows it as a table.
 
@@ -99,6 +99,8 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
         return f"the weight of {modules.describe(module)} is parametrized. Remove the parametrization first"
     if has_hooks(module):
         return f"{modules.describe(module)} has hooks, which would see other values"
+    if reason := patched(module):
+        return f"{modules.describe(module)} does not compute as its class does: {reason}"
     for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue

@@ -2,14 +2,19 @@
 
 import dataclasses
 import fnmatch
+import logging
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from .._models import Result, Table, has_hooks, reasons
+from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..observers import Observer
 from .config import Config, Scheme
 from .prepared import Prepared
 
@@ -19,28 +24,155 @@ FLOAT = tuple(INT8_LAYERS)  # the float layers that have an int8 one
 FLOAT_OR_INT8: tuple[type[nn.Module], ...] = (*FLOAT, Int8Layer)
 KINDS = "Linear, Conv1d or Conv2d"  # the same, for messages
 
+_INT8_ALREADY = "int8 already"
+_REASON = "_quant_ops_reason"  # attribute of a layer that prepare_ skipped: why, for convert_
+_log = logging.getLogger("quant_ops")
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class ConversionResult(Result):
-    """What a converting call did. ``print(result)`` shows it as a table.
+    """What a converting call did. It prints as a table, also in a notebook.
 
     Attributes:
         converted: names of the layers that are now of the kind that the call makes.
-        skipped: name and reason of every Linear, Conv1d or Conv2d that stayed as it was.
-        notes: name of a converted layer and what had to be assumed for it.
+        skipped: name and reason of every Linear, Conv1d or Conv2d that stayed as it was, and of every other module that owns a
+            float parameter of two or more dimensions, such as an Embedding or an LSTM.
+        notes: name of a converted layer and what had to be assumed for it, or what its conversion could not do.
         kind: what the call makes: "int8", "prepared" or "qat".
+        share: fraction of the model's weights (parameters of two or more dimensions) that are in layers of this kind now.
+        bytes_before, bytes_after: memory that the whole model's tensors hold, packed copies included, what is shared once.
     """
 
     converted: list[str] = dataclasses.field(default_factory=list)
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     kind: str = "int8"
+    share: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
 
     def _table(self) -> Table:
         notes = {name: "".join(f"; {note}" for of, note in self.notes if of == name) for name, _ in self.notes}
         lines = [(self.kind, name + notes.get(name, "")) for name in self.converted]
-        lines += [("float", text) for text in reasons(self.skipped)]
-        return f"{len(self.converted)} converted, {len(self.skipped)} skipped", (self.kind, "float"), lines
+        lines += [
+            ("int8" if reason == _INT8_ALREADY else "float", text)
+            for (_, reason), text in zip(self.skipped, reasons(self.skipped), strict=True)
+        ]
+        summary = f"{len(self.converted)} converted, {len(self.skipped)} skipped"
+        if self.share is not None:
+            summary += (
+                f"\n{self.kind}: {100 * self.share:.1f} % of the weights, "
+                f"{show_bytes(self.bytes_before)} -> {show_bytes(self.bytes_after)}"
+            )
+        return summary, (self.kind, "float"), lines
+
+
+class Survey:
+    """What a converting call says about the whole model: begun before the first layer is replaced, finished after the last."""
+
+    def __init__(self, op: str, model: nn.Module) -> None:
+        self._op, self._model = op, model
+        self._before = _size(model)
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append((name, module))
+        self._tied = {  # each layer's weight and the other modules that have the same one
+            name: [other for other, owner in owners.get(id(module._parameters.get("weight")), ()) if owner is not module]
+            for name, module, *_ in all_layers(model)
+        }
+
+    def finish(self, result: ConversionResult) -> ConversionResult:
+        """Adds what stayed float beside the layers, tied weights, and sizes; warns if nothing was converted, and logs."""
+        model, done = self._model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared)
+        if result.kind != "int8":
+            _remember(model, result)
+        result.skipped += [(name, _no_int8(module, weights)) for name, module, weights in _other_weights(model)]
+        order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        result.skipped.sort(key=lambda entry: order.get(entry[0], len(order)))
+        for name in result.converted:
+            for other in self._tied.get(name, ()):
+                kept = not isinstance(model.get_submodule(other), done)
+                if kept or result.kind == "int8":
+                    what = "stays float" if kept else "has an int8 copy of its own"
+                    cost = ": the int8 weight comes on top of it" if kept and result.kind == "int8" else ""
+                    result.notes.append(
+                        (name, f"its weight is tied to that of {other or 'the model itself'!r}, which {what}{cost}")
+                    )
+        result.share = _share(model, done)
+        result.bytes_before, result.bytes_after = self._before, _size(model)
+        _log.info("%s", result)
+        if not result.converted:
+            found = "; ".join(reasons(result.skipped)[:3]) + ("; ..." if len(result.skipped) > 3 else "")
+            warnings.warn(
+                f"quant_ops.{self._op}: expected at least one {KINDS} to convert, got none: the model stays as it was"
+                f"{f' ({found})' if found else ''}.",
+                stacklevel=3,
+            )
+        return result
+
+
+def _remember(model: nn.Module, result: ConversionResult) -> None:
+    """Leaves with each layer that was skipped why, so that convert_ can say so; copies of the model keep it."""
+    for name in result.converted:
+        vars(model.get_submodule(name)).pop(_REASON, None)
+    for name, reason in result.skipped:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, Prepared | Int8Layer):
+            vars(layer)[_REASON] = reason
+
+
+def remembered(layer: nn.Module) -> str:
+    """Why prepare_ or prepare_qat_ skipped the layer. It is forgotten then."""
+    return vars(layer).pop(_REASON, None) or "it is not prepared"
+
+
+def _size(model: nn.Module) -> int:
+    """Bytes that the model holds, without the statistics of a calibration."""
+    return held_bytes(model) - held_bytes(*(module for module in model.modules() if isinstance(module, Observer)))
+
+
+def _other_weights(model: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
+    """Every module but the layers of these kinds that owns float parameters of two or more dimensions; with their names."""
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FLOAT_OR_INT8):
+            continue
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # named with the module whose weight it computes
+        own = list(module._parameters.items())
+        if parametrize.is_parametrized(module):
+            lists: Any = module.parametrizations
+            own += [(key, parameter) for key, made in lists.items() for parameter in made.parameters(recurse=False)]
+        weights = [key for key, parameter in own if _is_weight(parameter)]
+        if weights:
+            found.append((name, module, list(dict.fromkeys(weights))))
+    return found
+
+
+def _is_weight(parameter: nn.Parameter | None) -> bool:
+    if parameter is None or not parameter.is_floating_point():
+        return False
+    return nn.parameter.is_lazy(parameter) or parameter.dim() >= 2
+
+
+def _no_int8(module: nn.Module, weights: list[str]) -> str:
+    named = ", ".join(weights[:4]) + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
+    return f"{type(module).__name__} has no int8 form: {named}"
+
+
+def _share(model: nn.Module, done: Any) -> float:
+    """The fraction of the weights' elements that is in layers of these classes."""
+    layers = [module for module in model.modules() if isinstance(module, done)]
+    taken = sum(math.prod(shape) for shape in {id(layer.weight): layer.weight.shape for layer in layers}.values())
+    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    rest = sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if id(parameter) not in theirs and not nn.parameter.is_lazy(parameter) and _is_weight(parameter)
+    )
+    return taken / (taken + rest) if taken else 0.0
 
 
 @dataclasses.dataclass
@@ -72,7 +204,7 @@ def _show_all(filters: Iterable[Filter]) -> str:
 
 def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.Module], ...]) -> str | None:
     if isinstance(module, Int8Layer):
-        return "int8 already"
+        return _INT8_ALREADY
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself and never calls the layer"
     if "parametrizations" in module._modules:
@@ -81,9 +213,13 @@ def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tupl
         if isinstance(module, Prepared):
             return f"{module.kind} already. convert_ makes it int8"
         return f"{type(module).__name__} is a subclass whose forward may differ"
+    if "weight" in vars(module):  # no parameter or buffer: old weight_norm, spectral_norm and prune set it before every call
+        return (
+            "its weight is computed by a hook. Remove it first, e.g. with remove_weight_norm, remove_spectral_norm or prune.remove"
+        )
     if has_hooks(module):
         return "it has hooks, which a replacement would lose"
-    return None
+    return patched(module)
 
 
 def check_model(op: str, model: nn.Module) -> None:
@@ -97,12 +233,12 @@ def check_model(op: str, model: nn.Module) -> None:
 
 
 def all_layers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, str]]:
-    """Name, layer, parent and attribute of every float or int8 layer of these kinds, under every name that it has."""
+    """Name, layer, parent and attribute of every float or int8 layer, in the model's order, under every name that it has."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     return [
-        (f"{prefix}.{attribute}" if prefix else attribute, module, parent, attribute)
-        for prefix, parent in model.named_modules(remove_duplicate=False)
-        for attribute, module in parent._modules.items()  # named_children would name a repeated module once
-        if isinstance(module, FLOAT_OR_INT8)
+        (name, module, modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+        for name, module in modules.items()
+        if name and isinstance(module, FLOAT_OR_INT8)
     ]
 
 
@@ -145,7 +281,7 @@ def select(
     for name, module, parent, attribute in layers:
         chosen: Scheme | None = None
         found: Filter | None
-        reason = "int8 already" if isinstance(module, Int8Layer) else None
+        reason = _INT8_ALREADY if isinstance(module, Int8Layer) else None
         if reason is None and (found := _first(exclude, name, module)) is not None:
             reason = f"excluded by {_show(found)}"
         elif reason is None and _first(include, name, module) is None:

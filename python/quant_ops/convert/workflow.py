@@ -1,19 +1,17 @@
 """Whole models: replace float layers by int8 ones, at once or by way of layers that calibrate or train, and say what was done."""
 
-import logging
 from collections.abc import Sequence
 
 from torch import nn
 
-from .._models import count_batches
+from .._models import count_batches, patched
 from ..nn import Int8Layer, float_class
 from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
 from .qat import QAT
-from .select import FLOAT, Configs, ConversionResult, Filter, Places, all_layers, check_model, replace_, select
+from .select import FLOAT, Configs, ConversionResult, Filter, Places, Survey, all_layers, check_model, remembered, replace_, select
 from .steps import connect_
 
-_log = logging.getLogger("quant_ops")
 _EVERYTHING: tuple[Filter, ...] = ("*",)
 
 
@@ -36,7 +34,8 @@ def quantize_(
             (``[nn.Conv2d]``), or functions of name and module that return a bool. Exclusion wins.
 
     Returns:
-        What was converted, and what was skipped and why.
+        What was converted, and what was skipped and why: every module whose weights stay float is named. If nothing was converted,
+        there is a UserWarning too.
 
     Raises:
         TypeError: config is of another kind, or a filter list is one string.
@@ -45,9 +44,9 @@ def quantize_(
     """
     config = Int8Dynamic() if config is None else config
     places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic,))
+    survey = Survey("quantize_", model)
     replace_(model, places, lambda module, place: to_int8(module, place.config))
-    _log.info("%s", result)
-    return result
+    return survey.finish(result)
 
 
 def prepare_(
@@ -68,14 +67,14 @@ def prepare_(
     """
     config = Int8Static() if config is None else config
     places, result = select("prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic), result_kind="prepared")
+    survey = Survey("prepare_", model)
 
     def make(module: nn.Module, place: Places) -> nn.Module:
         return PREPARED[float_class(module)].from_float(module, place.config)
 
     replace_(model, places, make)
     connect_(model)
-    _log.info("%s", result)
-    return result
+    return survey.finish(result)
 
 
 def prepare_qat_(
@@ -100,6 +99,7 @@ def prepare_qat_(
     kinds: tuple[type[Scheme], ...] = (Int8Static, Int8Dynamic)
     chosen = Int8Static() if config is None else config
     places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind="qat")
+    survey = Survey("prepare_qat_", model)
 
     def make(module: nn.Module, place: Places) -> nn.Module:
         wanted = module.config if config is None and isinstance(module, Prepared) else place.config
@@ -107,8 +107,7 @@ def prepare_qat_(
 
     replace_(model, places, make)
     connect_(model)
-    _log.info("%s", result)
-    return result
+    return survey.finish(result)
 
 
 def convert_(model: nn.Module) -> ConversionResult:
@@ -117,6 +116,9 @@ def convert_(model: nn.Module) -> ConversionResult:
     A layer that no data has reached becomes float again, and the result says so. A step without data (``num_steps``) takes the
     widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both, and how many
     batches were left out because they held NaN or Inf.
+
+    Returns:
+        What was converted, and what was skipped and why: for a layer that prepare_ has skipped, the reason that it gave.
 
     Raises:
         ValueError: the model is not prepared, no layer has seen data, or a weight holds NaN or Inf. The model is then as it was.
@@ -128,8 +130,6 @@ def convert_(model: nn.Module) -> ConversionResult:
     for name, module, parent, attribute in layers:
         if isinstance(module, Prepared):
             places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
-        else:
-            result.skipped.append((name, "int8 already" if isinstance(module, Int8Layer) else "it is not prepared"))
     if not places:
         raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
     unreached = {module: why for module in places if isinstance(module, Prepared) and (why := module.unreached())}
@@ -140,6 +140,10 @@ def convert_(model: nn.Module) -> ConversionResult:
     for name, module, *_ in layers:
         if not isinstance(module, Prepared):
             continue
+        if reason := patched(module):
+            result.skipped.append((name, reason))
+            places.pop(module, None)
+            continue
         if module in unreached:
             result.skipped.append((name, unreached[module]))
             continue
@@ -147,6 +151,12 @@ def convert_(model: nn.Module) -> ConversionResult:
             raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
         result.notes += [(name, note) for note in _assumptions(module)]
         result.converted.append(name)
+    for name, module, *_ in layers:
+        if isinstance(module, Int8Layer):
+            result.skipped.append((name, "int8 already"))
+        elif not isinstance(module, Prepared):
+            result.skipped.append((name, remembered(module)))
+    survey = Survey("convert_", model)
     module = None  # type: ignore[assignment]  # only `places` may hold the last layer, so that replacing it frees it
     layers.clear()
 
@@ -156,8 +166,7 @@ def convert_(model: nn.Module) -> ConversionResult:
 
     replace_(model, places, make)
     connect_(model)
-    _log.info("%s", result)
-    return result
+    return survey.finish(result)
 
 
 def _assumptions(layer: Prepared) -> list[str]:
