@@ -109,7 +109,7 @@ def test_an_interrupt_keeps_what_it_has(caplog):
     assert "interrupted after 2 batches" in caplog.text
     assert model.training
     qo.convert_(model)
-    assert float(model.fc.input_scale) == pytest.approx(2 / 127)
+    assert float(model.fc.input_scale) == pytest.approx(2 / 255)
 
 
 def test_an_interrupt_before_the_first_batch():

@@ -207,17 +207,18 @@ def test_searched_scales_stay_as_calibrated(observer):
     assert torch.equal(model.fc.input_zero_point, zero_point)
 
 
-def test_learned_scales_start_from_the_first_batch_or_from_calibration():
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_learned_scales_start_from_the_first_batch_or_from_calibration(asymmetric):
     x = [batch for batch, _ in data()]
     first, calibrated = Net(), Net()
     for model in (first, calibrated):
-        qo.prepare_qat_(model, qo.Int8Static(observer="lsq"))
+        qo.prepare_qat_(model, qo.Int8Static(observer="lsq", asymmetric=asymmetric))
     first(x[0])
     qo.calibrate(calibrated, x)
     assert (
-        first.conv.input_scale == qo.choose_qparams(x[0], [], -128, 127)[0]
+        first.conv.input_scale == qo.choose_qparams(x[0], [], -128, 127, asymmetric)[0]
     )  # less than LSQ's rule, which would clip nothing either
-    assert calibrated.conv.input_scale == qo.choose_qparams(torch.cat(x), [], -128, 127)[0]
+    assert calibrated.conv.input_scale == qo.choose_qparams(torch.cat(x), [], -128, 127, asymmetric)[0]
     before = calibrated.conv.input_scale.detach().clone()
     calibrated(10 * x[0])
     assert torch.equal(calibrated.conv.input_scale, before)
@@ -318,7 +319,7 @@ def test_learned_scales_do_not_start_on_zeros():
     qo.calibrate(calibrated, [torch.zeros(2, 4)])
     assert qo.convert_(copy.deepcopy(calibrated)).notes == [("0", "its input was always zero: scale 1")]
     calibrated(torch.ones(2, 4))
-    assert float(calibrated[0].input_scale.detach()) == pytest.approx(1 / 127)
+    assert float(calibrated[0].input_scale.detach()) == pytest.approx(1 / 255)
 
 
 @pytest.mark.parametrize("buffers", [False, True])

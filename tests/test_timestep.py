@@ -129,7 +129,7 @@ def test_layers_with_and_without_steps():
 
 
 def test_repr():
-    assert "input=int8 symmetric static in 4 steps" in repr(converted())
+    assert "input=int8 asymmetric static in 4 steps" in repr(converted())
 
 
 # ---- counting ------------------------------------------------------------------------------------------------------------

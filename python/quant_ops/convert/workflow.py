@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .._models import count_batches, patched
@@ -9,7 +10,20 @@ from ..nn import Int8Layer, float_class
 from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
 from .qat import QAT
-from .select import FLOAT, Configs, ConversionResult, Filter, Places, Survey, all_layers, check_model, remembered, replace_, select
+from .select import (
+    FLOAT,
+    Configs,
+    ConversionResult,
+    Filter,
+    Places,
+    Survey,
+    all_layers,
+    check_model,
+    fitting,
+    remembered,
+    replace_,
+    select,
+)
 from .steps import connect_
 
 _EVERYTHING: tuple[Filter, ...] = ("*",)
@@ -137,6 +151,7 @@ def convert_(model: nn.Module) -> ConversionResult:
         left_out = any("NaN or Inf" in why for why in unreached.values())
         got = "batches with NaN or Inf alone. Mend the data or the model" if left_out else "none in any layer. Call calibrate first"
         raise ValueError(f"quant_ops.convert_: expected calibration data, got {got}.")
+    unfit: dict[nn.Module, str] = {}
     for name, module, *_ in layers:
         if not isinstance(module, Prepared):
             continue
@@ -147,24 +162,28 @@ def convert_(model: nn.Module) -> ConversionResult:
         if module in unreached:
             result.skipped.append((name, unreached[module]))
             continue
+        if isinstance(fit := fitting(module, module.config), str) or fit != module.config:
+            unfit[module] = fit if isinstance(fit, str) else "its sums with a zero point are not exact. Prepare it as symmetric"
+            result.skipped.append((name, unfit[module]))
+            continue
         if problem := module.problem():
             raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
         result.notes += [(name, note) for note in _assumptions(module)]
         result.converted.append(name)
+
+    def make(module: nn.Module) -> nn.Module:
+        assert isinstance(module, Prepared)
+        return module.to_float() if module in unreached or module in unfit else module.to_int8()
+
+    with torch.inference_mode(False):
+        made = {module: make(module) for module in places}  # all of them before the first is replaced: one may fail
     for name, module, *_ in layers:
         if isinstance(module, Int8Layer):
             result.skipped.append((name, "int8 already"))
         elif not isinstance(module, Prepared):
             result.skipped.append((name, remembered(module)))
     survey = Survey("convert_", model)
-    module = None  # type: ignore[assignment]  # only `places` may hold the last layer, so that replacing it frees it
-    layers.clear()
-
-    def make(module: nn.Module, place: Places) -> nn.Module:
-        assert isinstance(module, Prepared)
-        return module.to_float() if module in unreached else module.to_int8()
-
-    replace_(model, places, make)
+    replace_(model, places, lambda module, _: made.pop(module))
     connect_(model)
     return survey.finish(result)
 

@@ -299,6 +299,8 @@ class Int8Layer(nn.Module):
         with self._packed.whole():
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._packed.pack()
+        if self.input_scale is not None:
+            self.asymmetric = False  # of dynamic quantization; a static layer has its zero point beside the scale
         self._check_scales()
         self._count_steps()
 

@@ -70,8 +70,9 @@ class Observer(nn.Module):
         return {"min": ((), float("inf"), torch.float32), "max": ((), float("-inf"), torch.float32)}
 
     def _allocate(self, grid: tuple[int, ...], device: torch.device | str | None) -> None:
-        for name, (shape, start, dtype) in self._state().items():
-            self.register_buffer(name, torch.full((self.num_steps, *grid, *shape), start, dtype=dtype, device=device))
+        with torch.inference_mode(False):  # its tensors could not be updated outside of inference mode
+            for name, (shape, start, dtype) in self._state().items():
+                self.register_buffer(name, torch.full((self.num_steps, *grid, *shape), start, dtype=dtype, device=device))
 
     @property
     def _grid(self) -> tuple[int, ...]:
