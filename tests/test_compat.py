@@ -14,6 +14,7 @@ from torch import nn
 
 import quant_ops as qo
 from quant_ops.compat import torch_quant_ext
+from quant_ops.nn import Int8Layer
 
 
 def run(block, **names):
@@ -320,7 +321,7 @@ def test_torch_quant_document(tmp_path, monkeypatch):
         "outlier": nn.Linear,
         "head": nn.Linear,
     }
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     expected = model(ids)
     assert (found["output"] - expected).norm() < 0.03 * expected.norm()
     assert torch.equal(torch.jit.load("quant.pt")(ids), found["output"])
@@ -353,8 +354,103 @@ def test_torch_quant_filter_backend_and_amp():
     only.calib(model)(ids)
     assert type(only.quantize(model).up) is nn.Linear
     assert isinstance(only.quantize(model).head, qo.QuantLinear)
-    with pytest.raises(TypeError, match="expected act_ob_ctr to be an observer's name"):
+    with pytest.raises(TypeError, match="expected act_ob_ctr to be an observer's name or class"):
         Quantizer(act_ob_ctr=torch.nn.Identity)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.Conv1d(8, 8, 1), nn.Flatten(0), nn.Linear(72, 4)).eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantized"),
+    [
+        ({"exclude_classes": [Block]}, {"1", "3"}),
+        ({"exclude_classes": ["Block"]}, {"1", "3"}),
+        ({"include_classes": [Block]}, {"0.lin"}),
+        ({"include_classes": [nn.Linear]}, {"0.lin", "3"}),
+        ({"include_classes": [Block], "include_names": ["3"]}, {"0.lin", "3"}),
+        ({"include_names": ["0"], "exclude_classes": [nn.Linear]}, set()),
+        ({"include_op_types": [nn.Linear]}, {"0.lin", "3"}),
+        ({"exclude_op_types": [nn.Linear]}, {"1"}),
+        ({"include_op_types": [nn.Linear], "exclude_names": ["0"]}, {"3"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:quant_ops.prepare_. expected at least one")
+def test_torch_quant_filters(settings, quantized):
+    """A container class stands for all within."""
+    from quant_ops.compat.torch_quant import ModuleFilter, Quantizer
+
+    model, quantizer = blocks(), Quantizer(ModuleFilter(**settings))
+    proxy = quantizer.calib(model)
+    with torch.no_grad():
+        proxy[3](proxy[2](proxy[1](proxy[0](torch.randn(9, 8)).T)))
+    if not quantized:
+        with pytest.raises(ValueError, match="expected quantize after calib"):
+            quantizer.quantize(model)
+        return
+    made = quantizer.quantize(model)
+    assert {name for name, layer in made.named_modules() if isinstance(layer, Int8Layer)} == quantized
+
+
+@pytest.mark.parametrize("field", ["include_names", "exclude_names"])
+def test_torch_quant_refuses_a_name_that_no_module_has(field):
+    from quant_ops.compat.torch_quant import ModuleFilter, Quantizer
+
+    with pytest.raises(ValueError, match=rf"^quant_ops\.ModuleFilter: expected {field} of modules of the model, got \['b1'\]$"):
+        Quantizer(ModuleFilter(**{field: ["0", "b1"]})).calib(blocks())
+
+
+def test_torch_quant_calibration_is_the_models():
+    """It goes on with a second calib, is saved, may be quantized by another Quantizer, and training starts from it."""
+    from quant_ops.compat.torch_quant import Backend, Quantizer
+
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.linspace(-12.7, 12.7, 16).reshape(2, 8)
+    Quantizer(backend=Backend.DISC).calib(model)(x)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Quantizer(backend=Backend.DISC).calib(model)(x / 100)
+    made = Quantizer(backend=Backend.DISC).quantize(model)
+    assert float(made[0].input_scale) == pytest.approx(0.1)
+    assert type(model[0]) is nn.Linear
+    resumed = nn.Sequential(nn.Linear(8, 4)).eval()
+    quantizer = Quantizer(backend=Backend.DISC)
+    quantizer.calib(resumed)
+    resumed.load_state_dict(state)
+    again = quantizer.quantize(resumed)
+    assert torch.equal(again(x), made(x))
+    assert again.state_dict().keys() == made.state_dict().keys()
+    trained = quantizer.qat(resumed)
+    trained(x / 100)
+    assert float(trained[0].input_scale.detach()) == pytest.approx(0.1)
+
+
+def test_torch_quant_observers_of_backends_and_by_class():
+    from functools import partial
+
+    from quant_ops.compat import torch_quant as tq
+
+    x = torch.distributions.StudentT(3.0).sample((64, 8))
+    for backend, observer, zero_point in (("REFERENCE", "minmax", True), ("DISC", "minmax", False), ("FBGEMM", "histogram", True),
+                                          ("MNN", "histogram", False)):  # fmt: skip
+        model = nn.Sequential(nn.Linear(8, 4)).eval()
+        quantizer = tq.Quantizer(backend=tq.Backend[backend], bias_ob_ctr=tq.BiasObserver)
+        quantizer.calib(model)(x)
+        layer = quantizer.quantize(model)[0]
+        assert (layer.config.observer, layer.input_zero_point is not None) == (observer, zero_point)
+    given = partial(tq.HistogramObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+    quantizer = tq.Quantizer(act_ob_ctr=given, w_ob_ctr=tq.PerChannelMinMaxObserver)
+    quantizer.calib(model, act_ob_ctr=tq.MinMaxObserver)(x)
+    assert quantizer.quantize(model)[0].config == qo.Int8Static("minmax")
 
 
 def test_torch_quant_qat_trains_the_models_own_parameters():

@@ -207,8 +207,7 @@ _SYMMETRIC_NOTE = f"symmetric: with a zero point its sums are exact up to {_MOST
 
 def fitting(layer: Any, config: Scheme) -> Scheme | str:
     """The config with which the layer's sums are exact: the given one or, if that is enough, a symmetric one; or why none is."""
-    products = layer.weight.shape[1:].numel()
-    if nn.parameter.is_lazy(layer.weight) or products <= _MOST_PRODUCTS[config.asymmetric]:
+    if nn.parameter.is_lazy(layer.weight) or (products := layer.weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
         return config
     if products <= _MOST_PRODUCTS[False]:
         return dataclasses.replace(config, asymmetric=False)
