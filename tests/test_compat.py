@@ -161,6 +161,68 @@ def test_torch_quantizer_document(tmp_path, monkeypatch, steps):
             run(block, unet=TinyUNet(), n_bits=8, ddim_steps=3)
 
 
+def test_torch_quantizer_fake_model_simulates_and_trains():
+    """The first forward is the float model's; later ones have the values of 2-bit weights, and gradients."""
+    from quant_ops.compat import torch_quantizer as tq
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(64, 8)
+    expected = model(x)
+    fake = tq.fake_quant(model, {"n_bits": 2, "scale_method": "mse"}, {"scale_method": "mse"})
+    assert torch.equal(fake(x), expected)
+    simulated = fake(x)
+    assert 0.05 < (simulated - expected).norm() / expected.norm() < 1
+    simulated.square().mean().backward()
+    assert all(p.grad is not None for p in fake.parameters())
+    scale = float(fake[0].input_scale)
+    fake.train()(10 * x)
+    assert float(fake[0].input_scale) == scale
+
+
+def runs(model, timesteps):
+    """What step the model is in at each call."""
+    steps = []
+    handle = model.up.register_forward_hook(lambda layer, *_: steps.append(int(layer.timestep)))
+    for t in timesteps:
+        model(torch.randn(1, 4, 8, 8), torch.tensor(float(t)))
+    handle.remove()
+    return steps
+
+
+def test_torch_quantizer_counts_runs_by_their_timesteps(tmp_path):
+    """A run of another length warns and shifts no later one; so does a stray call."""
+    from quant_ops.compat import torch_quantizer as tq
+
+    run = [30, 20, 10]
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {}, num_steps=3)
+    assert runs(fake, run + run) == [0, 1, 2] * 2
+    real = tq.fake2real(fake, tmp_path)
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 1"):
+        assert runs(real, [15, *run, *run]) == [0, *[0, 1, 2] * 2]
+    loaded = tq.real_quant(TinyUNet().eval(), 8, 3, str(tmp_path / "TinyUNet_8bits_3steps.safetensors"))
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 4"):
+        assert runs(loaded, [30, 20, 20, 10, *run]) == [0, 1, 2, 2, 0, 1, 2]
+    loaded = tq.real_quant(TinyUNet().eval(), 8, 3, str(tmp_path / "TinyUNet_8bits_3steps.safetensors"))
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 2"):
+        assert runs(loaded, [15, *run, *run]) == [0, 1, 1, 2, 0, 1, 2]  # the direction shows at the third call
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {}, num_steps=3)
+    assert runs(fake, [5, 5]) == [0, 1]
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 2"):
+        tq.fake2real(fake, tmp_path)
+
+
+def test_torch_quantizer_looks_at_the_folder_first(tmp_path):
+    from quant_ops.compat import torch_quantizer as tq
+
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {})
+    fake(torch.randn(1, 4, 8, 8), torch.tensor(1.0))
+    with pytest.raises(FileNotFoundError, match=r"^quant_ops\.fake2real: expected save_dir to be a folder, got "):
+        tq.fake2real(fake, tmp_path / "none")
+    tq.fake2real(fake, tmp_path)
+    with pytest.raises(TypeError, match=r"expected act_quant_params with keys among \[.*\], got \['bogus'\]$"):
+        tq.fake_quant(TinyUNet(), {}, {"bogus": 1})
+
+
 def test_torch_quantizer_without_a_checkpoint():
     from quant_ops.compat import torch_quantizer as tq
 

@@ -340,7 +340,7 @@ def test_an_averaged_copy_keeps_its_own_scales(observer, buffers):
     for name, tensor in averaged.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     if observer == "lsq":
-        assert 0.01 < float(averaged.module[0].input_scale) < 0.1
+        assert 0.01 < float(averaged.module[0].input_scale.detach()) < 0.1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

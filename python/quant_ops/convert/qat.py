@@ -48,7 +48,17 @@ class Qat(Prepared):
     """
 
     kind = "qat"
-    own = (*Prepared.own, "observing", "started", "learned", "weight_scale", "input_scale", "input_zero_point")
+    own = (
+        *Prepared.own,
+        "observing",
+        "until_seen",
+        "all_seen",
+        "started",
+        "learned",
+        "weight_scale",
+        "input_scale",
+        "input_zero_point",
+    )
 
     weight: Tensor
     weight_scale: Tensor | None
@@ -62,7 +72,7 @@ class Qat(Prepared):
                 delattr(self, name)
         super()._prepare(config)
         observer = self.observer
-        self.observing = False
+        self.observing = self.until_seen = self.all_seen = False
         self.started = observer is None
         self.learned = isinstance(config, Int8Static) and config.observer == "lsq"
 
@@ -128,6 +138,19 @@ class Qat(Prepared):
         """Until :meth:`end_calibration`, forward computes in float and observes."""
         self.observing = True
 
+    def observe_first(self) -> None:
+        """From now on the first forward of each step computes in float and observes, and later ones simulate."""
+        self.until_seen = self.observer is not None
+
+    def _is_first(self) -> bool:
+        """Whether the current step has no data yet. Waits for the device until all steps have."""
+        assert self.observer is not None
+        if not self.all_seen:
+            count = self.observer.count
+            self.all_seen = bool(count.all())
+            return not bool(count[0] if self.timestep is None else count[self.timestep])
+        return False
+
     def end_calibration(self) -> None:
         """Takes the scales from the observed data, if there are any."""
         self.observing = False
@@ -170,6 +193,11 @@ class Qat(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with quantized weights and input; the float layer's while calibrating."""
+        if self.until_seen:
+            if self._is_first():
+                self.begin_calibration()
+            elif self.observing:
+                self.end_calibration()
         if self.observing:
             return super().forward(x)
         return self._compute(self._simulate_input(x), self._simulate_weight())
