@@ -530,6 +530,77 @@ def test_two_processes_train_one_model(tmp_path):
     )
 
 
+def test_two_processes_train_a_sharded_model(tmp_path):
+    """FSDP2: the parameters are those of one process, and the converted model that of the gathered state."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            import torch
+            import torch.distributed as dist
+            import torch.nn.functional as F
+            from torch import nn
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            import quant_ops as qo
+
+            rank, folder = int(sys.argv[1]), sys.argv[2]
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+            mesh = init_device_mesh("cpu", (2,))
+
+            def make(config):
+                torch.manual_seed(0)
+                model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+                qo.prepare_qat_(model, config)
+                torch.manual_seed(1)
+                if not isinstance(config, qo.Int8Dynamic):
+                    qo.calibrate(model, [torch.randn(8, 6)])
+                return model.train()
+
+            torch.manual_seed(5)
+            steps = [(torch.randn(8, 6), torch.randn(8, 3)) for _ in range(4)]
+            configs = [qo.Int8Static(observer="lsq"), qo.Int8Static(observer="lsq", num_steps=2, asymmetric=False)]
+            for config in [*configs, qo.Int8Static(observer="mse"), qo.Int8Dynamic(weight_bits=4)]:
+                one, two = make(config), make(config)
+                for layer in two:
+                    if isinstance(layer, nn.Linear):
+                        fully_shard(layer, mesh=mesh)
+                fully_shard(two, mesh=mesh)
+                optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (one, two)]
+                for x, y in steps:
+                    for m, o in zip((one, two), optimizers):
+                        o.zero_grad()
+                        F.mse_loss(m(x), y).backward()
+                        o.step()
+                for (name, expected), (_, got) in zip(one.named_parameters(), two.named_parameters()):
+                    torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-4, atol=1e-6, msg=name)
+                state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in two.state_dict().items()}
+                whole = make(config)
+                whole.load_state_dict(state)
+                assert len(qo.convert_(whole).converted) == 2
+                qo.convert_(one)
+                torch.testing.assert_close(whole(steps[0][0]), one(steps[0][0]), rtol=1e-2, atol=1e-2)
+                assert len(qo.convert_(two).converted) == 2
+                for (name, expected), got in zip(whole.state_dict().items(), two.state_dict().values(), strict=True):
+                    assert torch.equal(got, expected), (config, name)
+            print("equal", flush=True)
+            dist.barrier()
+            os._exit(0)
+            """
+        )
+    )
+    workers = [
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    results = [worker.communicate(timeout=120) for worker in workers]
+    assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("equal", 0)] * 2, (
+        results
+    )
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
 

@@ -22,18 +22,29 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return layer
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or all of it where FSDP2 has left a part in each process. Every process has to call it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+
+
 def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
     """One scale per output channel by the config's observer; None for the largest magnitude, which the layer finds itself."""
     if config.weight_observer == "minmax" or weight.is_meta:
         return None
     qmax = 2 ** (config.weight_bits - 1) - 1
     observer = Observer.kinds[config.weight_observer](qmin=-qmax, qmax=qmax, axis=0, device=weight.device)
-    observer(weight)
+    observer(whole(weight))
     return observer.qparams()[0].flatten()
 
 
 def to_int8(layer: Any, config: Scheme, weight_scale: Tensor | None = None, **settings: Any) -> Int8Layer:
     """The int8 layer of a float one by its config; settings are those of ``from_float``."""
+    if whole(layer.weight) is not layer.weight:
+        layer = recast(layer, float_class(layer))
+        for name in ("weight", "bias"):
+            if layer._parameters[name] is not None:
+                layer._parameters[name] = nn.Parameter(whole(layer._parameters[name].detach()))
     if weight_scale is None:
         weight_scale = choose_weight_scale(layer.weight, config)
     kind = INT8_LAYERS[float_class(layer)]
@@ -114,7 +125,7 @@ class Prepared(nn.Module):
 
     def problem(self) -> str | None:
         """Why no int8 layer can be made, as the beginning of an error message that ends with the layer's name; None if one can."""
-        if not self.weight.isfinite().all():
+        if not whole(self.weight).isfinite().all():
             return "expected finite weights, got NaN or Inf, in layer"
         return None
 

@@ -14,7 +14,7 @@ from ..nn import Int8Layer
 from ..observers import Observer
 from ..ops import choose_qparams, quant_tensor_forward
 from .config import Int8Static, Scheme
-from .prepared import Prepared, choose_weight_scale, to_int8
+from .prepared import Prepared, choose_weight_scale, to_int8, whole
 
 _TINY = torch.finfo(torch.float32).tiny
 _NOT_STARTED = 1.0  # an input scale before the first data
@@ -239,7 +239,7 @@ class Qat(Prepared):
 
     def _range_scale(self) -> Tensor:
         dims, qmax = list(range(1, self.weight.dim())), self._weight_qmax
-        return choose_qparams(self.weight.detach(), dims, -qmax, qmax)[0].float()
+        return choose_qparams(whole(self.weight.detach()), dims, -qmax, qmax)[0].float()
 
     def _simulate_weight(self) -> Tensor:
         qmax = self._weight_qmax
@@ -254,24 +254,24 @@ class Qat(Prepared):
         """As :meth:`Prepared.input_qparams`, with the scales that were learned or kept."""
         if self.input_scale is None:
             return super().input_qparams()
-        scale = self.input_scale.detach().abs().clamp(min=_TINY)
+        scale = whole(self.input_scale.detach()).abs().clamp(min=_TINY)
         return (
             {"input_scale": scale}
             if self.input_zero_point is None
-            else {"input_scale": scale, "input_zero_point": self.input_zero_point}
+            else {"input_scale": scale, "input_zero_point": whole(self.input_zero_point.detach())}
         )
 
     def problem(self) -> str | None:
         """As :meth:`Prepared.problem`; training may have diverged."""
         for name in ("weight_scale", "input_scale", "input_zero_point"):
             value = getattr(self, name)
-            if value is not None and not value.isfinite().all():
+            if value is not None and not whole(value.detach()).isfinite().all():
                 return f"expected a finite {name}, got NaN or Inf from training, in layer"
         return super().problem()
 
     def to_int8(self) -> Int8Layer:
         """The int8 layer with the codes that this one computes with."""
-        scale = None if self.weight_scale is None else self.weight_scale.detach().abs().clamp(min=_TINY).flatten()
+        scale = None if self.weight_scale is None else whole(self.weight_scale.detach()).abs().clamp(min=_TINY).flatten()
         if scale is None:
             scale = self._range_scale().flatten()
         return to_int8(self, self.config, scale, **self.input_qparams())
