@@ -25,7 +25,7 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, or all of it where FSDP2 has left a part in each process. Every process has to call it."""
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+    return tensor if gather is None else gather()
 
 
 def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
