@@ -20,19 +20,6 @@ bool has_pixels(const Int8Conv2dParams& p) { return p.H * p.W > 0; }
 // Whether results of neighbouring output channels are neighbours in memory.
 bool channels_are_contiguous(const Int8Conv2dParams& p) { return p.y_channels_last || p.OH * p.OW == 1; }
 
-void expect_small(const Int8Conv2dParams& p) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // coordinates are int32
-  const auto reach = [&](int d, int64_t size, int64_t kernel, int64_t out) {
-    return std::max({size + p.pad[d], (kernel - 1) * p.dilation[d], (out - 1) * p.stride[d]});
-  };
-  const int64_t height = reach(0, p.H, p.R, p.OH), width = reach(1, p.W, p.S, p.OW);
-  if (height >= kMost || width >= kMost || p.N >= kMost)
-    throw std::runtime_error(
-        "quant_ops.int8_conv2d: expected less than 2^30 images of less than 2^30 rows and columns with their "
-        "padding, got " +
-        std::to_string(p.N) + " of " + std::to_string(height) + " x " + std::to_string(width) + ". Split the batch.");
-}
-
 // ---- activations ----------------------------------------------------------------------------------------------------
 
 // choose_qparams over a sample. Codes are those of quantize_rows.
@@ -78,7 +65,7 @@ Gather gather_of(const Int8Conv2dParams& p, bool in_place, int64_t tap, int64_t 
   gather.group = tap;
   gather.height = static_cast<int32_t>(p.H);
   gather.width = static_cast<int32_t>(p.W);
-  for (int d = 0; d < 2; ++d) {
+  for (int d = 0; d < 2; ++d) {  // all below 2^30: conv2d_geometry of torch/conv2d.h
     gather.stride[d] = static_cast<int32_t>(p.stride[d]);
     gather.pad[d] = static_cast<int32_t>(p.pad[d]);
     gather.dilation[d] = static_cast<int32_t>(p.dilation[d]);
@@ -202,7 +189,6 @@ void run_gather(const Int8Conv2dParams& p, const Conv2dPlan& plan, const Gather&
 }  // namespace
 
 Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const KernelChoice& wanted) {
-  expect_small(p);
   Conv2dPlan plan{};
   WorkspaceLayout workspace;
   const CudaWeights w = cuda_weights(p.O, p.C / p.groups, p.R, p.S, p.groups);

@@ -38,7 +38,8 @@ def contents(paths: Iterable[str | Path]) -> dict[str, str]:
 def made(name: str, command: list[str], inputs: list[Path] | None = None) -> Path:
     """The file that `command` writes to what follows -o; without `inputs` the compiler tells what it has read."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    output = CACHE / f"{name}-{digest(json.dumps([version(command[0]), command]).encode())[:16]}"
+    key = digest(json.dumps([version(command[0]), command]).encode())[:16]
+    output = CACHE / f"{Path(name).stem}-{key}{Path(name).suffix}"  # nvcc goes by the suffix of what it links
     record, partial = Path(f"{output}.json"), f"{output}.partial"
     with open(f"{output}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

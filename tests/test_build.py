@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch_headers
+from compiled import CXX
 
 from quant_ops import _library
 
@@ -97,3 +99,17 @@ def test_torch_is_used_through_its_stable_abi_only():
 
 def test_library_has_no_search_path_of_the_build_machine():
     assert not re.search(r"R(UN)?PATH", tool("readelf", "-d", LIBRARY))
+
+
+@pytest.mark.parametrize("version", [torch_headers.OLDEST, None], ids=["oldest", "newest"])
+def test_bindings_compile_with_every_supported_torch(version):
+    """Of the CPU and of CUDA, against the headers of the oldest torch that is supported and of the newest that pip offers."""
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    try:
+        found, include = torch_headers.headers(version)
+    except torch_headers.Unreachable as error:
+        pytest.skip(str(error))
+    for source in torch_headers.SOURCES:
+        complaints = torch_headers.compile_against(include, source, CXX)
+        assert not complaints, f"torch {found}, {source}: {complaints[-4000:]}"

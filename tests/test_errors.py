@@ -5,7 +5,10 @@ the same words, unless values decide: an error in a compiled or exported model r
 """
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -274,6 +277,41 @@ add("int8_conv2d", _sentence, x=f32(1, 7311, 3, 3), x_scale=f32(), x_zero_point=
 add("int8_conv2d", _sentence, x=i8(1, 7311, 3, 3).to(torch.uint8), x_scale=f32(), **_wide)
 
 
+# ---- sizes that no index holds -----------------------------------------------------------------------------------------------
+
+_SMALL = (
+    "the batch, each side of the image with its padding, stride and dilation below 2^30, got x.shape {}, padding {}, stride {} and "
+    "dilation {}. Split the batch or the image."
+)
+_X = "(2, 4, 5, 5)"
+for _n in (2**30, 2**31, 2**57, 2**61, 2**62, 2**63 - 1):
+    add("int8_conv2d", _SMALL.format(_X, "(0, 0)", f"(1, {_n})", "(1, 1)"), stride=[1, _n], padding=[0, 0], dilation=[1, 1])
+    add("int8_conv2d", _SMALL.format(_X, "(0, 0)", "(1, 1)", f"({_n}, 1)"), stride=[1, 1], padding=[0, 0], dilation=[_n, 1])
+    _padding = (0, 0, _n, 0)
+    add("int8_conv2d", _SMALL.format(_X, _padding, "(1, 1)", "(1, 1)"), stride=[1, 1], padding=[*_padding], dilation=[1, 1])
+_padding = (2**29, 2**29, 0, 0)
+add("int8_conv2d", _SMALL.format(_X, _padding, "(1, 1)", "(1, 1)"), stride=[1, 1], padding=[*_padding], dilation=[1, 1])
+_ELEMENTS = "{} of at most 2^45 elements (an empty dimension counts as one), got shape {}. Split the call."
+add("int8_conv2d", _ELEMENTS.format("an image with its padding", f"(4, {2**29 + 5}, {2**29 + 5})"), padding=[2**28])
+_tall = f32(1, 1, 1, 1).expand(1, 4, 2**29, 2**20)
+add("int8_conv2d", _ELEMENTS.format("x", tuple(_tall.shape)), x=_tall)
+_deep = torch.empty(0, 4, 2**30, 2**30, dtype=torch.int8)
+add("int8_conv2d pack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), weight=_deep)
+add("unpack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), shape=list(_deep.shape))
+add("pack_weight", f"groups <= 2^45, got {2**46}", weight=torch.empty(0, 1, 1, 1, dtype=torch.int8), groups=2**46)
+add("unpack_weight", f"groups <= 2^45, got {2**46}", shape=[0, 1, 1, 1], groups=2**46)
+add("unpack_weight", "sizes >= 0, got shape (6, -4, 3, 3)", shape=[6, -4, 3, 3])
+_long = f32(1, 4).expand(2**40, 4)
+add("int8_linear", _ELEMENTS.format("a result", f"({2**40}, 64)"), x=_long, weight=i8(64, 4), weight_scale=f32())
+add("int8_linear", _ELEMENTS.format("x", f"({2**44}, 4)"), x=f32(1, 4).expand(2**44, 4))
+add("int8_gemm", _ELEMENTS.format("a result", f"({2**40}, {2**30})"), a=i8(1, 4).expand(2**40, 4), b=i8(1, 4).expand(2**30, 4))
+_expanded = f32(1, 1).expand(2**30, 2**16)
+add("quant_tensor_forward choose_qparams", _ELEMENTS.format("tensor", tuple(_expanded.shape)), tensor=_expanded)
+add("quant_tensor_backward", _ELEMENTS.format("tensor", tuple(_expanded.shape)), tensor=_expanded, grad=_expanded)
+add("dequant_tensor", _ELEMENTS.format("tensor", tuple(_expanded.shape)), tensor=i8(1, 1).expand(_expanded.shape))
+add("quantize_rows", _ELEMENTS.format("x", tuple(_expanded.shape)), x=_expanded)
+
+
 # ---- the tests ---------------------------------------------------------------------------------------------------------------
 
 
@@ -347,3 +385,55 @@ def test_the_bounds_are_reached():
         dtype = torch.uint8 if a > 127 else torch.int8
         result = qo.int8_gemm(torch.full((2, k), a, dtype=dtype), torch.full((3, k), b, dtype=torch.int8))
         assert torch.equal(result, torch.full((2, 3), k * a * b, dtype=torch.int32))
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+_WITHOUT_MEMORY = {
+    "quant_tensor_forward": {"tensor": f32(1).expand(2**44)},
+    "dequant_tensor": {"tensor": i8(1).expand(2**44)},
+    "quantize_rows": {"x": f32(1, 1).expand(2**40, 16)},
+    "int8_gemm": {"a": i8(1, 4).expand(2**40, 4)},
+    "int8_linear": {"x": f32(1, 4).expand(2**40, 4)},
+    "int8_conv2d": {"x": f32(1, 4, 1, 1).expand(1, 4, 2**21, 2**21)},
+    "pack_weight": {"weight": i8(1, 4).expand(2**40, 4)},
+}
+
+
+@pytest.mark.parametrize("op", _WITHOUT_MEMORY)
+def test_memory_that_cannot_be_had_names_the_operator_and_the_bytes(op):
+    change = _WITHOUT_MEMORY[op]
+    for call in (getattr(ops, op), getattr(qo, op)):
+        with pytest.raises(
+            RuntimeError, match=rf"^quant_ops\.{op}: expected \d{{13,}} bytes of memory, got none\. Free memory or split the"
+        ):
+            call(**good(op) | change)
+
+
+def test_scratch_that_cannot_be_had():
+    """A result of one pixel from an image of 2^39 codes a row."""
+    change = {"x": f32(1, 1024, 3, 3), "weight": i8(1, 1024, 3, 3), "weight_scale": f32()}
+    change |= {"padding": [0, 2**28], "stride": [1, 2**30 - 1]}
+    with pytest.raises(RuntimeError, match=r"^quant_ops\.int8_conv2d: expected \d{13,} bytes of memory, got none\."):
+        qo.int8_conv2d(**good("int8_conv2d") | change)
+
+
+def test_an_exception_inside_a_parallel_region_is_ours():
+    script = "import torch, quant_ops as qo; torch.set_num_threads(2); qo.choose_qparams(torch.ones(1 << 20), [], -127, 127)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, env={**os.environ, "QUANT_OPS_ISA": "bogus"}
+    )
+    assert done.returncode == 1
+    assert "quant_ops: expected QUANT_OPS_ISA to be one of" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
+    assert "torch_parallel_for" not in done.stderr.split("RuntimeError")[-1]
+
+
+@pytest.mark.parametrize("groups", [1, 2**40])
+def test_weights_without_output_channels(groups):
+    weight = torch.empty(0, 3, 2, 2, dtype=torch.int8)
+    packed = qo.pack_weight(weight, groups)
+    assert qo.unpack_weight(packed, [0, 3, 2, 2], groups).shape == weight.shape
+    assert qo.pack_weight(weight.to("meta"), groups).shape == packed.shape
+    assert qo._library.packed_bytes(0, 3, 2, 2, groups, "cuda") >= 0
+    if groups == 1:
+        assert qo.int8_conv2d(f32(2, 3, 4, 4), weight, f32()).shape == (2, 0, 3, 3)

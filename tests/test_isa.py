@@ -15,7 +15,7 @@ from quant_ops import _library
 kernels = pytest.importorskip("quant_ops._kernels", reason="built for development only: pip install --no-build-isolation -e .")
 
 ORDER = {  # worst first
-    "x86_64": ["scalar", "avx2", "avx512", "avxvnni", "amx", "avx512vnni"],
+    "x86_64": ["scalar", "avx2", "avx512", "avxvnni", "avx512vnni", "amx"],
     "aarch64": ["scalar", "neon_dot", "neon_i8mm"],
 }.get(platform.machine(), ["scalar"])
 AVX2 = {"avx2", "fma", "f16c"}
@@ -136,7 +136,7 @@ def test_names_of_kernels_are_those_of_functions(isa):
     assert names["gemm"] == kernels.gemm_name(isa, kernels.gemm_rows(isa), 64)
     if "quant_ops::scalar::" not in (symbols := test_build.tool("nm", "-C", test_build.LIBRARY)):
         pytest.skip("a stripped library")
-    for entry in set(names) - {"gemm"}:
+    for entry in set(names) - {"gemm", "gemm_few_rows"}:
         space, function = names[entry].split("::")
         assert re.search(rf"quant_ops::{space}::\(anonymous namespace\)::{function}[(<]", symbols), names[entry]
 

@@ -226,8 +226,9 @@ QO_HD QParams<T> choose_qparams_of(T min, T max, bool finite, int32_t qmin, int3
   }
   if (asymmetric) {
     if (finite) {
-      const T z = static_cast<T>(qmin) - quantize_steps(lo, p.scale);
-      p.zero_point = z < static_cast<T>(qmin) ? qmin : (z > static_cast<T>(qmax) ? qmax : static_cast<int32_t>(z));
+      // In int64, where it is exact for every int32 range. The steps fit: lo / scale is within the 2^32 steps of the range.
+      const int64_t z = static_cast<int64_t>(qmin) - static_cast<int64_t>(quantize_steps(lo, p.scale));
+      p.zero_point = z < qmin ? qmin : (z > qmax ? qmax : static_cast<int32_t>(z));
     } else {
       p.zero_point = qmin > 0 ? qmin : (qmax < 0 ? qmax : 0);
     }

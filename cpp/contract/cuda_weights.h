@@ -38,7 +38,8 @@ inline CudaWeights cuda_weights(int64_t o, int64_t c, int64_t r, int64_t s, int6
   const int64_t n = o / groups;
   w.depthwise = groups > 1 && c == 1 && n == 1;
   w.joined_groups = 1;
-  for (int64_t m = 2; !w.depthwise && m <= groups && m * n <= kColumns; ++m)
+  const int64_t fitting = w.depthwise || n == 0 ? 1 : kColumns / n, most_joined = fitting < groups ? fitting : groups;
+  for (int64_t m = 2; m <= most_joined; ++m)
     if (groups % m == 0) w.joined_groups = m;
   w.groups = groups / w.joined_groups;
   w.n = n * w.joined_groups;

@@ -113,7 +113,8 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
   l.s = s;
   l.conv_groups = groups;
   l.joined = 1;
-  for (int64_t m = 2; !depthwise && m <= groups && m * group_columns <= kPanelStep; ++m)
+  const int64_t most_joined = depthwise || group_columns == 0 ? 1 : std::min(groups, kPanelStep / group_columns);
+  for (int64_t m = 2; m <= most_joined; ++m)
     if (groups % m == 0) l.joined = m;
   l.products = l.joined == 1 ? groups : groups / l.joined;
   l.n = group_columns * l.joined;
@@ -145,6 +146,7 @@ void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed
 }
 
 void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weight) {
+  if (l.out_channels == 0) return;
   if (l.form == WeightForm::kDepthwise) {
     for (int64_t c = 0; c < l.out_channels; ++c)
       for (int64_t t = 0; t < l.taps; ++t)

@@ -7,8 +7,9 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 #include <utility>
+
+#include "contract/memory.h"
 
 namespace quant_ops {
 
@@ -50,7 +51,7 @@ class Scratch {
 
     Memory() = default;
     explicit Memory(int64_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes)))), size(bytes) {
-      if (data == nullptr) throw std::bad_alloc();
+      if (data == nullptr) throw OutOfMemory(bytes);
     }
     Memory(Memory&& other) noexcept : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
     Memory& operator=(Memory&& other) noexcept {

@@ -33,7 +33,7 @@ using Taps = QuadsOfTaps;
 #endif
 
 constexpr int64_t kRows = 32;
-constexpr int64_t kFewRows = 6;      // up to here tiles are mostly empty, and a tile of avx512vnni is as fast
+constexpr int64_t kFewRows = 6;      // up to here tiles are mostly empty, and one tile of avx512vnni is as fast
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
 constexpr int64_t kTileGroups = 16;  // groups of four k of a tile
 constexpr int64_t kTileBytes = 64;   // bytes of a row of a tile

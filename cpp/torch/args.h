@@ -5,12 +5,28 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "contract/ops.h"
 #include "torch/errors.h"
 
+// A call of torch's C functions. torch's own macro of this kind has another name in 2.10 than in 2.13.
+#define QO_TORCH(call)                                                                                                 \
+  do {                                                                                                                 \
+    if ((call) != TORCH_SUCCESS) throw std::runtime_error("quant_ops: " #call " failed: " + quant_ops::torch_error()); \
+  } while (0)
+
+// Since 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace quant_ops {
+
+// What torch says of the C call that has just failed.
+inline std::string torch_error() {
+  return torch_exception_get_what_without_backtrace == nullptr ? "see torch's output"
+                                                               : torch_exception_get_what_without_backtrace();
+}
 
 // ---- dtypes ---------------------------------------------------------------------------------------------------------
 
@@ -60,9 +76,52 @@ inline void expect_zero_point_dtype(const char* op, const char* name, const Tens
                   op, name, ".dtype integer or floating, got ", dtype_name(type));
 }
 
+// ---- sizes ----------------------------------------------------------------------------------------------------------
+
+// Every size and step of a convolution is below kMostSize, since CUDA's coordinates are int32, and no tensor has more than
+// kMostElements. So all that the kernels compute from them fits int64: the bytes of padded codes (at most 16 times the elements),
+// offsets, and the multiplications of a call (2^17 an element of its result).
+constexpr int64_t kMostSize = int64_t{1} << 30, kMostElements = int64_t{1} << 45;
+
+// The product of numbers that are not negative, or the largest int64 where it does not fit.
+inline int64_t times(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
+// An empty dimension counts as one element, so that the product of any of the sizes fits too.
+template <class Sizes>
+void expect_elements(const char* op, const char* name, const Sizes& sizes) {
+  int64_t elements = 1;
+  for (int64_t size : sizes) elements = times(elements, std::max<int64_t>(1, size));
+  QO_EXPECT(elements <= kMostElements, op, name, " of at most 2^45 elements (an empty dimension counts as one), got shape ",
+            shape_text(sizes), ". Split the call.");
+}
+
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
-inline Tensor to_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+inline int64_t bytes_of(int64_t elements, ScalarType type) {
+  const int64_t size = type == ScalarType::Double || type == ScalarType::Long ? 8 : dtype_bytes(to_dtype(type));
+  return times(elements, size);
+}
+
+// A new tensor of so many elements; torch's error, mostly of its allocator, becomes ours.
+template <class Make>
+Tensor allocated(int64_t elements, ScalarType type, const Make& make) {
+  try {
+    return make();
+  } catch (const std::runtime_error& e) {
+    throw OutOfMemory(bytes_of(elements, type), std::string("\n") + e.what());
+  }
+}
+
+inline Tensor to_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : allocated(t.numel(), type, [&] { return torch::stable::to(t, type); });
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : allocated(t.numel(), t.scalar_type(), [&] { return torch::stable::contiguous(t); });
+}
 
 // An empty tensor of t's shape, memory layout and device.
 inline Tensor empty_like(const Tensor& t, ScalarType type) {
@@ -73,8 +132,10 @@ inline Tensor empty_like(const Tensor& t, ScalarType type) {
                                     from(std::optional<torch::stable::Device>()),
                                     from(std::optional<bool>()),
                                     from(std::optional<torch::headeronly::MemoryFormat>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return allocated(t.numel(), type, [&] {
+    QO_TORCH(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  });
 }
 
 // An empty tensor on like's device, contiguous or (4-D) channels_last. Not torch::stable::empty: its boxed call costs a microsecond
@@ -90,11 +151,13 @@ inline Tensor empty(const Ints& shape, ScalarType type, const Tensor& like, bool
   }
   AtenTensorHandle handle;
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, shape.data(), strides.data(), static_cast<int32_t>(type), device_type, device_index, &handle));
-  return Tensor(handle);
+  QO_TORCH(aoti_torch_get_device_type(like.get(), &device_type));
+  QO_TORCH(aoti_torch_get_device_index(like.get(), &device_index));
+  return allocated(step, type, [&] {
+    QO_TORCH(aoti_torch_empty_strided(dims, shape.data(), strides.data(), static_cast<int32_t>(type), device_type, device_index,
+                                      &handle));
+    return Tensor(handle);
+  });
 }
 
 inline Ints sizes_of(const Tensor& t) {
@@ -123,7 +186,7 @@ inline Tensor as_rows(const Tensor& x, int64_t* row_stride) {
     return x;
   }
   *row_stride = sizes[last];
-  return torch::stable::contiguous(x);
+  return as_contiguous(x);
 }
 
 }  // namespace quant_ops

@@ -35,20 +35,36 @@ inline Int8Conv2dParams conv2d_geometry(const char* op, const Ints& x, const Int
   QO_EXPECT(groups >= 1 && p.C % groups == 0 && p.O % groups == 0, op,
             "groups to divide the input and output channels, got groups ", groups, ", ", p.C, " input and ", p.O,
             " output channels");
-  QO_EXPECT(p.C >= 1 && weight[1] * groups == p.C, op, "x.shape[-3] == weight.shape[1] * groups, got ", p.C, " and ", weight[1],
-            " * ", groups);
+  QO_EXPECT(p.C >= 1 && times(weight[1], groups) == p.C, op, "x.shape[-3] == weight.shape[1] * groups, got ", p.C, " and ",
+            weight[1], " * ", groups);
   QO_EXPECT(p.R >= 1 && p.S >= 1, op, "a kernel of at least 1 x 1, got ", p.R, " x ", p.S);
   pair_of(op, "stride", stride, 1, p.stride);
   pair_of(op, "dilation", dilation, 1, p.dilation);
   const Padding pad = padding_of(op, padding);
   p.pad[0] = pad.top;
   p.pad[1] = pad.left;
-  const int64_t reach_h = p.H + pad.top + pad.bottom - p.dilation[0] * (p.R - 1) - 1;
-  const int64_t reach_w = p.W + pad.left + pad.right - p.dilation[1] * (p.S - 1) - 1;
+  expect_elements(op, "x", x);
+  expect_elements(op, "weight", weight);
+  const auto is_small = [](std::initializer_list<int64_t> numbers) {  // they are not negative
+    int64_t largest = 0;
+    for (int64_t n : numbers) largest = std::max(largest, n);
+    return largest < kMostSize;
+  };
+  const bool small =
+      is_small({p.N, p.H, p.W, pad.top, pad.bottom, pad.left, pad.right, p.stride[0], p.stride[1], p.dilation[0], p.dilation[1]}) &&
+      is_small({p.H + pad.top + pad.bottom, p.W + pad.left + pad.right});
+  QO_EXPECT(small, op, "the batch, each side of the image with its padding, stride and dilation below 2^30, got x.shape ",
+            shape_text(x), ", padding ", shape_text(padding), ", stride ", shape_text(stride), " and dilation ",
+            shape_text(dilation), ". Split the batch or the image.");
+  const int64_t padded_h = p.H + pad.top + pad.bottom, padded_w = p.W + pad.left + pad.right;
+  expect_elements(op, "an image with its padding", Ints{p.C, padded_h, padded_w});
+  const int64_t reach_h = padded_h - times(p.dilation[0], p.R - 1) - 1;
+  const int64_t reach_w = padded_w - times(p.dilation[1], p.S - 1) - 1;
   QO_EXPECT(reach_h >= 0 && reach_w >= 0, op, "an output of at least 1 x 1, got an input of ", p.H, " x ", p.W, ", padding ",
             shape_text(padding), ", dilation ", shape_text(dilation), " and a kernel of ", p.R, " x ", p.S);
   p.OH = reach_h / p.stride[0] + 1;
   p.OW = reach_w / p.stride[1] + 1;
+  expect_elements(op, "a result", Ints{p.N, p.O, p.OH, p.OW});
   return p;
 }
 
@@ -59,13 +75,15 @@ inline Tensor conv2d_source(const Tensor& x, Int8Conv2dParams* p) {
   const auto strides = x.strides();
   p->x_stride[0] = batched ? strides[0] : 0;
   for (size_t d = 1; d < 4; ++d) p->x_stride[d] = strides[batched ? d : d - 1];
+  for (int64_t& step : p->x_stride)  // so large only where it leads nowhere: of a single index, or in an empty image
+    if (step > kMostElements) step = 0;
   p->y_channels_last = batched && !x.is_contiguous() && p->x_stride[1] == 1;
   if (p->x_stride[1] == 1 || p->x_stride[3] == 1) return x;
   p->x_stride[0] = p->C * p->H * p->W;
   p->x_stride[1] = p->H * p->W;
   p->x_stride[2] = p->W;
   p->x_stride[3] = 1;
-  return torch::stable::contiguous(x);
+  return as_contiguous(x);
 }
 
 template <class Backend>
@@ -89,7 +107,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   Ints shape = sizes_of(x);
   if (!batched) shape.insert(shape.begin(), 1);
   Int8Conv2dParams p = conv2d_geometry(op, shape, sizes_of(weight), stride, padding, dilation, groups);
-  expect_exact(op, "C/groups * R * S", weight.size(1) * p.R * p.S, activation.unsigned_codes(x));
+  expect_exact(op, "C/groups * R * S", times(times(weight.size(1), p.R), p.S), activation.unsigned_codes(x));
 
   Holder holder;
   const Tensor source = conv2d_source(x, &p);

@@ -1,15 +1,19 @@
 // The sentences that refuse an argument: "quant_ops.<op>: expected <relation>, got <values>. <remedy>". Each is written once, where
 // it is checked, for every device and for the fake kernels (library_meta.cpp). torch raises it as RuntimeError; for the wrappers of
-// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE) or a ValueError (QO_EXPECT).
+// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE) or a ValueError (QO_EXPECT). Memory that
+// cannot be had is a RuntimeError there too (named_errors).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "contract/memory.h"
 
 namespace quant_ops {
 
@@ -17,13 +21,20 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
-enum class Refusal { kDtype, kValue };
+enum class Refusal : int32_t { kValue, kDtype, kMemory };
 
-// The last refusal of a dtype on this thread. A sentence always comes from the same check, so an old one is never mistaken for a
-// refusal of another kind.
-inline std::string& last_dtype_refusal() {
-  thread_local std::string sentence;
-  return sentence;
+// The last refusal on this thread that was not of a value: the first line of its text. A sentence always comes from the same check,
+// so an old one is never mistaken for a refusal of another kind.
+struct LastRefusal {
+  Refusal kind = Refusal::kValue;
+  std::string sentence;
+};
+inline LastRefusal& last_refusal() {
+  thread_local LastRefusal last;
+  return last;
+}
+inline Refusal refusal_of(const char* sentence) {
+  return last_refusal().sentence == sentence ? last_refusal().kind : Refusal::kValue;
 }
 
 template <class... Parts>
@@ -31,8 +42,20 @@ template <class... Parts>
   std::ostringstream text;
   text << "quant_ops." << op << ": expected ";
   (text << ... << parts);
-  if (kind == Refusal::kDtype) last_dtype_refusal() = text.str();
+  if (kind != Refusal::kValue) last_refusal() = {kind, text.str().substr(0, text.str().find('\n'))};
   throw std::runtime_error(text.str());
+}
+
+// Runs an operator, and names it where memory cannot be had.
+template <class F>
+void named_errors(const char* op, const F& run) {
+  try {
+    run();
+  } catch (const OutOfMemory& e) {
+    fail(Refusal::kMemory, op, e.bytes(), " bytes of memory, got none. Free memory or split the call.", e.reason());
+  } catch (const std::bad_alloc&) {
+    fail(Refusal::kMemory, op, "enough memory, got none. Free memory or split the call.");
+  }
 }
 
 #define QO_EXPECT_OF(kind, condition, op, ...)                  \

@@ -76,5 +76,5 @@ QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
   });
 }
 
-// Whether a sentence of this thread refused a dtype: a TypeError, as the check decided.
-QO_EXPORT int quant_ops_is_dtype_refusal(const char* sentence) { return quant_ops::last_dtype_refusal() == sentence; }
+// What a sentence of this thread refused, as its check decided: 0 a value, 1 a dtype, 2 memory.
+QO_EXPORT int quant_ops_refusal(const char* sentence) { return static_cast<int>(quant_ops::refusal_of(sentence)); }

@@ -29,7 +29,7 @@ struct Holder {
   const float* floats(const Tensor& t) {
     const bool as_it_is = t.scalar_type() == ScalarType::Float && t.is_contiguous();  // the caller keeps it alive
     if (as_it_is) return static_cast<const float*>(t.const_data_ptr());
-    tensors.push_back(torch::stable::contiguous(to_type(t, ScalarType::Float)));
+    tensors.push_back(as_contiguous(to_type(t, ScalarType::Float)));
     return tensors.back().const_data_ptr<float>();
   }
 };
@@ -181,7 +181,7 @@ WeightData weight_data(const char* op, const Tensor& weight, const std::optional
               "packed_weight made by pack_weight from this weight, got another one. Call pack_weight(weight, groups) again.");
     if (!Backend::kReadsPlainBesidePacked) return data;
   }
-  holder->tensors.push_back(weight.is_contiguous() ? weight : torch::stable::contiguous(weight));
+  holder->tensors.push_back(as_contiguous(weight));
   data.plain = holder->tensors.back().const_data_ptr<int8_t>();
   return data;
 }

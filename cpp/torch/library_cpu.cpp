@@ -21,12 +21,13 @@ std::atomic<bool> threads_started{false}, threads_lost{false};
 // torch's own threads: at::parallel_for's pool, its nesting rules and torch.set_num_threads.
 void parallel_run(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   if (threads_lost) return body(context, 0, n);
+  kernels();  // chosen here, since a refusal of QUANT_OPS_ISA could not leave the threads
   threads_started = true;
   struct Call {
     void (*body)(void*, int64_t, int64_t);
     void* context;
   } call{body, context};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+  QO_TORCH(torch_parallel_for(
       0, n, grain,
       [](int64_t begin, int64_t end, void* c) { static_cast<Call*>(c)->body(static_cast<Call*>(c)->context, begin, end); }, &call));
 }
@@ -48,7 +49,7 @@ std::vector<int32_t> zero_point_values(const char* op, const char* name, const T
     for (size_t i = 0; i < values.size(); ++i) take(i, static_cast<const int32_t*>(t.const_data_ptr())[i]);
     return values;
   }
-  const Tensor wide = torch::stable::contiguous(to_type(t, floating ? ScalarType::Double : ScalarType::Long));
+  const Tensor wide = as_contiguous(to_type(t, floating ? ScalarType::Double : ScalarType::Long));
   for (size_t i = 0; i < values.size(); ++i)
     take(i, floating ? round_zero_point(wide.const_data_ptr<double>()[i], qmin, qmax) : wide.const_data_ptr<int64_t>()[i]);
   return values;
@@ -69,8 +70,8 @@ struct Cpu {
   static ZeroPoints zero_points(const Tensor& t, int64_t qmin, int64_t qmax) {
     const bool floating = is_floating(t.scalar_type());
     Tensor wide = to_type(t, floating ? ScalarType::Double : ScalarType::Long);
-    wide = torch::stable::contiguous(wide);
-    Tensor z = torch::stable::new_empty(t, t.sizes(), ScalarType::Int);
+    wide = as_contiguous(wide);
+    Tensor z = empty(sizes_of(t), ScalarType::Int, t);
     int32_t* out = z.mutable_data_ptr<int32_t>();
     bool small = true;
     for (int64_t i = 0; i < z.numel(); ++i) {
@@ -118,5 +119,5 @@ STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
-  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight<quant_ops::Cpu>));
+  QO_IMPLEMENT(m, unpack_weight, quant_ops::Cpu);
 }

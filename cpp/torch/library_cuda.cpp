@@ -31,7 +31,7 @@ class OnDeviceOf {
   OnDeviceOf(const char* op, const Tensor& x) : op_(op), guard_(x.get_device_index()) {
     QO_EXPECT(aoti_torch_get_current_cuda_stream != nullptr, op,
               "a torch that has CUDA, got one built for the CPU. Install a CUDA build of torch.");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    QO_TORCH(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   Launch launch(void* memory = nullptr) const { return {op_, memory, stream_}; }
 
@@ -93,7 +93,7 @@ struct Cuda {
                                          : is_one_of(type, {ScalarType::Char, ScalarType::Byte, ScalarType::Short});
     if (type == ScalarType::Int) return {t, small};
     const OnDeviceOf device("zero_point", t);
-    const Tensor dense = torch::stable::contiguous(t);
+    const Tensor dense = as_contiguous(t);
     Tensor z = empty(sizes_of(t), ScalarType::Int, t);
     const bool is_int64 = type == ScalarType::Long;
     zero_points_cuda({.from = dense.const_data_ptr(),
@@ -128,7 +128,7 @@ struct Cuda {
 
   // Integer zero points are used as they are: looking at them would wait for the device.
   static const int32_t* given_zero_points(const char*, const char*, const Tensor& t, int64_t qmin, int64_t qmax, Holder* holder) {
-    holder->tensors.push_back(torch::stable::contiguous(zero_points(t, qmin, qmax).tensor));
+    holder->tensors.push_back(as_contiguous(zero_points(t, qmin, qmax).tensor));
     return holder->tensors.back().const_data_ptr<int32_t>();
   }
 
@@ -176,8 +176,8 @@ QO_EXPORT const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K
   return kept.c_str();
 }
 
-// As quant_ops_is_dtype_refusal of exports.cpp, for the refusals of this library.
-QO_EXPORT int quant_ops_cuda_is_dtype_refusal(const char* sentence) { return quant_ops::last_dtype_refusal() == sentence; }
+// As quant_ops_refusal of exports.cpp, for the refusals of this library.
+QO_EXPORT int quant_ops_cuda_refusal(const char* sentence) { return static_cast<int>(quant_ops::refusal_of(sentence)); }
 
 // Wants this kernel from now on, in place of the one that QUANT_OPS_CUDA_KERNEL names; null or empty: that one again.
 QO_EXPORT void quant_ops_cuda_set_kernel(const char* text) { quant_ops::set_kernel_choice(text); }

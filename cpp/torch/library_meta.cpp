@@ -42,5 +42,5 @@ STABLE_TORCH_LIBRARY(quant_ops_meta, m) { quant_ops::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops_meta, Meta, m) {
   quant_ops::implement_operators<quant_ops::Meta>(m);
-  m.impl("unpack_weight", TORCH_BOX(&quant_ops::unpack_weight<quant_ops::Meta>));
+  QO_IMPLEMENT(m, unpack_weight, quant_ops::Meta);
 }

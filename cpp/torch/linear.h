@@ -18,6 +18,9 @@ Tensor int8_gemm(const Tensor& a, const Tensor& b) {
   QO_EXPECT(a.size(1) == b.size(1), op, "a.shape[1] == b.shape[1], got ", a.size(1), " and ", b.size(1),
             ". b is [N, K], as nn.Linear keeps its weight.");
   expect_exact(op, "K", a.size(1), a.scalar_type() == ScalarType::Byte);
+  expect_elements(op, "a", a.sizes());
+  expect_elements(op, "b", b.sizes());
+  expect_elements(op, "a result", Ints{a.size(0), b.size(0)});
 
   Holder holder;
   int64_t x_stride;
@@ -57,11 +60,15 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   QO_EXPECT(x.dim() >= 1, op, "x to have at least one dimension, got shape ", shape_text(x));
   Ints shape = sizes_of(x);
   QO_EXPECT(shape.back() == weight.size(1), op, "x.shape[-1] == weight.shape[1], got ", shape.back(), " and ", weight.size(1));
+  expect_elements(op, "x", shape);
+  expect_elements(op, "weight", weight.sizes());
 
   Holder holder;
   Int8LinearParams p{};
   p.N = weight.size(0);
   p.K = weight.size(1);
+  shape.back() = p.N;
+  expect_elements(op, "a result", shape);
   p.M = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) p.M *= shape[d];
   const Tensor rows = as_rows(x, &p.x_stride);

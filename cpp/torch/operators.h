@@ -41,18 +41,24 @@ void define_operators(Library& m) {
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }
 
+// Registers the operator of this name for the library `m`, with errors that name it.
+#define QO_IMPLEMENT(m, name, Backend)                                                                             \
+  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                                    \
+    ::quant_ops::named_errors(#name, [&] { TORCH_BOX (&::quant_ops::name<Backend>)(stack, arguments, results); }); \
+  })
+
 // All but unpack_weight, which CUDA does not have.
 template <class Backend, class Library>
 void implement_operators(Library& m) {
-  m.impl("quant_tensor_forward", TORCH_BOX(&quant_tensor_forward<Backend>));
-  m.impl("quant_tensor_backward", TORCH_BOX(&quant_tensor_backward<Backend>));
-  m.impl("dequant_tensor", TORCH_BOX(&dequant_tensor<Backend>));
-  m.impl("choose_qparams", TORCH_BOX(&choose_qparams<Backend>));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows<Backend>));
-  m.impl("int8_gemm", TORCH_BOX(&int8_gemm<Backend>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear<Backend>));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d<Backend>));
-  m.impl("pack_weight", TORCH_BOX(&pack_weight<Backend>));
+  QO_IMPLEMENT(m, quant_tensor_forward, Backend);
+  QO_IMPLEMENT(m, quant_tensor_backward, Backend);
+  QO_IMPLEMENT(m, dequant_tensor, Backend);
+  QO_IMPLEMENT(m, choose_qparams, Backend);
+  QO_IMPLEMENT(m, quantize_rows, Backend);
+  QO_IMPLEMENT(m, int8_gemm, Backend);
+  QO_IMPLEMENT(m, int8_linear, Backend);
+  QO_IMPLEMENT(m, int8_conv2d, Backend);
+  QO_IMPLEMENT(m, pack_weight, Backend);
 }
 
 }  // namespace quant_ops

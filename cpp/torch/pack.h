@@ -6,6 +6,13 @@
 
 namespace quant_ops {
 
+// Without output channels any number of groups divides them.
+template <class Sizes>
+void expect_weight_size(const char* op, const Sizes& shape, int64_t groups) {
+  expect_elements(op, "weight", shape);
+  QO_EXPECT(groups <= kMostElements, op, "groups <= 2^45, got ", groups);
+}
+
 template <class Backend>
 Tensor pack_weight(const Tensor& weight, int64_t groups) {
   const char* op = "pack_weight";
@@ -13,7 +20,8 @@ Tensor pack_weight(const Tensor& weight, int64_t groups) {
   QO_EXPECT(weight.dim() == 2 || weight.dim() == 4, op, "weight.shape (N, K) or (O, C/groups, R, S), got ", shape_text(weight));
   QO_EXPECT(groups >= 1 && weight.size(0) % groups == 0 && (groups == 1 || weight.dim() == 4), op,
             "groups to divide the output channels of a convolution, got groups ", groups, " and weight.shape ", shape_text(weight));
-  const Tensor plain = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  expect_weight_size(op, weight.sizes(), groups);
+  const Tensor plain = as_contiguous(weight);
   const WeightShape shape = weight_shape(weight.sizes(), groups);
   Tensor packed = empty({Backend::packed_bytes(shape)}, ScalarType::Char, weight);
   Backend::pack(plain, shape, packed);
@@ -26,8 +34,10 @@ Tensor unpack_weight(const Tensor& packed_weight, const Ints& shape, int64_t gro
   expect_int8(op, "packed_weight", packed_weight);
   const bool conv = shape.size() == 4;
   QO_EXPECT(shape.size() == 2 || conv, op, "shape (N, K) or (O, C/groups, R, S), got ", shape_text(shape));
+  for (int64_t size : shape) QO_EXPECT(size >= 0, op, "sizes >= 0, got shape ", shape_text(shape));
   QO_EXPECT(groups >= 1 && shape[0] % groups == 0 && (groups == 1 || conv), op,
             "groups to divide the output channels of a convolution, got groups ", groups, " and shape ", shape_text(shape));
+  expect_weight_size(op, shape, groups);
   const WeightShape of = weight_shape(shape, groups);
   QO_EXPECT(packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, of), op,
             "packed_weight made by pack_weight from a weight of this shape, got another one");

@@ -104,8 +104,7 @@ Tensor quant_tensor_forward(const Tensor& tensor, const Tensor& scale, const std
 
 // A gradient of a scale or zero point, in the dtype that it is summed in; zeros unless the kernels write it.
 inline Tensor gradient_of(const Tensor& parameter, ScalarType compute, const Tensor& tensor, bool written) {
-  return written ? torch::stable::new_empty(tensor, parameter.sizes(), compute)
-                 : torch::stable::new_zeros(tensor, parameter.sizes(), compute);
+  return written ? empty(sizes_of(parameter), compute, tensor) : torch::stable::new_zeros(tensor, parameter.sizes(), compute);
 }
 inline Tensor as_parameter(const Tensor& gradient, const Tensor& parameter) {
   return is_floating(parameter.scalar_type()) ? to_type(gradient, parameter.scalar_type()) : gradient;
@@ -121,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   QO_EXPECT(sizes_of(grad) == sizes_of(tensor), op, "grad.shape == tensor.shape, got ", shape_text(grad), " and ",
             shape_text(tensor));
   expect_device(op, "grad", grad, tensor);
+  expect_elements(op, "tensor", tensor.sizes());
   const ScalarType type = tensor.scalar_type(), compute = compute_type(type);
   const Tensor g = to_type(grad, type);
   const ScaleAndZeroPoint z = scale_and_zero_point<Backend>(op, tensor, scale, zero_point, asymmetric, qmin, qmax, compute);
@@ -198,6 +198,7 @@ std::tuple<Tensor, Tensor> choose_qparams(const Tensor& tensor, const Ints& dim,
   expect_codes(op, qmin, qmax);
   QO_EXPECT(asymmetric || qmax > 0, op, "qmax > 0 for a symmetric range, got ", qmax, ". Use asymmetric=True.");
   Ints shape = sizes_of(tensor);
+  expect_elements(op, "tensor", shape);
   const int64_t dims = static_cast<int64_t>(shape.size());
   for (int64_t d : dim) {
     QO_EXPECT(d >= -dims && d < dims, op, "dim in [", -dims, ", ", dims - 1, "], got ", d);
@@ -210,8 +211,11 @@ std::tuple<Tensor, Tensor> choose_qparams(const Tensor& tensor, const Ints& dim,
 
   Space space(op, tensor, std::nullopt);
   space.add(tensor);
+  Reduction range = space.reduction(scale);
+  for (int d = 0; d < range.reduced.ndim; ++d)  // the elements of an expanded dimension are one
+    if (range.reduced.stride[0][d] == 0 && range.reduced.size[d] > 1) range.reduced.size[d] = 1;
   const ChooseQParams p{
-      .range = space.reduction(scale),
+      .range = range,
       .x = tensor.const_data_ptr(),
       .x_dtype = to_dtype(tensor.scalar_type()),
       .scale = scale.mutable_data_ptr(),
@@ -232,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, bool asymmetri
                   "x.dtype in (float32, float16, bfloat16), got ", dtype_name(type));
   QO_EXPECT(x.dim() >= 1, op, "x to have at least one dimension, got shape ", shape_text(x));
   Ints shape = sizes_of(x);
+  expect_elements(op, "x", shape);
   Tensor q = empty(shape, ScalarType::Char, x);
   const int64_t columns = shape.back();
   shape.back() = 1;

@@ -13,6 +13,7 @@ namespace quant_ops {
 class Space {
  public:
   Space(const char* op, const Tensor& tensor, const std::optional<Ints>& block_size) : op_(op), shape_(sizes_of(tensor)) {
+    expect_elements(op, "tensor", shape_);
     const size_t dims = shape_.size();
     block_ = Ints(dims, 1);
     if (block_size) {
@@ -35,8 +36,9 @@ class Space {
     const auto strides = t.strides();
     Ints s;
     for (size_t d = 0; d < shape_.size(); ++d) {
-      if (blocked_) s.push_back(strides[d] * block_[d]);
-      s.push_back(strides[d]);
+      const int64_t step = shape_[d] > 1 ? strides[d] : 0;  // of a single index it can be any number
+      if (blocked_) s.push_back(step * block_[d]);
+      s.push_back(step);
     }
     strides_.push_back(s);
   }

@@ -66,7 +66,7 @@ def load() -> None:
     for function in (_c.quant_ops_packed_bytes, _c.quant_ops_cuda_packed_bytes):
         function.argtypes = [ctypes.c_int64] * 5
         function.restype = ctypes.c_int64
-    _c.quant_ops_is_dtype_refusal.argtypes = [ctypes.c_char_p]
+    _c.quant_ops_refusal.argtypes = [ctypes.c_char_p]
     cpu_library = path
 
     cuda_path = _find(_CUDA_LIBRARY)
@@ -80,7 +80,7 @@ def load() -> None:
             _c_cuda = ctypes.CDLL(str(cuda_path))
             _c_cuda.quant_ops_cuda_gemm_kernel.argtypes = [ctypes.c_int64] * 3
             _c_cuda.quant_ops_cuda_gemm_kernel.restype = ctypes.c_char_p
-            _c_cuda.quant_ops_cuda_is_dtype_refusal.argtypes = [ctypes.c_char_p]
+            _c_cuda.quant_ops_cuda_refusal.argtypes = [ctypes.c_char_p]
             _c_cuda.quant_ops_cuda_set_kernel.argtypes = [ctypes.c_char_p]
             cuda_library = cuda_path
         except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
@@ -99,12 +99,11 @@ def _library() -> ctypes.CDLL:
     return _c
 
 
-def is_dtype_refusal(sentence: str) -> bool:
-    """Whether an operator's sentence, raised on this thread, refused a dtype: a TypeError, as the check decided."""
+def refusal_kind(sentence: str) -> type[Exception]:
+    """The exception for an operator's sentence that was raised on this thread, as the check decided."""
     text = sentence.encode()
-    return bool(
-        _library().quant_ops_is_dtype_refusal(text) or (_c_cuda is not None and _c_cuda.quant_ops_cuda_is_dtype_refusal(text))
-    )
+    kind = _library().quant_ops_refusal(text) or (_c_cuda.quant_ops_cuda_refusal(text) if _c_cuda is not None else 0)
+    return (ValueError, TypeError, RuntimeError)[kind]
 
 
 def isa() -> str:

@@ -10,11 +10,11 @@ import torch
 from . import _library, ops
 
 # The micro-kernels of an operator, as entries of the kernel table. For activations that are not quantized yet the integer operators
-# also use `range` and `codes`.
+# also use `range` and `codes`. Only an instruction set that multiplies a few rows by another one has `gemm_few_rows`.
 _ENTRIES = {
-    "int8_gemm": ("gemm",),
-    "int8_linear": ("gemm",),
-    "int8_conv2d": ("gemm", "depthwise"),
+    "int8_gemm": ("gemm", "gemm_few_rows"),
+    "int8_linear": ("gemm", "gemm_few_rows"),
+    "int8_conv2d": ("gemm", "gemm_few_rows", "depthwise"),
     "quant_tensor_forward": ("quantize",),
     "quant_tensor_backward": ("straight_through", "straight_through_columns"),
     "dequant_tensor": ("dequantize",),
@@ -81,7 +81,9 @@ def collect() -> dict[str, Any]:
     try:
         report["isa"] = _library.isa()
         kernels = _library.kernels()
-        report["kernels"] = {op: ", ".join(kernels[entry] for entry in entries) for op, entries in _ENTRIES.items()}
+        report["kernels"] = {
+            op: ", ".join(kernels[entry] for entry in entries if entry in kernels) for op, entries in _ENTRIES.items()
+        }
         if _library.cuda_library and torch.cuda.is_available():
             report["cuda_kernels"] = {
                 f"linear {m}x4096x4096": _library.cuda_gemm_kernel(m, 4096, 4096) for m in (1, 16, 64, 256, 4096)

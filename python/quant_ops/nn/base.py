@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _library
@@ -17,6 +18,7 @@ from ..ops import choose_qparams, dequant_tensor, quant_tensor_forward
 from .packed import PackedWeight
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_transform = torch._C._functorch.maybe_current_level
 _Self = TypeVar("_Self", bound="Int8Layer")
 
 
@@ -323,8 +325,8 @@ class Int8Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; see the class for shapes and dtypes."""
         # Skip the operator's autograd kernel where nothing requires a gradient: it is Python, takes 3 us, and only refuses
-        # gradients. Tensors of inference mode never reach it.
-        if is_compiling() or x.is_inference() or x.requires_grad:
+        # gradients. Tensors of inference mode never reach it. Under torch.func and in forward mode nothing requires a gradient.
+        if is_compiling() or x.is_inference() or x.requires_grad or _in_transform() is not None or forward_ad._current_level >= 0:
             return self._run(x)
         with _below_autograd():
             return self._run(x)

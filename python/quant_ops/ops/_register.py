@@ -1,14 +1,15 @@
-"""What every operator's section uses: calling it with the exceptions of Python, its fake kernel, and refusing its gradient.
+"""What every operator's section uses: calling it with the exceptions of Python, its fake kernel, and refusing its derivatives.
 
 Checks are written once, in C++ (``cpp/torch``). A fake kernel runs them through ``torch.ops.quant_ops_meta``, the same operators
 for tensors without data, and adds the one thing that C++ cannot: shapes in which a size may be symbolic.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quant_ops import _library
 
@@ -16,20 +17,25 @@ _ops = torch.ops.quant_ops
 _IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # autograd kernels of the int8 operators; must stay alive
 
 
+class DerivativeError(RuntimeError):
+    """A derivative that is refused."""
+
+
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls an operator; its refusal of a dtype becomes a TypeError, of anything else a ValueError."""
+    """Calls an operator; its refusal of a dtype becomes a TypeError, of a value a ValueError; without memory a RuntimeError."""
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
     try:
         return function(*args, **kwargs)
+    except DerivativeError:
+        raise
     except RuntimeError as error:
         text = str(error).split("\n")[0]
         if text.startswith("quant_ops::"):  # the dispatcher: an argument that is no Tensor, int, ...
             raise TypeError(text) from None
         if not text.startswith("quant_ops."):
             raise
-        kind = TypeError if _library.is_dtype_refusal(text) else ValueError
-        raise kind(text) from None
+        raise _library.refusal_kind(text)(text) from None
 
 
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
@@ -77,7 +83,27 @@ def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-# ---- no gradient -----------------------------------------------------------------------------------------------------
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+in_transform = torch._C._functorch.maybe_current_level  # the level of torch.func's innermost transform; None outside of them
+
+
+def wants_derivative(tensors: Iterable[Any]) -> bool:
+    """Whether autograd follows any of the arguments, backward or (forward mode) by its tangent."""
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(t.is_floating_point() and _has_tangent(t) for t in tensors)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
+def autograd_kernel(name: str, kernel: Callable[..., Any]) -> None:
+    """Registers what runs for an operator before its device's kernel."""
+    _IMPLEMENTATION.impl(name, kernel, "Autograd")
 
 
 class _Inference(torch.autograd.Function):
@@ -102,8 +128,8 @@ class _Inference(torch.autograd.Function):
 @torch.library.custom_op("quant_ops::_no_gradient", mutates_args=())
 def _no_gradient(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
     raise RuntimeError(
-        f"{op}: expected no gradient to be asked for, got a backward pass through an int8 operator, which is for "
-        "inference. Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
+        f"{op}: expected no gradient to be asked for, got a backward pass through an operator that is for inference. "
+        "Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
     )
 
 
@@ -113,16 +139,30 @@ def _(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor
 
 
 def inference_only(name: str) -> None:
-    """Registers the autograd kernel of an int8 operator: straight to the kernel unless an input requires a gradient."""
+    """Registers the autograd kernel of an operator that has no derivative: it refuses one that is asked for."""
     op = getattr(_ops, name).default
-    below_autograd = torch._C._AutoDispatchBelowAutograd
-    is_grad_enabled = torch.is_grad_enabled
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+        if wants_derivative((*args, *kwargs.values())):
+            if in_transform() is not None or forward_ad._current_level >= 0:  # there a result would count as a constant
+                raise DerivativeError(
+                    f"quant_ops.{name}: expected no derivative to be asked for, got a call inside torch.func.grad, vjp, jvp or "
+                    "forward mode of an operator that is for inference. Differentiate the simulated quant_tensor_forward instead."
+                )
             tensors = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             return _Inference.apply(op, tensors, *args)  # type: ignore[no-untyped-call]
-        with below_autograd():
+        with _below_autograd():
             return op(*args, **kwargs)
 
-    _IMPLEMENTATION.impl(name, kernel, "Autograd")
+    autograd_kernel(name, kernel)
+
+
+def constant(name: str) -> None:
+    """Registers the autograd kernel of an operator whose results count as constants."""
+    op = getattr(_ops, name).default
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with _below_autograd():
+            return op(*args, **kwargs)
+
+    autograd_kernel(name, kernel)

@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_ops.ops._register import call, fake_kernel
+from quant_ops.ops._register import (
+    DerivativeError,
+    autograd_kernel,
+    call,
+    constant,
+    fake_kernel,
+    in_transform,
+    inference_only,
+    wants_derivative,
+)
 
 _ops = torch.ops.quant_ops
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # ---- quant_tensor_forward --------------------------------------------------------------------------------------------
 
@@ -45,13 +55,16 @@ def quant_tensor_forward(
         block_size: one entry per dimension; scale and zero point then broadcast to ``tensor.shape / block_size``.
 
     Returns:
-        A tensor of tensor's shape and memory format. Differentiable when simulating: straight-through for ``tensor``, learned
-        step size (LSQ, arXiv 1902.08153) for ``scale``, and for a floating ``zero_point``.
+        A tensor of tensor's shape and memory format. Differentiable when simulating, backward, forward and under torch.func:
+        straight-through for ``tensor``, learned step size (LSQ, arXiv 1902.08153) for ``scale``, and for a floating
+        ``zero_point``.
 
     Raises:
         TypeError: a dtype is not one of those above.
         ValueError: shapes do not broadcast, or qmin >= qmax.
     """
+    if simulate and not torch.compiler.is_compiling() and in_transform() is not None:
+        return call(_Simulate.apply, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)
     return call(
         _ops.quant_tensor_forward.default,
         tensor,
@@ -70,22 +83,73 @@ def _(checked: Tensor, tensor: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(tensor, dtype=checked.dtype)
 
 
-def _forward_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    tensor, scale, zero_point, ctx.qmin, ctx.qmax, ctx.asymmetric, _ = inputs
-    ctx.block_size = keyword_only_inputs["block_size"]
-    ctx.save_for_backward(tensor, scale, zero_point)
+class _Simulate(torch.autograd.Function):
+    """The simulated value with its straight-through derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        tensor: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        qmin: int,
+        qmax: int,
+        asymmetric: bool,
+        block_size: Sequence[int] | None,
+    ) -> Tensor:
+        result: Tensor = _ops.quant_tensor_forward.default(
+            tensor, scale, zero_point, qmin, qmax, asymmetric, True, block_size=block_size
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, scale, zero_point = ctx.saved_tensors
+        grad_tensor, grad_scale, grad_zero_point = _gradient(grad, tensor, scale, zero_point, *ctx.options)
+        learned = ctx.needs_input_grad[2] and _is_learned(zero_point, ctx.options[2])
+        return grad_tensor, grad_scale, grad_zero_point if learned else None, *[None] * 4
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        tensor, scale, zero_point = ctx.saved_tensors
+        return _by_factors(tangents[:3], tensor, scale, zero_point, ctx.options)
 
 
-def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensor, scale, zero_point = ctx.saved_tensors
-    grad_tensor, grad_scale, grad_zero_point = _ops.quant_tensor_backward.default(
-        grad, tensor, scale, zero_point, ctx.qmin, ctx.qmax, ctx.asymmetric, block_size=ctx.block_size
-    )
-    learned = zero_point is not None and zero_point.is_floating_point() and ctx.asymmetric
-    return grad_tensor, grad_scale, grad_zero_point if learned else None, None, None, None, None
+def _forward_kernel(
+    tensor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    asymmetric: bool = False,
+    simulate: bool = True,
+    *,
+    block_size: Sequence[int] | None = None,
+) -> Any:
+    if simulate and wants_derivative((tensor, scale, zero_point)):
+        _expect_no_transform("quant_tensor_forward")
+        return _Simulate.apply(tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
+    with _below_autograd():
+        return _ops.quant_tensor_forward.default(tensor, scale, zero_point, qmin, qmax, asymmetric, simulate, block_size=block_size)
 
 
-torch.library.register_autograd("quant_ops::quant_tensor_forward", _forward_backward, setup_context=_forward_context)
+autograd_kernel("quant_tensor_forward", _forward_kernel)
+
+
+def _expect_no_transform(name: str) -> None:
+    """torch.func meets a Function before the dispatcher or not at all."""
+    if in_transform() is not None:
+        raise DerivativeError(
+            f"quant_ops.{name}: expected a call of quant_ops.{name} inside torch.func.grad, vjp or jvp, got one of "
+            f"torch.ops.quant_ops.{name}, which torch.func cannot differentiate."
+        )
 
 
 # ---- quant_tensor_backward -------------------------------------------------------------------------------------------
@@ -113,6 +177,9 @@ def quant_tensor_backward(
 
     Elements that are NaN contribute nothing. Sums are taken in float64 in a fixed order: they do not depend on threads or device.
 
+    Differentiable: it is linear in ``grad``. Its factors count as constants, as rounding passes derivatives straight through; only
+    the mixed derivatives of a learned zero point with a scale are not zero then, and are refused.
+
     Returns:
         ``(grad_tensor, grad_scale, grad_zero_point)``: tensor's shape and dtype, scale's, and zero_point's (float32 for an
         integer zero point; scale's shape without one).
@@ -120,6 +187,8 @@ def quant_tensor_backward(
     Raises:
         TypeError, ValueError: as :func:`quant_tensor_forward`.
     """
+    if not torch.compiler.is_compiling() and in_transform() is not None:
+        return call(_Gradient.apply, grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)
     return call(
         _ops.quant_tensor_backward.default,
         grad,
@@ -144,6 +213,131 @@ def _(
         tensor.new_empty(scale.shape, dtype=of_scale),
         tensor.new_empty(shape, dtype=of_zero_point),
     )
+
+
+def _is_learned(zero_point: Tensor | None, asymmetric: bool) -> bool:
+    return zero_point is not None and zero_point.is_floating_point() and asymmetric
+
+
+def _spread(parameter: Tensor, tensor: Tensor, block_size: Sequence[int] | None) -> Tensor:
+    """A scale or zero point, or its derivative, in a shape that broadcasts to the tensor's; differentiable."""
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    for d in range(-parameter.dim(), 0) if block_size is not None else ():
+        if parameter.shape[d] > 1:
+            parameter = parameter.repeat_interleave(block_size[d], d)  # type: ignore[index]
+    return parameter
+
+
+def _by_factors(
+    derivatives: Sequence[Tensor | None], tensor: Tensor, scale: Tensor, zero_point: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
+    """The sum of the derivatives of tensor, scale and zero point times the factors of NUMERICS section 3 (straight_through in
+    ``cpp/contract/arithmetic.h``), in tensor's shape and dtype; linear in the derivatives, and differentiable in them."""
+    qmin, qmax, asymmetric, block_size = options
+    compute = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        x, s = tensor.to(compute), _spread(scale.to(compute), tensor, block_size)
+        zero = torch.zeros((), dtype=torch.float64, device=tensor.device)
+        if zero_point is not None and asymmetric:
+            zero = _spread(zero_point.to(torch.float64), tensor, block_size)
+            zero = zero.round().clamp(qmin, qmax) if zero_point.is_floating_point() else zero
+        quotient = x / s
+        steps = quotient.round()
+        inside = (steps >= qmin - zero) & (steps <= qmax - zero)
+        clamped = torch.minimum(torch.maximum(steps.double(), qmin - zero), qmax - zero).to(compute)
+        scale_factor = torch.where(inside, steps - quotient, clamped).nan_to_num(0.0)
+        zero_factor = torch.where(inside | steps.isnan(), torch.zeros_like(x), -s)
+    of_tensor, of_scale, of_zero_point = derivatives
+    total = torch.zeros_like(x)
+    if of_tensor is not None:
+        total = total + torch.where(inside, of_tensor.to(compute), 0.0)
+    if of_scale is not None:
+        total = total + _spread(of_scale.to(compute), tensor, block_size) * scale_factor
+    if of_zero_point is not None and _is_learned(zero_point, asymmetric):
+        total = total + _spread(of_zero_point.to(compute), tensor, block_size) * zero_factor
+    return total.to(tensor.dtype)
+
+
+class _Gradient(torch.autograd.Function):
+    """quant_tensor_backward, which is linear in grad, with its derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        tensor: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        qmin: int,
+        qmax: int,
+        asymmetric: bool,
+        block_size: Sequence[int] | None,
+    ) -> Any:
+        return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options = inputs[4:]
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.save_for_forward(*inputs[1:4])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensor, scale, zero_point = ctx.saved_tensors
+        _, _, needs_scale, needs_zero, *_ = ctx.needs_input_grad
+        if _is_learned(zero_point, ctx.options[2]):
+            _refuse_mixed((needs_scale and grads[2] is not None) or (needs_zero and grads[1] is not None))
+        of_grad = _by_factors(grads, tensor, scale, zero_point, ctx.options).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return of_grad, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        tensor, scale, zero_point = ctx.saved_tensors
+        of_grad, _, of_scale, of_zero, *_ = tangents
+        _refuse_mixed(_is_learned(zero_point, ctx.options[2]) and (of_scale is not None or of_zero is not None))
+        of_grad = torch.zeros_like(tensor) if of_grad is None else of_grad
+        return tuple(_gradient(of_grad, tensor, scale, zero_point, *ctx.options))
+
+
+def _refuse_mixed(mixed: bool) -> None:
+    if mixed:
+        raise DerivativeError(
+            "quant_ops.quant_tensor_backward: expected no second derivative by a scale and a learned zero point together, got one. "
+            "Keep one of them constant with detach()."
+        )
+
+
+def _gradient(grad: Tensor, tensor: Tensor, scale: Tensor, zero_point: Tensor | None, *options: Any) -> Any:
+    """quant_tensor_backward where torch.func may be at work."""
+    if in_transform() is not None:
+        return _Gradient.apply(grad, tensor, scale, zero_point, *options)  # type: ignore[no-untyped-call]
+    *others, block_size = options
+    return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, *others, block_size=block_size)
+
+
+def _backward_kernel(
+    grad: Tensor,
+    tensor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    asymmetric: bool = False,
+    *,
+    block_size: Sequence[int] | None = None,
+) -> Any:
+    if wants_derivative((grad, tensor, scale, zero_point)):
+        _expect_no_transform("quant_tensor_backward")
+        return _Gradient.apply(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
+    with _below_autograd():
+        return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size)
+
+
+autograd_kernel("quant_tensor_backward", _backward_kernel)
 
 
 # ---- dequant_tensor --------------------------------------------------------------------------------------------------
@@ -176,6 +370,9 @@ def _(checked: Tensor, tensor: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(tensor, dtype=checked.dtype)
 
 
+inference_only("dequant_tensor")
+
+
 # ---- choose_qparams --------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +403,9 @@ def _(checked: tuple[Tensor, Tensor], tensor: Tensor, dim: Sequence[int], **_: A
     return tuple(tensor.new_empty(shape, dtype=result.dtype) for result in checked)
 
 
+constant("choose_qparams")
+
+
 # ---- quantize_rows ---------------------------------------------------------------------------------------------------
 
 
@@ -230,3 +430,6 @@ def quantize_rows(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor, 
 def _(checked: tuple[Tensor, Tensor, Tensor], x: Tensor, **_: Any) -> tuple[Tensor, ...]:
     rows = [*x.shape[:-1], 1]
     return tuple(x.new_empty(shape, dtype=result.dtype) for shape, result in zip((x.shape, rows, rows), checked, strict=True))
+
+
+constant("quantize_rows")

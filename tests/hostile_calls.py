@@ -1,0 +1,173 @@
+"""A seeded stream of hostile operator calls, for test_hostile.py: ``python hostile_calls.py SEED COUNT``.
+
+Each call starts from one that works and gets one to three arguments of sizes near the ends of int64, other dtypes, views, expanded
+tensors and tensors without data. It may give a result, or refuse with a sentence of quant_ops; the same call on tensors of device
+meta (the fake kernel) must do the same with the same words, unless values or memory decide. The process may not die or hang. It
+prints each call before it runs it, so that the last line names the one that killed it.
+"""
+
+import random
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import quant_ops as qo
+
+HUGE = [2**20, 2**31 - 1, 2**31, 2**40, 2**57, 2**61, 2**62, 2**63 - 1]
+SMALL = [0, 1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64]
+FLOATING = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
+LEAST_MEMORY = 3 << 29  # that a call may take
+
+
+def number(rng: random.Random) -> int:
+    pick = rng.random()
+    return rng.choice(SMALL) if pick < 0.5 else rng.choice(HUGE) + rng.choice([-1, 0]) if pick < 0.9 else -rng.choice(SMALL + HUGE)
+
+
+def filled(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Small values in every dtype, and no memory for what is expanded anyway."""
+    base = torch.arange(min(8, max(1, torch.Size(shape).numel())))
+    count = torch.Size(shape).numel()
+    if count > 1 << 16:
+        return base[1].to(dtype).expand(shape)
+    return base.repeat(count // len(base) + 1)[:count].to(dtype).reshape(shape)
+
+
+def tensor(rng: random.Random, dims: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Of any shape and layout."""
+    while True:
+        shape = [rng.choice(SMALL) for _ in range(rng.choice([0, 1, 2, 2, 3, 4, 4, 5]) if dims is None else dims)]
+        if rng.random() < 0.3 and shape:
+            shape[rng.randrange(len(shape))] = rng.choice(HUGE)
+        try:
+            made = filled(shape, dtype or rng.choice(FLOATING + INTEGERS))
+            return view(rng, made)
+        except (RuntimeError, IndexError):  # what torch itself refuses
+            continue
+
+
+def view(rng: random.Random, t: Tensor) -> Tensor:
+    """The same tensor, or another layout or a part of it."""
+    kind = rng.randrange(8)
+    if kind == 0 and t.dim() > 1:
+        return t.transpose(0, -1)
+    if kind == 1 and t.dim() > 0:
+        return t[..., :: rng.choice([1, 2, 3])]
+    if kind == 2 and t.dim() > 0:
+        return t[..., rng.randrange(1, 3) :]
+    if kind == 3 and t.dim() == 4 and t.numel() < 1 << 16:
+        return t.to(memory_format=torch.channels_last)
+    if kind == 4 and t.numel() <= 1:  # strides of a single element are free
+        return t.as_strided(t.shape, [rng.choice([*HUGE, 0, 1]) for _ in t.shape])
+    if kind == 5 and t.dim() > 0 and t.shape[0] == 1:
+        return t.expand(rng.choice([2, 3, *HUGE]), *t.shape[1:])
+    return t
+
+
+def good(op: str) -> dict[str, object]:
+    """The arguments of a call that works."""
+    x, image = filled([5, 20], torch.float32), filled([2, 4, 6, 5], torch.float32)
+    codes, kernel, scale = filled([3, 20], torch.int8), filled([6, 4, 3, 3], torch.int8), torch.tensor(0.5)
+    quantize = {"tensor": image, "scale": scale, "zero_point": None, "qmin": -128, "qmax": 127, "asymmetric": False}
+    depthwise = {"weight": filled([4, 1, 3, 3], torch.int8), "weight_scale": filled([4], torch.float32) + 1, "groups": 4}
+    image_call = {"x": image, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "x_scale": None, "x_zero_point": None}
+    return {
+        "quant_tensor_forward": {**quantize, "simulate": True, "block_size": None},
+        "quant_tensor_backward": {"grad": image, **quantize, "block_size": None},
+        "dequant_tensor": {"tensor": filled([2, 4, 6], torch.int8), "scale": scale, "zero_point": None, "block_size": None},
+        "choose_qparams": {"tensor": image, "dim": [1], "qmin": -127, "qmax": 127, "asymmetric": False},
+        "quantize_rows": {"x": x, "asymmetric": False},
+        "int8_gemm": {"a": filled([5, 20], torch.int8), "b": codes},
+        "int8_linear": {"x": x, "weight": codes, "weight_scale": filled([3], torch.float32) + 1, "bias": None, "x_scale": None,
+                        "x_zero_point": None, "packed_weight": None, "asymmetric": False, "out_scale": None},
+        "int8_conv2d": {**image_call, "weight": kernel, "weight_scale": scale, "groups": 1, "asymmetric": False},
+        "int8_conv2d depthwise": {**image_call, **depthwise, "asymmetric": False},
+        "pack_weight": {"weight": kernel, "groups": 1},
+        "unpack_weight": {"packed_weight": qo.pack_weight(kernel), "shape": [6, 4, 3, 3], "groups": 1},
+    }[op]  # fmt: skip
+
+
+OPERATORS = [
+    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "int8_gemm",
+    "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
+]  # fmt: skip
+
+
+def changed(rng: random.Random, name: str, value: object) -> object:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return number(rng)
+    if isinstance(value, list):
+        values = [*value] if rng.random() < 0.8 else [*value, *value]
+        if values:
+            values[rng.randrange(len(values))] = number(rng)
+        return values
+    if name == "block_size":
+        return [rng.choice([1, 2, number(rng)]) for _ in range(4)]
+    if isinstance(value, Tensor):
+        dtype = value.dtype if rng.random() < 0.8 else None
+        return tensor(rng, value.dim(), dtype) if rng.random() < 0.6 else view(rng, value)
+    return tensor(rng, None, rng.choice([torch.float32, torch.int32, torch.int8]))
+
+
+def without_data(t: object) -> object:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+
+
+def outcome(function: object, arguments: dict[str, object]) -> tuple[str, object]:
+    """What a call gives, as text, and the exception."""
+    try:
+        result = function(**arguments)  # type: ignore[operator]
+    except (TypeError, ValueError, RuntimeError, MemoryError, NotImplementedError) as error:
+        return str(error).split("\n")[0], error
+    return " ".join(f"{tuple(r.shape)} {r.dtype}" for r in (result if isinstance(result, tuple) else (result,))), None
+
+
+def describe(arguments: dict[str, object]) -> str:
+    def text(a: object) -> str:
+        return f"{a.dtype}{tuple(a.shape)}/{a.stride()}" if isinstance(a, Tensor) else repr(a)
+
+    return ", ".join(f"{name}={text(a)}" for name, a in arguments.items())
+
+
+# Reasons that only a call with data has.
+ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|packed_weight made by")
+
+
+def main(seed: int, count: int) -> None:
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).exp()  # starts the threads
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LEAST_MEMORY,) * 2)
+    rng = random.Random(seed)
+    refused = 0
+    for i in range(count):
+        name = rng.choice(OPERATORS)
+        arguments = good(name)
+        for which in rng.sample(sorted(arguments), min(len(arguments), rng.choice([1, 1, 2, 3]))):
+            arguments[which] = changed(rng, which, arguments[which])
+        function = getattr(qo, name.split()[0])
+        call = f"{i}: {name.split()[0]}({describe(arguments)})"
+        print(call, flush=True)
+        real, error = outcome(function, arguments)
+        refused += error is not None
+        ours = error is None or re.match(r"quant_ops(\.|::)", real)
+        assert ours, f"{call}\nraised {type(error).__name__}: {real}"
+        try:
+            meta = {k: without_data(v) for k, v in arguments.items()}
+        except RuntimeError:  # strides that torch itself refuses
+            continue
+        fake, _ = outcome(function, meta)
+        same = fake == real or ONLY_WITH_DATA.search(real)
+        assert same, f"{call}\ngives {real}\nand without data {fake}"
+    print(f"{refused} of {count} refused")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
