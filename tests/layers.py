@@ -79,7 +79,7 @@ def finish(layer, acc, scale, dtype):
 
 def linear_reference(layer, x):
     q, scale, zero = input_codes(layer, x, (-1,))
-    return finish(layer, (q - zero) @ layer.weight.double().T, scale, x.dtype)
+    return finish(layer, (q - zero) @ layer.qweight.double().T, scale, x.dtype)
 
 
 def conv_reference(layer, x):
@@ -93,5 +93,5 @@ def conv_reference(layer, x):
         sides = [horizontal, horizontal, vertical, vertical]
     padded = F.pad(x.float(), sides, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     q, scale, zero = input_codes(layer, padded, (1, 2, 3))
-    acc = F.conv2d(q - zero, layer.weight.double(), None, layer.stride, 0, dilation, layer.groups)
+    acc = F.conv2d(q - zero, layer.qweight.double(), None, layer.stride, 0, dilation, layer.groups)
     return finish(layer, acc.movedim(1, -1), scale, x.dtype).movedim(-1, 1)

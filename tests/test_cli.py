@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import quant_ops as qo
 from quant_ops.__main__ import main
 
+ROOT = Path(__file__).parents[1]
 MODULE = """
 import torch
 from torch import nn
@@ -29,6 +31,12 @@ def batches():
 
 several = [(torch.ones(1, 3, 6, 6),), (torch.zeros(1, 3, 6, 6),)]
 none = lambda: []
+raises = lambda: 1 / 0
+sequence = lambda: nn.Sequential(
+    nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1, groups=2), nn.Flatten(), nn.Linear(36, 2)
+)
+labelled = [(torch.ones(1, 3, 6, 6), torch.zeros(1))]
+without_layers = lambda: nn.Sequential(nn.LSTM(3, 3))
 number = lambda: 3
 """
 
@@ -37,6 +45,7 @@ number = lambda: 3
 def folder(tmp_path, monkeypatch):
     """The current folder, with a module of the user."""
     (tmp_path / "user_net.py").write_text(MODULE)
+    (tmp_path / "deep.json").write_text("[" * 5000)
     (tmp_path / "broken_net.py").write_text("import no_such_dependency")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -93,10 +102,29 @@ def test_quantize_with_report_json_and_target(folder, capsys):
     assert len(found["skipped"]) >= 1
     assert json.loads(call(capsys, "report", "m", "--json"))["layers"].keys() == set(found["converted"])
     assert [layer["name"] for layer in found["report"]["layers"]] == found["converted"]
-    nothing = json.loads(call(capsys, *command, "--target", 1e9, status=1))
-    assert nothing["target_met"] is False
-    assert nothing["converted"] == nothing["report"]["layers"] == []
-    assert nothing["skipped"] == dict.fromkeys(["0", "4", "5"], "returned to float for the target")
+    returned = {name for name, reason in found["skipped"].items() if reason == "returned to float for the target"}
+    assert returned == set(plain["converted"]) - set(found["converted"])
+    assert plain["share"] == 1.0 > found["share"]
+    assert found["bytes_after"] == found["report"]["bytes"]
+
+
+@pytest.mark.parametrize("target", ["1e9", "inf"])
+def test_a_target_that_no_int8_model_meets(folder, capsys, target):
+    arguments = ["--data", "user_net:batches", "--target", target, "--report", "r.json"]
+    line = refused(capsys, "quantize", "user_net:trained", "m", *arguments)
+    assert line.startswith("quant_ops quantize: expected a --target that can be met with an int8 layer left, got ")
+    assert line.endswith(" dB is the most that was found. Nothing was written.")
+    assert not (folder / "m").exists()
+    assert not (folder / "r.json").exists()
+
+
+def test_quantize_conv1d(folder, capsys):
+    assert "3 converted, 0 skipped\nint8: 100.0 % of the weights" in call(capsys, "quantize", "user_net:sequence", "m", "--fold")
+    model = user_net().sequence().eval()
+    qo.fold_batchnorm_(model)
+    qo.load_(model, "m")
+    assert [type(layer).__name__ for layer in model] == ["QuantConv1d", "Identity", "QuantConv1d", "Flatten", "QuantLinear"]
+    assert model(torch.randn(2, 3, 8)).isfinite().all()
 
 
 def test_quantize_folds(folder, capsys):
@@ -135,7 +163,8 @@ def test_report(folder, capsys):
     call(capsys, "quantize", "user_net:trained", "m", "--data", "user_net:batches", "--report", "r.json")
     described = call(capsys, "report", "m")
     assert described.splitlines()[0] == f"m: format 1, written by quant_ops {qo.__version__}"
-    assert "  4: QuantLinear(in_features=128, out_features=12, asymmetric=False, relu=False), weight_bits=8" in described
+    assert "  4: QuantLinear(in_features=128, out_features=12, asymmetric=" in described
+    assert "relu=False), weight_bits=8, config={'config': 'Int8Dynamic'" in described
 
     compared = json.loads(call(capsys, "report", "m", "--model", "user_net:trained", "--data", "user_net:batches", "--json"))
     written = json.loads((folder / "r.json").read_text())
@@ -161,7 +190,9 @@ def test_bench_json(capsys):
     before = torch.get_num_threads()
     try:
         result = json.loads(
-            call(capsys, "bench", "conv2d", "--cin", 8, "--cout", 8, "--h", 6, "--w", 5, "--seconds", 0, "--threads", 1, "--json")
+            call(
+                capsys, "bench", "conv2d", "--cin", 8, "--cout", 8, "--h", 6, "--w", 5, "--seconds", 0.01, "--threads", 1, "--json"
+            )
         )
     finally:
         torch.set_num_threads(before)
@@ -201,6 +232,38 @@ def test_info_reports_a_failed_check(capsys, monkeypatch):
         (["report", "nothing.json"], "expected the path of a file, got nothing.json"),
         (["quantize", "user_net:trained", "m", "--exclude", "nothing"], "expected the pattern 'nothing' to match"),
         (["quantize", "user_net:trained", "m", "--weight-bits", "9"], "expected 2 <= weight_bits <= 8, got 9"),
+        (["quantize", "./user_net.py:trained", "m"], "got './user_net.py:trained', whose first part is no name of a module"),
+        (["quantize", "user_net.py:trained", "m"], "Write user_net:trained in the folder from which"),
+        (["quantize", ".user_net:trained", "m"], "Write user_net:trained in the folder from which"),
+        (["quantize", "a..b:trained", "m"], "Write a.b:trained in the folder from which"),
+        (["quantize", "user_net:trained", "."], "expected the path of a file, got the folder ."),
+        (
+            ["quantize", "user_net:trained", "m", "--exclude", "*"],
+            "expected a layer to convert in user_net:trained, got none (0: excl",
+        ),
+        (["quantize", "user_net:without_layers", "m"], "got none (0: LSTM has no int8 form: weight_ih_l0, weight_hh_l0)"),
+        (["quantize", "user_net:trained", "m", "--weight-bits", "0"], "expected 2 <= weight_bits <= 8, got 0"),
+        (
+            ["quantize", "user_net:trained", "m", "--static", "--data", "user_net:batches", "--batches", "0"],
+            "--batches >= 1, got 0",
+        ),
+        (["quantize", "user_net:trained", "m", "--batches", "1"], "expected --batches only where something is calibrated"),
+        (
+            ["quantize", "user_net:trained", "m", "--data", "user_net:batches", "--target", "nan"],
+            "a number of dB as --target, got nan",
+        ),
+        (["quantize", "user_net:trained", "m", "--config", "{}", "--weight-bits", "8"], "got it beside --weight-bits"),
+        (["quantize", "user_net:trained", "m", "--config", "{}", "--static", "--symmetric"], "got it beside --static, --symmetric"),
+        (["quantize", "user_net:trained", "m", "--config", "{}", "--observer", "mse"], "got it beside --observer"),
+        (["quantize", "user_net:trained", "m", "--config", "[" * 5000], "expected --config to be JSON or @file, got '[[[["),
+        (["report", "deep.json"], "quant_ops.Report.from_json: expected the JSON of Report.to_json, got RecursionError"),
+        (["report", "deep.json", "--worst", "-1"], "expected --worst >= 1, got -1"),
+        *((["bench", "linear", f"--{name}", "0"], f"--{name} >= 1, got 0") for name in ("bs", "cin", "cout", "threads")),
+        *((["bench", "conv2d", f"--{name}", "-3"], f"--{name} >= 1, got -3") for name in ("h", "w", "k", "bs")),
+        *((["bench", "linear", "--seconds", text], "--seconds > 0 and finite, got ") for text in ("0", "-1", "nan", "inf")),
+        (["bench", "conv2d", "--p", "-1"], "expected --p >= 0, got -1"),
+        (["bench", "conv2d", "--h", "2", "--k", "5", "--p", "1"], "got --k 5 and an image of 4"),
+        (["bench", "linear", "--bs", "1000000000", "--cin", "1000000000"], "quant_ops: got RuntimeError at "),
         (["quantize", "user_net:trained", "m", "--config", "{"], "expected --config to be JSON or @file, got '{'"),
         (["quantize", "user_net:trained", "m", "--config", '{"config": "X"}'], "quant_ops: expected a config named"),
         (
@@ -223,9 +286,44 @@ def test_complaints_are_one_line(folder, capsys, arguments, words):
     assert not (folder / "m").exists()
 
 
-def test_errors_of_the_users_code_keep_their_traceback(folder):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["broken_net:f", "m"], "got ModuleNotFoundError at {folder}/broken_net.py:1: No module named 'no_such_dependency'."),
+        (["typo_net:f", "m"], "got SyntaxError at {folder}/typo_net.py:1: "),
+        (["exits_net:f", "m"], "got SystemExit at {folder}/exits_net.py:1: ended the program with status 0."),
+        (["user_net:raises", "m"], "ZeroDivisionError at {folder}/user_net.py:"),
+        (["user_net:trained", "m", "--static", "--data", "user_net:raises"], "ZeroDivisionError at {folder}/user_net.py:"),
+        (["user_net:trained", "m", "--static", "--data", "user_net:labelled"], "leave out labels."),
+    ],
+)
+def test_errors_of_the_users_code_are_one_line(folder, capsys, arguments, words):
+    (folder / "typo_net.py").write_text("def f(:")
+    (folder / "exits_net.py").write_text("raise SystemExit(0)")
+    line = refused(capsys, "quantize", *arguments)
+    assert line.startswith("quant_ops: got ")
+    assert words.format(folder=folder) in line
+    assert not (folder / "m").exists()
+
+
+def test_traceback_on_request(folder):
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        main(["quantize", "broken_net:f", "m"])
+        main(["quantize", "broken_net:f", "m", "--traceback"])
+
+
+def test_a_wrong_result_is_a_failed_check(capsys, monkeypatch):
+    from quant_ops.report import bench
+
+    monkeypatch.setattr(bench, "sqnr", lambda *_: 3.0)
+    assert main(["bench", "linear", "--bs", "2", "--cin", "8", "--cout", "8", "--seconds", "0.01"]) == 1
+    assert "expected an SQNR of 30.0 dB" in capsys.readouterr().err
+
+
+def test_version_and_console_script(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"quant_ops {qo.__version__}\n"
+    assert '[project.scripts]\nquant_ops = "quant_ops.cli:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_statuses_of_the_process(folder):

@@ -33,7 +33,7 @@ def test_equals_the_exact_sum(layer, settings):
         # a padded zero changes no range that holds zero already
         scale, zero = qo.choose_qparams(padded if mode != "constant" else x, [1, 2], qmin, 127, bool(settings))
     codes = qo.quant_tensor_forward(padded, scale, zero, qmin, 127, True, False).double() - zero
-    acc = torch.nn.functional.conv1d(codes, quantized.weight.double(), None, layer.stride, 0, layer.dilation, layer.groups)
+    acc = torch.nn.functional.conv1d(codes, quantized.qweight.double(), None, layer.stride, 0, layer.dilation, layer.groups)
     bias = None if layer.bias is None else layer.bias.detach()[:, None]
     expected = reference.epilogue(acc.to(torch.int32), scale, quantized.weight_scale[:, None], bias)
     assert reference.same_bits(quantized(x), expected)
@@ -42,14 +42,14 @@ def test_equals_the_exact_sum(layer, settings):
     assert torch.equal(quantized(last), expected)
     back = quantized.dequantize()
     assert back(x).shape == expected.shape
-    assert torch.equal(back.weight, quantized.weight * quantized.weight_scale[:, None, None])
+    assert torch.equal(back.weight, quantized.qweight * quantized.weight_scale[:, None, None])
 
 
 def test_saved_compiled_and_refused():
     layer, x = nn.Conv1d(8, 8, 3), torch.randn(2, 8, 20)
     quantized = qo.QuantConv1d.from_float(layer)
     assert {name: tuple(t.shape) for name, t in quantized.state_dict().items()} == {
-        "weight": (8, 8, 3),
+        "qweight": (8, 8, 3),
         "weight_scale": (8,),
         "bias": (8,),
     }
@@ -135,6 +135,6 @@ def test_calibrated_layers_are_those_of_from_float(config):
 def test_keep_packed_only():
     layer, x = qo.QuantConv1d.from_float(nn.Conv1d(6, 9, 3, groups=3)), torch.randn(2, 6, 8)
     packed = copy.deepcopy(layer).keep_packed_only()
-    assert packed.weight.untyped_storage().nbytes() == 1
+    assert packed.is_packed_only
     assert torch.equal(copy.deepcopy(packed)(x), layer(x))
-    assert torch.equal(packed.state_dict()["weight"], layer.weight)
+    assert torch.equal(packed.state_dict()["qweight"], layer.qweight)

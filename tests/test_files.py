@@ -111,8 +111,8 @@ def test_file_holds_plain_tensors_once(tmp_path):
     tensors = load_file(path)
     assert not any("packed" in name for name in tensors)
     assert "tied.weight" not in tensors
-    assert tensors["up.weight"].dtype == torch.int8
-    assert torch.equal(tensors["up.weight"], model.up.weight)
+    assert tensors["up.qweight"].dtype == torch.int8
+    assert torch.equal(tensors["up.qweight"], model.up.qweight)
     assert header_of(path)["format_version"] == 1
     assert path.stat().st_size < 1.1 * sum(t.numel() * t.element_size() for t in tensors.values()) + 4000
 

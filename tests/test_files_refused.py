@@ -86,17 +86,20 @@ def test_refuses_a_model_with_extra_state(tmp_path):
 
 
 def test_refuses_a_meta_buffer_that_no_file_holds(tmp_path):
+    """A file of an earlier version, or of another model."""
     saved(tmp_path / "m")
 
-    def make():
+    def make(size=3):
         model = Net()
-        model.register_buffer("table", torch.ones(3), persistent=False)
+        model.register_buffer("table", torch.ones(size), persistent=False)
         return model
 
-    refused(on_meta(make), tmp_path / "m", "got the non-persistent 'table', which is in no state_dict")
+    refused(on_meta(make), tmp_path / "m", "got the non-persistent 'table', which an earlier quant_ops did not save")
     fresh = make()
     qo.load_(fresh, tmp_path / "m")
     assert torch.equal(fresh.table, torch.ones(3))
+    qo.save(fresh, tmp_path / "m")
+    refused(on_meta(lambda: make(4)), tmp_path / "m", r"got 'table' of shape \(3,\) in the file and \(4,\) in the model")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +109,9 @@ def test_refuses_a_meta_buffer_that_no_file_holds(tmp_path):
         ("up.weight_scale", lambda t: t * torch.nan, "usable layer 'up' .* weight_scale > 0 and finite"),
         ("up.weight_scale", lambda t: t[:3], "usable layer 'up'"),
         ("up.weight_scale", lambda t: t.double(), "up.weight_scale of dtype torch.float32"),
-        ("up.weight", lambda t: t.int(), "up.weight of dtype torch.int8"),
+        ("up.qweight", lambda t: t.int(), "up.qweight of dtype torch.int8"),
         ("up.weight_scale", None, "'up' without weight_scale in the file"),
-        ("up.weight", None, "no 'up.weight' in the file"),
+        ("up.qweight", None, "no 'up.qweight' in the file"),
         ("head.bias", lambda t: t.int(), "'head.bias' of a dtype like torch.float32 in .*, got torch.int32"),
         ("up.extra", lambda _: torch.ones(2), r"'up.extra' of shape \(2,\) in the file alone"),
     ],
@@ -170,6 +173,26 @@ def test_refuses_a_newer_format(tmp_path):
         lambda h: h.pop("layers"),
         lambda h: h.pop("shared"),
         lambda h: h.update(format_version="1"),
+        lambda h: h.update(format_version=-5),
+        lambda h: h.update(format_version=0),
+        lambda h: h.update(format_version=True),
+        lambda h: h.update(format_version=1.0),
+        lambda h: h.update(format_version=float("nan")),
+        lambda h: h.update(format_version=float("inf")),
+        lambda h: h.update(format_version=None),
+        lambda h: h.update(layers={"up": None}),
+        lambda h: h["layers"]["up"].update({"class": ["QuantLinear"]}),
+        lambda h: h["layers"]["up"].update(weight_bits=8.0),
+        lambda h: h["layers"]["up"].update(weight_bits=True),
+        lambda h: h["layers"]["up"].update(compute_dtype="int8"),
+        lambda h: h["layers"]["up"].update(compute_dtype=None),
+        lambda h: h["layers"]["up"]["config"].update(asymmetric="yes"),
+        lambda h: h["layers"]["up"]["config"].update(weight_bits=8.0),
+        lambda h: h["layers"]["up"]["config"].update(weight_observer=["minmax"]),
+        lambda h: h["layers"]["up"]["arguments"].update(relu=1),
+        lambda h: h.update(not_in_state_dict=["nowhere"]),
+        lambda h: h.update(not_in_state_dict={}),
+        lambda h: h.update(not_in_state_dict=[["up.bias"]]),
         lambda h: h.update(layers=[]),
         lambda h: h["layers"]["up"].update({"class": "Linear"}),
         lambda h: h["layers"]["up"].pop("weight_bits"),
@@ -186,6 +209,86 @@ def test_refuses_damaged_metadata(tmp_path, change):
     change(header)
     rewritten(tmp_path / "m", header=header)
     refused(Net(), tmp_path / "m", "metadata of quant_ops.save in .*, got ")
+
+
+def test_refuses_metadata_that_no_json_parser_should_take(tmp_path):
+    saved(tmp_path / "m")
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "m").items()}
+    for text in (
+        "[" * 100_000,
+        '{"format_version": NaN}',
+        '{"format_version": 1, "layers": {}, "shared": Infinity}',
+        "1" * 5000,
+        "",
+    ):
+        save_file(tensors, tmp_path / "m", metadata={"quant_ops": text})
+        refused(Net(), tmp_path / "m", "metadata of quant_ops.save in .*, got ")
+
+
+@pytest.mark.parametrize("change", [{"in_features": 16.0}, {"in_features": True}, {"in_features": "16"}, {"in_features": [16]}])
+def test_refuses_arguments_of_another_type(tmp_path, change):
+    saved(tmp_path / "m")
+    header = header_of(tmp_path / "m")
+    header["layers"]["up"]["arguments"].update(change)
+    rewritten(tmp_path / "m", header=header)
+    refused(Net(), tmp_path / "m", "got 'up' with in_features=.* in the file and 16 in the model")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_scale": torch.full((2, 2), 0.1)}, "input_scale to have one element, or one per step"),
+        ({"input_scale": torch.ones(0)}, "input_scale to have one element, or one per step"),
+        ({"input_scale": torch.tensor(-1.0)}, "input_scale > 0 and finite"),
+        ({"input_zero_point": torch.tensor(1000, dtype=torch.int32)}, "-128 <= input_zero_point <= 127, got 1000"),
+        ({"input_zero_point": torch.zeros(3, dtype=torch.int32)}, "one input_zero_point for each of 1 steps, got 3"),
+        ({"input_scale": None}, "input_zero_point only together with input_scale"),
+        ({"input_scale": torch.ones(3)}, "one input_zero_point for each of 3 steps, got 1"),
+        ({"output_scale": torch.ones(3)}, "output_scale to have one element"),
+        ({"output_zero_point": torch.tensor(3, dtype=torch.int32)}, "output_zero_point only together with output_scale"),
+        ({"input_scale": torch.tensor(0.1, dtype=torch.float64)}, "up.input_scale of dtype torch.float32"),
+        ({"asymmetric": True}, "no input_scale in an asymmetric layer"),
+    ],
+    ids=str,
+)
+def test_refuses_layers_that_could_not_run(tmp_path, change, words):
+    model = Net().eval()
+    qo.prepare_(model, qo.Int8Static(asymmetric=True), exclude=["head", "tied"])
+    qo.calibrate(model, [torch.randn(4, 3, 9, 9)])
+    qo.convert_(model)
+    qo.save(model, tmp_path / "m")
+    tensors, header = load_file(tmp_path / "m"), header_of(tmp_path / "m")
+    for name, value in change.items():
+        if name == "asymmetric":
+            header["layers"]["up"]["arguments"][name] = value
+        elif value is None:
+            del tensors[f"up.{name}"]
+        else:
+            tensors[f"up.{name}"] = value
+    rewritten(tmp_path / "m", tensors, header)
+    refused(Net(), tmp_path / "m", words)
+    refused(model, tmp_path / "m", words)
+
+
+def test_a_model_that_refuses_while_it_loads_is_as_it_was(tmp_path):
+    class Stubborn(nn.Linear):
+        def _load_from_state_dict(self, *_):
+            raise KeyError("no")
+
+    def make():
+        model = Net()
+        model.last = Stubborn(2, 2)
+        return model
+
+    model = make()
+    qo.quantize_(model, exclude=["last", "head", "tied"])
+    qo.save(model, tmp_path / "m")
+    fresh = make()
+    before = [id(tensor) for tensor in [*fresh.parameters(), *fresh.buffers()]]
+    with pytest.raises(KeyError):
+        qo.load_(fresh, tmp_path / "m")
+    assert [id(tensor) for tensor in [*fresh.parameters(), *fresh.buffers()]] == before
+    assert type(fresh.up) is nn.Linear
 
 
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))

@@ -30,9 +30,9 @@ def test_static_is_quantize_then_the_integer_operator(kind, zero_point):
     assert {-128, 127} <= set(q.unique().tolist())
     common = {"x_scale": layer.input_scale, "x_zero_point": layer.input_zero_point, "relu": True}
     if kind == "linear":
-        expected = qo.int8_linear(q, layer.weight, layer.weight_scale, layer.bias, **common)
+        expected = qo.int8_linear(q, layer.qweight, layer.weight_scale, layer.bias, **common)
     else:
-        expected = qo.int8_conv2d(q, layer.weight, layer.weight_scale, layer.bias, 2, 1, 1, 2, **common)
+        expected = qo.int8_conv2d(q, layer.qweight, layer.weight_scale, layer.bias, 2, 1, 1, 2, **common)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(q), expected)
 

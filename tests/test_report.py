@@ -40,6 +40,12 @@ def both(config=None, **kwargs):
     return model.eval(), quantized.eval()
 
 
+def held(module):
+    """Bytes of the distinct storages of a module."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def by_name(report):
     return {layer.name: layer for layer in report.layers}
 
@@ -81,7 +87,10 @@ def test_figures_are_those_of_the_formulas():
     assert [layers[name].calls for name in ("stem", "twice", "keyword")] == [1, 2, 1]
     assert all(layer.clipped == 0 for layer in report.layers)
     assert layers["stem"].float_bytes == 4 * (8 * 27 + 8)
-    assert layers["stem"].bytes == 8 * 27 + 4 * 8 + 4 * 8
+    assert layers["stem"].bytes == held(quantized.stem) >= 8 * 27 + 4 * 8 + 4 * 8
+    assert (report.float_bytes, report.bytes) == (held(model), held(quantized))  # with the BatchNorm and the idle layer
+    assert 0 < report.seconds < 1
+    assert 0 < report.float_seconds < 1
     assert all(0 < layer.seconds < 1 and 0 < layer.float_seconds < 1 for layer in report.layers)
 
 
@@ -152,6 +161,7 @@ def test_batches(batch, forward):
 def test_without_times():
     report = qo.compare(*both(), BATCH, repeats=0)
     assert all(layer.seconds is None and layer.float_seconds is None for layer in report.layers)
+    assert (report.seconds, report.float_seconds) == (None, None)
     assert "us float" not in report.table()
 
 
@@ -232,7 +242,14 @@ def test_worst_table_and_json(tmp_path):
     assert lines[1].split()[:3] == ["stem", "QuantConv2d", "1"]
     assert lines[2].split()[3] == f"{report.layers[1].sqnr:.1f}"
     assert lines[4].split()[:2] == ["model", f"{report.sqnr:.1f}"]
+    assert lines[4].split()[3:] == [f"{value:.1f}" for value in (report.float_bytes / 1024, report.bytes / 1024)] + [
+        f"{1e6 * value:.1f}" for value in (report.float_seconds, report.seconds)
+    ]
     assert lines[5] == "never called: idle"
+    assert repr(report) == str(report)
+    assert report._repr_html_() == f"<pre>{report}</pre>"
+    with pytest.raises(ValueError, match=r"^quant_ops.Report.worst: expected n >= 0, got -1"):
+        report.worst(-1)
     text = report.to_json(tmp_path / "report.json")
     assert (tmp_path / "report.json").read_text() == text + "\n"
     assert qo.Report.from_json(text) == report
@@ -240,7 +257,17 @@ def test_worst_table_and_json(tmp_path):
     assert data["layers"][0]["sqnr_db"] == report.layers[0].sqnr
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": [{}], "unreached": [], "error": 0, "cosine": 1}'])
+def test_a_report_of_an_older_version():
+    report = qo.compare(*both(), BATCH)
+    data = json.loads(report.to_json())
+    for key in ("float_bytes", "bytes", "float_seconds", "seconds"):
+        del data[key]
+    old = qo.Report.from_json(json.dumps(data))
+    assert (old.bytes, old.seconds) == (sum(layer.bytes for layer in report.layers), None)
+    assert "us float" not in str(old)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 5000, "{}", '{"layers": [{}], "unreached": [], "error": 0, "cosine": 1}'])
 def test_from_json_refuses(text):
     with pytest.raises(ValueError, match=r"^quant_ops.Report.from_json: expected the JSON of Report.to_json, got "):
         qo.Report.from_json(text)
@@ -254,6 +281,32 @@ def test_plot(tmp_path, repeats):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     report.plot(tmp_path / "report.svg")
     assert "<svg" in (tmp_path / "report.svg").read_text()
+
+
+def test_plot_shows_the_worst_first_and_covers_nothing(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    model, quantized, x = uneven()
+    report = qo.compare(model, quantized, x)
+    drawn = []
+    save = Figure.savefig
+    try:
+        Figure.savefig = lambda self, *args, **kwargs: (save(self, *args, **kwargs), drawn.append(self))
+        report.plot(tmp_path / "a.png")
+        qo.Report([], [], 0.0, 1.0).plot(tmp_path / "b.png")
+    finally:
+        Figure.savefig = save
+    figure = drawn[0]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1", "3", "0", "2"]
+    values = [layer.sqnr for layer in report.worst(4)]
+    low, high = figure.axes[0].get_xlim()
+    assert low < min(values) < max(values) < high
+    assert min(values) - low < 0.2 * (high - low)  # the axis begins near the least value, not at 0
+    for axes in figure.axes:
+        legend, frame = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.y0 >= frame.y1 - 8
+        assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first one on top
 
 
 def test_plot_names_what_is_missing(tmp_path, monkeypatch):
@@ -317,18 +370,95 @@ def test_metric_of_the_user_and_at_most_num():
         return float(len(floats(m)))
 
     result = qo.fallback_(quantized, report, num=2, target=3, metric=metric)
-    assert seen == [set(), {"1"}, {"1", "3"}]
-    assert result.reached is False
-    assert result.values == [0, 1, 2]
-    assert "target NOT met" in str(result)
+    assert seen[0] == set()
+    assert max(map(len, seen)) == 2
+    assert len(seen) <= 4 + 4 + 2 + 2
+    assert len({frozenset(names) for names in seen}) == len(seen)  # nothing is measured twice
+    assert (result.reached, result.returned, result.values) == (False, ["1", "3"], [0, 1, 2])
+    assert "target NOT met: 2 is the most that was found, not 3" in str(result)
+    assert floats(quantized) == {"1", "3"}
     assert qo.fallback_(quantized, report, target=3, metric=metric).reached
+
+
+@pytest.mark.parametrize("num", [None, 2])
+def test_returns_that_do_not_help_are_not_kept(num):
+    """Only layer 2 matters, although its own error is the least; layer 1 even hurts as float."""
+    model, quantized, x = uneven()
+    report = qo.compare(model, quantized, x)
+    assert report.worst(4)[-1].name == "2"
+
+    def metric(m):
+        return 10.0 * ("2" in floats(m)) - 1.0 * ("1" in floats(m))
+
+    result = qo.fallback_(quantized, report, num, target=10, metric=metric)
+    assert (result.returned, result.values, result.reached) == (["2"], [0, 10], True)
+    assert floats(quantized) == {"2"}
+
+
+def test_layers_that_help_only_together():
+    model, quantized, x = uneven()
+    report = qo.compare(model, quantized, x)
+    result = qo.fallback_(quantized, report, target=1, metric=lambda m: float({"1", "3"} <= floats(m)))
+    assert (set(result.returned), result.reached) == ({"1", "3"}, True)
+
+
+def test_num_returns_only_what_helps():
+    """Layer 1 has large errors that nothing sees: the output does not use it."""
+    torch.manual_seed(0)
+
+    class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            self.b(x)
+            return self.a(x)
+
+    model, quantized = Blind().eval(), Blind().eval()
+    quantized.load_state_dict(model.state_dict())
+    qo.quantize_(quantized, {"b": qo.Int8Dynamic(weight_bits=2), "*": qo.Int8Dynamic()})
+    report = qo.compare(model, quantized, torch.randn(4, 32))
+    assert report.worst(1)[0].name == "b"
+    result = qo.fallback_(quantized, report, num=2)
+    assert result.returned == ["a"]
+    assert result.values[-1] == math.inf
+
+
+@pytest.mark.parametrize("target", [1e9, math.inf])
+def test_a_target_that_only_the_float_model_meets(target):
+    model, quantized, x = uneven()
+    result = qo.fallback_(quantized, qo.compare(model, quantized, x), target=target)
+    assert result.reached is False
+    assert len(floats(quantized)) == 3
+    assert result.values == sorted(result.values)
+    assert math.isfinite(result.values[-1])
+    assert f"is the most that was found, not {target:.4g}" in str(result)
 
 
 def test_unreachable_targets_are_told():
     model, quantized, x = uneven()
     result = qo.fallback_(quantized, qo.compare(model, quantized, x), target=1, metric=lambda m: 0.0)
-    assert result.reached is False
-    assert floats(quantized) == {"0", "1", "2", "3"}
+    assert (result.reached, result.returned, result.values) == (False, [], [0])
+    assert floats(quantized) == set()
+
+
+def test_an_error_of_the_metric_leaves_the_model_as_it_was():
+    model, quantized, x = uneven()
+    report = qo.compare(model, quantized, x)
+    before = dict(quantized.named_modules())
+    model.train()
+
+    def metric(m):
+        m.eval()
+        if floats(m) == {"3"}:
+            raise ZeroDivisionError
+        return 0.0
+
+    with pytest.raises(ZeroDivisionError):
+        qo.fallback_(quantized, report, target=1, metric=metric)
+    assert dict(quantized.named_modules()) == before
+    assert all(layer.training for layer in model)
 
 
 def test_shared_layers_return_everywhere():

@@ -136,6 +136,7 @@ def test_convert_keeps_the_reason_of_prepare(call, copied):
     model.late = nn.Linear(2, 2)
     model = copy.deepcopy(model) if copied else model
     assert dict(qo.convert_(model).skipped) == expected | {"late": "it is not prepared"}
+    assert not any("reason" in key for module in model.modules() for key in vars(module))  # forgotten
     assert qo.prepare_(model, include=["head"]).converted == ["head"]
     assert dict(qo.prepare_(nn.Sequential(model.late, nn.Linear(2, 2))).skipped) == {}
 

@@ -73,7 +73,7 @@ def int_mm_linear(x, weight, weight_scale, bias):
 
 
 def int_mm(p, call=int_mm_linear):
-    arguments = p.x, p.int8_layer.weight.t(), p.int8_layer.weight_scale.view(1, -1), p.float_layer.bias
+    arguments = p.x, p.int8_layer.qweight.t(), p.int8_layer.weight_scale.view(1, -1), p.float_layer.bias
     return lambda: call(*arguments)
 
 
@@ -113,8 +113,8 @@ def linear_cases(device: str, small: bool):
             yield Case("linear", name, str(s), "bfloat16", make, contenders, size, "bf16", 2 * s.macs, slow, kernel)
             if s.M >= 256 or small:
                 contenders = {
-                    "ours": lambda p: functools.partial(qo.int8_gemm, row_codes(p), p.int8_layer.weight),
-                    "torch._int_mm": lambda p: functools.partial(torch._int_mm, row_codes(p), p.int8_layer.weight.t()),
+                    "ours": lambda p: functools.partial(qo.int8_gemm, row_codes(p), p.int8_layer.qweight),
+                    "torch._int_mm": lambda p: functools.partial(torch._int_mm, row_codes(p), p.int8_layer.qweight.t()),
                 }
                 yield Case("gemm", name, str(s), "int8", make, contenders, x + w + 4 * y, "torch._int_mm", 2 * s.macs)
 

@@ -22,7 +22,7 @@ class Problem(ConvProblem):
         """The epilogue of ops.h on exact sums. float64 holds the sums and the product of a sum and a scale exactly."""
         codes = qo.quant_tensor_forward(self.x, scale, None, -127, 127, simulate=False)
         s = self.shape
-        sums = torch.nn.functional.conv2d(codes.double(), self.int8_layer.weight.double(), None, s.s, s.p, s.d, s.groups)
+        sums = torch.nn.functional.conv2d(codes.double(), self.int8_layer.qweight.double(), None, s.s, s.p, s.d, s.groups)
         scales = (scale * self.int8_layer.weight_scale.reshape(-1, 1, 1)).double()
         return (sums.float().double() * scales + self.int8_layer.bias.double().reshape(-1, 1, 1)).float()
 

@@ -21,7 +21,7 @@ class Problem(LinearProblem):
 
     def exact_sums(self, codes):
         # float64 holds these integer sums exactly: they stay below 2^53
-        return codes.double() @ self.int8_layer.weight.double().T
+        return codes.double() @ self.int8_layer.qweight.double().T
 
     def exact(self, codes, scale):
         """The epilogue of ops.h: one product of scales, one fused multiply-add (float64 holds the product exactly)."""
@@ -95,13 +95,14 @@ def bench_int8_linear(measure, case, contender):
 
 
 def gemm_ours(p):
-    return lambda: qo.int8_gemm(p.codes, p.int8_layer.weight)
+    weight = p.int8_layer.qweight
+    return lambda: qo.int8_gemm(p.codes, weight)
 
 
 def gemm_torch(p):
     if not hasattr(torch, "_int_mm"):
         pytest.skip(f"torch {torch.__version__} has no torch._int_mm")
-    weight = p.int8_layer.weight.T
+    weight = p.int8_layer.qweight.T
     return lambda: torch._int_mm(p.codes, weight)
 
 

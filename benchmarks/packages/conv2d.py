@@ -78,7 +78,7 @@ def onnx_static(p, nodes, x, y):
     products = p.int8_layer.weight_scale * scales["x_scale"]
     weights = scales | {
         "zero": torch.tensor(128, dtype=torch.uint8),
-        "w": p.int8_layer.weight.contiguous(),
+        "w": p.int8_layer.qweight.contiguous(),
         "w_scale": p.int8_layer.weight_scale,
         "w_zero": torch.zeros(s.O, dtype=torch.int8),
         "bias": (p.float_layer.bias / products).round().to(torch.int32),

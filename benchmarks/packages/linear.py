@@ -36,7 +36,7 @@ def torch_ao(engine, p):
 
 
 def int_mm(p):
-    x, weight, weight_scale, bias = p.x, p.int8_layer.weight.t(), p.int8_layer.weight_scale, p.float_layer.bias
+    x, weight, weight_scale, bias = p.x, p.int8_layer.qweight.t(), p.int8_layer.weight_scale, p.float_layer.bias
 
     def call():
         scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127

@@ -71,11 +71,14 @@ def held_bytes(*modules: nn.Module) -> int:
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             if nn.parameter.is_lazy(tensor):
                 continue  # no data yet, not even a shape
-            # A dimension of stride 0 repeats the same memory. Only plain tensors have an address to compare.
-            sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-            plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
-            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if plain and tensor.numel() else id(tensor)
-            held[key] = math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
+            plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+            if plain and tensor.numel():
+                # A dimension of stride 0 repeats the same memory.
+                sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+                key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+                held[key] = math.prod(sizes) * tensor.element_size()
+            else:  # no address to compare
+                held[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(held.values())
 
 

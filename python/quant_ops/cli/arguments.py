@@ -1,10 +1,12 @@
 """int8 for PyTorch models from the command line: look at the installation, time it, quantize a model, see what that cost.
 
-exit status: 0 all is well; 1 a check failed (info is not OK, no int8 layer meets the target); 2 arguments or data cannot be used
+exit status: 0 all is well; 1 a check failed (of info or bench); 2 the arguments, the data or the user's code cannot be used
 """
 
 import argparse
 from collections.abc import Callable, Mapping
+
+from .. import _library
 
 _EXAMPLES = """examples:
   python -m quant_ops info
@@ -32,11 +34,13 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     made = argparse.ArgumentParser(
         prog="python -m quant_ops", description=title, epilog=f"{_EXAMPLES}\n{statuses}", formatter_class=layout
     )
+    made.add_argument("--version", action="version", version=f"quant_ops {_library.VERSION}")
     subparsers = made.add_subparsers(dest="command", required=True, metavar="command")
     for name, help in _HELP.items():
         description = f"{help[0].upper()}{help[1:]}."
         sub = subparsers.add_parser(name, help=help, description=description, epilog=statuses, formatter_class=layout)
         sub.add_argument("--json", action="store_true", help="print JSON, for machines and bug reports")
+        sub.add_argument("--traceback", action="store_true", help="let errors end with Python's traceback, not with one sentence")
         sub.set_defaults(run=commands[name])
         if name in _ARGUMENTS:
             _ARGUMENTS[name](sub)
@@ -73,9 +77,11 @@ def _quantize(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("how to quantize", "Default: dynamic. Activation scales come from the data of every call.")
     group.add_argument("--static", action="store_true", help="activation scales from calibration on --data: faster")
     group.add_argument("--observer", help="how static scales are chosen: minmax (default), percentile, mse, ...")
-    group.add_argument("--asymmetric", action="store_true", help="activations with a zero point: better after ReLU")
-    group.add_argument("--weight-bits", type=int, default=8, help="2 to 8 (default 8)")
-    group.add_argument("--config", help="instead of these flags: a config as JSON, or @file")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--asymmetric", action="store_true", default=None, help="activations with a zero point: better after ReLU")
+    either.add_argument("--symmetric", action="store_false", dest="asymmetric", help="activations without a zero point")
+    group.add_argument("--weight-bits", type=int, help="2 to 8 (default 8)")
+    group.add_argument("--config", help="instead of the flags above: a config as JSON, or @file")
     group.add_argument(
         "--include", action="append", metavar="PATTERN", help="only layers whose name fits, e.g. 'blocks.*'; repeatable"
     )
@@ -89,7 +95,7 @@ def _quantize(sub: argparse.ArgumentParser) -> None:
         "--target",
         type=float,
         metavar="DB",
-        help="return the worst layers to float until the output has this SQNR; status 1 if no layer is left then",
+        help="return to float what helps the output most, until it has this SQNR; status 2 if no int8 layer could stay then",
     )
 
 

@@ -1,16 +1,22 @@
 """A quantized model as one safetensors file, and back into a fresh float model.
 
-The file holds the model's state_dict as plain tensors, each one once: int8 weights, float32 scales, and whatever stayed float. Its
-metadata has one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
+The file holds the model's state_dict as plain tensors, each one once: int8 weights, float32 scales, and whatever stayed float; also
+the buffers that a state_dict leaves out, for models on the meta device. Its metadata has one key, "quant_ops", which holds as JSON
+everything that the state_dict lacks:
 
     {"format_version": 1, "quant_ops": "0.1.0",
-     "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "config": {...} or null}, ...},
-     "shared": {"head.weight": "embedding.weight", ...}}    further names of a tensor that the file has under its first name
+     "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32",
+                                "config": {...} or null}, ...},
+     "shared": {"head.weight": "embedding.weight", ...},    further names of a tensor that the file has under its first name
+     "not_in_state_dict": ["rotary.inv_freq", ...]}
 
-``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled.
+``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled. Files from
+before ``compute_dtype`` and ``not_in_state_dict``, whose codes are called ``weight`` instead of ``qweight``, are read as well.
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -24,8 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import _library
-from .._models import has_hooks
+from .._models import has_hooks, patched
 from ..nn import INT8_LAYERS, Int8Layer
+from ..nn.base import DTYPES, is_channels_last
+from ..nn.loading import check_loads
 from . import config
 from .prepared import Prepared
 from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
@@ -35,16 +43,8 @@ FORMAT_VERSION = 1
 _KEY = "quant_ops"
 _SETTINGS = ("asymmetric", "relu")
 _CLASSES = {kind.__name__: kind for kind in INT8_LAYERS.values()}
-_DTYPES = {
-    "weight": torch.int8,
-    "weight_scale": torch.float32,
-    "bias": torch.float32,
-    "input_scale": torch.float32,
-    "input_zero_point": torch.int32,
-    "output_scale": torch.float32,
-    "output_zero_point": torch.int32,
-}
-_REQUIRED = ("weight", "weight_scale")
+_REQUIRED = ("qweight", "weight_scale")
+_FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -77,11 +77,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"quant_ops.save: expected a float or int8 model, got the {module.kind} layer {name!r}. "
                 "Call convert_ first, or keep the state_dict."
             )
-    tensors, shared = _distinct(model.state_dict())
+    state, rest = _state(model), _not_in_state_dict(model)
+    tensors, shared = _distinct(state | rest)
     layers = {
         name: _describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Int8Layer)
     }
-    header = {"format_version": FORMAT_VERSION, "quant_ops": _library.VERSION, "layers": layers, "shared": shared}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "quant_ops": _library.VERSION,
+        "layers": layers,
+        "shared": shared,
+        "not_in_state_dict": list(rest),
+    }
     with _replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
@@ -91,6 +98,39 @@ def _without_compile(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def _state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict, in which the codes of a layer that has several names are one tensor; each name unpacks its own."""
+    state = model.state_dict()
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Int8Layer) and f"{name}.qweight" in state:
+            state[f"{name}.qweight"] = state[f"{first.setdefault(module, name)}.qweight"]
+    return state
+
+
+def _not_in_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The non-persistent buffers outside int8 layers; those with the same elements are one tensor."""
+    buffers: dict[str, Tensor] = {}
+    same: dict[Any, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for attribute in [] if isinstance(module, Int8Layer) else sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers.get(attribute)
+            if buffer is None:
+                continue
+            if buffer.is_meta:
+                buffers[_join(name, attribute)] = buffer  # refused with a sentence, as others are
+                continue
+            plain = buffer.detach().cpu().contiguous()
+            data = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""
+            key = (plain.dtype, plain.shape, hashlib.sha256(data).digest())
+            buffers[_join(name, attribute)] = same.setdefault(key, plain)
+    return buffers
+
+
+def _join(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}" if module else attribute
+
+
 def _describe(layer: Int8Layer) -> dict[str, Any]:
     """Everything needed to build the layer again, except its tensors."""
     settings = layer.config
@@ -98,6 +138,7 @@ def _describe(layer: Int8Layer) -> dict[str, Any]:
         "class": type(layer).__name__,
         "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *_SETTINGS)},
         "weight_bits": layer.weight_bits,
+        "compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
         "config": None if settings is None else json.loads(settings.to_json()),
     }
 
@@ -185,12 +226,23 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     def place(tensor: Tensor) -> torch.device | str:
         return device or ("cpu" if tensor.is_meta else tensor.device)
 
-    layers = _layers(model, file, place)
     survey = Survey("load_", model)
-    model.load_state_dict(_float_state(model, file, place), strict=False, assign=True)
+    layers, floats_of_file, rest = _layers(model, file, place), _float_state(model, file, place), _rest(model, file, place)
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    try:
+        model.load_state_dict(floats_of_file, strict=False, assign=True)
+    except Exception:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        raise
+    for name, buffer in rest.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     leave_fused_paths(model)
+    check_loads(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
     return survey.finish(ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats]))
 
@@ -226,40 +278,66 @@ class _File:
             )
         names = list(self._file.keys())
         try:
-            self.header: dict[str, Any] = json.loads(text)
-            if self.header["format_version"] <= FORMAT_VERSION:
+            self.header: dict[str, Any] = json.loads(text, parse_constant=_refuse_constant)
+            version = self.header["format_version"]
+            if type(version) is not int or version < 1:
+                raise ValueError(f"format_version {version!r}")
+            if version <= FORMAT_VERSION:
                 _check_header(self.header, names)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"quant_ops.load_: expected metadata of quant_ops.save in {path}, got {error!r}") from error
-        if (version := self.header["format_version"]) > FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise ValueError(
                 f"quant_ops.load_: expected format_version <= {FORMAT_VERSION}, got {version} in {path}, written by quant_ops "
                 f"{self.header.get('quant_ops')}. Upgrade quant_ops."
             )
         self.layers: dict[str, Any] = self.header["layers"]
         self.sources: dict[str, str] = {name: name for name in names} | self.header["shared"]
+        self.not_in_state_dict = {name: self.sources.pop(name) for name in self.header.get("not_in_state_dict", [])}
+        for layer in self.layers:
+            if f"{layer}.weight" in self.sources:  # its name before it was qweight
+                self.sources.setdefault(f"{layer}.qweight", self.sources.pop(f"{layer}.weight"))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor of this name."""
-        return tuple(self._file.get_slice(self.sources[name]).get_shape())
+        source = self.sources.get(name) or self.not_in_state_dict[name]
+        return tuple(self._file.get_slice(source).get_shape())
 
     def tensor(self, source: str, device: torch.device | str) -> Tensor:
         """A tensor of the file; on the CPU it is a view of the mapped file."""
         return self._file.get_tensor(source).to(device)
 
 
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant}, which JSON does not have")
+
+
 def _check_header(header: dict[str, Any], names: list[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
+    stored = set(names)
     for name, entry in header["layers"].items():
         kind, arguments = _CLASSES[entry["class"]], entry["arguments"]
         known = arguments.keys() == {*kind.geometry, *_SETTINGS} and all(isinstance(arguments[key], bool) for key in _SETTINGS)
-        if not known or entry["weight_bits"] not in range(2, 9):
+        bits, dtype = entry["weight_bits"], entry.get("compute_dtype", "float32")
+        if not known or type(bits) is not int or bits not in range(2, 9) or dtype not in _FLOATS:
             raise ValueError(f"layer {name!r}: {entry}")
         if entry["config"] is not None:
-            config.from_json(json.dumps(entry["config"]))
+            _check_config(name, entry["config"])
     for name, source in header["shared"].items():
-        if name in names or source not in names:
+        if name in stored or source not in stored:
             raise ValueError(f"{name!r} shared with {source!r}")
+    rest = header.get("not_in_state_dict", [])
+    if type(rest) is not list or len(set(rest)) != len(rest) or not set(rest) <= stored | header["shared"].keys():
+        raise ValueError(f"not_in_state_dict {rest!r}")
+
+
+def _check_config(name: str, fields: dict[str, Any]) -> None:
+    """A config's fields have the types of their defaults; what else is wrong with them the config itself says."""
+    found = config.from_json(json.dumps(fields))
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if type(value) is not type(field.default) and (type(field.default), type(value)) != (float, int):
+            raise ValueError(f"layer {name!r} with {field.name}={value!r}")
 
 
 def _check_fit(model: nn.Module, file: _File) -> None:
@@ -271,15 +349,16 @@ def _check_fit(model: nn.Module, file: _File) -> None:
 
     for name, tensor in state.items():
         owner, _, attribute = name.rpartition(".")
-        if owner in file.layers and attribute not in ("weight", "bias"):
+        if owner in file.layers and attribute not in ("weight", "qweight", "bias"):
             continue  # the model is quantized already; its scales are replaced
         if not isinstance(tensor, Tensor):
             refuse(f"{name!r} in the model, which is no tensor and in no file")
-        if name not in file.sources:
+        stored = f"{owner}.qweight" if owner in file.layers and attribute == "weight" else name
+        if stored not in file.sources:
             others = sorted(set(file.sources) - set(state))
-            refuse(f"no {name!r} in the file (model: {tuple(tensor.shape)}; names that the file alone has: {others[:3]})")
-        if file.shape(name) != tuple(tensor.shape):
-            refuse(f"{name!r} of shape {file.shape(name)} in the file and {tuple(tensor.shape)} in the model")
+            refuse(f"no {stored!r} in the file (model: {tuple(tensor.shape)}; names that the file alone has: {others[:3]})")
+        if file.shape(stored) != tuple(tensor.shape):
+            refuse(f"{name!r} of shape {file.shape(stored)} in the file and {tuple(tensor.shape)} in the model")
     for name, entry in file.layers.items():
         module, kind = modules.get(name), _CLASSES[entry["class"]]
         if module is None or type(module) not in (kind, kind.float_class):
@@ -287,24 +366,35 @@ def _check_fit(model: nn.Module, file: _File) -> None:
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
         if has_hooks(module):
             refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
+        if reason := patched(module):
+            refuse(f"{name!r} in the model: {reason}")
         for setting in kind.geometry:
-            stored = _from_json(entry["arguments"][setting])
-            if getattr(module, setting) != stored:
-                refuse(f"{name!r} with {setting}={stored} in the file and {getattr(module, setting)} in the model")
+            argument = _from_json(entry["arguments"][setting])
+            if repr(getattr(module, setting)) != repr(argument):  # 8.0 and true are neither 8 nor 1
+                refuse(f"{name!r} with {setting}={argument!r} in the file and {getattr(module, setting)!r} in the model")
         for attribute in _REQUIRED:
             if f"{name}.{attribute}" not in file.sources:
                 refuse(f"a {kind.__name__} {name!r} without {attribute} in the file")
         if f"{name}.bias" in file.sources and module.bias is None:
             refuse(f"{name!r} with a bias in the file and without in the model")
-    known = set(state) | {f"{name}.{attribute}" for name in file.layers for attribute in _DTYPES}
+    known = set(state) | {f"{name}.{attribute}" for name in file.layers for attribute in DTYPES}
     if unexpected := [name for name in file.sources if name not in known]:
         refuse(f"{unexpected[0]!r} of shape {file.shape(unexpected[0])} in the file alone")
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if buffer.is_meta and name not in file.sources and name.rpartition(".")[0] not in file.layers:
+    for name, buffer in _meta_buffers(model, file):
+        if name not in file.not_in_state_dict:
             raise ValueError(
                 f"quant_ops.load_: expected every buffer on the meta device to be in {file.path}, got the non-persistent {name!r}, "
-                "which is in no state_dict. Build the model with this buffer on a real device."
+                "which an earlier quant_ops did not save. Build the model with this buffer on a real device."
             )
+        if file.shape(name) != tuple(buffer.shape):
+            refuse(f"{name!r} of shape {file.shape(name)} in the file and {tuple(buffer.shape)} in the model")
+
+
+def _meta_buffers(model: nn.Module, file: _File) -> Iterator[tuple[str, Tensor]]:
+    """The buffers without data that are in no state_dict."""
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_meta and name not in file.sources and name.rpartition(".")[0] not in file.layers:
+            yield name, buffer
 
 
 def _from_json(value: Any) -> Any:
@@ -317,19 +407,21 @@ def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.devic
     made: dict[tuple[Any, ...], Int8Layer] = {}
     for name, entry in file.layers.items():
         old: Any = model.get_submodule(name)
-        sources = {key: file.sources[f"{name}.{key}"] for key in _DTYPES if f"{name}.{key}" in file.sources}
+        sources = {key: file.sources[f"{name}.{key}"] for key in DTYPES if f"{name}.{key}" in file.sources}
         identity = (*sources.values(), json.dumps(entry))
         if identity not in made:
             state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
             for key, tensor in state.items():
-                if tensor.dtype != _DTYPES[key]:
+                if tensor.dtype != DTYPES[key]:
                     raise ValueError(
-                        f"quant_ops.load_: expected {name}.{key} of dtype {_DTYPES[key]} in {file.path}, got {tensor.dtype}"
+                        f"quant_ops.load_: expected {name}.{key} of dtype {DTYPES[key]} in {file.path}, got {tensor.dtype}"
                     )
             kind: Any = _CLASSES[entry["class"]]
             arguments = {key: _from_json(value) for key, value in entry["arguments"].items()}
             layer: Int8Layer = kind(**arguments, bias="bias" in state, device="meta")
             layer.weight_bits = entry["weight_bits"]
+            layer.compute_dtype = _FLOATS[entry["compute_dtype"]] if "compute_dtype" in entry else old.weight.dtype
+            layer.channels_last = getattr(old, "channels_last", False) or is_channels_last(old.weight)
             layer.config = entry["config"] and config.from_json(json.dumps(entry["config"]))
             try:
                 layer.load_state_dict(state, assign=True)
@@ -350,10 +442,26 @@ def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.
         source = file.sources[name]
         if source not in made:
             tensor = file.tensor(source, place(old))
-            if tensor.is_floating_point() != old.is_floating_point():
-                raise ValueError(
-                    f"quant_ops.load_: expected {name!r} of a dtype like {old.dtype} in {file.path}, got {tensor.dtype}"
-                )
+            _check_dtype(name, tensor, old, file)
             made[source] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         state[name] = made[source]
     return state
+
+
+def _rest(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:
+    """The buffers on the meta device that are in no state_dict. Those on a real device stay, as in ``load_state_dict``."""
+    rest: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for name, old in _meta_buffers(model, file):
+        source = file.not_in_state_dict[name]
+        if source not in made:
+            made[source] = file.tensor(source, place(old)).clone()  # the model may write into it
+            _check_dtype(name, made[source], old, file)
+        rest[name] = made[source]
+    return rest
+
+
+def _check_dtype(name: str, tensor: Tensor, old: Tensor, file: _File) -> None:
+    """The file's floating dtypes are taken, but an integer or a bool has to be the model's."""
+    if tensor.dtype != old.dtype and not (tensor.dtype in _FLOATS.values() and old.dtype in _FLOATS.values()):
+        raise ValueError(f"quant_ops.load_: expected {name!r} of a dtype like {old.dtype} in {file.path}, got {tensor.dtype}")

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..nn.loading import check_loads
 from ..observers import Observer
 from .config import Config, Scheme
 from .prepared import Prepared
@@ -86,8 +87,7 @@ class Survey:
     def finish(self, result: ConversionResult) -> ConversionResult:
         """Adds what stayed float beside the layers, tied weights, and sizes; warns if nothing was converted, and logs."""
         model, done = self._model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared)
-        if result.kind != "int8":
-            _remember(model, result)
+        _remember(model, result)
         result.skipped += [(name, _no_int8(module, weights)) for name, module, weights in _other_weights(model)]
         order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
         result.skipped.sort(key=lambda entry: order.get(entry[0], len(order)))
@@ -100,8 +100,8 @@ class Survey:
                     result.notes.append(
                         (name, f"its weight is tied to that of {other or 'the model itself'!r}, which {what}{cost}")
                     )
-        result.share = _share(model, done)
-        result.bytes_before, result.bytes_after = self._before, _size(model)
+        result.bytes_before = self._before
+        measure(model, result)
         _log.info("%s", result)
         if not result.converted:
             found = "; ".join(reasons(result.skipped)[:3]) + ("; ..." if len(result.skipped) > 3 else "")
@@ -113,19 +113,26 @@ class Survey:
         return result
 
 
+def measure(model: nn.Module, result: ConversionResult) -> None:
+    """Share and memory of the model as it is now."""
+    result.share = _share(model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared))
+    result.bytes_after = _size(model)
+
+
 def _remember(model: nn.Module, result: ConversionResult) -> None:
-    """Leaves with each layer that was skipped why, so that convert_ can say so; copies of the model keep it."""
-    for name in result.converted:
-        vars(model.get_submodule(name)).pop(_REASON, None)
-    for name, reason in result.skipped:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, Prepared | Int8Layer):
-            vars(layer)[_REASON] = reason
+    """Leaves with each layer that prepare_ skips why, so that convert_ can say so; copies of the model keep it until then."""
+    for _, layer, *_ in all_layers(model):
+        vars(layer).pop(_REASON, None)
+    if result.kind != "int8":
+        for name, reason in result.skipped:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, Prepared | Int8Layer):
+                vars(layer)[_REASON] = reason
 
 
 def remembered(layer: nn.Module) -> str:
-    """Why prepare_ or prepare_qat_ skipped the layer. It is forgotten then."""
-    return vars(layer).pop(_REASON, None) or "it is not prepared"
+    """Why prepare_ or prepare_qat_ skipped the layer."""
+    return vars(layer).get(_REASON, "it is not prepared")
 
 
 def _size(model: nn.Module) -> int:
@@ -165,7 +172,11 @@ def _no_int8(module: nn.Module, weights: list[str]) -> str:
 def _share(model: nn.Module, done: Any) -> float:
     """The fraction of the weights' elements that is in layers of these classes."""
     layers = [module for module in model.modules() if isinstance(module, done)]
-    taken = sum(math.prod(shape) for shape in {id(layer.weight): layer.weight.shape for layer in layers}.values())
+    weights: dict[int, torch.Size] = {}  # a float weight that several of them share counts once
+    for layer in layers:
+        parameter = layer._parameters.get("weight")
+        weights[id(layer if parameter is None else parameter)] = layer.weight.shape
+    taken = sum(map(math.prod, weights.values()))
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = sum(
         parameter.numel()
@@ -348,6 +359,7 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
             setattr(parent, attribute, layer)
         del module  # the last reference: the float weight is freed here
     leave_fused_paths(model)
+    check_loads(model)
 
 
 def leave_fused_paths(model: nn.Module) -> None:

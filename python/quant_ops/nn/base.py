@@ -1,24 +1,27 @@
 """What the int8 layers share: buffers, settings, checks. Plain buffers, so that deepcopy, pickle, DDP and .to() work by themselves.
 
-``weight`` (int8), ``weight_scale`` (float32), ``bias`` (float32), and for static quantization ``input_scale`` and
-``input_zero_point``: one element, or one per step; ``timestep`` is then the current step. ``forward`` is one operator call.
-Read next: packed.py, linear.py, conv.py.
+``qweight`` (int8; on the CPU only its packed copy), ``weight_scale`` (float32), ``bias`` (float32), and for static quantization
+``input_scale`` and ``input_zero_point``: one element, or one per step; ``timestep`` is then the current step. ``forward`` is one
+operator call. Read next: weight.py, linear.py, conv.py.
 """
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+import operator
+from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.onnx import is_in_onnx_export
 
 from .. import _library
-from ..ops import choose_qparams, dequant_tensor, quant_tensor_forward
-from .packed import PackedWeight
+from ..ops import choose_qparams, quant_tensor_forward
+from .weight import DequantizedWeight, dequantized, packed, placeholder, unpacked
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_in_transform = torch._C._functorch.maybe_current_level
 _Self = TypeVar("_Self", bound="Int8Layer")
 
 
@@ -47,6 +50,38 @@ def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) 
     scale = scale.detach().to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
     codes = quant_tensor_forward(weight, scale, None, -qmax, qmax, simulate=False)
     return codes.contiguous(), scale.reshape(-1).float()
+
+
+DTYPES = {
+    "qweight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+    "output_scale": torch.float32,
+    "output_zero_point": torch.int32,
+}  # of the buffers in the state_dict
+_DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
+_NO_STAND_IN: Any = ((None,) * 4, None)
+
+
+def _empty(kind: type["Int8Layer"]) -> "Int8Layer":
+    return kind.__new__(kind)
+
+
+def _shared(layer: "Int8Layer") -> tuple[Any, ...]:
+    """How ``multiprocessing`` pickles a layer. A plain weight made for the pickle would be gone before the process has started."""
+    return _empty, (type(layer),), layer._attributes()
+
+
+def size_mismatch(key: str, shape: torch.Size, current: torch.Size) -> str:
+    """What torch says of a tensor that does not fit."""
+    return f"size mismatch for {key}: copying a param with shape {shape} from checkpoint, the shape in current model is {current}."
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a weight or an image lies in channels_last and in no other order."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_scale(scale: Tensor) -> bool:
@@ -87,7 +122,7 @@ class Settings:
 class Int8Layer(nn.Module):
     """Base class of the int8 layers. A subclass says which float layer it stands for and calls its operator in ``_run``."""
 
-    _version = 1
+    _version = 2  # 1: the codes were called weight
     float_class: ClassVar[type[nn.Module]]
     geometry: ClassVar[tuple[str, ...]]  # arguments and attributes that the constructors of both layers share; bias is another
     _granularity: ClassVar[str]  # what one scale of dynamic quantization covers, for extra_repr
@@ -96,7 +131,6 @@ class Int8Layer(nn.Module):
     config: Any = None  # what a converting call made the layer by
     groups: int = 1
 
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
@@ -113,7 +147,13 @@ class Int8Layer(nn.Module):
         self.asymmetric = asymmetric
         self.relu = relu
         self.weight_bits = 8
-        self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device=device))
+        self.compute_dtype = torch.get_default_dtype()
+        self.channels_last = False
+        self._weight_shape = torch.Size(weight_shape)
+        self._placeholder = placeholder(weight_shape)
+        self._stand_in = _NO_STAND_IN
+        codes = torch.zeros(weight_shape, dtype=torch.int8, device=device)
+        self._buffers["qweight"] = codes  # register_buffer would take the property of this name for another attribute
         self.register_buffer("weight_scale", torch.ones(weight_shape[0], dtype=torch.float32, device=device))
         for name in self._OPTIONAL:
             self.register_buffer(name, None)
@@ -121,7 +161,7 @@ class Int8Layer(nn.Module):
             self.bias = torch.zeros(weight_shape[0], dtype=torch.float32, device=device)
         self.register_buffer("packed_weight", None, persistent=False)
         self.register_buffer("timestep", None, persistent=False)
-        self._packed = PackedWeight(self._buffers, self.groups)
+        self._pack()
 
     # ---- from float and back ---------------------------------------------------------------------------------------------
 
@@ -188,15 +228,17 @@ class Int8Layer(nn.Module):
             value = getattr(settings, setting)
             if value is None:
                 return None
-            tensor = torch.as_tensor(value, device=device).detach()
+            kind = torch.float32 if isinstance(value, float) else None  # whatever the default dtype is
+            tensor = torch.as_tensor(value, dtype=kind, device=device).detach()
             if tensor.numel() != 1 and not (steps and tensor.dim() == 1 and len(tensor) > 0):
                 allowed = "one element, or one per step" if steps else "one element"
                 raise ValueError(f"quant_ops.{name}: expected {setting} to have {allowed}, got shape {tuple(tensor.shape)}")
             if tensor.is_floating_point() and not dtype.is_floating_point:
                 tensor = tensor.round().clamp(-128, 127)  # a learned zero point
-            return tensor.to(dtype).reshape(() if tensor.numel() == 1 else -1)
+            return tensor.to(dtype, copy=True).reshape(() if tensor.numel() == 1 else -1)
 
-        self.weight, self.weight_scale = quantize_weight(weight, settings.weight_bits, settings.weight_scale)
+        codes, self.weight_scale = quantize_weight(weight, settings.weight_bits, settings.weight_scale)
+        self.compute_dtype, self.channels_last = weight.dtype, is_channels_last(weight)
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
         self.input_scale = scalar("input_scale", torch.float32, steps=True)
         self.input_zero_point = scalar("input_zero_point", torch.int32, steps=True)
@@ -210,18 +252,19 @@ class Int8Layer(nn.Module):
         self.output_scale = scalar("output_scale", torch.float32)
         self.output_zero_point = scalar("output_zero_point", torch.int32)
         self.asymmetric, self.relu, self.weight_bits = settings.asymmetric, settings.relu, settings.weight_bits
-        self._check_scales()
+        self._check(self._buffers)
         self._count_steps()
-        self._packed.pack()
+        self.qweight = codes
         self.train(module.training)
 
     def dequantize(self) -> nn.Module:
         """A float32 layer of ``float_class`` with the weights that this layer computes with."""
         arguments = {name: getattr(self, name) for name in self.geometry}
-        layer: Any = self.float_class(**arguments, bias=self.bias is not None, device=self.weight.device)
-        scale = self.weight_scale.reshape(-1, *[1] * (self.weight.dim() - 1))
+        layer: Any = self.float_class(**arguments, bias=self.bias is not None, device=self.device, dtype=torch.float32)
+        if self.channels_last:
+            layer.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            layer.weight.copy_(dequant_tensor(self.plain_weight(), scale))
+            layer.weight.copy_(dequantized(self.qweight, self.weight_scale, torch.float32))
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
         layer.train(self.training)
@@ -229,12 +272,36 @@ class Int8Layer(nn.Module):
 
     # ---- scales and steps ------------------------------------------------------------------------------------------------
 
-    def _check_scales(self) -> None:
-        """Scales must be positive and finite. They are checked when they arrive, not in forward."""
+    def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Raises ValueError for scales and zero points that forward could not use. It is called when they arrive, not in forward.
+
+        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step.
+        """
+
+        def refuse(relation: str, got: Any) -> NoReturn:
+            raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}, got {got}")
+
         for name in ("weight_scale", "input_scale", "output_scale"):
-            scale = self._buffers[name]
+            scale = tensors.get(name)
             if scale is not None and not scale.is_meta and not _is_scale(scale):
-                raise ValueError(f"quant_ops.{type(self).__name__}: expected {name} > 0 and finite, got {scale.tolist()}")
+                refuse(f"{name} > 0 and finite", scale.tolist())
+        for side in ("input", "output"):
+            scale, zero_point = tensors.get(f"{side}_scale"), tensors.get(f"{side}_zero_point")
+            for name, tensor in ((f"{side}_scale", scale), (f"{side}_zero_point", zero_point)):
+                steps = side == "input" and tensor is not None and tensor.dim() == 1 and len(tensor) > 0
+                if tensor is not None and tensor.numel() != 1 and not steps:
+                    allowed = "one element, or one per step" if side == "input" else "one element"
+                    refuse(f"{name} to have {allowed}", f"shape {tuple(tensor.shape)}")
+            if zero_point is None:
+                continue
+            if scale is None:
+                refuse(f"{side}_zero_point only together with {side}_scale", "it alone")
+            if zero_point.numel() != scale.numel():
+                refuse(f"one {side}_zero_point for each of {scale.numel()} steps", zero_point.numel())
+            if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
+                refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
+        if self.asymmetric and tensors.get("input_scale") is not None:
+            refuse("no input_scale in an asymmetric layer, which finds the range of every input", "one")
 
     @property
     def num_steps(self) -> int:
@@ -244,92 +311,248 @@ class Int8Layer(nn.Module):
     def _count_steps(self) -> None:
         """Adds or removes the buffer of the current step: only layers with several steps have it."""
         if (self.timestep is not None) != (self.num_steps > 1):
-            device = self.weight.device
+            device = self.device
             self.timestep = torch.zeros((), dtype=torch.int64, device=device) if self.timestep is None else None
 
-    # ---- the weight, plain and packed ------------------------------------------------------------------------------------
+    # ---- the weight ------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return self.weight_scale.device
+
+    @property
+    def qweight(self) -> Tensor:
+        """The int8 codes of the weight, unpacked where only the packed copy is kept: writing into them changes no layer.
+
+        Assigning codes of the same shape replaces the layer's.
+        """
+        codes, packed_weight = self._buffers["qweight"], self._buffers["packed_weight"]
+        if codes is not None:
+            return codes
+        assert packed_weight is not None
+        return unpacked(packed_weight, self._weight_shape, self.groups)
+
+    @qweight.setter
+    def qweight(self, codes: Tensor) -> None:
+        if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.shape != self._weight_shape:
+            wanted = f"torch.int8 of shape {tuple(self._weight_shape)}"
+            got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+            raise ValueError(f"quant_ops.{type(self).__name__}: expected qweight to be {wanted}, got {got}")
+        self._buffers["qweight"] = codes
+        self._pack()
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the values code * scale in ``compute_dtype``, the float layer's dtype as ``.half()`` and ``.to()`` changed it.
+
+        Shape, dtype and device cost nothing; any other use computes the values. Read only: the weight is ``qweight`` and
+        ``weight_scale``.
+        """
+        b = self._buffers
+        if is_compiling() or torch._C._get_tracing_state():
+            return dequantized(self.qweight, self.weight_scale, self.compute_dtype)
+        held = (b["qweight"], b["packed_weight"], b["weight_scale"], self.compute_dtype)
+        before, made = self._stand_in
+        if not all(map(operator.is_, before, held)):
+            made = DequantizedWeight(held[0], held[1], self.weight_scale, self._weight_shape, self.groups, self.compute_dtype)
+            self._stand_in = (held, made)
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"quant_ops.{type(self).__name__}: expected weight to be left alone, got an assignment. It stands for the values "
+                "of the buffers qweight and weight_scale: load those with load_state_dict, assign qweight, or change the float "
+                "model and quantize it."
+            )
+        if name == "qweight":
+            object.__setattr__(self, name, value)  # the property's setter
+        else:
+            super().__setattr__(name, value)
+
+    def _pack(self) -> None:
+        """Packs the codes that have arrived. On the CPU, whose kernels read nothing else, the packed copy replaces them."""
+        codes = self._buffers["qweight"]
+        assert codes is not None
+        self._buffers["packed_weight"] = packed(codes, self.groups)
+        if codes.device.type == "cpu" and codes.numel():
+            self._buffers["qweight"] = None
 
     def keep_packed_only(self: _Self) -> _Self:
-        """Frees the plain weight and keeps the packed copy: half the memory of a layer on the CPU.
-
-        ``weight`` becomes a placeholder of the same shape; ``state_dict`` and ``plain_weight`` unpack. Returns the layer.
+        """Checks that the layer holds its weight once, packed, as every layer on the CPU does. Returns the layer.
 
         Raises:
             RuntimeError: the layer is not on the CPU, where alone the packed copy is all that the kernels read.
         """
-        if self.weight.device.type != "cpu":
+        if self.device.type != "cpu":
             raise RuntimeError(
-                f"quant_ops.{type(self).__name__}: expected a layer on the CPU, got one on {self.weight.device}, whose kernels "
+                f"quant_ops.{type(self).__name__}: expected a layer on the CPU, got one on {self.device}, whose kernels "
                 "read the weight itself. Move it with .to('cpu') first."
             )
-        self._packed.drop_plain()
         return self
 
     @property
     def is_packed_only(self) -> bool:
-        """Whether :meth:`keep_packed_only` has freed the plain weight."""
-        return self._packed.plain_dropped
+        """Whether the layer holds its weight in the packed form alone."""
+        return self._buffers["qweight"] is None
 
     def plain_weight(self) -> Tensor:
-        """The int8 weight, unpacked if only the packed copy is kept."""
-        return self._packed.plain()
+        """The same as ``qweight``."""
+        return self.qweight
 
     # ---- moving, saving, loading -----------------------------------------------------------------------------------------
 
     def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
-        with self._packed.whole():
-            before = dict(self._buffers)
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, buffer in self._buffers.items():
-                old = before[name]
-                if buffer is not None and old is not None and buffer.dtype != old.dtype:
-                    self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
-            old = before["weight"]
-            if old is None or old.device != self.weight.device:
-                self._packed.pack()
+        before = dict(self._buffers)
+        # what fn does to a floating weight: another dtype, another memory format
+        probe = fn(torch.empty((2, 2, 2, 2), dtype=self.compute_dtype, device=self.device))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
+        self.compute_dtype = probe.dtype
+        self.channels_last = len(self._weight_shape) == 4 and (self.channels_last or is_channels_last(probe))
+        old_scale, old_packed = before["weight_scale"], before["packed_weight"]
+        if old_scale is not None and old_scale.device != self.device:
+            if self._buffers["qweight"] is None:
+                assert old_packed is not None
+                self._buffers["qweight"] = fn(unpacked(old_packed, self._weight_shape, self.groups))
+            self._pack()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "qweight"] = self.qweight
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.plain_weight()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._OPTIONAL:  # a checkpoint says whether the layer is static and has a bias
-            stored = state_dict.get(prefix + name)
-            if stored is not None and self._buffers[name] is None and name != "bias":
-                setattr(self, name, torch.empty_like(stored, device=self.weight.device))
-        with self._packed.whole():
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self._packed.pack()
-        if self.input_scale is not None:
-            self.asymmetric = False  # of dynamic quantization; a static layer has its zero point beside the scale
-        self._check_scales()
+    def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why this part of a state_dict cannot be loaded, whatever ``strict`` is; None if it can.
+
+        Raises:
+            ValueError: scales or zero points that no layer could use.
+        """
+        layer = f"quant_ops.{type(self).__name__}"
+        own = {name: state_dict[prefix + name] for name in (*DTYPES, "weight") if prefix + name in state_dict}
+        if "weight" in own and "qweight" not in own and own["weight"].dtype == torch.int8:
+            own["qweight"] = own.pop("weight")  # written before version 2
+        if "weight" in own:
+            return (
+                f"{layer}: expected int8 codes {prefix + 'qweight'!r}, got the float weight {prefix + 'weight'!r}. Load the float "
+                "checkpoint into the float model, and quantize that."
+            )
+        for name, tensor in own.items():
+            if not isinstance(tensor, Tensor):
+                return f"{layer}: expected {prefix + name!r} to be a Tensor, got {type(tensor).__name__}"
+            wanted = DTYPES[name]
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                return f"{layer}: expected {prefix + name!r} of dtype {wanted}, got {tensor.dtype}"
+            held = self._buffers[name]
+            shape = self._weight_shape if name == "qweight" else held.shape if held is not None else None
+            if shape is not None and tensor.shape != shape and not (tensor.numel() == 1 and shape in ((), (1,))):
+                return size_mismatch(prefix + name, tensor.shape, shape)
+        if "qweight" in own and "weight_scale" not in own:
+            return f"{layer}: expected {prefix + 'weight_scale'!r} with {prefix + 'qweight'!r}, got the codes alone"
+        self._check({**self._buffers, **own})
+        return None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        missing_keys, _, error_msgs = lists
+        if problem := self.refusal(state_dict, prefix):
+            error_msgs.append(problem)
+            missing_keys += [prefix + name for name in ("qweight", "weight_scale") if prefix + name not in state_dict]
+            return
+        old_name, name = prefix + "weight", prefix + "qweight"
+        if old_name in state_dict:
+            state_dict[name] = state_dict.pop(old_name)
+        for buffer, dtype in DTYPES.items():
+            stored, held = state_dict.get(prefix + buffer), self._buffers[buffer]
+            if stored is not None and stored.dtype != dtype:
+                state_dict[prefix + buffer] = stored = stored.to(dtype)
+            if stored is not None and buffer.startswith(("input_", "output_")):
+                if stored.numel() == 1:
+                    state_dict[prefix + buffer] = stored = stored.reshape(())
+                if held is None or held.shape != stored.shape:  # a checkpoint says whether the layer is static
+                    self._buffers[buffer] = torch.empty_like(stored, device=self.device)
+            if held is not None and held is self._buffers[buffer] and held.is_inference() and not torch.is_inference_mode_enabled():
+                self._buffers[buffer] = held.clone()  # it could not be written into
+        arrives, kept = name in state_dict, (self._buffers["qweight"], self._buffers["packed_weight"])
+        if kept[0] is None:
+            self._buffers["qweight"] = torch.empty(self._weight_shape, dtype=torch.int8, device=self.device if arrives else "meta")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if not arrives:
+            self._buffers["qweight"], self._buffers["packed_weight"] = kept
+        elif self._buffers["qweight"] is not None:
+            self._pack()
         self._count_steps()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_packed"]
-        state["_buffers"] = {**state["_buffers"], "weight": self.plain_weight(), "packed_weight": None}
-        state["_was_packed_only"] = self.is_packed_only
+        state = self._attributes()
+        state["_buffers"] = {**state["_buffers"], "qweight": self.qweight, "packed_weight": None}
         return state
 
+    def _attributes(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        packed_only = state.pop("_was_packed_only", False)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._packed = PackedWeight(self._buffers, self.groups)
-        if packed_only and self.weight.device.type == "cpu":
-            self._packed.drop_plain()
+        b = self._buffers
+        if "qweight" not in b:  # pickled before version 2
+            self._buffers = b = {"qweight": b.pop("weight"), **b}
+            self.__dict__.pop("_was_packed_only", None)
+            assert b["qweight"] is not None
+            self._weight_shape, self.compute_dtype, self.channels_last = b["qweight"].shape, torch.float32, False
+        self._placeholder, self._stand_in = placeholder(self._weight_shape), _NO_STAND_IN
+        if b["packed_weight"] is None:
+            self._pack()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """To another process of this machine a layer goes as it is, its packed weight in shared memory."""
+        super().__init_subclass__(**kwargs)
+        ForkingPickler.register(cls, _shared)
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; see the class for shapes and dtypes."""
         # Skip the operator's autograd kernel where nothing requires a gradient: it is Python, takes 3 us, and only refuses
-        # gradients. Tensors of inference mode never reach it. Under torch.func and in forward mode nothing requires a gradient.
-        if is_compiling() or x.is_inference() or x.requires_grad or _in_transform() is not None or forward_ad._current_level >= 0:
-            return self._run(x)
+        # gradients. Tensors of inference mode never reach it. What a Proxy of torch.fx has as requires_grad is not False.
+        if is_compiling() or x.requires_grad is not False or x.is_inference():
+            return self._forward_unusual(x)
         with _below_autograd():
             return self._run(x)
+
+    def _forward_unusual(self, x: Tensor) -> Tensor:
+        """Compiled, traced by torch.fx, with gradients, or in inference mode."""
+        if isinstance(x, Proxy):  # the layer becomes one node of the graph, as torch's own layers do
+            tracer: Any = x.tracer
+            node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+            return node
+        if is_in_onnx_export():
+            self._refuse_onnx()
+        return self._run(x)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Called instead of forward by torch.jit.trace."""
+        if is_in_onnx_export():
+            self._refuse_onnx()
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _refuse_onnx(self) -> NoReturn:
+        raise RuntimeError(
+            f"quant_ops.{type(self).__name__}: expected no torch.onnx.export of int8 layers, whose operators ONNX lacks. Export "
+            "the float model and quantize it with the tools of ONNX, or keep the int8 model in torch, with torch.export.export or "
+            "torch.jit.trace."
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script."""
+        raise RuntimeError(
+            f"quant_ops.{type(self).__name__}: expected no torch.jit.script of int8 layers, which it cannot compile. Use "
+            "torch.jit.trace or torch.export.export."
+        )
 
     def _run(self, x: Tensor) -> Tensor:
         """The operator call."""
@@ -361,7 +584,7 @@ class Int8Layer(nn.Module):
         mode = "static" if self.input_scale is not None else f"dynamic {self._granularity}"
         mode += f" in {self.num_steps} steps" if self.num_steps > 1 else ""
         zero = "asymmetric" if self.asymmetric or self.input_zero_point is not None else "symmetric"
-        kernel = _library.gemm_kernel() if self.weight.device.type == "cpu" else self.weight.device.type
+        kernel = _library.gemm_kernel() if self.device.type == "cpu" else self.device.type
         output = "" if self.output_scale is None else ", output=int8"
         relu = ", relu=True" if self.relu else ""
         return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{relu}, kernel={kernel}"

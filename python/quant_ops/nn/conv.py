@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Int8Layer
-from .packed import as_image_kernel
+from .weight import as_image_kernel
 
 _conv2d = torch.ops.quant_ops.int8_conv2d.default
 
@@ -78,16 +78,28 @@ class _QuantConv(Int8Layer):
 class QuantConv2d(_QuantConv):
     """int8 nn.Conv2d for inference: any channels, stride, padding, dilation and groups; see :class:`QuantLinear`.
 
-    Dynamic quantization is per sample. channels_last input gives channels_last output without a copy.
+    Dynamic quantization is per sample. channels_last input gives channels_last output without a copy. Once the layer was moved with
+    ``.to(memory_format=torch.channels_last)``, or made from a layer that was, every output is channels_last.
     """
 
     float_class = nn.Conv2d
 
     def _run(self, x: Tensor) -> Tensor:
         b = self._buffers
+        weight = b["qweight"]
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         if self._pad_input is not None:
             x = F.pad(x, self._pad_input, self.padding_mode)
-        return _conv2d(x, b["weight"], b["weight_scale"], b["bias"], **self._conv_options, **self._options())
+        y = _conv2d(
+            x,
+            self._placeholder if weight is None else weight,
+            b["weight_scale"],
+            b["bias"],
+            **self._conv_options,
+            **self._options(),
+        )
+        return y.contiguous(memory_format=torch.channels_last) if self.channels_last and y.dim() == 4 else y
 
 
 class QuantConv1d(_QuantConv):
@@ -106,6 +118,6 @@ class QuantConv1d(_QuantConv):
         x = x.unsqueeze(-2)
         if self._pad_input is not None:
             x = F.pad(x, self._pad_input, self.padding_mode)
-        weight: Any = b["weight"]
+        weight = self._placeholder if b["qweight"] is None else as_image_kernel(b["qweight"])
         options = self._conv_options | self._options()
-        return _conv2d(x, as_image_kernel(weight), b["weight_scale"], b["bias"], **options).squeeze(-2)
+        return _conv2d(x, weight, b["weight_scale"], b["bias"], **options).squeeze(-2)

@@ -13,7 +13,7 @@ class QuantLinear(Int8Layer):
 
     Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
     with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
-    ``load_state_dict``; writing into ``weight`` in place would leave the packed copy behind.
+    ``load_state_dict``, or by assigning ``qweight``. The layer has buffers and no parameters.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
@@ -39,7 +39,8 @@ class QuantLinear(Int8Layer):
 
     def _run(self, x: Tensor) -> Tensor:
         b = self._buffers
-        return _linear(x, b["weight"], b["weight_scale"], b["bias"], **self._options())
+        weight = b["qweight"]
+        return _linear(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **self._options())
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

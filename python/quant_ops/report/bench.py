@@ -20,6 +20,10 @@ from .timing import interleave
 _LEAST_SQNR = 30.0  # dB: less is a wrong result, not a rounding error
 
 
+class CheckFailed(RuntimeError):
+    """The int8 result is wrong."""
+
+
 def linear(bs: int = 512, cin: int = 960, cout: int = 960, *, seconds: float = 1.0) -> dict[str, Any]:
     """Times ``nn.Linear(cin, cout)`` on a batch of ``bs`` rows."""
     return _bench(nn.Linear(cin, cout), (bs, cin), f"linear bs={bs} cin={cin} cout={cout}", 2 * bs * cin * cout, seconds)
@@ -55,7 +59,7 @@ def _bench(layer: nn.Module, shape: tuple[int, ...], title: str, operations: int
     quality = {name: sqnr(reference, quantized(x)) for name, quantized in (("dynamic", dynamic), ("static", static))}
     for name, found in quality.items():
         if found < _LEAST_SQNR:
-            raise RuntimeError(f"quant_ops.bench: expected an SQNR of {_LEAST_SQNR} dB of {title}, {name}, got {found:.1f}")
+            raise CheckFailed(f"quant_ops.bench: expected an SQNR of {_LEAST_SQNR} dB of {title}, {name}, got {found:.1f}")
     layer_half, x_half = copy.deepcopy(layer).to(half), x.to(half)
     calls: dict[str, Callable[[], Tensor]] = {
         "FP32": lambda: layer(x),

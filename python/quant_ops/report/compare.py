@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .._models import Forward, call, evaluating
+from .._models import Forward, call, evaluating, held_bytes
 from ..nn import Int8Layer
 from .error import Sums
 from .report import LayerReport, Report
@@ -23,15 +23,15 @@ from .timing import interleave
 def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Forward | None = None, repeats: int = 3) -> Report:
     """Runs both models on a batch and measures every int8 layer against its float original.
 
-    Neither model is changed: both run in eval mode without gradients and get their modes back. The float model runs once, each
-    layer ``1 + repeats`` times, the int8 model once.
+    Neither model is changed: both run in eval mode without gradients and get their modes back. Both models and each layer run
+    ``1 + repeats`` times.
 
     Args:
         float_model: as it was before quantization, with the same names.
         model: its quantized form.
         batch: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         forward: ``forward(model, batch)`` for models that are called in another way.
-        repeats: timed runs of each layer; 0 leaves the times out.
+        repeats: timed runs of each layer and of both models; 0 leaves the times out.
 
     Returns:
         A report; it keeps the float model and the batch for :func:`fallback_`.
@@ -47,8 +47,28 @@ def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Fo
         inputs: dict[str, torch.dtype] = {}
         with _watching(model, inputs):
             error, cosine = difference(expected, outputs(model, batch, forward))
+        calls = {name: functools.partial(call, m, batch, forward) for name, m in (("float", float_model), ("int8", model))}
+        times = _least_seconds(calls, repeats, expected[0].device)
     layers, unreached = probes.results(inputs)
-    return Report(layers, unreached, error, cosine, _source=(float_model, batch, forward))
+    return Report(
+        layers,
+        unreached,
+        error,
+        cosine,
+        float_bytes=held_bytes(float_model),
+        bytes=held_bytes(model),
+        float_seconds=times.get("float"),
+        seconds=times.get("int8"),
+        _source=(float_model, batch, forward),
+    )
+
+
+def _least_seconds(calls: dict[str, Any], repeats: int, device: torch.device) -> dict[str, float]:
+    """The shortest of the timed runs of each; none without repeats."""
+    if not repeats:
+        return {}
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    return {name: min(times) for name, times in interleave(calls, rounds=repeats, turn=0.0, warm=False, synchronize=wait).items()}
 
 
 def outputs(model: nn.Module, batch: Any, forward: Forward | None) -> list[Tensor]:
@@ -157,10 +177,9 @@ class Probes:
             of.clipped += int(((codes < -128) | (codes > 127)).sum())
         if self.repeats:
             calls = {"float": functools.partial(of.original.forward, x), "int8": functools.partial(of.layer, x)}
-            wait = functools.partial(torch.cuda.synchronize, x.device) if x.is_cuda else None
-            times = interleave(calls, rounds=self.repeats, turn=0.0, warm=False, synchronize=wait)
-            of.float_seconds += min(times["float"])
-            of.seconds += min(times["int8"])
+            times = _least_seconds(calls, self.repeats, x.device)
+            of.float_seconds += times["float"]
+            of.seconds += times["int8"]
 
     def results(self, inputs: Mapping[str, torch.dtype]) -> tuple[list[LayerReport], list[str]]:
         """The reached layers and the names of the others; ``inputs`` says which dtype each has in its own model."""
@@ -172,8 +191,8 @@ class Probes:
                 error=of.error,
                 cosine=of.cosine,
                 clipped=of.clipped / of.elements if of.elements else 0.0,
-                float_bytes=_bytes(of.original),
-                bytes=_bytes(of.layer),
+                float_bytes=held_bytes(of.original),
+                bytes=held_bytes(of.layer),
                 float_seconds=of.float_seconds if self.repeats else None,
                 seconds=of.seconds if self.repeats else None,
                 chained=_chained(of.layer, inputs.get(of.name)),
@@ -217,7 +236,3 @@ def _chained(layer: Int8Layer, input_dtype: torch.dtype | None) -> str:
     if layer.relu:
         return "it has a fused ReLU"
     return "it takes int8 from the layer before" if input_dtype in (torch.int8, torch.uint8) else ""
-
-
-def _bytes(layer: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())

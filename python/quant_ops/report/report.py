@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .._models import Forward
+from .._models import Forward, Printed
 from .error import decibel
 
 
@@ -26,7 +26,7 @@ class LayerReport:
         error: normalised error of its output; ``sqnr`` is the same in dB.
         cosine: of the angle between both outputs.
         clipped: fraction of its input that a static scale saturates; 0 for dynamic quantization.
-        float_bytes, bytes: weights, bias and scales.
+        float_bytes, bytes: memory that its tensors hold, a packed copy of the weight included.
         float_seconds, seconds: the shortest of the timed runs, summed over calls; None if not timed.
         chained: why it cannot be float alone: it takes or gives int8, or has a fused ReLU. Empty if it can.
     """
@@ -49,20 +49,26 @@ class LayerReport:
         return decibel(self.error)
 
 
-@dataclasses.dataclass
-class Report:
-    """What :func:`compare` found. ``print(report)`` shows the table.
+@dataclasses.dataclass(repr=False)
+class Report(Printed):
+    """What :func:`compare` found. It prints as its table, also in a notebook.
 
     Attributes:
         layers: the int8 layers that the batch reached, in the model's order.
         unreached: names of those that it did not reach.
         error, cosine: of the whole model's output; ``sqnr`` in dB.
+        float_bytes, bytes: memory that the tensors of the whole models hold, those that stayed float included.
+        float_seconds, seconds: the shortest of the timed runs of the whole models; None if not timed.
     """
 
     layers: list[LayerReport]
     unreached: list[str]
     error: float
     cosine: float
+    float_bytes: int = 0
+    bytes: int = 0
+    float_seconds: float | None = None
+    seconds: float | None = None
     _source: "tuple[nn.Module, Any, Forward | None] | None" = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -71,12 +77,18 @@ class Report:
         return decibel(self.error)
 
     def worst(self, n: int = 5) -> list[LayerReport]:
-        """The n layers that lose most, worst first."""
+        """The n layers that lose most, worst first.
+
+        Raises:
+            ValueError: n < 0.
+        """
+        if n < 0:
+            raise ValueError(f"quant_ops.Report.worst: expected n >= 0, got {n}")
         return sorted(self.layers, key=lambda layer: -layer.error)[:n]
 
     def table(self) -> str:
         """The layers in the model's order, one a line, then the whole model."""
-        timed = all(map(_timed, self.layers))
+        timed = _timed(self) and all(map(_timed, self.layers))
         header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", "int8", "us float", "int8"]
         rows = [
             [
@@ -92,9 +104,9 @@ class Report:
             for layer in self.layers
         ]
         totals = ["model", "", "", f"{self.sqnr:.1f}", f"{self.cosine:.6f}", ""]
-        totals += _pair(sum(layer.float_bytes for layer in self.layers) / 1024, sum(layer.bytes for layer in self.layers) / 1024)
+        totals += _pair(self.float_bytes / 1024, self.bytes / 1024)
         if timed:
-            totals += _pair(*(1e6 * sum(getattr(x, key) for x in self.layers) for key in ("float_seconds", "seconds")))
+            totals += _pair(1e6 * (self.float_seconds or 0), 1e6 * (self.seconds or 0))
         lines = _columns([header[: len(totals)], *rows, totals])
         return "\n".join([*lines, *(f"never called: {name}" for name in self.unreached)])
 
@@ -108,6 +120,10 @@ class Report:
                 "sqnr_db": _finite(self.sqnr),
                 "error": _finite(self.error),
                 "cosine": _finite(self.cosine),
+                "float_bytes": self.float_bytes,
+                "bytes": self.bytes,
+                "float_seconds": self.float_seconds,
+                "seconds": self.seconds,
                 "layers": [
                     {key: _finite(value) for key, value in dataclasses.asdict(layer).items()} | {"sqnr_db": _finite(layer.sqnr)}
                     for layer in self.layers
@@ -130,12 +146,15 @@ class Report:
             for layer in layers:
                 layer.error = math.inf if layer.error is None else float(layer.error)
             error = math.inf if data["error"] is None else float(data["error"])
-            return cls(layers, [str(name) for name in data["unreached"]], error, float(data["cosine"]))
-        except (ValueError, TypeError, KeyError, AttributeError) as wrong:
+            whole = {key: data.get(key) for key in ("float_seconds", "seconds")}
+            for key in ("float_bytes", "bytes"):  # reports of version 0.1.0 lack them
+                whole[key] = data.get(key, sum(getattr(layer, key) for layer in layers))
+            return cls(layers, [str(name) for name in data["unreached"]], error, float(data["cosine"]), **whole)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as wrong:
             raise ValueError(f"quant_ops.Report.from_json: expected the JSON of Report.to_json, got {wrong!r}") from wrong
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Writes a picture (PNG, SVG, PDF by the ending): SQNR and time of every layer.
+        """Writes a picture (PNG, SVG, PDF by the ending): SQNR and time of every layer, the worst first.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -146,33 +165,55 @@ class Report:
             raise ImportError(
                 "quant_ops.Report.plot: expected matplotlib, got none installed. Install it with: pip install 'quant_ops[report]'"
             ) from error
-        timed = all(map(_timed, self.layers))
-        figure = Figure(figsize=(12 if timed else 7, 1.5 + 0.25 * len(self.layers)), layout="constrained")
-        places = range(len(self.layers))
-        names = [layer.name for layer in self.layers]
-        finite = [layer.sqnr for layer in self.layers if math.isfinite(layer.sqnr)]
-        highest = max([*finite, self.sqnr if math.isfinite(self.sqnr) else 0.0, 1.0])
-        axes = figure.add_subplot(1, 2 if timed else 1, 1)
-        axes.barh(places, [min(max(layer.sqnr, 0.0), highest) for layer in self.layers], color="tab:blue")
-        axes.axvline(min(max(self.sqnr, 0.0), highest), color="black", linestyle="--", label=f"model: {self.sqnr:.1f} dB")
-        axes.set(yticks=places, yticklabels=names, xlabel="SQNR of the layer (dB)")
-        axes.invert_yaxis()
-        axes.legend()
+        worst = self.worst(len(self.layers))
+        timed = bool(worst) and all(map(_timed, worst))
+        height = 1.6 + 0.22 * max(4, len(worst))
+        figure = Figure(figsize=(13 if timed else 8, height), layout="constrained")
+        figure.suptitle(f"int8 against float, {len(worst)} layers, the worst first")
+        axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
+        _plot_sqnr(axes[0], worst, self.sqnr)
         if timed:
-            axes = figure.add_subplot(1, 2, 2)
-            axes.barh([p - 0.2 for p in places], [1e6 * (x.float_seconds or 0) for x in self.layers], 0.4, label="float")
-            axes.barh([p + 0.2 for p in places], [1e6 * (x.seconds or 0) for x in self.layers], 0.4, label="int8")
-            axes.set(yticks=places, yticklabels=[], xlabel="time (microseconds)")
-            axes.invert_yaxis()
-            axes.legend()
+            _plot_times(axes[1], worst)
         figure.savefig(path, dpi=120)
+
+
+def _plot_sqnr(axes: Any, layers: list[LayerReport], model: float) -> None:
+    """A line from the axis to each layer's SQNR. The axis covers the values, which seldom begin near 0 dB."""
+    finite = [value for value in (*(layer.sqnr for layer in layers), model) if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    margin = max(1.0, 0.08 * (high - low))
+    left, right = low - margin, high + margin
+    values = [min(max(layer.sqnr, left), right) for layer in layers]
+    places = range(len(layers))
+    axes.hlines(places, left, values, color="tab:blue", alpha=0.5)
+    axes.plot(values, places, "o", color="tab:blue", label="layer")
+    if math.isfinite(model):
+        axes.axvline(model, color="black", linestyle="--", label=f"whole model: {model:.1f} dB")
+    axes.set(xlim=(left, right), yticks=places, yticklabels=[layer.name for layer in layers], xlabel="SQNR (dB), more is better")
+    _rows(axes, len(layers))
+
+
+def _plot_times(axes: Any, layers: list[LayerReport]) -> None:
+    places = range(len(layers))
+    axes.barh([p - 0.2 for p in places], [1e6 * (x.float_seconds or 0) for x in layers], 0.4, label="float", color="tab:gray")
+    axes.barh([p + 0.2 for p in places], [1e6 * (x.seconds or 0) for x in layers], 0.4, label="int8", color="tab:blue")
+    axes.set(yticks=places, yticklabels=[], xlabel="time (microseconds)")
+    _rows(axes, len(layers))
+
+
+def _rows(axes: Any, count: int) -> None:
+    """The first layer on top, and the legend above the axes, where it hides nothing."""
+    axes.set_ylim(max(count, 1) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.4)
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _timed(layer: LayerReport) -> bool:
+def _timed(layer: LayerReport | Report) -> bool:
     return layer.seconds is not None and layer.float_seconds is not None
 
 
