@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> bool:
     print(f"before quantization: {qo.fold_batchnorm_(model, train_x[:8])}")
 
     # One scale for the weights of each output channel, one scale and zero point for each layer's input.
-    int8 = static(model, train_x, qo.Int8Static(observer="mse", asymmetric=True))
+    int8 = static(model, train_x, qo.Int8Static(observer="mse"))
     # Fewer bits, to see something being lost. The accuracy that decides is not that of the test images.
-    coarse = static(model, train_x, qo.Int8Static(observer="mse", asymmetric=True, weight_bits=3))
+    coarse = static(model, train_x, qo.Int8Static(observer="mse", weight_bits=3))
     report = qo.compare(model, coarse, test_x)
     print(f"\nwith weights of 3 bits:\n{report}\n")
     mixed = copy.deepcopy(coarse)

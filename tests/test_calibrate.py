@@ -14,7 +14,7 @@ from models import Net, Two, batches
 from torch import nn
 
 import quant_ops as qo
-from quant_ops.convert.prepared import Prepared, PreparedLinear
+from quant_ops.convert.prepared import PreparedLinear
 from quant_ops.observers import Observer
 
 KINDS = sorted(Observer.kinds)
@@ -109,7 +109,7 @@ def test_an_interrupt_keeps_what_it_has(caplog):
     assert "interrupted after 2 batches" in caplog.text
     assert model.training
     qo.convert_(model)
-    assert float(model.fc.input_scale) == pytest.approx(2 / 127)
+    assert float(model.fc.input_scale) == pytest.approx(2 / 255)
 
 
 def test_an_interrupt_before_the_first_batch():
@@ -272,21 +272,33 @@ def test_steps_below_one():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_that_are_not_finite(kind, bad):
-    model = Net().eval()
-    qo.prepare_(model, qo.Int8Static(observer=kind))
+    """The batch is left out, with a warning and a note."""
+    models = Net().eval(), Net().eval()
+    for model in models:
+        qo.prepare_(model, qo.Int8Static(observer=kind))
     x = batches(1)[0]
     x[1, 2, 3, 4] = bad
-    with pytest.raises(
-        ValueError, match=r"^quant_ops\.calibrate: expected finite activations, got NaN or Inf at the inputs of \['stem', "
+    with pytest.warns(
+        UserWarning, match=r"^quant_ops\.calibrate: expected finite activations, got .* at the inputs of stem \(1\), "
     ):
-        qo.calibrate(model, [*batches(), x])
-    before = dict(model.named_modules())
-    message = r"^quant_ops\.convert_: expected finite activations in calibration, got NaN or Inf .* at the input of layer 'stem'$"
-    with pytest.raises(ValueError, match=message):
+        qo.calibrate(models[0], [*batches(), x])
+    qo.calibrate(models[1], batches())
+    results = [qo.convert_(model) for model in models]
+    assert len(results[0].converted) == 5
+    assert results[0].notes == [(name, "NaN or Inf at its input: 1 batch left out") for name in results[0].converted]
+    assert results[1].notes == []
+    for (name, expected), got in zip(models[1].state_dict().items(), models[0].state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+
+
+def test_no_batch_is_finite():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    qo.prepare_(model)
+    with pytest.warns(UserWarning, match="got batches with NaN or Inf"):
+        qo.calibrate(model, [torch.full((2, 4), float("nan"))])
+    with pytest.raises(ValueError, match=r"^quant_ops\.convert_: expected calibration data, got batches with NaN or Inf alone\."):
         qo.convert_(model)
-    assert dict(model.named_modules()) == before
-    for module in model.modules():
-        if isinstance(module, Prepared):
-            module.observer.reset()
-    qo.calibrate(model, batches())
-    assert len(qo.convert_(model).converted) == 5
+    assert isinstance(model[0], PreparedLinear)
+    qo.calibrate(model[1:], [torch.ones(2, 4)])
+    reason = "its input held NaN or Inf in every batch (1 batch)"
+    assert qo.convert_(model).skipped == [("0", reason)]

@@ -14,6 +14,7 @@ from torch import nn
 
 import quant_ops as qo
 from quant_ops.compat import torch_quant_ext
+from quant_ops.nn import Int8Layer
 
 
 def run(block, **names):
@@ -158,6 +159,68 @@ def test_torch_quantizer_document(tmp_path, monkeypatch, steps):
     if steps > 1:
         with pytest.raises(ValueError, match=rf"expected a checkpoint of 3 steps, got \[{steps}\]"):
             run(block, unet=TinyUNet(), n_bits=8, ddim_steps=3)
+
+
+def test_torch_quantizer_fake_model_simulates_and_trains():
+    """The first forward is the float model's; later ones have the values of 2-bit weights, and gradients."""
+    from quant_ops.compat import torch_quantizer as tq
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(64, 8)
+    expected = model(x)
+    fake = tq.fake_quant(model, {"n_bits": 2, "scale_method": "mse"}, {"scale_method": "mse"})
+    assert torch.equal(fake(x), expected)
+    simulated = fake(x)
+    assert 0.05 < (simulated - expected).norm() / expected.norm() < 1
+    simulated.square().mean().backward()
+    assert all(p.grad is not None for p in fake.parameters())
+    scale = float(fake[0].input_scale)
+    fake.train()(10 * x)
+    assert float(fake[0].input_scale) == scale
+
+
+def runs(model, timesteps):
+    """What step the model is in at each call."""
+    steps = []
+    handle = model.up.register_forward_hook(lambda layer, *_: steps.append(int(layer.timestep)))
+    for t in timesteps:
+        model(torch.randn(1, 4, 8, 8), torch.tensor(float(t)))
+    handle.remove()
+    return steps
+
+
+def test_torch_quantizer_counts_runs_by_their_timesteps(tmp_path):
+    """A run of another length warns and shifts no later one; so does a stray call."""
+    from quant_ops.compat import torch_quantizer as tq
+
+    run = [30, 20, 10]
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {}, num_steps=3)
+    assert runs(fake, run + run) == [0, 1, 2] * 2
+    real = tq.fake2real(fake, tmp_path)
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 1"):
+        assert runs(real, [15, *run, *run]) == [0, *[0, 1, 2] * 2]
+    loaded = tq.real_quant(TinyUNet().eval(), 8, 3, str(tmp_path / "TinyUNet_8bits_3steps.safetensors"))
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 4"):
+        assert runs(loaded, [30, 20, 20, 10, *run]) == [0, 1, 2, 2, 0, 1, 2]
+    loaded = tq.real_quant(TinyUNet().eval(), 8, 3, str(tmp_path / "TinyUNet_8bits_3steps.safetensors"))
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 2"):
+        assert runs(loaded, [15, *run, *run]) == [0, 1, 1, 2, 0, 1, 2]  # the direction shows at the third call
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {}, num_steps=3)
+    assert runs(fake, [5, 5]) == [0, 1]
+    with pytest.warns(UserWarning, match="expected runs of 3 calls of the model, got one of 2"):
+        tq.fake2real(fake, tmp_path)
+
+
+def test_torch_quantizer_looks_at_the_folder_first(tmp_path):
+    from quant_ops.compat import torch_quantizer as tq
+
+    fake = tq.fake_quant(TinyUNet().eval(), {}, {})
+    fake(torch.randn(1, 4, 8, 8), torch.tensor(1.0))
+    with pytest.raises(FileNotFoundError, match=r"^quant_ops\.fake2real: expected save_dir to be a folder, got "):
+        tq.fake2real(fake, tmp_path / "none")
+    tq.fake2real(fake, tmp_path)
+    with pytest.raises(TypeError, match=r"expected act_quant_params with keys among \[.*\], got \['bogus'\]$"):
+        tq.fake_quant(TinyUNet(), {}, {"bogus": 1})
 
 
 def test_torch_quantizer_without_a_checkpoint():
@@ -320,7 +383,7 @@ def test_torch_quant_document(tmp_path, monkeypatch):
         "outlier": nn.Linear,
         "head": nn.Linear,
     }
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     expected = model(ids)
     assert (found["output"] - expected).norm() < 0.03 * expected.norm()
     assert torch.equal(torch.jit.load("quant.pt")(ids), found["output"])
@@ -353,8 +416,103 @@ def test_torch_quant_filter_backend_and_amp():
     only.calib(model)(ids)
     assert type(only.quantize(model).up) is nn.Linear
     assert isinstance(only.quantize(model).head, qo.QuantLinear)
-    with pytest.raises(TypeError, match="expected act_ob_ctr to be an observer's name"):
+    with pytest.raises(TypeError, match="expected act_ob_ctr to be an observer's name or class"):
         Quantizer(act_ob_ctr=torch.nn.Identity)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.Conv1d(8, 8, 1), nn.Flatten(0), nn.Linear(72, 4)).eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantized"),
+    [
+        ({"exclude_classes": [Block]}, {"1", "3"}),
+        ({"exclude_classes": ["Block"]}, {"1", "3"}),
+        ({"include_classes": [Block]}, {"0.lin"}),
+        ({"include_classes": [nn.Linear]}, {"0.lin", "3"}),
+        ({"include_classes": [Block], "include_names": ["3"]}, {"0.lin", "3"}),
+        ({"include_names": ["0"], "exclude_classes": [nn.Linear]}, set()),
+        ({"include_op_types": [nn.Linear]}, {"0.lin", "3"}),
+        ({"exclude_op_types": [nn.Linear]}, {"1"}),
+        ({"include_op_types": [nn.Linear], "exclude_names": ["0"]}, {"3"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:quant_ops.prepare_. expected at least one")
+def test_torch_quant_filters(settings, quantized):
+    """A container class stands for all within."""
+    from quant_ops.compat.torch_quant import ModuleFilter, Quantizer
+
+    model, quantizer = blocks(), Quantizer(ModuleFilter(**settings))
+    proxy = quantizer.calib(model)
+    with torch.no_grad():
+        proxy[3](proxy[2](proxy[1](proxy[0](torch.randn(9, 8)).T)))
+    if not quantized:
+        with pytest.raises(ValueError, match="expected quantize after calib"):
+            quantizer.quantize(model)
+        return
+    made = quantizer.quantize(model)
+    assert {name for name, layer in made.named_modules() if isinstance(layer, Int8Layer)} == quantized
+
+
+@pytest.mark.parametrize("field", ["include_names", "exclude_names"])
+def test_torch_quant_refuses_a_name_that_no_module_has(field):
+    from quant_ops.compat.torch_quant import ModuleFilter, Quantizer
+
+    with pytest.raises(ValueError, match=rf"^quant_ops\.ModuleFilter: expected {field} of modules of the model, got \['b1'\]$"):
+        Quantizer(ModuleFilter(**{field: ["0", "b1"]})).calib(blocks())
+
+
+def test_torch_quant_calibration_is_the_models():
+    """It goes on with a second calib, is saved, may be quantized by another Quantizer, and training starts from it."""
+    from quant_ops.compat.torch_quant import Backend, Quantizer
+
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.linspace(-12.7, 12.7, 16).reshape(2, 8)
+    Quantizer(backend=Backend.DISC).calib(model)(x)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Quantizer(backend=Backend.DISC).calib(model)(x / 100)
+    made = Quantizer(backend=Backend.DISC).quantize(model)
+    assert float(made[0].input_scale) == pytest.approx(0.1)
+    assert type(model[0]) is nn.Linear
+    resumed = nn.Sequential(nn.Linear(8, 4)).eval()
+    quantizer = Quantizer(backend=Backend.DISC)
+    quantizer.calib(resumed)
+    resumed.load_state_dict(state)
+    again = quantizer.quantize(resumed)
+    assert torch.equal(again(x), made(x))
+    assert again.state_dict().keys() == made.state_dict().keys()
+    trained = quantizer.qat(resumed)
+    trained(x / 100)
+    assert float(trained[0].input_scale.detach()) == pytest.approx(0.1)
+
+
+def test_torch_quant_observers_of_backends_and_by_class():
+    from functools import partial
+
+    from quant_ops.compat import torch_quant as tq
+
+    x = torch.distributions.StudentT(3.0).sample((64, 8))
+    for backend, observer, zero_point in (("REFERENCE", "minmax", True), ("DISC", "minmax", False), ("FBGEMM", "histogram", True),
+                                          ("MNN", "histogram", False)):  # fmt: skip
+        model = nn.Sequential(nn.Linear(8, 4)).eval()
+        quantizer = tq.Quantizer(backend=tq.Backend[backend], bias_ob_ctr=tq.BiasObserver)
+        quantizer.calib(model)(x)
+        layer = quantizer.quantize(model)[0]
+        assert (layer.config.observer, layer.input_zero_point is not None) == (observer, zero_point)
+    given = partial(tq.HistogramObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+    quantizer = tq.Quantizer(act_ob_ctr=given, w_ob_ctr=tq.PerChannelMinMaxObserver)
+    quantizer.calib(model, act_ob_ctr=tq.MinMaxObserver)(x)
+    assert quantizer.quantize(model)[0].config == qo.Int8Static("minmax")
 
 
 def test_torch_quant_qat_trains_the_models_own_parameters():

@@ -1,5 +1,7 @@
 """Configs: what they refuse, and their JSON."""
 
+import json
+
 import pytest
 
 import quant_ops as qo
@@ -35,3 +37,11 @@ def test_config_json_round_trip(settings):
     config = qo.Int8Static(**settings)
     assert qo.config_from_json(config.to_json()) == config
     assert hash(qo.config_from_json(config.to_json())) == hash(config)
+
+
+@pytest.mark.parametrize("kind", [qo.Int8Dynamic, qo.Int8Static])
+def test_activations_have_a_zero_point_by_default(kind):
+    """A config written when they had none says so, and keeps its meaning."""
+    assert kind().asymmetric
+    before = json.dumps({"config": kind.__name__, "asymmetric": False, "weight_bits": 8, "weight_observer": "minmax"})
+    assert qo.config_from_json(before) == kind(asymmetric=False)

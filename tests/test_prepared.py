@@ -141,7 +141,7 @@ def test_control_flow_and_a_layer_used_many_times():
     qo.calibrate(model, [x])
     assert model.step.observer.count.tolist() == [5]
     result = qo.convert_(model)
-    assert model.step.input_scale == qo.choose_qparams(seen, [], -128, 127)[0]
+    assert model.step.input_scale == qo.choose_qparams(seen, [], -128, 127, True)[0]
     assert result.converted == ["step"]
     assert result.skipped == [("rare", "no calibration data has reached it")]
     assert type(model.rare) is nn.Linear

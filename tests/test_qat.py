@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import quant_ops as qo
 from quant_ops.convert.qat import QatConv2d, QatLinear
@@ -205,17 +207,18 @@ def test_searched_scales_stay_as_calibrated(observer):
     assert torch.equal(model.fc.input_zero_point, zero_point)
 
 
-def test_learned_scales_start_from_the_first_batch_or_from_calibration():
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_learned_scales_start_from_the_first_batch_or_from_calibration(asymmetric):
     x = [batch for batch, _ in data()]
     first, calibrated = Net(), Net()
     for model in (first, calibrated):
-        qo.prepare_qat_(model, qo.Int8Static(observer="lsq"))
+        qo.prepare_qat_(model, qo.Int8Static(observer="lsq", asymmetric=asymmetric))
     first(x[0])
     qo.calibrate(calibrated, x)
     assert (
-        first.conv.input_scale == qo.choose_qparams(x[0], [], -128, 127)[0]
+        first.conv.input_scale == qo.choose_qparams(x[0], [], -128, 127, asymmetric)[0]
     )  # less than LSQ's rule, which would clip nothing either
-    assert calibrated.conv.input_scale == qo.choose_qparams(torch.cat(x), [], -128, 127)[0]
+    assert calibrated.conv.input_scale == qo.choose_qparams(torch.cat(x), [], -128, 127, asymmetric)[0]
     before = calibrated.conv.input_scale.detach().clone()
     calibrated(10 * x[0])
     assert torch.equal(calibrated.conv.input_scale, before)
@@ -275,6 +278,127 @@ def test_a_step_that_training_has_started_itself():
             model(torch.randn(2, 4)).sum().backward()
     note = "steps [1] had no calibration data and started from the widest range of the others"
     assert qo.convert_(model).notes == [("0", note)]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "ema", "lsq"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_changes_no_scale(observer, bad):
+    """As in a step that loss scaling skips; also as the first batch of all."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    poisoned = x.clone()
+    poisoned[0, 0] = bad
+    outputs = []
+    for batches in ([x, x], [poisoned, x, poisoned, x]):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(6, 4))
+        qo.prepare_qat_(layers, qo.Int8Static(observer=observer))
+        outputs.append([layers(batch).detach() for batch in batches][-1])
+        notes = qo.convert_(layers).notes
+    assert torch.equal(*outputs)
+    assert notes == [("0", f"NaN or Inf at its input: {'1 batch' if observer == 'lsq' else '2 batches'} left out")]
+
+
+def test_learned_scales_do_not_start_on_zeros():
+    """An input of zeros says nothing; a channel of zeros, as of a layer that starts at zero, takes the scale of the others."""
+    x = data(1)[0][0]
+    model, expected = Net(), Net()
+    for each in (model, expected):
+        nn.init.zeros_(each.fc.weight)
+        with torch.no_grad():
+            each.conv.weight[0] = 0
+        qo.prepare_qat_(each, qo.Int8Static(observer="lsq"))
+    model(torch.zeros_like(x))
+    model(x)
+    expected(x)
+    assert torch.equal(model.conv.input_scale, expected.conv.input_scale)
+    assert model.conv.weight_scale[0] == model.conv.weight_scale.max() < 0.01
+    assert torch.allclose(model.fc.weight_scale, torch.full((4, 1), 8**-0.5 / 127))
+    calibrated = nn.Sequential(nn.Linear(4, 4))
+    qo.prepare_qat_(calibrated, qo.Int8Static(observer="lsq"))
+    qo.calibrate(calibrated, [torch.zeros(2, 4)])
+    assert qo.convert_(copy.deepcopy(calibrated)).notes == [("0", "its input was always zero: scale 1")]
+    calibrated(torch.ones(2, 4))
+    assert float(calibrated[0].input_scale.detach()) == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("observer", ["lsq", "ema"])
+def test_an_averaged_copy_keeps_its_own_scales(observer, buffers):
+    """Made before training, and evaluated first on data of another range."""
+    if observer == "ema" and not buffers:
+        pytest.skip("statistics are buffers")
+    model = nn.Sequential(nn.Linear(6, 4))
+    qo.prepare_qat_(model, qo.Int8Static(observer=observer))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=buffers)
+    for _ in range(4):
+        model(torch.randn(8, 6))
+        averaged.update_parameters(model)
+    averaged.eval()
+    before = {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
+    averaged(100 * torch.randn(8, 6))
+    for name, tensor in averaged.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    if observer == "lsq":
+        assert 0.01 < float(averaged.module[0].input_scale.detach()) < 0.1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("observer", ["minmax", "ema", "lsq"])
+def test_gradient_checkpointing_counts_a_batch_once(observer, reentrant):
+    states = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+        qo.prepare_qat_(model, qo.Int8Static(observer=observer))
+        for i in range(3):
+            x = (torch.randn(8, 6) * (i + 1)).requires_grad_()
+            (checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)).sum().backward()
+        states.append({**model.state_dict(), **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in states[0].items():
+        assert torch.equal(states[1][name], expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_float32_whatever_the_default_and_the_models_dtype(dtype):
+    """A layer that was made under a default dtype, or cast after its calibration, has the scales of one that was not."""
+    x = [torch.randn(8, 6)]
+    for config in (qo.Int8Static(observer="lsq", asymmetric=True), qo.Int8Static(observer="mse", asymmetric=True)):
+        models = [nn.Sequential(nn.Linear(6, 4)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        for model, default in zip(models, (torch.float32, dtype), strict=True):
+            torch.set_default_dtype(default)
+            try:
+                qo.prepare_qat_(model, config)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            qo.calibrate(model, x)
+        if config.observer == "lsq":
+            models[1](x[0]).sum().backward()
+        models[1].to(dtype)
+        for name in ("weight_scale", "input_scale", "input_zero_point"):
+            expected, got = (getattr(model[0], name) for model in models)
+            if expected is not None:
+                assert got.dtype == torch.float32, name
+                assert torch.equal(got, expected), name
+                assert got.grad is None or got.grad.dtype == torch.float32
+        assert models[1](x[0].to(dtype)).dtype == dtype
+        assert len(qo.convert_(models[1]).converted) == 1
+
+
+def test_a_state_whose_learned_scales_have_no_dimension():
+    model = nn.Sequential(nn.Linear(6, 4))
+    qo.prepare_qat_(model, qo.Int8Static(observer="lsq", asymmetric=True))
+    model(torch.randn(8, 6))
+    assert all(parameter.dim() > 0 for parameter in model.parameters())
+    state = model.state_dict()
+    for name in ("0.input_scale", "0.input_zero_point"):
+        state[name] = state[name].reshape(())
+    loaded = nn.Sequential(nn.Linear(6, 4))
+    qo.prepare_qat_(loaded, qo.Int8Static(observer="lsq", asymmetric=True))
+    loaded.load_state_dict(state)
+    x = torch.randn(8, 6)
+    assert torch.equal(loaded(x), model(x))
 
 
 # ---- BatchNorm, saving, compiling, several processes ---------------------------------------------------------------------
@@ -402,6 +526,77 @@ def test_two_processes_train_one_model(tmp_path):
     ]
     results = [worker.communicate(timeout=120) for worker in workers]
     assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("refused", 0)] * 2, (
+        results
+    )
+
+
+def test_two_processes_train_a_sharded_model(tmp_path):
+    """FSDP2: the parameters are those of one process, and the converted model that of the gathered state."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            import torch
+            import torch.distributed as dist
+            import torch.nn.functional as F
+            from torch import nn
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            import quant_ops as qo
+
+            rank, folder = int(sys.argv[1]), sys.argv[2]
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+            mesh = init_device_mesh("cpu", (2,))
+
+            def make(config):
+                torch.manual_seed(0)
+                model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+                qo.prepare_qat_(model, config)
+                torch.manual_seed(1)
+                if not isinstance(config, qo.Int8Dynamic):
+                    qo.calibrate(model, [torch.randn(8, 6)])
+                return model.train()
+
+            torch.manual_seed(5)
+            steps = [(torch.randn(8, 6), torch.randn(8, 3)) for _ in range(4)]
+            configs = [qo.Int8Static(observer="lsq"), qo.Int8Static(observer="lsq", num_steps=2, asymmetric=False)]
+            for config in [*configs, qo.Int8Static(observer="mse"), qo.Int8Dynamic(weight_bits=4)]:
+                one, two = make(config), make(config)
+                for layer in two:
+                    if isinstance(layer, nn.Linear):
+                        fully_shard(layer, mesh=mesh)
+                fully_shard(two, mesh=mesh)
+                optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (one, two)]
+                for x, y in steps:
+                    for m, o in zip((one, two), optimizers):
+                        o.zero_grad()
+                        F.mse_loss(m(x), y).backward()
+                        o.step()
+                for (name, expected), (_, got) in zip(one.named_parameters(), two.named_parameters()):
+                    torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-4, atol=1e-6, msg=name)
+                state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in two.state_dict().items()}
+                whole = make(config)
+                whole.load_state_dict(state)
+                assert len(qo.convert_(whole).converted) == 2
+                qo.convert_(one)
+                torch.testing.assert_close(whole(steps[0][0]), one(steps[0][0]), rtol=1e-2, atol=1e-2)
+                assert len(qo.convert_(two).converted) == 2
+                for (name, expected), got in zip(whole.state_dict().items(), two.state_dict().values(), strict=True):
+                    assert torch.equal(got, expected), (config, name)
+            print("equal", flush=True)
+            dist.barrier()
+            os._exit(0)
+            """
+        )
+    )
+    workers = [
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    results = [worker.communicate(timeout=120) for worker in workers]
+    assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("equal", 0)] * 2, (
         results
     )
 

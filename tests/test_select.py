@@ -3,11 +3,12 @@
 import copy
 
 import pytest
+import torch
 from models import NAMES, Net, batches
 from torch import nn
 
 import quant_ops as qo
-from quant_ops.convert.prepared import Prepared
+from quant_ops.convert.prepared import Prepared, PreparedLinear
 from quant_ops.observers import Observer
 
 KINDS = sorted(Observer.kinds)
@@ -138,3 +139,99 @@ def test_convert_keeps_the_reason_of_prepare(call, copied):
     assert not any("reason" in key for module in model.modules() for key in vars(module))  # forgotten
     assert qo.prepare_(model, include=["head"]).converted == ["head"]
     assert dict(qo.prepare_(nn.Sequential(model.late, nn.Linear(2, 2))).skipped) == {}
+
+
+# ---- names, sums that are not exact, replaced forwards -------------------------------------------------------------------
+
+
+def test_an_exact_name_is_no_pattern():
+    """In every list of filters and in mappings, where it wins over the patterns before it."""
+
+    def model():
+        return nn.ModuleDict({"a[0]": nn.Linear(4, 4), "a0": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+    assert qo.quantize_(model(), include=["a[0]"]).converted == ["a[0]"]
+    assert qo.quantize_(model(), exclude=["a[0]"]).converted == ["a0", "b"]
+    made = model()
+    qo.quantize_(made, {"*": qo.Int8Dynamic(), "a[0]": qo.Int8Dynamic(weight_bits=4), "b": None})
+    assert (made["a[0]"].weight_bits, made["a0"].weight_bits, type(made["b"])) == (4, 8, nn.Linear)
+    without = nn.ModuleDict({"a0": nn.Linear(4, 4)})
+    assert qo.quantize_(without, include=["a[0]"]).converted == ["a0"]  # a pattern, where no layer has this name
+
+
+@pytest.mark.parametrize("layer", ["Linear", "Conv2d"])
+@pytest.mark.parametrize("call", [qo.quantize_, qo.prepare_, qo.prepare_qat_], ids=lambda f: f.__name__)
+def test_sums_that_would_not_be_exact(call, layer):
+    """Beyond 65793 products symmetric, with a note; beyond 131071 float, with the reason."""
+
+    def make(products):
+        return nn.Linear(products, 1) if layer == "Linear" else nn.Conv2d(products, 1, 1)
+
+    model = nn.ModuleDict({str(n): make(n) for n in (65793, 65794, 131071, 131072)})
+    result = call(model)
+    assert result.converted == ["65793", "65794", "131071"]
+    assert result.skipped == [("131072", "each output sums 131072 products; an int32 sum is exact for at most 131071")]
+    assert [name for name, note in result.notes if note.startswith("symmetric: ")] == ["65794", "131071"]
+    data = {name: torch.randn(1, int(name), *[1, 1][: 2 * (layer == "Conv2d")]) for name in model}
+    expected = {name: made(data[name]).detach() for name, made in model.items()}
+    if call is not qo.quantize_:
+        qo.convert_(model)
+    assert [model[name].config.asymmetric for name in result.converted] == [True, False, False]
+    for name, made in model.items():
+        assert made(data[name]).isfinite().all()
+        assert (made(data[name]) - expected[name]).abs().max() < 0.1
+
+
+def test_convert_leaves_float_what_was_prepared_otherwise():
+    model = nn.ModuleDict({"large": nn.Linear(65794, 1), "small": nn.Linear(4, 4)})
+    for name, layer in model.items():
+        model[name] = PreparedLinear.from_float(layer, qo.Int8Static(asymmetric=True))
+        model[name](torch.randn(2, layer.in_features))
+    result = qo.convert_(model)
+    assert result.converted == ["small"]
+    assert result.skipped == [("large", "its sums with a zero point are not exact. Prepare it as symmetric")]
+    assert type(model["large"]) is nn.Linear
+
+
+def test_a_conversion_that_fails_changes_nothing(monkeypatch):
+    """The last layer fails, e.g. for want of memory."""
+    model = Net().eval()
+    qo.prepare_(model)
+    qo.calibrate(model, batches())
+    before, state = dict(model.named_modules()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def fail(self):
+        if self.out_features == 4:
+            raise MemoryError
+        return make(self)
+
+    make = PreparedLinear.to_int8
+    monkeypatch.setattr(PreparedLinear, "to_int8", fail)
+    with pytest.raises(MemoryError):
+        qo.convert_(model)
+    assert dict(model.named_modules()) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    monkeypatch.undo()
+    assert len(qo.convert_(model).converted) == 5
+
+
+def test_conversion_in_inference_mode():
+    """The layers may be used, copied and loaded into outside of it."""
+    x = batches(1)
+    for workflow in ("static", "dynamic", "training"):
+        model = Net().eval()
+        with torch.inference_mode():
+            if workflow == "dynamic":
+                qo.quantize_(model)
+            else:
+                (qo.prepare_ if workflow == "static" else qo.prepare_qat_)(model, qo.Int8Static("lsq"))
+                qo.calibrate(model, x)
+                qo.convert_(model)
+            expected = model(x[0]).clone()
+        assert torch.equal(copy.deepcopy(model)(x[0]), expected)
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        assert torch.equal(model(x[0]), expected)
+    model = Net().train()
+    with torch.inference_mode():
+        qo.prepare_qat_(model)
+    model(x[0]).sum().backward()

@@ -111,7 +111,7 @@ def torch_ao(engine, model):
 
 def ours_dynamic(model):
     model = copy.deepcopy(model)
-    qo.quantize_(model, qo.Int8Dynamic())
+    qo.quantize_(model, qo.Int8Dynamic(asymmetric=False))
     return model
 
 

@@ -170,7 +170,7 @@ def bf16(p):
 
 def ours_dynamic(p):
     network, x = copy.deepcopy(p.network), p.x
-    qo.quantize_(network)
+    qo.quantize_(network, qo.Int8Dynamic(asymmetric=False))
     return lambda: network(x)
 
 

@@ -35,6 +35,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def count_batches(count: int) -> str:
+    """For messages."""
+    return "1 batch" if count == 1 else f"{count} batches"
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass is running: a forward inside of it is the repetition that gradient checkpointing makes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything sees or changes what goes into or out of the module, forwards or backwards."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

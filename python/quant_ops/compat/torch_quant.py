@@ -4,33 +4,73 @@ Differences from the original:
 
 * No tracing: models with control flow work, ``tracer`` is accepted and ignored, and there are no ``*_gm`` methods. Inputs of
   Linear, Conv1d and Conv2d are observed, not other activations.
-* ``quantize`` gives int8 layers that run on this package's kernels for every backend and device; DISC, FBGEMM and REFERENCE differ
-  only in the zero point of activations, as their default observers do. MNN is not offered.
+* ``quantize`` gives int8 layers that run on this package's kernels for every backend and device; backends differ only in what they
+  observe by default: minmax or (FBGEMM, MNN) a histogram, with a zero point or (DISC, MNN) without. MNN files are not written.
 * Weights are symmetric int8 with one scale per output channel, biases float32.
-* Observers are named (``act_ob_ctr="histogram"``, see ``qo.Int8Static``), not passed as classes.
+* Observers are named (``act_ob_ctr="histogram"``, see ``qo.Int8Static``), or one of the classes below or a ``functools.partial`` of
+  one, whose ``qscheme`` then decides about the zero point. ``bias_ob_ctr`` is accepted and ignored.
 * ``amp`` compares each int8 layer with its float original on the float model's input and ranks by normalised error
   ``sum (y - y_q)^2 / sum y^2``; the original by the mean square, which depends on a layer's magnitude. ``amp_model.report()`` lists
   it.
-* A filter excludes before it includes, for names as for classes; a name stands for the module and all within. Operators have no
-  filters.
+* A filter excludes before it includes; a name or a class stands for the module and all within, an operator type for the layer
+  itself. A name that no module has is an error.
+* As in the original, the observers are part of the calibrated model: its state_dict has them, another Quantizer may quantize it, a
+  second ``calib`` goes on, and ``qat`` starts from them. What ``qat`` learns about scales stays in the proxy.
 * ``quantize`` before ``calib`` or ``qat`` is an error.
 """
 
 import copy
 import dataclasses
 import enum
+import functools
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import quant_ops as qo
 
+from ..convert.prepared import Prepared
 from ..nn import Int8Layer
+from ..observers import LSQ, Histogram, MinMax, Observer
 from ..report.compare import Probes, quiet
 from ..report.report import LayerReport
 
-__all__ = ["AmpModule", "Backend", "Device", "ModuleFilter", "Quantizer"]
+__all__ = [
+    "AmpModule",
+    "Backend",
+    "BiasObserver",
+    "Device",
+    "HistogramObserver",
+    "LSQObserver",
+    "MinMaxObserver",
+    "ModuleFilter",
+    "Observer",
+    "PerChannelMinMaxObserver",
+    "QParams",
+    "Quantizer",
+]
+
+MinMaxObserver, HistogramObserver, LSQObserver = MinMax, Histogram, LSQ
+
+
+class PerChannelMinMaxObserver(MinMax):
+    """For weights, which always have one scale per output channel."""
+
+
+class BiasObserver:
+    """Kept for its name: biases stay float32."""
+
+
+class QParams(NamedTuple):
+    """How a tensor is quantized."""
+
+    qscheme: torch.qscheme
+    dtype: torch.dtype
+    scale: Tensor
+    zero_point: Tensor
 
 
 class Backend(enum.Enum):
@@ -39,6 +79,11 @@ class Backend(enum.Enum):
     REFERENCE = 0
     DISC = 1
     FBGEMM = 2
+    MNN = 3
+
+
+_SYMMETRIC = (Backend.DISC, Backend.MNN)
+_HISTOGRAM = (Backend.FBGEMM, Backend.MNN)
 
 
 class Device(enum.Enum):
@@ -51,24 +96,62 @@ class Device(enum.Enum):
 
 @dataclasses.dataclass
 class ModuleFilter:
-    """Which modules are quantized: all, or those included, and none of those excluded."""
+    """Which layers are quantized: all, or those in the modules included, and none in the modules excluded.
+
+    Args:
+        include_names, exclude_names: of modules: layers, or containers of layers.
+        include_classes, exclude_classes: of modules, as classes or by their names.
+        include_op_types, exclude_op_types: classes of layers: nn.Linear, nn.Conv2d.
+    """
 
     include_names: list[str] | None = None
-    include_classes: list[type[nn.Module]] | None = None
+    include_classes: list[type[nn.Module] | str] | None = None
+    include_op_types: list[type[nn.Module]] | None = None
     exclude_names: list[str] | None = None
-    exclude_classes: list[type[nn.Module]] | None = None
+    exclude_classes: list[type[nn.Module] | str] | None = None
+    exclude_op_types: list[type[nn.Module]] | None = None
 
-    def excludes(self, name: str, module: nn.Module) -> bool:
-        """Whether a layer stays float."""
-        if _holds(self.exclude_names, self.exclude_classes, name, module):
-            return True
-        if self.include_names is None and self.include_classes is None:
-            return False
-        return not _holds(self.include_names, self.include_classes, name, module)
+    def left_float(self, model: nn.Module) -> set[str]:
+        """The names of the modules that stay float. Raises ValueError for a name that no module has."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for field in ("include_names", "exclude_names"):
+            if unknown := sorted(set(getattr(self, field) or ()) - modules.keys()):
+                raise ValueError(f"quant_ops.ModuleFilter: expected {field} of modules of the model, got {unknown}")
+        chosen = self.include_names is not None or self.include_classes is not None
+        left = set()
+        for name, module in modules.items():
+            around = {n: m for n, m in modules.items() if not n or name == n or name.startswith(f"{n}.")}
+            out = _holds(self.exclude_names, self.exclude_classes, around)
+            out |= chosen and not _holds(self.include_names, self.include_classes, around)
+            out |= self.include_op_types is not None and not isinstance(module, tuple(self.include_op_types))
+            if out or isinstance(module, tuple(self.exclude_op_types or ())):
+                left.add(name)
+        return left
 
 
-def _holds(names: list[str] | None, classes: list[type[nn.Module]] | None, name: str, module: nn.Module) -> bool:
-    return any(name == n or name.startswith(f"{n}.") for n in names or ()) or isinstance(module, tuple(classes or ()))
+def _holds(names: Iterable[str] | None, classes: Iterable[type[nn.Module] | str] | None, around: dict[str, nn.Module]) -> bool:
+    """Whether one of the modules around a layer, itself included, is named or of one of the classes."""
+    kinds = tuple(classes or ())
+    return not around.keys().isdisjoint(names or ()) or any(
+        type(module).__name__ == kind if isinstance(kind, str) else isinstance(module, kind)
+        for module in around.values()
+        for kind in kinds
+    )
+
+
+def _observer(argument: str, given: Any, default: str) -> tuple[str, bool | None]:
+    """The observer's name, and whether its scheme asks for a zero point; None where it does not say."""
+    scheme = None
+    if isinstance(given, functools.partial):
+        scheme, given = given.keywords.get("qscheme"), given.func
+    if given is None or isinstance(given, str):
+        name = given or default
+    elif isinstance(given, type) and issubclass(given, Observer):
+        name = given.name
+    else:
+        raise TypeError(f"quant_ops.Quantizer: expected {argument} to be an observer's name or class, got {given!r}")
+    symmetric = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+    return name, None if scheme is None else scheme not in symmetric
 
 
 class AmpModule(nn.Module):
@@ -91,13 +174,13 @@ class AmpModule(nn.Module):
 
 
 class Quantizer:
-    """Makes proxies of a model, which itself is never changed. Proxies share its parameters.
+    """Makes proxies of a model, which itself gets observers and keeps its layers. Proxies share its parameters.
 
     Args:
         module_filter: which modules to quantize.
-        backend: decides whether activations have a zero point by default: all but DISC.
-        device, tracer: accepted and ignored.
-        act_ob_ctr, w_ob_ctr, qat_ob_ctr: names of observers: "minmax", "percentile", "mse", "histogram", ...
+        backend: decides what activations are observed with by default; see the module's docstring.
+        device, tracer, bias_ob_ctr: accepted and ignored.
+        act_ob_ctr, w_ob_ctr, qat_ob_ctr: observers: "minmax", "percentile", "mse", "histogram", ..., or classes.
     """
 
     def __init__(
@@ -106,46 +189,79 @@ class Quantizer:
         backend: Backend = Backend.REFERENCE,
         device: Device = Device.X86,
         tracer: Any = None,
-        act_ob_ctr: str | None = None,
-        w_ob_ctr: str | None = None,
-        qat_ob_ctr: str | None = None,
+        act_ob_ctr: Any = None,
+        w_ob_ctr: Any = None,
+        bias_ob_ctr: Any = None,
+        qat_ob_ctr: Any = None,
     ) -> None:
         self.module_filter = module_filter or ModuleFilter()
         self.backend, self.device = backend, device
-        for argument, observer in (("act_ob_ctr", act_ob_ctr), ("w_ob_ctr", w_ob_ctr), ("qat_ob_ctr", qat_ob_ctr)):
-            if observer is not None and not isinstance(observer, str):
-                raise TypeError(f"quant_ops.Quantizer: expected {argument} to be an observer's name, got {observer!r}")
-        self._config = qo.Int8Static(
-            observer=act_ob_ctr or "minmax", asymmetric=backend is not Backend.DISC, weight_observer=w_ob_ctr or "minmax"
-        )
-        self._qat_config = dataclasses.replace(self._config, observer=qat_ob_ctr or "lsq")
-        self._proxies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+        self._act, self._weight = act_ob_ctr, w_ob_ctr
+        self._qat = _observer("qat_ob_ctr", qat_ob_ctr, "lsq")
+        self._config(None, None)
+        self._trained: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
-    def calib(self, model: nn.Module) -> nn.Module:
-        """A proxy to be run on typical data; it observes."""
-        proxy = _sharing_parameters(model)
-        qo.prepare_(proxy, self._config, exclude=[self.module_filter.excludes])
-        self._proxies[model] = proxy
+    def _config(self, act_ob_ctr: Any, w_ob_ctr: Any) -> qo.Int8Static:
+        name, asymmetric = _observer("act_ob_ctr", act_ob_ctr or self._act, "histogram" if self.backend in _HISTOGRAM else "minmax")
+        weights, _ = _observer("w_ob_ctr", w_ob_ctr or self._weight, "minmax")
+        asymmetric = self.backend not in _SYMMETRIC if asymmetric is None else asymmetric
+        return qo.Int8Static(observer=name, asymmetric=asymmetric, weight_observer=weights)
+
+    def _prepared(self, model: nn.Module, config: qo.Int8Static, calibrate: bool = False) -> nn.Module:
+        """A proxy that observes with the model's observers; to calibrate, the model gets those that it does not have."""
+        left = self.module_filter.left_float(model)
+        proxy = _sharing_tensors(model)
+        observed = {name: layer for name, layer in proxy.named_modules() if isinstance(_observer_of(layer), Observer)}
+        observers = {name: _observer_of(layer) for name, layer in observed.items()}
+        for layer in observed.values():
+            del layer._modules["observer"]
+        qo.prepare_(proxy, config, exclude=[lambda name, _: name in left])
+        for name, layer in proxy.named_modules():
+            if not isinstance(layer, Prepared) or layer.observer is None:
+                continue
+            before = observers.get(name)
+            if before is not None and not (calibrate and repr(before) != repr(layer.observer)):
+                layer.config = dataclasses.replace(config, observer=before.name, asymmetric=before.asymmetric)
+                layer.observer = before
+            elif calibrate:
+                model.get_submodule(name).add_module("observer", layer.observer)
         return proxy
 
-    def qat(self, model: nn.Module) -> nn.Module:
-        """A proxy to be trained; what it learns is in the model's own parameters too."""
-        proxy = _sharing_parameters(model)
-        qo.prepare_qat_(proxy, self._qat_config, exclude=[self.module_filter.excludes])
-        self._proxies[model] = proxy
+    def calib(self, model: nn.Module, act_ob_ctr: Any = None, w_ob_ctr: Any = None, bias_ob_ctr: Any = None) -> nn.Module:
+        """A proxy to be run on typical data; it observes, and goes on from what the model's observers have seen before."""
+        self._trained.pop(model, None)
+        return self._prepared(model, self._config(act_ob_ctr, w_ob_ctr), calibrate=True)
+
+    def qat(self, model: nn.Module, act_ob_ctr: Any = None, w_ob_ctr: Any = None, bias_ob_ctr: Any = None) -> nn.Module:
+        """A proxy to be trained, from the calibration if there is one; what it learns is in the model's own parameters too."""
+        proxy = self._prepared(model, self._config(None, w_ob_ctr))
+        name, asymmetric = self._qat if act_ob_ctr is None else _observer("act_ob_ctr", act_ob_ctr, "lsq")
+        configs = {}
+        for layer_name, layer in proxy.named_modules():
+            if isinstance(layer, Prepared):
+                assert isinstance(layer.config, qo.Int8Static)
+                layer.observer = copy.deepcopy(layer.observer)  # training goes on with it
+                zero_point = layer.config.asymmetric if asymmetric is None else asymmetric
+                configs[layer_name] = dataclasses.replace(layer.config, observer=name, asymmetric=zero_point)
+        if configs:
+            qo.prepare_qat_(proxy, configs)
+        self._trained[model] = proxy
         return proxy
 
     def quantize(self, model: nn.Module) -> nn.Module:
-        """The int8 model of what the last proxy of the model has seen or learned."""
-        if model not in self._proxies:
+        """The int8 model of what has been learned since the last ``calib`` of the model, or of its observers."""
+        trained = self._trained.get(model)
+        if trained is None and not any(isinstance(_observer_of(layer), Observer) for layer in model.modules()):
             raise ValueError("quant_ops.Quantizer: expected quantize after calib or qat of the same model, got neither")
-        quantized = copy.deepcopy(self._proxies[model])
-        qo.convert_(quantized)
+        left = self.module_filter.left_float(model)
+        quantized = copy.deepcopy(self._prepared(model, self._config(None, None)) if trained is None else trained)
+        if any(isinstance(layer, Prepared) for layer in quantized.modules()):
+            qo.convert_(quantized)
         for name, layer in list(quantized.named_modules()):
-            if isinstance(layer, Int8Layer):
-                original = model.get_submodule(name)
-                if self.module_filter.excludes(name, original):  # since a fallback
-                    quantized.set_submodule(name, copy.deepcopy(original))
+            if isinstance(layer, Int8Layer) and name in left:  # since a fallback
+                original = copy.deepcopy(model.get_submodule(name))
+                original._modules.pop("observer", None)
+                quantized.set_submodule(name, original)
         return quantized.train(model.training)
 
     def amp(self, model: nn.Module) -> AmpModule:
@@ -168,6 +284,11 @@ class Quantizer:
         return names
 
 
-def _sharing_parameters(model: nn.Module) -> nn.Module:
-    """A copy of the modules, but not of their parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+def _observer_of(layer: nn.Module) -> Any:
+    return layer._modules.get("observer")
+
+
+def _sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules, but not of their parameters and buffers, nor of the observers."""
+    shared: list[Any] = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Observer))]
+    return copy.deepcopy(model, {id(one): one for one in shared})

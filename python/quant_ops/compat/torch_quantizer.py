@@ -1,13 +1,17 @@
 """torch_quantizer: ``fake_quant`` -> calibrate by running the model -> ``fake2real`` -> ``real_quant``.
 
+As in the original, the first forward of each step calibrates, and later ones simulate the int8 model and can be trained.
+
 Differences from the original:
 
 * CPU as well as CUDA; float32, float16 or bfloat16 in and out. ``unet.half()`` is allowed, not required.
 * Every Linear, Conv1d and Conv2d is quantized: any channels, groups, dilation, padding. The original leaves out Conv1d, and layers
   whose channels are no multiples of 32, without saying so.
-* Calibration takes in every forward of the fake-quantized model, not only the first one of each step, and computes in float.
+* Calibration computes in float; in the original every layer sees the simulated outputs of those before it. For more data than one
+  run, use ``qo.prepare_`` and ``qo.calibrate``.
 * Steps are counted by forwards of the model, from 0 up, and start again after ``num_steps`` of them; the original counts the calls
-  of each layer. Where a run calls the model another number of times, use ``qo.prepare_`` with ``qo.timestep``.
+  of each layer. The model's timestep, its argument ``timestep`` or ``t`` or the second one, shows where a run starts: a run of
+  another number of calls is a warning, and shifts no other run.
 * Weights always have one scale per output channel (their ``channel_wise`` is ignored) and codes in [-127, 127]; activations have
   one scale and zero point per layer and step. "mse" is a search over the whole range, not from 0.95 to 1.05.
 * Checkpoints are safetensors files, ``{class}_8bits_{steps}steps.safetensors``, and strict. The original's pickles are not read.
@@ -18,6 +22,7 @@ Differences from the original:
 
 import contextlib
 import logging
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,11 +32,13 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 
+from ..convert.qat import Qat
 from ..nn import Int8Layer
 from ..report.bench import conv2d, linear, text
 
 _log = logging.getLogger("quant_ops")
 _OBSERVERS = {"max": "minmax", "mse": "mse"}
+_PARAMS = {"n_bits", "symmetric", "channel_wise", "scale_method", "leaf_param"}
 
 __all__ = ["asymmetric", "benchmark_conv2d", "benchmark_linear", "fake2real", "fake_quant", "matmul", "real_quant"]
 
@@ -42,7 +49,10 @@ __all__ = ["asymmetric", "benchmark_conv2d", "benchmark_linear", "fake2real", "f
 def fake_quant(
     model: nn.Module, weight_quant_params: dict[str, Any], act_quant_params: dict[str, Any], num_steps: int = 1
 ) -> nn.Module:
-    """Prepares the model, in place, for calibration by running it; ``num_steps`` forwards are one run. Returns it."""
+    """Makes the model, in place, one that calibrates in its first run and then simulates int8; ``num_steps`` forwards are a run.
+
+    Returns it. It can be trained: gradients pass straight through.
+    """
     weight_bits, weight_observer = _settings("weight_quant_params", weight_quant_params)
     bits, observer = _settings("act_quant_params", act_quant_params)
     if bits != 8:
@@ -56,7 +66,10 @@ def fake_quant(
         weight_bits=weight_bits,
         weight_observer=weight_observer,
     )
-    qo.prepare_(model, config)
+    qo.prepare_qat_(model, config)
+    for layer in model.modules():
+        if isinstance(layer, Qat):
+            layer.observe_first()
     _count_steps(model, num_steps)
     model.n_bits = 8  # type: ignore[assignment]
     return model
@@ -64,6 +77,8 @@ def fake_quant(
 
 def _settings(argument: str, params: dict[str, Any]) -> tuple[int, str]:
     """Bits and observer."""
+    if unknown := sorted(params.keys() - _PARAMS):
+        raise TypeError(f"quant_ops.fake_quant: expected {argument} with keys among {sorted(_PARAMS)}, got {unknown}")
     method = params.get("scale_method", "max")
     if method not in _OBSERVERS:
         raise ValueError(f"quant_ops.fake_quant: expected {argument}['scale_method'] in {sorted(_OBSERVERS)}, got {method!r}")
@@ -73,6 +88,11 @@ def _settings(argument: str, params: dict[str, Any]) -> tuple[int, str]:
 def fake2real(fakeq_model: nn.Module, save_dir: str = ".") -> nn.Module:
     """Converts the calibrated model to int8, in place, and writes its checkpoint to ``save_dir``. Returns it."""
     steps: int = getattr(fakeq_model, "num_steps", 1)
+    if not Path(save_dir).is_dir():
+        raise FileNotFoundError(f"quant_ops.fake2real: expected save_dir to be a folder, got {str(save_dir)!r}")
+    for layer in fakeq_model.modules():
+        if isinstance(layer, Qat) and layer.observing:
+            layer.end_calibration()
     qo.convert_(fakeq_model)
     _count_steps(fakeq_model, steps)
     path = Path(save_dir) / f"{type(fakeq_model).__name__}_8bits_{steps}steps.safetensors"
@@ -88,40 +108,92 @@ def real_quant(model: nn.Module, n_bits: int = 8, num_steps: int = 1, ckpt_path:
         return model
     qo.load_(model, ckpt_path)
     found = {layer.num_steps for layer in model.modules() if isinstance(layer, Int8Layer)}
-    if found - {1, num_steps}:
+    if found - {num_steps}:
         raise ValueError(f"quant_ops.real_quant: expected a checkpoint of {num_steps} steps, got {sorted(found)} in {ckpt_path}")
     _count_steps(model, num_steps)
     return model
 
 
 class _StepCounter:
-    """Forward hooks of a model that count its forwards and set the step, from 0, modulo num_steps."""
+    """Forward hooks of a model that count its forwards and set the step, from 0, modulo num_steps.
 
-    def __init__(self, num_steps: int) -> None:
+    Timesteps rise or fall through a run, so that one against the direction begins the next. A run that is too long uses the last
+    step for the rest, and one that is too short ends early; both warn, once.
+    """
+
+    def __init__(self, num_steps: int, rising: bool | None = None) -> None:
         self.num_steps, self.calls, self.entered = num_steps, 0, contextlib.ExitStack()
+        self.last: float | None = None  # the timestep of the call before
+        self.rising = rising
+        self.moves = 0 if rising is None else 2  # calls from which the direction is known
+        self.warned = False
 
-    def enter(self, model: nn.Module, _: Any) -> None:
-        self.entered.enter_context(qo.timestep(model, self.calls % self.num_steps))
+    def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        now = _timestep_of(args, kwargs)
+        if now is not None and self.last is not None and now != self.last:
+            rising = now > self.last
+            if self.rising is None:
+                self.rising = rising
+            elif rising != self.rising:
+                self._expect_whole_run()
+                # after a single move in a run that is not whole, the other direction is the right one, and the call before began it
+                stray = self.moves == 1 and self.calls < self.num_steps
+                self.rising, self.calls, self.moves = (rising, 1, 0) if stray else (self.rising, 0, self.moves)
+            self.moves += 1
+        elif now is None and self.calls == self.num_steps:
+            self.calls = 0  # nothing tells where a run starts
+        elif now == self.last and self.rising is None and self.calls == self.num_steps:
+            self.calls = 0
+        self.last = now
+        self.entered.enter_context(qo.timestep(model, min(self.calls, self.num_steps - 1)))
         self.calls += 1
 
     def leave(self, *_: Any) -> None:
         self.entered.close()
 
+    def _expect_whole_run(self) -> None:
+        """Warns where the run that has ended had another number of calls."""
+        if self.calls != self.num_steps and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"quant_ops.torch_quantizer: expected runs of {self.num_steps} calls of the model, got one of {self.calls}. Pass "
+                "the number of calls as num_steps.",
+                stacklevel=2,
+            )
 
-_handles: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
+    def pause(self) -> None:
+        """The model is about to be converted: a run that has begun does not go on."""
+        if self.calls % self.num_steps:
+            self._expect_whole_run()
+
+
+def _timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The timestep among a model's arguments; None if it has none."""
+    found = next((kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs), args[1] if len(args) > 1 else None)
+    if isinstance(found, Tensor) and found.numel() and (found.dim() == 0 or (found == found.flatten()[0]).all()):
+        return float(found.flatten()[0])
+    return float(found) if isinstance(found, int | float) else None
+
+
+_counters: "weakref.WeakKeyDictionary[nn.Module, list[tuple[_StepCounter, list[Any]]]]" = weakref.WeakKeyDictionary()
 
 
 def _count_steps(model: nn.Module, num_steps: int) -> None:
     """Lets the model count its own forwards from now on, if it has steps."""
     model.num_steps = num_steps  # type: ignore[assignment]
-    for handle in _handles.pop(model, []):
-        handle.remove()
+    rising = None
+    for counter, handles in _counters.pop(model, []):
+        counter.pause()
+        rising = counter.rising
+        for handle in handles:
+            handle.remove()
     if num_steps > 1:
-        counter = _StepCounter(num_steps)
-        _handles[model] = [
-            model.register_forward_pre_hook(counter.enter),
+        counter = _StepCounter(num_steps, rising)
+        hooks = [
+            model.register_forward_pre_hook(counter.enter, with_kwargs=True),
             model.register_forward_hook(counter.leave, always_call=True),
         ]
+        _counters[model] = [(counter, hooks)]
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -24,8 +25,9 @@ def _observed(op: str, model: nn.Module) -> dict[str, Prepared]:
     return {name: layer for name, layer in layers.items() if layer.observer is not None}
 
 
-def _not_finite(layers: Mapping[str, Prepared]) -> list[str]:
-    return [name for name, layer in layers.items() if layer.observer is not None and not layer.observer.is_finite()]
+def _left_out(layers: Mapping[str, Prepared]) -> dict[str, int]:
+    """How many batches held NaN or Inf at the input of each layer."""
+    return {name: layer.observer.batches_left_out for name, layer in layers.items() if layer.observer is not None}
 
 
 @contextlib.contextmanager
@@ -67,7 +69,8 @@ def calibrate(
     """Runs a prepared model on data, in eval mode and without gradients; the layers observe their inputs.
 
     Can be called again with more data, and the state_dict of the prepared model saves what has been seen. Ctrl-C ends it early and
-    keeps what it has. The modes of the model's modules are restored.
+    keeps what it has. The modes of the model's modules are restored. A batch that holds NaN or Inf at the input of a layer is not
+    observed there; a warning and the notes of :func:`convert_` say how many there were.
 
     Args:
         model: from :func:`prepare_` or :func:`prepare_qat_`.
@@ -81,7 +84,7 @@ def calibrate(
         The number of batches.
 
     Raises:
-        ValueError: the model is not prepared, data is empty, or a layer's input has held NaN or Inf.
+        ValueError: the model is not prepared, or data is empty.
     """
     layers = _observed("calibrate", model)
     if steps is not None and steps < 1:
@@ -92,7 +95,7 @@ def calibrate(
     device = devices.pop() if len(devices) == 1 else None
     length = len(data) if isinstance(data, Sized) else None
     total = steps if length is None else length if steps is None else min(length, steps)
-    batches = 0
+    batches, left_out_before = 0, _left_out(layers)
     with _calibrating(model, layers.values()):
         try:
             for batch in _progress(data, total):
@@ -106,10 +109,13 @@ def calibrate(
                 raise
     if batches == 0:
         raise ValueError("quant_ops.calibrate: expected calibration data, got no batch. An iterator is empty after its first use.")
-    if names := _not_finite(layers):
-        raise ValueError(
-            f"quant_ops.calibrate: expected finite activations, got NaN or Inf at the inputs of {names}. Mend the data or the "
-            "model, reset those layers' observers (layer.observer.reset()), and calibrate again."
+    left_out = {name: count - left_out_before[name] for name, count in _left_out(layers).items()}
+    if any(left_out.values()):
+        shown = ", ".join(f"{name} ({count})" for name, count in left_out.items() if count)
+        warnings.warn(
+            f"quant_ops.calibrate: expected finite activations, got batches with NaN or Inf, which were left out, at the inputs of "
+            f"{shown}",
+            stacklevel=2,
         )
     return batches
 

@@ -37,12 +37,13 @@ class Int8Dynamic(Config):
     Linear quantizes per row (token), Conv2d per sample. Needs no calibration data.
 
     Attributes:
-        asymmetric: activations get a zero point; helps where they are one-sided, e.g. after ReLU.
+        asymmetric: activations get a zero point, so that those which are one-sided (after ReLU, GELU) use all codes. Symmetric ones
+            are a little faster, on GPUs most of all, and sum up to 131071 products exactly instead of 65793.
         weight_bits: 2 to 8; fewer than 8 bits coarsen the weights, which stay int8 in memory.
         weight_observer: how each channel's weight scale is chosen, by the name of an observer; "mse" helps below 8 bits.
     """
 
-    asymmetric: bool = False
+    asymmetric: bool = True
     weight_bits: int = 8
     weight_observer: str = "minmax"
 
@@ -57,7 +58,7 @@ class Int8Static(Config):
 
     Attributes:
         observer: how the scale of a layer's input is chosen: "minmax", "ema", "percentile", "mse", "entropy", "histogram" or "lsq".
-        asymmetric: activations get a zero point; helps where they are one-sided, e.g. after ReLU.
+        asymmetric: as in :class:`Int8Dynamic`; on the CPU it costs no time here.
         num_steps: sets of activation scales, for models that are called step after step; see :func:`timestep`.
         weight_bits: 2 to 8; fewer than 8 bits coarsen the weights, which stay int8 in memory.
         weight_observer: how each channel's weight scale is chosen; "mse" helps below 8 bits.
@@ -66,7 +67,7 @@ class Int8Static(Config):
     """
 
     observer: str = "minmax"
-    asymmetric: bool = False
+    asymmetric: bool = True
     num_steps: int = 1
     weight_bits: int = 8
     weight_observer: str = "minmax"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._models import count_batches, is_recomputing
 from ..nn import INT8_LAYERS, Int8Layer, float_class
 from ..observers import Observer
 from .config import Int8Static, Scheme
@@ -21,18 +22,29 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return layer
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or all of it where FSDP2 has left a part in each process. Every process has to call it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
     """One scale per output channel by the config's observer; None for the largest magnitude, which the layer finds itself."""
     if config.weight_observer == "minmax" or weight.is_meta:
         return None
     qmax = 2 ** (config.weight_bits - 1) - 1
     observer = Observer.kinds[config.weight_observer](qmin=-qmax, qmax=qmax, axis=0, device=weight.device)
-    observer(weight)
+    observer(whole(weight))
     return observer.qparams()[0].flatten()
 
 
 def to_int8(layer: Any, config: Scheme, weight_scale: Tensor | None = None, **settings: Any) -> Int8Layer:
     """The int8 layer of a float one by its config; settings are those of ``from_float``."""
+    if whole(layer.weight) is not layer.weight:
+        layer = recast(layer, float_class(layer))
+        for name in ("weight", "bias"):
+            if layer._parameters[name] is not None:
+                layer._parameters[name] = nn.Parameter(whole(layer._parameters[name].detach()))
     if weight_scale is None:
         weight_scale = choose_weight_scale(layer.weight, config)
     kind = INT8_LAYERS[float_class(layer)]
@@ -82,9 +94,13 @@ class Prepared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The float layer's output."""
-        if self.observer is not None:
-            self.observer(x, self.timestep)
+        self._observe(x)
         return super().forward(x)
+
+    def _observe(self, x: Tensor) -> None:
+        """Once for each batch, also with gradient checkpointing, which repeats the forward."""
+        if self.observer is not None and not is_recomputing():
+            self.observer(x, self.timestep)
 
     def begin_calibration(self) -> None:
         """Called by :func:`calibrate` at its start. There is nothing to do: forward always computes in float and observes."""
@@ -109,14 +125,17 @@ class Prepared(nn.Module):
 
     def problem(self) -> str | None:
         """Why no int8 layer can be made, as the beginning of an error message that ends with the layer's name; None if one can."""
-        if not self.weight.isfinite().all():
+        if not whole(self.weight).isfinite().all():
             return "expected finite weights, got NaN or Inf, in layer"
-        if self.observer is not None and not self.observer.is_finite():
-            return (
-                "expected finite activations in calibration, got NaN or Inf (mend the data, call reset() of the layer's observer, "
-                "and calibrate again), at the input of layer"
-            )
         return None
+
+    def unreached(self) -> str | None:
+        """Why the layer has no data to take its scales from; None if it has, or needs none."""
+        if self.observer is None or not self.observer.empty:
+            return None
+        if left_out := self.observer.batches_left_out:
+            return f"its input held NaN or Inf in every batch ({count_batches(left_out)})"
+        return "no calibration data has reached it"
 
     def to_int8(self) -> Int8Layer:
         """The int8 layer, with scales from the observed data."""

@@ -14,9 +14,11 @@ from ..nn import Int8Layer
 from ..observers import Observer
 from ..ops import choose_qparams, quant_tensor_forward
 from .config import Int8Static, Scheme
-from .prepared import Prepared, choose_weight_scale, to_int8
+from .prepared import Prepared, choose_weight_scale, to_int8, whole
 
 _TINY = torch.finfo(torch.float32).tiny
+_NOT_STARTED = 1.0  # an input scale before the first data
+_SCALES = ("weight_scale", "input_scale", "input_zero_point")
 
 
 def _learned(scale: Tensor, elements: int, qmax: int) -> Tensor:
@@ -24,6 +26,18 @@ def _learned(scale: Tensor, elements: int, qmax: int) -> Tensor:
     scale = scale.abs().clamp(min=_TINY)
     slow = scale * (elements * qmax) ** -0.5
     return scale.detach() + (slow - slow.detach())  # the value is the scale's, to the bit
+
+
+def _is_alone() -> bool:
+    """Whether this is the only process of the training."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_world_size() == 1
+
+
+def _has_started(count: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether an observer has counted batches, or a scale has another value than at the beginning. Waits for the device."""
+    seen = count is not None and not count.is_meta and bool(count.any())
+    return seen or (scale is not None and not scale.is_meta and bool((scale != _NOT_STARTED).any()))
 
 
 class Qat(Prepared):
@@ -34,7 +48,17 @@ class Qat(Prepared):
     """
 
     kind = "qat"
-    own = (*Prepared.own, "observing", "started", "learned", "weight_scale", "input_scale", "input_zero_point")
+    own = (
+        *Prepared.own,
+        "observing",
+        "until_seen",
+        "all_seen",
+        "started",
+        "learned",
+        "weight_scale",
+        "input_scale",
+        "input_zero_point",
+    )
 
     weight: Tensor
     weight_scale: Tensor | None
@@ -48,20 +72,22 @@ class Qat(Prepared):
                 delattr(self, name)
         super()._prepare(config)
         observer = self.observer
-        self.observing = False
+        self.observing = self.until_seen = self.all_seen = False
         self.started = observer is None
         self.learned = isinstance(config, Int8Static) and config.observer == "lsq"
 
         weight_scale = choose_weight_scale(self.weight, config)
-        if weight_scale is None and self.learned:
-            weight_scale = self._range_scale()
+        if self.learned:
+            weight_scale = self._mended(self._range_scale() if weight_scale is None else weight_scale)
         shape = (-1, *[1] * (self.weight.dim() - 1))
         self._keep("weight_scale", None if weight_scale is None else weight_scale.reshape(shape))
         kept = observer is not None and not observer.live
-        steps = () if self.timestep is None else (self.num_steps,)
-        self._keep("input_scale", torch.ones(steps, device=self.weight.device) if kept else None)
+        # a learned scale is no 0-dim tensor, since FSDP2 shards parameters along their first dimension
+        steps = (self.num_steps,) if self.timestep is not None or self.learned else ()
+        settings: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
+        self._keep("input_scale", torch.full(steps, _NOT_STARTED, **settings) if kept else None)
         asymmetric = kept and observer is not None and observer.asymmetric
-        self._keep("input_zero_point", torch.zeros(steps, device=self.weight.device) if asymmetric else None)
+        self._keep("input_zero_point", torch.zeros(steps, **settings) if asymmetric else None)
 
         if observer is not None and isinstance(before, Observer):
             fits = (before.num_steps, before.asymmetric) == (observer.num_steps, observer.asymmetric)
@@ -75,9 +101,36 @@ class Qat(Prepared):
         else:
             self.register_buffer(name, value)
 
+    def _mended(self, weight_scale: Tensor) -> Tensor:
+        """Channels that are all zero, as those of a layer that starts at zero, have no range to start a learned scale from.
+
+        They take the widest scale of the other channels; without any, that of the uniform distribution of torch's layers.
+        """
+        zero = (self.weight.detach() == 0).flatten(1).all(1).reshape(weight_scale.shape)
+        usual = max(1, self.weight.shape[1:].numel()) ** -0.5 / self._weight_qmax
+        widest = torch.where(zero, 0, weight_scale).amax() if zero.numel() else zero.new_zeros(())
+        return torch.where(zero, torch.where(widest > 0, widest, usual), weight_scale)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in _SCALES[1:]:  # scales that are learned used to be 0-dim
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and own is not None and stored.numel() == own.numel():
+                state_dict[prefix + name] = stored.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.started = self.observer is None or bool(state_dict.get(prefix + "observer.count", torch.zeros(1)).any())
+        count, scale = (state_dict.get(prefix + name) for name in ("observer.count", "input_scale"))
+        self.started = self.observer is None or _has_started(count, scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Qat":
+        """Moves; but .half() and friends leave the scales in float32."""
+        before = {name: (scale.data, scale.grad) for name in _SCALES if (scale := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, (old, grad) in before.items():
+            scale = getattr(self, name)
+            if scale.dtype != old.dtype:
+                scale.grad = None
+                scale.data = old.to(scale.device)
+                scale.grad = None if grad is None else grad.to(scale.device, old.dtype)
+        return self
 
     # ---- where the input's scale starts ----------------------------------------------------------------------------------
 
@@ -85,25 +138,45 @@ class Qat(Prepared):
         """Until :meth:`end_calibration`, forward computes in float and observes."""
         self.observing = True
 
+    def observe_first(self) -> None:
+        """From now on the first forward of each step computes in float and observes, and later ones simulate."""
+        self.until_seen = self.observer is not None
+
+    def _is_first(self) -> bool:
+        """Whether the current step has no data yet. Waits for the device until all steps have."""
+        assert self.observer is not None
+        if not self.all_seen:
+            count = self.observer.count
+            self.all_seen = bool(count.all())
+            return not bool(count[0] if self.timestep is None else count[self.timestep])
+        return False
+
     def end_calibration(self) -> None:
         """Takes the scales from the observed data, if there are any."""
         self.observing = False
         observer = self.observer
         if observer is None or observer.empty:
             return
-        if self.input_scale is not None and observer.is_finite():
+        if self.input_scale is not None:
             scale, zero_point = observer.qparams()
             with torch.no_grad():
                 self.input_scale.copy_(scale)
                 if self.input_zero_point is not None:
                     self.input_zero_point.copy_(zero_point)
-        self.started = True
+        # zeros say nothing about a scale to learn; the first batch that holds more will start it
+        self.started = not (self.learned and _is_alone() and observer.only_zeros)
+
+    def _is_started(self) -> bool:
+        """Whether there are scales to compute with: observed ones, or those that an averaged copy has got as parameters."""
+        if not self.started and not torch.compiler.is_compiling():
+            assert self.observer is not None
+            self.started = _has_started(None if self.learned else self.observer.count, self.input_scale)
+        return self.started
 
     def _start(self, x: Tensor) -> None:
         """Takes the first scales from the first batch, which is allowed only where a single process learns them afterwards."""
         assert self.observer is not None
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone = not distributed or torch.distributed.get_world_size() == 1
+        alone = _is_alone()
         if not (self.learned and alone) or torch.compiler.is_compiling():
             why = "several processes would start differently" if self.learned and not alone else "they are not learned"
             why = "a compiled model cannot" if torch.compiler.is_compiling() else why
@@ -111,13 +184,20 @@ class Qat(Prepared):
                 f"quant_ops.{type(self).__name__}: expected the scales of observer {self.observer.name!r} to be calibrated before "
                 f"training, got no data ({why}). Call calibrate(model, data) first."
             )
-        self.observer(x, self.timestep)
+        if not self.observer.empty:
+            self.observer.reset()  # it has seen zeros alone, which would lower the mean
+        self._observe(x)
         self.end_calibration()
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with quantized weights and input; the float layer's while calibrating."""
+        if self.until_seen:
+            if self._is_first():
+                self.begin_calibration()
+            elif self.observing:
+                self.end_calibration()
         if self.observing:
             return super().forward(x)
         return self._compute(self._simulate_input(x), self._simulate_weight())
@@ -137,12 +217,12 @@ class Qat(Prepared):
             return quant_tensor_forward(x, scale, zero_point, qmin, 127, asymmetric)
         qmin, qmax, asymmetric = self.observer.qmin, self.observer.qmax, self.observer.asymmetric
         if self.input_scale is None:
-            if self.training or not self.started:
-                self.observer(x, self.timestep)
-                self.started = True
+            if self.training or not self._is_started():
+                self._observe(x)
+                self.started = self.started or torch.compiler.is_compiling()
             scale, zero_point = self.observer.live_qparams()
         else:
-            if not self.started:
+            if not self._is_started():
                 self._start(x)
             scale, zero_point = self.input_scale, self.input_zero_point  # type: ignore[assignment]
         if self.timestep is not None:
@@ -158,13 +238,14 @@ class Qat(Prepared):
         return 2 ** (self.config.weight_bits - 1) - 1
 
     def _range_scale(self) -> Tensor:
-        return choose_qparams(self.weight.detach(), list(range(1, self.weight.dim())), -self._weight_qmax, self._weight_qmax)[0]
+        dims, qmax = list(range(1, self.weight.dim())), self._weight_qmax
+        return choose_qparams(whole(self.weight.detach()), dims, -qmax, qmax)[0].float()
 
     def _simulate_weight(self) -> Tensor:
         qmax = self._weight_qmax
         scale = self._range_scale() if self.weight_scale is None else self.weight_scale
         if self.learned:
-            scale = _learned(scale, self.weight[0].numel(), qmax)
+            scale = _learned(scale, max(1, self.weight.shape[1:].numel()), qmax)
         return quant_tensor_forward(self.weight, scale, None, -qmax, qmax)
 
     # ---- to int8 ---------------------------------------------------------------------------------------------------------
@@ -173,24 +254,24 @@ class Qat(Prepared):
         """As :meth:`Prepared.input_qparams`, with the scales that were learned or kept."""
         if self.input_scale is None:
             return super().input_qparams()
-        scale = self.input_scale.detach().abs().clamp(min=_TINY)
+        scale = whole(self.input_scale.detach()).abs().clamp(min=_TINY)
         return (
             {"input_scale": scale}
             if self.input_zero_point is None
-            else {"input_scale": scale, "input_zero_point": self.input_zero_point}
+            else {"input_scale": scale, "input_zero_point": whole(self.input_zero_point.detach())}
         )
 
     def problem(self) -> str | None:
         """As :meth:`Prepared.problem`; training may have diverged."""
         for name in ("weight_scale", "input_scale", "input_zero_point"):
             value = getattr(self, name)
-            if value is not None and not value.isfinite().all():
+            if value is not None and not whole(value.detach()).isfinite().all():
                 return f"expected a finite {name}, got NaN or Inf from training, in layer"
         return super().problem()
 
     def to_int8(self) -> Int8Layer:
         """The int8 layer with the codes that this one computes with."""
-        scale = None if self.weight_scale is None else self.weight_scale.detach().abs().clamp(min=_TINY).flatten()
+        scale = None if self.weight_scale is None else whole(self.weight_scale.detach()).abs().clamp(min=_TINY).flatten()
         if scale is None:
             scale = self._range_scale().flatten()
         return to_int8(self, self.config, scale, **self.input_qparams())

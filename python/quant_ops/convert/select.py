@@ -5,7 +5,7 @@ import fnmatch
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -195,14 +195,34 @@ class Places:
     parents: list[tuple[nn.Module, str]]
 
 
-def _matches(name: str, module: nn.Module, filter: Filter) -> bool:
+def _matches(name: str, module: nn.Module, filter: Filter, names: Container[str]) -> bool:
+    """``names`` are those of all layers: a filter that is one of them is no pattern, as ``a[0]`` may be."""
     if isinstance(filter, str):
-        return fnmatch.fnmatchcase(name, filter)
+        return name == filter if filter in names else fnmatch.fnmatchcase(name, filter)
     return isinstance(module, filter) if isinstance(filter, type) else bool(filter(name, module))
 
 
-def _first(filters: Iterable[Filter], name: str, module: nn.Module) -> Filter | None:
-    return next((filter for filter in filters if _matches(name, module, filter)), None)
+def _first(filters: Collection[Filter], name: str, module: nn.Module, names: Container[str]) -> Filter | None:
+    """The layer's own name, wherever it stands among the filters, or else the first filter that matches."""
+    if name in (filter for filter in filters if isinstance(filter, str)):
+        return name
+    return next((filter for filter in filters if _matches(name, module, filter, names)), None)
+
+
+# The most products in an exact int32 sum, by whether the activations have a zero point; the operators refuse more.
+_MOST_PRODUCTS = {False: 131071, True: 65793}
+
+
+_SYMMETRIC_NOTE = f"symmetric: with a zero point its sums are exact up to {_MOST_PRODUCTS[True]} products"
+
+
+def fitting(layer: Any, config: Scheme) -> Scheme | str:
+    """The config with which the layer's sums are exact: the given one or, if that is enough, a symmetric one; or why none is."""
+    if nn.parameter.is_lazy(layer.weight) or (products := layer.weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
+        return config
+    if products <= _MOST_PRODUCTS[False]:
+        return dataclasses.replace(config, asymmetric=False)
+    return f"each output sums {products} products; an int32 sum is exact for at most {_MOST_PRODUCTS[False]}"
 
 
 def _show(filter: Filter) -> str:
@@ -270,17 +290,18 @@ def select(
     configs: Mapping[Filter, Scheme | None] = config if isinstance(config, Mapping) else {"*": config}
     for one in configs.values():
         if one is not None and not isinstance(one, kinds):
-            names = " or an ".join(kind.__name__ for kind in kinds)
+            kinds_named = " or an ".join(kind.__name__ for kind in kinds)
             remedy = ". Use prepare_, calibrate and convert_." if isinstance(one, Config) else ""
-            raise TypeError(f"quant_ops.{op}: expected config to be an {names}, got {type(one).__name__}{remedy}")
+            raise TypeError(f"quant_ops.{op}: expected config to be an {kinds_named}, got {type(one).__name__}{remedy}")
     for argument, filters in (("include", include), ("exclude", exclude)):
         if isinstance(filters, str):
             raise TypeError(f"quant_ops.{op}: expected {argument} to be a list of patterns, got one str. Write [{filters!r}].")
     check_model(op, model)
     layers = all_layers(model)
+    names = {name for name, *_ in layers}
     for filter in (*include, *exclude, *configs):
         exact = isinstance(filter, str | type) and filter != "*"
-        if exact and not any(_matches(name, module, filter) for name, module, *_ in layers):
+        if exact and not any(_matches(name, module, filter, names) for name, module, *_ in layers):
             what = "pattern" if isinstance(filter, str) else "class"
             raise ValueError(
                 f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {KINDS}, got none of "
@@ -293,16 +314,21 @@ def select(
         chosen: Scheme | None = None
         found: Filter | None
         reason = _INT8_ALREADY if isinstance(module, Int8Layer) else None
-        if reason is None and (found := _first(exclude, name, module)) is not None:
+        if reason is None and (found := _first(exclude, name, module, names)) is not None:
             reason = f"excluded by {_show(found)}"
-        elif reason is None and _first(include, name, module) is None:
+        elif reason is None and _first(include, name, module, names) is None:
             reason = f"not included by {_show_all(include)}"
         elif reason is None:
-            found = _first(configs, name, module)
+            found = _first(tuple(configs), name, module, names)
             chosen = configs[found] if found is not None else None
             reason = _skip_reason(name, module, parent, accepted)
             if reason is None and chosen is None:
                 reason = f"no config for it among {_show_all(configs)}" if found is None else f"{_show(found)} has no config"
+            if reason is None and chosen is not None:
+                asked, fit = chosen, fitting(module, chosen)
+                reason, chosen = (fit, None) if isinstance(fit, str) else (None, fit)
+                if chosen is not None and chosen != asked:
+                    result.notes.append((name, _SYMMETRIC_NOTE))
         if reason is not None:
             result.skipped.append((name, reason))
             continue
@@ -327,7 +353,8 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
     """Puts ``make(layer, places)`` wherever the layer was. Empties ``places``: each layer is freed as soon as it is replaced."""
     while places:
         module = next(iter(places))
-        layer = make(module, places[module])
+        with torch.inference_mode(False):  # its tensors would be refused outside of inference mode
+            layer = make(module, places[module])
         for parent, attribute in places.pop(module).parents:
             setattr(parent, attribute, layer)
         del module  # the last reference: the float weight is freed here

@@ -2,14 +2,28 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from .._models import patched
+from .._models import count_batches, patched
 from ..nn import Int8Layer, float_class
 from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
 from .qat import QAT
-from .select import FLOAT, Configs, ConversionResult, Filter, Places, Survey, all_layers, check_model, remembered, replace_, select
+from .select import (
+    FLOAT,
+    Configs,
+    ConversionResult,
+    Filter,
+    Places,
+    Survey,
+    all_layers,
+    check_model,
+    fitting,
+    remembered,
+    replace_,
+    select,
+)
 from .steps import connect_
 
 _EVERYTHING: tuple[Filter, ...] = ("*",)
@@ -114,13 +128,14 @@ def convert_(model: nn.Module) -> ConversionResult:
     """Replaces the layers of :func:`prepare_` or :func:`prepare_qat_` by int8 ones with the scales that they have found, in place.
 
     A layer that no data has reached becomes float again, and the result says so. A step without data (``num_steps``) takes the
-    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both.
-
-    Raises:
-        ValueError: the model is not prepared, no layer has seen data, or one has seen NaN or Inf. The model is then as it was.
+    widest range of the other steps, and an input that was always zero the scale 1; the result's notes name both, and how many
+    batches were left out because they held NaN or Inf.
 
     Returns:
         What was converted, and what was skipped and why: for a layer that prepare_ has skipped, the reason that it gave.
+
+    Raises:
+        ValueError: the model is not prepared, no layer has seen data, or a weight holds NaN or Inf. The model is then as it was.
     """
     check_model("convert_", model)
     result = ConversionResult()
@@ -131,11 +146,12 @@ def convert_(model: nn.Module) -> ConversionResult:
             places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
     if not places:
         raise ValueError("quant_ops.convert_: expected a prepared model, got one without prepared layers. Call prepare_ first.")
-    unreached = {
-        module for module in places if isinstance(module, Prepared) and module.observer is not None and module.observer.empty
-    }
+    unreached = {module: why for module in places if isinstance(module, Prepared) and (why := module.unreached())}
     if len(unreached) == len(places):
-        raise ValueError("quant_ops.convert_: expected calibration data, got none in any layer. Call calibrate first.")
+        left_out = any("NaN or Inf" in why for why in unreached.values())
+        got = "batches with NaN or Inf alone. Mend the data or the model" if left_out else "none in any layer. Call calibrate first"
+        raise ValueError(f"quant_ops.convert_: expected calibration data, got {got}.")
+    unfit: dict[nn.Module, str] = {}
     for name, module, *_ in layers:
         if not isinstance(module, Prepared):
             continue
@@ -144,26 +160,30 @@ def convert_(model: nn.Module) -> ConversionResult:
             places.pop(module, None)
             continue
         if module in unreached:
-            result.skipped.append((name, "no calibration data has reached it"))
+            result.skipped.append((name, unreached[module]))
+            continue
+        if isinstance(fit := fitting(module, module.config), str) or fit != module.config:
+            unfit[module] = fit if isinstance(fit, str) else "its sums with a zero point are not exact. Prepare it as symmetric"
+            result.skipped.append((name, unfit[module]))
             continue
         if problem := module.problem():
             raise ValueError(f"quant_ops.convert_: {problem} {name!r}")
         result.notes += [(name, note) for note in _assumptions(module)]
         result.converted.append(name)
+
+    def make(module: nn.Module) -> nn.Module:
+        assert isinstance(module, Prepared)
+        return module.to_float() if module in unreached or module in unfit else module.to_int8()
+
+    with torch.inference_mode(False):
+        made = {module: make(module) for module in places}  # all of them before the first is replaced: one may fail
     for name, module, *_ in layers:
         if isinstance(module, Int8Layer):
             result.skipped.append((name, "int8 already"))
         elif not isinstance(module, Prepared):
             result.skipped.append((name, remembered(module)))
     survey = Survey("convert_", model)
-    module = None  # type: ignore[assignment]  # only `places` may hold the last layer, so that replacing it frees it
-    layers.clear()
-
-    def make(module: nn.Module, place: Places) -> nn.Module:
-        assert isinstance(module, Prepared)
-        return module.to_float() if module in unreached else module.to_int8()
-
-    replace_(model, places, make)
+    replace_(model, places, lambda module, _: made.pop(module))
     connect_(model)
     return survey.finish(result)
 
@@ -177,6 +197,8 @@ def _assumptions(layer: Prepared) -> list[str]:
     if unseen := observer.unseen_steps():
         verb = "started from" if getattr(layer, "learned", False) else "take"
         notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
-    if not (observer.min < 0).any() and not (observer.max > 0).any():
+    if left_out := observer.batches_left_out:
+        notes.append(f"NaN or Inf at its input: {count_batches(left_out)} left out")
+    if observer.only_zeros:
         notes.append("its input was always zero: scale 1")
     return notes

@@ -35,7 +35,7 @@ class Distribution(Observer):
         own = {"counts": ((2 * _HALF,), 0, torch.int64), "exponent": ((), _LOWEST, torch.int32)}
         return {**super()._state(), **own}
 
-    def _accumulate(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> None:
+    def _accumulated(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> dict[str, Tensor]:
         before = self._get("exponent", step)
         fitting = torch.frexp(torch.maximum(-lo, hi)).exponent.clamp(_LOWEST, 128)  # 2^fitting > |x|
         exponent = torch.maximum(before, fitting.to(before.dtype))
@@ -52,8 +52,7 @@ class Distribution(Observer):
                 total += torch.bincount(bins, minlength=len(total))
             else:  # bincount would wait for the largest bin, to know its result's size
                 total.scatter_add_(0, bins.long(), torch.ones_like(total[:1]).expand(len(bins)))
-        self._set("counts", step, counts)
-        self._set("exponent", step, exponent)
+        return {"counts": counts, "exponent": exponent}
 
     def _merge(self, other: Observer) -> None:
         assert isinstance(other, Distribution)
@@ -66,7 +65,7 @@ class Distribution(Observer):
 
     def _range(self) -> tuple[Tensor, Tensor]:
         """Searches row by row in blocks, so that thousands of channels need no gigabytes."""
-        width = torch.ldexp(torch.ones_like(self.min), self.exponent) / _HALF
+        width = torch.ldexp(torch.ones_like(self.min), self.exponent - int(math.log2(_HALF)))
         parts = [
             self._search(*block)
             for block in zip(
@@ -200,42 +199,74 @@ class Entropy(Distribution):
 
     Symmetric: over magnitudes, as TensorRT's calibrator. Asymmetric: one end after the other, twice. The bin of zero takes its
     neighbour's count: exact zeros, as after a ReLU, cost nothing and would hide the rest. The bins inside of a candidate's range
-    are spread over the codes, and each code's mass evenly over its occupied bins. It takes hundreds of values to tell anything.
+    are spread over the codes, and each code's mass evenly over its occupied bins.
+
+    The divergence is no error: it is 0 for a range so narrow that it holds a single occupied bin, and it prefers a clipped range
+    for data with few distinct values. So a range counts only if its squared error is at most twice that of the whole range, and
+    discrete data (also a few hundred values, from which no density can be told) keep the whole range.
     """
 
     name = "entropy"
 
     def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        discrete = _discrete(counts).tolist()  # before folding, which puts a value and its negative into neighbouring bins
         counts = counts.double()
+        # The bins in use: one that ends at -k * width holds that value, and one that begins at k * width holds this one.
+        below = (-lo / width).ceil().clamp(0, _HALF).long()
+        above = ((hi / width).floor() + 1).clamp(0, _HALF).long()
         if self.asymmetric:
             counts[:, _HALF] = counts[:, _HALF + 1]
-            below, above = ((e / width).ceil().clamp(0, _HALF).long().tolist() for e in (-lo, hi))
-            found = [
-                self._best(row, low, high, self.qmax - self.qmin + 1) for row, low, high in zip(counts, below, above, strict=True)
-            ]
+            levels = self.qmax - self.qmin + 1
         else:
             counts = _folded(counts)
             counts[:, 0] = counts[:, 1]
-            tops = (torch.maximum(-lo, hi) / width).ceil().clamp(0, _HALF).long().tolist()
-            row_of = torch.nn.functional.pad(counts, (_HALF, 0))
-            found = [self._best(row, 0, top, self.qmax + 1) for row, top in zip(row_of, tops, strict=True)]
-        low, high = (torch.tensor(ends, device=width.device) * width for ends in zip(*found, strict=True))
-        return (-low, high) if self.asymmetric else (-high, high)
+            counts = torch.nn.functional.pad(counts, (_HALF, 0))
+            below, above, levels = torch.zeros_like(above), torch.maximum(below, above), self.qmax + 1
+        found = []
+        for row, low, high, whole in zip(counts, below.tolist(), above.tolist(), discrete, strict=True):
+            found.append((low, high) if whole else self._best(row, low, high, levels))
+        low_ends, high_ends = (torch.tensor(ends, device=width.device) * width for ends in zip(*found, strict=True))
+        return (-low_ends, high_ends) if self.asymmetric else (-high_ends, high_ends)
 
-    @staticmethod
-    def _best(row: Tensor, below: int, above: int, levels: int) -> tuple[int, int]:
+    def _best(self, row: Tensor, below: int, above: int, levels: int) -> tuple[int, int]:
         """How many bins below and above zero to keep."""
         kept = [below, above]
-        sides = (1, 0, 1, 0) if below and above else (1,) if above else (0,)
+        longer = 1 if above >= below else 0  # first, for it has the outliers
+        sides = (longer, 1 - longer) * 2 if below and above else (longer,)
         candidates = 128 if len(sides) == 1 else 48  # of one search
+        allowed = 2 * self._error(row, below, above)
         for side in sides:
             least, most = max(levels - kept[1 - side], 1), kept[side]
             if most < least:
                 continue
             trials = [least + (most - least) * (i + 1) // candidates for i in range(candidates)]
-            found = [_divergence(row, kept[0] if side else t, t if side else kept[1], levels) for t in trials]
-            kept[side] = trials[found.index(min(found))]
+            ranges = [(kept[0], trial) if side else (trial, kept[1]) for trial in trials]
+            divergences = [_divergence(row, *kept_bins, levels) for kept_bins in ranges]
+            for i in sorted(range(candidates), key=divergences.__getitem__):
+                if self._error(row, *ranges[i]) <= allowed:
+                    kept[side] = trials[i]
+                    break
         return kept[0], kept[1]
+
+    def _error(self, row: Tensor, low: int, high: int) -> float:
+        """The squared error of the quantizer in bins, when ``low`` below and ``high`` above zero are kept.
+
+        A bin stands for its end nearest to zero: in heavy-tailed data most values lie near 0 in the two bins beside it, and their
+        centres would overstate the error of the whole range.
+        """
+        ends = torch.tensor([-low if self.asymmetric else -high, high], dtype=torch.float32, device=row.device)
+        scale, zero_point = self._choose(*ends)
+        bins = torch.arange(-_HALF, _HALF, device=row.device)
+        values = torch.where(bins < 0, bins + 1, bins).float()
+        simulated = quant_tensor_forward(values, scale, zero_point, self.qmin, self.qmax, self.asymmetric)
+        return float((row * simulated.sub_(values).square_()).sum())
+
+
+def _discrete(counts: Tensor) -> Tensor:
+    """Whether most of a row's mass lies in bins without an occupied neighbour: the data have few distinct values."""
+    occupied = torch.nn.functional.pad(counts > 0, (1, 1))
+    alone = ~(occupied[:, 2:] | occupied[:, :-2])
+    return (counts * alone).sum(1) > 0.5 * counts.sum(1)
 
 
 def _divergence(row: Tensor, low: int, high: int, levels: int) -> float:

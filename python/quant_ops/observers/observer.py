@@ -2,7 +2,8 @@
 
 An observer keeps one statistic per row, where a row is a step (``num_steps``) and a channel or group. All state is in buffers, on
 the model's device, and is updated by tensor operations alone: no batch waits for the host. Two observers merge into what one would
-have seen. This file has those that need extremes and means, histogram.py those that need the distribution.
+have seen. A batch that holds NaN or Inf is left out and counted: it changes no statistic. This file has the observers that need
+extremes and means, histogram.py those that need the distribution.
 """
 
 from typing import Any, ClassVar
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import choose_qparams
+
+# Ranges beyond these are clipped, so that no scale, no zero point and no simulated value overflows in float32.
+_WIDEST = {False: 0.999 * torch.finfo(torch.float32).max, True: 0.499 * torch.finfo(torch.float32).max}
 
 
 class Observer(nn.Module):
@@ -35,6 +39,7 @@ class Observer(nn.Module):
     min: Tensor
     max: Tensor
     count: Tensor
+    left_out: Tensor
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
@@ -54,7 +59,8 @@ class Observer(nn.Module):
         super().__init__()
         self.qmin, self.qmax, self.asymmetric = qmin, qmax, asymmetric
         self.axis, self.group_size, self.num_steps = axis, group_size, num_steps
-        self.register_buffer("count", torch.zeros(num_steps, dtype=torch.int64, device=device))
+        for name in ("count", "left_out"):  # batches observed, and batches that held NaN or Inf
+            self.register_buffer(name, torch.zeros(num_steps, dtype=torch.int64, device=device))
         self._allocate((0,) if axis is not None or group_size is not None else (), device)
 
     # ---- state -----------------------------------------------------------------------------------------------------------
@@ -64,8 +70,9 @@ class Observer(nn.Module):
         return {"min": ((), float("inf"), torch.float32), "max": ((), float("-inf"), torch.float32)}
 
     def _allocate(self, grid: tuple[int, ...], device: torch.device | str | None) -> None:
-        for name, (shape, start, dtype) in self._state().items():
-            self.register_buffer(name, torch.full((self.num_steps, *grid, *shape), start, dtype=dtype, device=device))
+        with torch.inference_mode(False):  # its tensors could not be updated outside of inference mode
+            for name, (shape, start, dtype) in self._state().items():
+                self.register_buffer(name, torch.full((self.num_steps, *grid, *shape), start, dtype=dtype, device=device))
 
     @property
     def _grid(self) -> tuple[int, ...]:
@@ -74,6 +81,7 @@ class Observer(nn.Module):
     def reset(self) -> None:
         """Forgets everything."""
         self.count.zero_()
+        self.left_out.zero_()
         for name, (_, start, _) in self._state().items():
             self._buffers[name].fill_(start)  # type: ignore[union-attr]
 
@@ -105,6 +113,8 @@ class Observer(nn.Module):
         stored = state_dict.get(prefix + "min")
         if stored is not None and self._grid == (0,) and stored.dim() > 1:  # the number of channels came with the first batch
             self._allocate(tuple(stored.shape[1:]), self.count.device)
+        if prefix + "count" in state_dict:  # a state of version 0.1 before there was this count
+            state_dict.setdefault(prefix + "left_out", torch.zeros_like(state_dict[prefix + "count"]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- observing -------------------------------------------------------------------------------------------------------
@@ -134,7 +144,10 @@ class Observer(nn.Module):
         return rows, tuple(shape)
 
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
-        """Observes a tensor and returns it. ``step``: 0-dim, integer, on the device; needed with ``num_steps > 1``."""
+        """Observes a tensor and returns it. ``step``: 0-dim, integer, on the device; needed with ``num_steps > 1``.
+
+        A tensor that holds NaN or Inf is counted in ``left_out`` and changes nothing else.
+        """
         if x.numel() == 0:
             return x
         if self.num_steps == 1:
@@ -149,14 +162,19 @@ class Observer(nn.Module):
                 self._allocate(grid, self.count.device)
             lo, hi = (e.reshape(1) for e in rows.aminmax()) if rows.shape[0] == 1 else rows.aminmax(dim=1)
             lo, hi = lo.float().reshape(1, *grid), hi.float().reshape(1, *grid)
-            self._accumulate(rows, lo, hi, step)
-            self._set("min", step, torch.minimum(self._get("min", step), lo))
-            self._set("max", step, torch.maximum(self._get("max", step), hi))
-            self._set("count", step, self._get("count", step) + 1)
+            finite = (lo.isfinite() & hi.isfinite()).all()  # NaN and Inf both show in the extremes
+            updated = self._accumulated(rows, lo, hi, step)
+            updated["min"] = torch.minimum(self._get("min", step), lo)
+            updated["max"] = torch.maximum(self._get("max", step), hi)
+            updated["count"] = self._get("count", step) + 1
+            for name, value in updated.items():
+                self._set(name, step, torch.where(finite, value, self._get(name, step)))
+            self._set("left_out", step, self._get("left_out", step) + ~finite)
         return x
 
-    def _accumulate(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> None:
-        """Adds a batch to the subclass's statistics; called before the extremes and the count have it."""
+    def _accumulated(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> dict[str, Tensor]:
+        """The subclass's statistics with a batch added; what it gives for a batch that is not finite is not used."""
+        return {}
 
     # ---- choosing the range ----------------------------------------------------------------------------------------------
 
@@ -165,14 +183,19 @@ class Observer(nn.Module):
         """Whether nothing has been observed. Waits for the device."""
         return not bool(self.count.any())
 
+    @property
+    def only_zeros(self) -> bool:
+        """Whether nothing but zeros has been observed, or nothing at all. Waits for the device."""
+        return not bool((self.min < 0).any() | (self.max > 0).any())
+
     def unseen_steps(self) -> list[int]:
         """The steps without data, which take the widest range of the others. Waits for the device."""
         return (self.count == 0).nonzero().flatten().tolist()
 
-    def is_finite(self) -> bool:
-        """Whether all that has been observed was finite. Waits for the device."""
-        seen = self.count > 0
-        return bool(self.min[seen].isfinite().all() and self.max[seen].isfinite().all())
+    @property
+    def batches_left_out(self) -> int:
+        """How many batches held NaN or Inf and were not observed. Waits for the device."""
+        return int(self.left_out.sum())
 
     def _range(self) -> tuple[Tensor, Tensor]:
         """lo and hi of every row, shaped as ``min``; rows without data may hold anything."""
@@ -190,6 +213,8 @@ class Observer(nn.Module):
         return scale.reshape(shape), zero_point.reshape(shape)
 
     def _choose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        widest = _WIDEST[self.asymmetric]
+        lo, hi = lo.clamp(min=-widest), hi.clamp(max=widest)
         return choose_qparams(torch.stack([lo, hi], -1), [-1], self.qmin, self.qmax, self.asymmetric)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
@@ -198,12 +223,11 @@ class Observer(nn.Module):
         A step that was never seen gets the widest range of the others. All zeros: scale 1.
 
         Raises:
-            ValueError: nothing has been observed, or something that is not finite.
+            ValueError: nothing has been observed, or nothing finite.
         """
         if self.empty:
-            raise ValueError(f"quant_ops.observers: expected data before qparams, got none in the {self.name} observer")
-        if not self.is_finite():
-            raise ValueError(f"quant_ops.observers: expected finite data, got NaN or Inf in the {self.name} observer")
+            got = "batches with NaN or Inf alone" if self.batches_left_out else "none"
+            raise ValueError(f"quant_ops.observers: expected data before qparams, got {got} in the {self.name} observer")
         return self.live_qparams()
 
     # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -214,7 +238,7 @@ class Observer(nn.Module):
         if settings[0] != settings[1]:
             raise ValueError(f"quant_ops.observers: expected an observer of the same settings to merge, got {self} and {other}")
         if other._grid == (0,):
-            return self
+            return self  # it has seen nothing
         if self._grid == (0,):
             self._allocate(other._grid, self.count.device)
         if self._grid != other._grid:
@@ -223,6 +247,7 @@ class Observer(nn.Module):
         self.min.copy_(torch.minimum(self.min, other.min.to(self.min.device)))
         self.max.copy_(torch.maximum(self.max, other.max.to(self.max.device)))
         self.count += other.count.to(self.count.device)
+        self.left_out += other.left_out.to(self.count.device)
         return self
 
     def _merge(self, other: "Observer") -> None:
@@ -267,11 +292,15 @@ class EMA(Observer):
         average = ((), 0.0, torch.float32)
         return {**super()._state(), "average_min": average, "average_max": average}
 
-    def _accumulate(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> None:
+    def _accumulated(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> dict[str, Tensor]:
         first = (self._get("count", step) == 0).reshape(-1, *[1] * (lo.dim() - 1))
+        averages = {}
         for name, value in (("average_min", lo), ("average_max", hi)):
             average = self._get(name, step)
-            self._set(name, step, torch.where(first, value, average + self.momentum * (value - average)))
+            # halves, so that the difference of two finite values is finite
+            moved = average + 2 * self.momentum * (value / 2 - average / 2)
+            averages[name] = torch.where(first, value, moved)
+        return averages
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.average_min, self.average_max
@@ -298,10 +327,12 @@ class LSQ(Observer):
     def _state(self) -> dict[str, tuple[tuple[int, ...], float, torch.dtype]]:
         return {**super()._state(), "magnitude": ((), 0.0, torch.float64), "elements": ((), 0, torch.int64)}
 
-    def _accumulate(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> None:
-        magnitude = rows.abs().sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        self._set("magnitude", step, self._get("magnitude", step) + magnitude.double().reshape(lo.shape))
-        self._set("elements", step, self._get("elements", step) + rows.shape[1])
+    def _accumulated(self, rows: Tensor, lo: Tensor, hi: Tensor, step: Tensor | None) -> dict[str, Tensor]:
+        magnitude = rows.abs().sum(1, dtype=torch.float64)  # in float32 a sum of finite values may be infinite
+        return {
+            "magnitude": self._get("magnitude", step) + magnitude.reshape(lo.shape),
+            "elements": self._get("elements", step) + rows.shape[1],
+        }
 
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.asymmetric:
