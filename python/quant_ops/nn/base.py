@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.onnx import is_in_onnx_export
@@ -22,6 +23,7 @@ from ..ops import choose_qparams, quant_tensor_forward
 from .weight import DequantizedWeight, dequantized, packed, placeholder, unpacked
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_transform = torch._C._functorch.maybe_current_level
 _Self = TypeVar("_Self", bound="Int8Layer")
 
 
