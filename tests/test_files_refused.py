@@ -247,7 +247,7 @@ def test_refuses_arguments_of_another_type(tmp_path, change):
         ({"output_scale": torch.ones(3)}, "output_scale to have one element"),
         ({"output_zero_point": torch.tensor(3, dtype=torch.int32)}, "output_zero_point only together with output_scale"),
         ({"input_scale": torch.tensor(0.1, dtype=torch.float64)}, "up.input_scale of dtype torch.float32"),
-        ({"asymmetric": True}, "no input_scale in an asymmetric layer"),
+        ({"asymmetric": True}, "got an input_scale in an asymmetric layer"),
     ],
     ids=str,
 )

@@ -259,7 +259,7 @@ def test_saved_with_the_model(asymmetric):
     file.seek(0)
     assert not any("timestep" in name for name in model.state_dict())
     fresh = Net().eval()
-    qo.quantize_(fresh, qo.Int8Dynamic(asymmetric=False))
+    qo.quantize_(fresh)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert fresh.fc.num_steps == STEPS
     for step in range(STEPS):

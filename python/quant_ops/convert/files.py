@@ -416,6 +416,11 @@ def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.devic
                     raise ValueError(
                         f"quant_ops.load_: expected {name}.{key} of dtype {DTYPES[key]} in {file.path}, got {tensor.dtype}"
                     )
+            if entry["arguments"]["asymmetric"] and "input_scale" in state:
+                raise ValueError(
+                    f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got an input_scale in an asymmetric layer, "
+                    "which finds the range of every input"
+                )
             kind: Any = _CLASSES[entry["class"]]
             arguments = {key: _from_json(value) for key, value in entry["arguments"].items()}
             layer: Int8Layer = kind(**arguments, bias="bias" in state, device="meta")

@@ -287,7 +287,8 @@ class Int8Layer(nn.Module):
     def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Raises ValueError for scales and zero points that forward could not use. It is called when they arrive, not in forward.
 
-        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step.
+        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step. With an
+        input scale the layer is static, and the zero point, not ``asymmetric``, tells whether sums are shifted.
         """
 
         def refuse(relation: str, got: Any) -> NoReturn:
@@ -312,11 +313,10 @@ class Int8Layer(nn.Module):
                 refuse(f"one {side}_zero_point for each of {scale.numel()} steps", zero_point.numel())
             if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
                 refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
-        products, shifted = self._weight_shape[1:].numel(), self.asymmetric or tensors.get("input_zero_point") is not None
+        dynamic = tensors.get("input_scale") is None
+        products, shifted = self._weight_shape[1:].numel(), self.asymmetric if dynamic else tensors.get("input_zero_point") is not None
         if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
             refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
-        if self.asymmetric and tensors.get("input_scale") is not None:
-            refuse("no input_scale in an asymmetric layer, which finds the range of every input", "one")
 
     @property
     def num_steps(self) -> int:
@@ -493,6 +493,8 @@ class Int8Layer(nn.Module):
                     state_dict[prefix + buffer] = stored = stored.reshape(())
                 if held is None or held.shape != stored.shape:  # a checkpoint says whether the layer is static
                     self._buffers[buffer] = torch.empty_like(stored, device=self.device)
+                if buffer == "input_scale":
+                    self.asymmetric = False  # which is of layers that find the range of every input
             if held is not None and held is self._buffers[buffer] and held.is_inference() and not torch.is_inference_mode_enabled():
                 self._buffers[buffer] = held.clone()  # it could not be written into
         arrives, kept = name in state_dict, (self._buffers["qweight"], self._buffers["packed_weight"])
