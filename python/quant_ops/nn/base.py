@@ -287,8 +287,8 @@ class Int8Layer(nn.Module):
     def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Raises ValueError for scales and zero points that forward could not use. It is called when they arrive, not in forward.
 
-        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step. With an
-        input scale the layer is static, and the zero point, not ``asymmetric``, tells whether sums are shifted.
+        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step. With
+        an input scale the layer is static, and the zero point, not ``asymmetric``, tells whether sums are shifted.
         """
 
         def refuse(relation: str, got: Any) -> NoReturn:
@@ -314,7 +314,8 @@ class Int8Layer(nn.Module):
             if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
                 refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
         dynamic = tensors.get("input_scale") is None
-        products, shifted = self._weight_shape[1:].numel(), self.asymmetric if dynamic else tensors.get("input_zero_point") is not None
+        shifted = self.asymmetric if dynamic else tensors.get("input_zero_point") is not None
+        products = self._weight_shape[1:].numel()
         if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
             refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
 
