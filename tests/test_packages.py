@@ -16,7 +16,7 @@ BELOW = {
     "observers": {"", "ops"},
     "convert": {"", "ops", "nn", "observers"},
     "report": {"", "ops", "nn"},
-    "compat": {"", "ops", "nn", "convert", "report"},
+    "compat": {"", "ops", "nn", "observers", "convert", "report"},
     "cli": {"", "nn", "convert", "report"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line
