@@ -52,7 +52,7 @@ format: $(INSTALLED)
 cuda-build: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)" || echo "no $(CUTLASS): the Hopper engine is left out"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target quant_ops_cuda
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
