@@ -537,22 +537,18 @@ class Int8Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; see the class for shapes and dtypes."""
-        # Skip the operator's autograd kernel where nothing requires a gradient: it is Python, takes 3 us, and only refuses
-        # gradients. Tensors of inference mode never reach it. What a Proxy of torch.fx has as requires_grad is not False. Under
-        # torch.func and in forward mode nothing requires a gradient.
-        if (
-            is_compiling()
-            or x.requires_grad is not False
-            or x.is_inference()
-            or _in_transform() is not None
-            or forward_ad._current_level >= 0
-        ):
-            return self._forward_unusual(x)
-        with _below_autograd():
-            return self._run(x)
+        # The usual call first, since every check costs. The operator's autograd kernel is Python and takes 3 us only to refuse
+        # gradients, so it is skipped where nothing requires one; tensors of inference mode never reach it.
+        if type(x) is Tensor and not is_compiling() and not x.requires_grad:
+            if x.is_inference():
+                return self._run(x)
+            if _in_transform() is None and forward_ad._current_level < 0:
+                with _below_autograd():
+                    return self._run(x)
+        return self._forward_unusual(x)
 
     def _forward_unusual(self, x: Tensor) -> Tensor:
-        """Compiled, traced by torch.fx, differentiated, or in inference mode."""
+        """Compiled, traced by torch.fx, differentiated, or with a subclass of Tensor."""
         if isinstance(x, Proxy):  # the layer becomes one node of the graph, as torch's own layers do
             tracer: Any = x.tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
