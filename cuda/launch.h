@@ -85,9 +85,6 @@ enum class Encoder : int32_t {
   kRange,  // a scale from the data: quantize_rows_cuda (linear), run_choose_qparams and write_codes_cuda (conv2d)
   kGemv,   // a scale from the data, by the kernel of the product (linear)
 };
-inline bool is_dynamic(const InputParams& in) {
-  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
-}
 // Whether sums need a correction for zero points; those of unsigned codes are shifted by 128.
 inline bool has_zero_points(const InputParams& in) {
   return in.mode == Activation::kDynamicAsymmetric || in.zero_point != nullptr || in.dtype == DType::kUInt8;

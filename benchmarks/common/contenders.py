@@ -4,11 +4,7 @@ import warnings
 
 import torch
 
-
-def sqnr(reference, result):
-    """Signal to noise in dB: how closely an approximate contender computes the same thing."""
-    reference, result = reference.double(), result.double()
-    return (20 * torch.log10(reference.norm() / (reference - result).norm().clamp_min(1e-300))).item()
+from quant_ops.report.error import sqnr
 
 
 def prepare(contenders, *arguments, reference, least):

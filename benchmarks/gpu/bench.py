@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.contenders import in_one_line, sqnr
+from benchmarks.common.contenders import in_one_line
 from benchmarks.common.timing import in_turns
 from benchmarks.gpu import cases
 from benchmarks.gpu.record import Record
+from quant_ops.report.error import sqnr
 
 ROTATE_BYTES = 160 << 20  # well over twice the largest L2 cache
 MOST_SETS = 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common import shapes
-from benchmarks.common.contenders import sqnr
+from quant_ops.report.error import sqnr
 
 QMIN, QMAX = -128, 127
 SCALES = ("(1,)", "(N,1,1,1)", "(1,C,1,1)")  # shapes of the scale of an N x C x H x W tensor

@@ -167,6 +167,9 @@ struct InputParams {
   const int32_t* zero_point;
   int64_t zero_point_stride;
 };
+inline bool is_dynamic(const InputParams& in) {
+  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
+}
 
 struct Int8LinearParams {
   int64_t M, N, K;

@@ -13,10 +13,6 @@ namespace quant_ops {
 
 constexpr int32_t kSignedOffset = 128;
 
-inline bool is_dynamic(const InputParams& in) {
-  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
-}
-
 // Of no elements. It contains 0, as choose_qparams_of wants it.
 constexpr Range kZeroRange{0.0f, 0.0f, 0};
 
