@@ -226,7 +226,7 @@ class Mixture(nn.Module):
 
 
 class Transposed(nn.Module):
-    """As transformers' Conv1D: a matrix of its own."""
+    """A matrix of its own, in no class that is known."""
 
     def __init__(self):
         super().__init__()

@@ -10,6 +10,7 @@ against the case's reference before it is timed. Read next: cases.py, record.py.
 
 import argparse
 import functools
+import random
 import statistics
 import time
 from pathlib import Path
@@ -17,10 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.contenders import in_one_line
-from benchmarks.common.timing import in_turns
 from benchmarks.gpu import cases
 from benchmarks.gpu.record import Record
 from quant_ops.report.error import sqnr
+from quant_ops.report.timing import in_turns
 
 ROTATE_BYTES = 160 << 20  # well over twice the largest L2 cache
 MOST_SETS = 64
@@ -83,7 +84,7 @@ class Timer:
         for name, replay in replays.items():
             repeats = max(1, round(TURN_US / max(self.turn(replay, 1), 1.0))) if self.on_gpu else 1
             turns[name] = functools.partial(turn, replay, repeats)
-        return in_turns(turns, rounds=ROUNDS if self.on_gpu else 1)
+        return in_turns(turns, rounds=ROUNDS if self.on_gpu else 1, order=random.Random(0))
 
     def once(self, make, call, size: int) -> float:
         """Median for a single contender."""

@@ -11,14 +11,15 @@ each value that is observed. Figures are the best of the rounds.
 import argparse
 import copy
 import functools
+import random
 import time
 
 import torch
 from torch import Tensor, nn
 
 import quant_ops as qo
-from benchmarks.common.timing import in_turns
 from quant_ops.observers import Observer
+from quant_ops.report.timing import in_turns
 
 
 class Residual(nn.Module):
@@ -76,7 +77,7 @@ def measure(make, shape: tuple[int, ...], rounds: int) -> tuple[float, dict[str,
         models[observer] = copy.deepcopy(model)
         qo.prepare_(models[observer], qo.Int8Static(observer))
     turns = {name: functools.partial(forward, each, x) for name, each in models.items()}
-    best = {name: min(times) for name, times in in_turns(turns, rounds=rounds).items()}
+    best = {name: min(times) for name, times in in_turns(turns, rounds=rounds, order=random.Random(0)).items()}
     found = {}
     for observer in sorted(Observer.kinds):
         found[observer] = best[observer] / best["float"], seconds_of(functools.partial(qo.convert_, models[observer]))

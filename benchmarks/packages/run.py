@@ -4,7 +4,7 @@ Also here: how the contenders of several scripts reach torch.ao and ONNX Runtime
 """
 
 import argparse
-import functools
+import random
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ import torch
 from benchmarks import table
 from benchmarks.common import machine, results
 from benchmarks.common.contenders import prepare
-from benchmarks.common.timing import cpu_turn, in_turns
+from quant_ops.report.timing import interleave
 
+SETTLE_SECONDS = 0.01  # until the threads of the contender before have stopped looking for work
 MOST_SQNR = 300.0  # dB, in place of infinity where the results are the same
 
 
@@ -35,8 +36,13 @@ class Run:
         calls, distances, missing = prepare(contenders, *arguments, reference=reference, least=least)
         for contender, reason in missing.items():
             self.miss(label.format(contender), case, reason)
-        turns = {name: functools.partial(cpu_turn, call) for name, call in calls.items()}
-        times = in_turns(turns, rounds=self.options.rounds, seconds=self.options.seconds)
+        times = interleave(
+            calls,
+            rounds=self.options.rounds,
+            seconds=self.options.seconds,
+            settle=SETTLE_SECONDS if torch.get_num_threads() > 1 else 0.0,
+            order=random.Random(0),
+        )
         rows = {name: columns | {"contender": name} | figures(times[name]) for name in calls}
         for name, row in rows.items():
             row["sqnr_db"] = round(min(distances[name], MOST_SQNR), 1)

@@ -2,10 +2,12 @@
 
 Differences from the original:
 
-* No tracing: models with control flow work, ``tracer`` is accepted and ignored, and there are no ``*_gm`` methods. Inputs of
-  Linear, Conv1d and Conv2d are observed, not other activations.
+* No tracing: models with control flow work, and ``tracer`` is accepted and ignored. Inputs of Linear, Conv1d and Conv2d are
+  observed, not other activations. ``calib_gm``, ``qat_gm`` and ``quantize_gm`` put the layers of the proxy into a traced model.
+* ``toggle_observer`` simulates int8 weights as well as inputs, and no layer both observes and simulates.
 * ``quantize`` gives int8 layers that run on this package's kernels for every backend and device; backends differ only in what they
-  observe by default: minmax or (FBGEMM, MNN) a histogram, with a zero point or (DISC, MNN) without. MNN files are not written.
+  observe by default: minmax or (FBGEMM, MNN) a histogram, with a zero point or (DISC, MNN) without. As in the original, only DISC
+  has defaults for AARCH64 and GPU. MNN files are not written.
 * Weights are symmetric int8 with one scale per output channel, biases float32.
 * Observers are named (``act_ob_ctr="histogram"``, see ``qo.Int8Static``), or one of the classes below or a ``functools.partial`` of
   one, whose ``qscheme`` then decides about the zero point. ``bias_ob_ctr`` is accepted and ignored.
@@ -25,7 +27,7 @@ import enum
 import functools
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 import quant_ops as qo
 
 from ..convert.prepared import Prepared
+from ..convert.qat import Qat
 from ..nn import Int8Layer
 from ..observers import LSQ, Histogram, MinMax, Observer
 from ..report.compare import Probes, quiet
@@ -48,9 +51,11 @@ __all__ = [
     "MinMaxObserver",
     "ModuleFilter",
     "Observer",
+    "ObserverTypes",
     "PerChannelMinMaxObserver",
     "QParams",
     "Quantizer",
+    "toggle_observer",
 ]
 
 MinMaxObserver, HistogramObserver, LSQObserver = MinMax, Histogram, LSQ
@@ -71,6 +76,15 @@ class QParams(NamedTuple):
     dtype: torch.dtype
     scale: Tensor
     zero_point: Tensor
+    ch_axis: int = -1
+
+
+class ObserverTypes(NamedTuple):
+    """The observers that ``calib_gm`` and ``qat_gm`` take."""
+
+    act_ob_ctr: Any = None
+    w_ob_ctr: Any = None
+    bias_ob_ctr: Any = None
 
 
 class Backend(enum.Enum):
@@ -89,9 +103,9 @@ _HISTOGRAM = (Backend.FBGEMM, Backend.MNN)
 class Device(enum.Enum):
     """Kept for their names: tensors are where the model is."""
 
-    X86 = 1
-    AARCH64 = 2
-    GPU = 3
+    X86 = 0
+    AARCH64 = 1
+    GPU = 2
 
 
 @dataclasses.dataclass
@@ -110,6 +124,16 @@ class ModuleFilter:
     exclude_names: list[str] | None = None
     exclude_classes: list[type[nn.Module] | str] | None = None
     exclude_op_types: list[type[nn.Module]] | None = None
+
+    def within(self, name: str) -> "ModuleFilter":
+        """The filter for the module of this name alone, as its own model."""
+
+        def inside(names: list[str] | None) -> list[str] | None:
+            if not names or not name:
+                return names or None
+            return [one.removeprefix(f"{name}.") for one in names if one.startswith(f"{name}.")] or None
+
+        return dataclasses.replace(self, include_names=inside(self.include_names), exclude_names=inside(self.exclude_names))
 
     def left_float(self, model: nn.Module) -> set[str]:
         """The names of the modules that stay float. Raises ValueError for a name that no module has."""
@@ -179,8 +203,12 @@ class Quantizer:
     Args:
         module_filter: which modules to quantize.
         backend: decides what activations are observed with by default; see the module's docstring.
-        device, tracer, bias_ob_ctr: accepted and ignored.
+        device: decides which backends have default observers.
+        tracer, bias_ob_ctr: accepted and ignored.
         act_ob_ctr, w_ob_ctr, qat_ob_ctr: observers: "minmax", "percentile", "mse", "histogram", ..., or classes.
+
+    Raises:
+        RuntimeError: the backend has no default observers on the device, and they are not given.
     """
 
     def __init__(
@@ -194,6 +222,11 @@ class Quantizer:
         bias_ob_ctr: Any = None,
         qat_ob_ctr: Any = None,
     ) -> None:
+        if device is not Device.X86 and backend is not Backend.DISC and (act_ob_ctr is None or w_ob_ctr is None):
+            raise RuntimeError(
+                f"quant_ops.Quantizer: expected Backend.DISC, which alone has default observers on Device.{device.name}, got "
+                f"Backend.{backend.name}. Pass act_ob_ctr and w_ob_ctr, or Device.X86: int8 layers run wherever the model is."
+            )
         self.module_filter = module_filter or ModuleFilter()
         self.backend, self.device = backend, device
         self._act, self._weight = act_ob_ctr, w_ob_ctr
@@ -230,17 +263,20 @@ class Quantizer:
     def calib(self, model: nn.Module, act_ob_ctr: Any = None, w_ob_ctr: Any = None, bias_ob_ctr: Any = None) -> nn.Module:
         """A proxy to be run on typical data; it observes, and goes on from what the model's observers have seen before."""
         self._trained.pop(model, None)
-        return self._prepared(model, self._config(act_ob_ctr, w_ob_ctr), calibrate=True)
+        proxy = self._prepared(model, self._config(act_ob_ctr, w_ob_ctr), calibrate=True)
+        toggle_observer(proxy, observe=True, fake_quant=False)
+        return proxy
 
     def qat(self, model: nn.Module, act_ob_ctr: Any = None, w_ob_ctr: Any = None, bias_ob_ctr: Any = None) -> nn.Module:
         """A proxy to be trained, from the calibration if there is one; what it learns is in the model's own parameters too."""
         proxy = self._prepared(model, self._config(None, w_ob_ctr))
         name, asymmetric = self._qat if act_ob_ctr is None else _observer("act_ob_ctr", act_ob_ctr, "lsq")
         configs = {}
-        for layer_name, layer in proxy.named_modules():
-            if isinstance(layer, Prepared):
+        for layer_name, layer in proxy.named_modules(remove_duplicate=False):
+            if isinstance(layer, Prepared) and layer.observer is not None:
                 assert isinstance(layer.config, qo.Int8Static)
                 layer.observer = copy.deepcopy(layer.observer)  # training goes on with it
+                layer.observer.observe = True
                 zero_point = layer.config.asymmetric if asymmetric is None else asymmetric
                 configs[layer_name] = dataclasses.replace(layer.config, observer=name, asymmetric=zero_point)
         if configs:
@@ -263,6 +299,37 @@ class Quantizer:
                 original._modules.pop("observer", None)
                 quantized.set_submodule(name, original)
         return quantized.train(model.training)
+
+    def calib_gm(self, name: str, gm: nn.Module, root: nn.Module, ob_types: ObserverTypes) -> None:
+        """Makes ``gm``, in place, the proxy of :meth:`calib` for ``root``, the module of this name that it was traced from."""
+        _take_layers("calib_gm", gm, root, self._within(name).calib(root, *ob_types))
+
+    def qat_gm(self, name: str, gm: nn.Module, root: nn.Module, ob_types: ObserverTypes) -> None:
+        """Makes ``gm``, in place, the proxy of :meth:`qat` for ``root``, the module of this name that it was traced from."""
+        _take_layers("qat_gm", gm, root, self._within(name).qat(root, *ob_types))
+
+    def quantize_gm(self, name: str, gm: nn.Module, root: nn.Module) -> None:
+        """Makes ``gm``, in place, what :meth:`quantize` gives for ``root``, the module of this name that it was traced from."""
+        _take_layers("quantize_gm", gm, root, self._within(name).quantize(root))
+
+    def amp_gm(self, name: str, gm: nn.Module, root: nn.Module) -> NoReturn:
+        """Refused: :meth:`amp` measures beside the model, not by layers in its graph."""
+        raise NotImplementedError("quant_ops.Quantizer: expected amp(root), got amp_gm. Run the module that amp returns.")
+
+    def export_mnn_params(self, *_: Any) -> NoReturn:
+        """Refused: MNN files are not written."""
+        raise NotImplementedError(
+            "quant_ops.Quantizer: expected quantize, got an export to MNN, whose files are not written here. Export the float "
+            "model with torch.onnx and quantize it with MNN's own tools."
+        )
+
+    export_mnn_params_gm = export_mnn_params
+
+    def _within(self, name: str) -> "Quantizer":
+        """This quantizer for the module of this name; it knows the same trained models."""
+        part = copy.copy(self)
+        part.module_filter = self.module_filter.within(name)
+        return part
 
     def amp(self, model: nn.Module) -> AmpModule:
         """A proxy to be run on typical data; it measures how sensitive each layer is."""
@@ -292,3 +359,58 @@ def _sharing_tensors(model: nn.Module) -> nn.Module:
     """A copy of the modules, but not of their parameters and buffers, nor of the observers."""
     shared: list[Any] = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Observer))]
     return copy.deepcopy(model, {id(one): one for one in shared})
+
+
+def _take_layers(function: str, gm: nn.Module, root: nn.Module, made: nn.Module) -> None:
+    """Puts the layers of a proxy or an int8 model into a traced one, whose layers have the same names."""
+    if gm is root:
+        raise ValueError(
+            f"quant_ops.Quantizer: expected {function} with root, the module that gm was traced from, got gm itself. Call "
+            f"{function.removesuffix('_gm')}(gm) instead."
+        )
+    names = {name for name, _ in gm.named_modules(remove_duplicate=False)}
+    for name, layer in list(made.named_modules(remove_duplicate=False)):
+        if name in names and isinstance(layer, Prepared | Int8Layer):
+            gm.set_submodule(name, layer)
+
+
+def toggle_observer(root: nn.Module, *, observe: bool, fake_quant: bool) -> None:
+    """Sets, in a proxy of ``calib`` or ``qat``, whether layers observe their inputs, and whether they compute as in int8.
+
+    With neither it is the float model. A layer that learns its scales ("lsq") does not observe while it simulates.
+
+    Raises:
+        ValueError: both are asked for, or ``fake_quant`` before a layer has observed anything.
+    """
+    layers = {name: layer for name, layer in root.named_modules(remove_duplicate=False) if isinstance(layer, Prepared)}
+    if observe and fake_quant:
+        raise ValueError(
+            "quant_ops.toggle_observer: expected observe or fake_quant, got both. Run the data with observe=True, and then "
+            "simulate with fake_quant=True."
+        )
+    if fake_quant:
+        unseen = [name for name, layer in layers.items() if not getattr(layer, "learned", False) and layer.unreached()]
+        if unseen:
+            raise ValueError(
+                f"quant_ops.toggle_observer: expected calibrated layers for fake_quant=True, got no data in {unseen}. Run the "
+                "proxy with observe=True first."
+            )
+        if configs := {name: layer.config for name, layer in layers.items() if not isinstance(layer, Qat)}:
+            qo.prepare_qat_(root, configs)
+    for module in root.modules():
+        if isinstance(module, Qat):
+            _simulate(module, fake_quant)
+        elif isinstance(module, Observer):
+            module.observe = observe
+    for module in root.modules():
+        if isinstance(module, Qat) and module.learned and module.observer is not None:
+            module.observer.observe = observe or fake_quant  # its first batch may have to start the scales
+
+
+def _simulate(layer: Qat, fake_quant: bool) -> None:
+    if not fake_quant:
+        layer.begin_calibration()
+    elif layer.learned and layer.started:
+        layer.observing = False  # the scales go on from where training has left them
+    else:
+        layer.end_calibration()

@@ -11,7 +11,8 @@ Differences from the original:
   run, use ``qo.prepare_`` and ``qo.calibrate``.
 * Steps are counted by forwards of the model, from 0 up, and start again after ``num_steps`` of them; the original counts the calls
   of each layer. The model's timestep, its argument ``timestep`` or ``t`` or the second one, shows where a run starts: a run of
-  another number of calls is a warning, and shifts no other run.
+  another number of calls is a warning, and shifts no other run. A pipeline that calls the model more than once in each step, for
+  guidance without a doubled batch, takes ``calls_per_step``.
 * Weights always have one scale per output channel (their ``channel_wise`` is ignored) and codes in [-127, 127]; activations have
   one scale and zero point per layer and step. "mse" is a search over the whole range, not from 0.95 to 1.05.
 * Checkpoints are safetensors files, ``{class}_8bits_{steps}steps.safetensors``, and strict. The original's pickles are not read.
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 
+from ..convert.files import read_layers
 from ..convert.qat import Qat
-from ..nn import Int8Layer
 from ..report.bench import conv2d, linear, text
 
 _log = logging.getLogger("quant_ops")
@@ -47,12 +48,18 @@ __all__ = ["asymmetric", "benchmark_conv2d", "benchmark_linear", "fake2real", "f
 
 
 def fake_quant(
-    model: nn.Module, weight_quant_params: dict[str, Any], act_quant_params: dict[str, Any], num_steps: int = 1
+    model: nn.Module,
+    weight_quant_params: dict[str, Any],
+    act_quant_params: dict[str, Any],
+    num_steps: int = 1,
+    *,
+    calls_per_step: int = 1,
 ) -> nn.Module:
-    """Makes the model, in place, one that calibrates in its first run and then simulates int8; ``num_steps`` forwards are a run.
+    """Makes the model, in place, one that calibrates in its first run and then simulates int8.
 
-    Returns it. It can be trained: gradients pass straight through.
+    ``num_steps * calls_per_step`` forwards are a run. Returns the model. It can be trained: gradients pass straight through.
     """
+    _check_calls("fake_quant", calls_per_step)
     weight_bits, weight_observer = _settings("weight_quant_params", weight_quant_params)
     bits, observer = _settings("act_quant_params", act_quant_params)
     if bits != 8:
@@ -69,8 +76,8 @@ def fake_quant(
     qo.prepare_qat_(model, config)
     for layer in model.modules():
         if isinstance(layer, Qat):
-            layer.observe_first()
-    _count_steps(model, num_steps)
+            layer.observe_first(calls_per_step)
+    _count_steps(model, num_steps, calls_per_step)
     model.n_bits = 8  # type: ignore[assignment]
     return model
 
@@ -83,6 +90,11 @@ def _settings(argument: str, params: dict[str, Any]) -> tuple[int, str]:
     if method not in _OBSERVERS:
         raise ValueError(f"quant_ops.fake_quant: expected {argument}['scale_method'] in {sorted(_OBSERVERS)}, got {method!r}")
     return params.get("n_bits", 8), _OBSERVERS[method]
+
+
+def _check_calls(function: str, calls_per_step: int) -> None:
+    if calls_per_step < 1:
+        raise ValueError(f"quant_ops.{function}: expected calls_per_step >= 1, got {calls_per_step}")
 
 
 def fake2real(fakeq_model: nn.Module, save_dir: str = ".") -> nn.Module:
@@ -101,29 +113,44 @@ def fake2real(fakeq_model: nn.Module, save_dir: str = ".") -> nn.Module:
     return fakeq_model
 
 
-def real_quant(model: nn.Module, n_bits: int = 8, num_steps: int = 1, ckpt_path: str | None = None) -> nn.Module:
-    """Makes the float model, in place, the int8 model of a checkpoint of :func:`fake2real`. Returns it."""
+def real_quant(
+    model: nn.Module, n_bits: int = 8, num_steps: int = 1, ckpt_path: str | None = None, *, calls_per_step: int = 1
+) -> nn.Module:
+    """Makes the float model, in place, the int8 model of a checkpoint of :func:`fake2real`. Returns it.
+
+    A checkpoint whose weights have other bits, or whose layers have other steps, is refused before the model is touched.
+    """
+    _check_calls("real_quant", calls_per_step)
     if ckpt_path is None:
         qo.quantize_(model, qo.Int8Dynamic(weight_bits=n_bits))
         return model
+    layers = read_layers(ckpt_path).values()
+    for what, wanted, found in (
+        ("bits", n_bits, {bits for bits, _ in layers}),
+        ("steps", num_steps, {steps for _, steps in layers}),
+    ):
+        if found - {wanted}:
+            raise ValueError(
+                f"quant_ops.real_quant: expected a checkpoint of {wanted} {what}, got {sorted(found)} in {ckpt_path}. Pass what "
+                "it was made with."
+            )
     qo.load_(model, ckpt_path)
-    found = {layer.num_steps for layer in model.modules() if isinstance(layer, Int8Layer)}
-    if found - {num_steps}:
-        raise ValueError(f"quant_ops.real_quant: expected a checkpoint of {num_steps} steps, got {sorted(found)} in {ckpt_path}")
-    _count_steps(model, num_steps)
+    _count_steps(model, num_steps, calls_per_step)
     return model
 
 
 class _StepCounter:
     """Forward hooks of a model that count its forwards and set the step, from 0, modulo num_steps.
 
-    Timesteps rise or fall through a run, so that one against the direction begins the next. A run that is too long uses the last
-    step for the rest, and one that is too short ends early; both warn, once.
+    Every step is ``calls_per_step`` calls. Timesteps rise or fall through a run, so that one against the direction begins the next.
+    A run that is too long uses the last step for the rest, and one that is too short ends early; both warn, once.
     """
 
-    def __init__(self, num_steps: int, rising: bool | None = None) -> None:
-        self.num_steps, self.calls, self.entered = num_steps, 0, contextlib.ExitStack()
+    def __init__(self, num_steps: int, calls_per_step: int, rising: bool | None = None) -> None:
+        self.num_steps, self.calls_per_step, self.run = num_steps, calls_per_step, num_steps * calls_per_step
+        self.calls, self.entered = 0, contextlib.ExitStack()
         self.last: float | None = None  # the timestep of the call before
+        self.at_last = 0  # calls with this timestep, one after another
         self.rising = rising
         self.moves = 0 if rising is None else 2  # calls from which the direction is known
         self.warned = False
@@ -136,16 +163,17 @@ class _StepCounter:
                 self.rising = rising
             elif rising != self.rising:
                 self._expect_whole_run()
-                # after a single move in a run that is not whole, the other direction is the right one, and the call before began it
-                stray = self.moves == 1 and self.calls < self.num_steps
-                self.rising, self.calls, self.moves = (rising, 1, 0) if stray else (self.rising, 0, self.moves)
+                # after a single move in a run that is not whole, the other one is right, and the timestep before began the run
+                stray = self.moves == 1 and self.calls < self.run
+                self.rising, self.calls, self.moves = (rising, self.at_last, 0) if stray else (self.rising, 0, self.moves)
             self.moves += 1
-        elif now is None and self.calls == self.num_steps:
+        elif now is None and self.calls == self.run:
             self.calls = 0  # nothing tells where a run starts
-        elif now == self.last and self.rising is None and self.calls == self.num_steps:
+        elif now == self.last and self.rising is None and self.calls == self.run:
             self.calls = 0
+        self.at_last = self.at_last + 1 if now == self.last else 1
         self.last = now
-        self.entered.enter_context(qo.timestep(model, min(self.calls, self.num_steps - 1)))
+        self.entered.enter_context(qo.timestep(model, min(self.calls // self.calls_per_step, self.num_steps - 1)))
         self.calls += 1
 
     def leave(self, *_: Any) -> None:
@@ -153,17 +181,17 @@ class _StepCounter:
 
     def _expect_whole_run(self) -> None:
         """Warns where the run that has ended had another number of calls."""
-        if self.calls != self.num_steps and not self.warned:
+        if self.calls != self.run and not self.warned:
             self.warned = True
             warnings.warn(
-                f"quant_ops.torch_quantizer: expected runs of {self.num_steps} calls of the model, got one of {self.calls}. Pass "
-                "the number of calls as num_steps.",
+                f"quant_ops.torch_quantizer: expected runs of {self.run} calls of the model, got one of {self.calls}. Pass the "
+                "number of calls as num_steps, or calls_per_step where every step is the same number of calls.",
                 stacklevel=2,
             )
 
     def pause(self) -> None:
         """The model is about to be converted: a run that has begun does not go on."""
-        if self.calls % self.num_steps:
+        if self.calls % self.run:
             self._expect_whole_run()
 
 
@@ -178,17 +206,17 @@ def _timestep_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
 _counters: "weakref.WeakKeyDictionary[nn.Module, list[tuple[_StepCounter, list[Any]]]]" = weakref.WeakKeyDictionary()
 
 
-def _count_steps(model: nn.Module, num_steps: int) -> None:
-    """Lets the model count its own forwards from now on, if it has steps."""
+def _count_steps(model: nn.Module, num_steps: int, calls_per_step: int | None = None) -> None:
+    """Lets the model count its own forwards from now on, if it has steps; by default with as many calls for each as before."""
     model.num_steps = num_steps  # type: ignore[assignment]
     rising = None
     for counter, handles in _counters.pop(model, []):
         counter.pause()
-        rising = counter.rising
+        rising, calls_per_step = counter.rising, calls_per_step or counter.calls_per_step
         for handle in handles:
             handle.remove()
     if num_steps > 1:
-        counter = _StepCounter(num_steps, rising)
+        counter = _StepCounter(num_steps, calls_per_step or 1, rising)
         hooks = [
             model.register_forward_pre_hook(counter.enter, with_kwargs=True),
             model.register_forward_hook(counter.leave, always_call=True),

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ from torch import Tensor, nn
 
 from .. import _library
 from .._models import has_hooks, patched
-from ..nn import INT8_LAYERS, Int8Layer
-from ..nn.base import DTYPES, is_channels_last
+from ..nn import INT8_LAYERS, Int8Layer, as_linear, exact_class
 from ..nn.loading import check_loads
+from ..nn.saving import DTYPES, is_channels_last
 from . import config
 from .prepared import Prepared
 from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
@@ -252,6 +253,17 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _File(path).header
 
 
+def read_layers(path: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
+    """Weight bits and number of steps of every int8 layer in a file of :func:`save`; errors as in :func:`load_`."""
+    file = _File(path)
+
+    def steps(layer: str) -> int:
+        scale = f"{layer}.input_scale"
+        return math.prod(file.shape(scale)) if scale in file.sources else 1
+
+    return {name: (entry["weight_bits"], steps(name)) for name, entry in file.layers.items()}
+
+
 class _File:
     """A mapped file of :func:`save`, its metadata parsed and checked.
 
@@ -357,17 +369,20 @@ def _check_fit(model: nn.Module, file: _File) -> None:
         if stored not in file.sources:
             others = sorted(set(file.sources) - set(state))
             refuse(f"no {stored!r} in the file (model: {tuple(tensor.shape)}; names that the file alone has: {others[:3]})")
-        if file.shape(stored) != tuple(tensor.shape):
-            refuse(f"{name!r} of shape {file.shape(stored)} in the file and {tuple(tensor.shape)} in the model")
+        owned: Any = tensor if stored == name else as_linear(modules[owner]).weight
+        shape = tuple(owned.shape)
+        if file.shape(stored) != shape:
+            refuse(f"{name!r} of shape {file.shape(stored)} in the file and {shape} in the model")
     for name, entry in file.layers.items():
         module, kind = modules.get(name), _CLASSES[entry["class"]]
-        if module is None or type(module) not in (kind, kind.float_class):
+        if module is None or (type(module) is not kind and INT8_LAYERS.get(exact_class(module)) is not kind):
             got = "nothing" if module is None else type(module).__name__
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
         if has_hooks(module):
             refuse(f"hooks on {name!r}, which its replacement would lose. Load first, then add them")
         if reason := patched(module):
             refuse(f"{name!r} in the model: {reason}")
+        module = as_linear(module)
         for setting in kind.geometry:
             argument = _from_json(entry["arguments"][setting])
             if repr(getattr(module, setting)) != repr(argument):  # 8.0 and true are neither 8 nor 1

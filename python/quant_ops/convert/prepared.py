@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._models import count_batches, is_recomputing
-from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, float_class
 from ..observers import Observer
 from .config import Int8Static, Scheme
 
@@ -24,8 +24,13 @@ def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, or all of it where FSDP2 has left a part in each process. Every process has to call it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor; its class is not imported, which would take a second."""
+    return hasattr(tensor, "full_tensor")
 
 
 def choose_weight_scale(weight: Tensor, config: Scheme) -> Tensor | None:
@@ -45,6 +50,7 @@ def to_int8(layer: Any, config: Scheme, weight_scale: Tensor | None = None, **se
         for name in ("weight", "bias"):
             if layer._parameters[name] is not None:
                 layer._parameters[name] = nn.Parameter(whole(layer._parameters[name].detach()))
+    layer = as_linear(layer)
     if weight_scale is None:
         weight_scale = choose_weight_scale(layer.weight, config)
     kind = INT8_LAYERS[float_class(layer)]
@@ -86,6 +92,10 @@ class Prepared(nn.Module):
             self.observer = kind(asymmetric=config.asymmetric, num_steps=config.num_steps, device=weight.device, **settings)
             if config.num_steps > 1:
                 self.timestep = torch.zeros((), dtype=torch.int64, device=weight.device)
+
+    def weight_by_channel(self) -> Tensor:
+        """The weight with the output channels as its first dimension."""
+        return self.weight
 
     @property
     def num_steps(self) -> int:
@@ -145,10 +155,39 @@ class Prepared(nn.Module):
         return f"{super().extra_repr()}, {self.config}"
 
 
+class Transposed(Prepared, TransposedLinear):
+    """What the layers in place of transformers' Conv1D share."""
+
+    float_class = TransposedLinear
+    made_from: type[nn.Module]
+
+    @classmethod
+    def from_float(cls, module: nn.Module, config: Scheme) -> "Prepared":
+        """As :meth:`Prepared.from_float`; keeps the class of the float layer."""
+        layer = super().from_float(module, config)
+        assert isinstance(layer, Transposed)
+        layer.made_from = module.made_from if isinstance(module, Transposed) else type(module)
+        return layer
+
+    def to_float(self) -> nn.Module:
+        """The float layer, of transformers' class again."""
+        layer = recast(super().to_float(), self.made_from)
+        del layer.made_from
+        return layer
+
+    def weight_by_channel(self) -> Tensor:
+        """The weight with the output channels as its first dimension."""
+        return self.weight.t()
+
+
 class PreparedLinear(Prepared, nn.Linear):
     """nn.Linear that observes its input."""
 
     float_class = nn.Linear
+
+
+class PreparedTransposedLinear(Transposed):
+    """transformers' Conv1D that observes its input."""
 
 
 class PreparedConv1d(Prepared, nn.Conv1d):
@@ -164,5 +203,5 @@ class PreparedConv2d(Prepared, nn.Conv2d):
 
 
 PREPARED: dict[type[nn.Module], type[Prepared]] = {
-    kind.float_class: kind for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d)
+    kind.float_class: kind for kind in (PreparedLinear, PreparedTransposedLinear, PreparedConv1d, PreparedConv2d)
 }

@@ -14,7 +14,7 @@ from ..nn import Int8Layer
 from ..observers import Observer
 from ..ops import choose_qparams, quant_tensor_forward
 from .config import Int8Static, Scheme
-from .prepared import Prepared, choose_weight_scale, to_int8, whole
+from .prepared import Prepared, Transposed, choose_weight_scale, to_int8, whole
 
 _TINY = torch.finfo(torch.float32).tiny
 _NOT_STARTED = 1.0  # an input scale before the first data
@@ -72,14 +72,16 @@ class Qat(Prepared):
                 delattr(self, name)
         super()._prepare(config)
         observer = self.observer
-        self.observing = self.until_seen = self.all_seen = False
+        self.observing = self.all_seen = False
+        self.until_seen = 0  # batches of each step that :meth:`observe_first` asked for
         self.started = observer is None
         self.learned = isinstance(config, Int8Static) and config.observer == "lsq"
 
-        weight_scale = choose_weight_scale(self.weight, config)
+        weight = self.weight_by_channel()
+        weight_scale = choose_weight_scale(weight, config)
         if self.learned:
             weight_scale = self._mended(self._range_scale() if weight_scale is None else weight_scale)
-        shape = (-1, *[1] * (self.weight.dim() - 1))
+        shape = (-1, *[1] * (weight.dim() - 1))
         self._keep("weight_scale", None if weight_scale is None else weight_scale.reshape(shape))
         kept = observer is not None and not observer.live
         # a learned scale is no 0-dim tensor, since FSDP2 shards parameters along their first dimension
@@ -106,8 +108,9 @@ class Qat(Prepared):
 
         They take the widest scale of the other channels; without any, that of the uniform distribution of torch's layers.
         """
-        zero = (self.weight.detach() == 0).flatten(1).all(1).reshape(weight_scale.shape)
-        usual = max(1, self.weight.shape[1:].numel()) ** -0.5 / self._weight_qmax
+        weight = self.weight_by_channel().detach()
+        zero = (weight == 0).flatten(1).all(1).reshape(weight_scale.shape)
+        usual = max(1, weight.shape[1:].numel()) ** -0.5 / self._weight_qmax
         widest = torch.where(zero, 0, weight_scale).amax() if zero.numel() else zero.new_zeros(())
         return torch.where(zero, torch.where(widest > 0, widest, usual), weight_scale)
 
@@ -138,17 +141,17 @@ class Qat(Prepared):
         """Until :meth:`end_calibration`, forward computes in float and observes."""
         self.observing = True
 
-    def observe_first(self) -> None:
-        """From now on the first forward of each step computes in float and observes, and later ones simulate."""
-        self.until_seen = self.observer is not None
+    def observe_first(self, batches: int = 1) -> None:
+        """From now on the first batches of each step are computed in float and observed, and later ones simulated."""
+        self.until_seen, self.all_seen = 0 if self.observer is None else batches, False
 
     def _is_first(self) -> bool:
-        """Whether the current step has no data yet. Waits for the device until all steps have."""
+        """Whether the current step wants more data. Waits for the device until no step does."""
         assert self.observer is not None
         if not self.all_seen:
             count = self.observer.count
-            self.all_seen = bool(count.all())
-            return not bool(count[0] if self.timestep is None else count[self.timestep])
+            self.all_seen = bool((count >= self.until_seen).all())
+            return bool((count[0] if self.timestep is None else count[self.timestep]) < self.until_seen)
         return False
 
     def end_calibration(self) -> None:
@@ -238,15 +241,16 @@ class Qat(Prepared):
         return 2 ** (self.config.weight_bits - 1) - 1
 
     def _range_scale(self) -> Tensor:
-        dims, qmax = list(range(1, self.weight.dim())), self._weight_qmax
-        return choose_qparams(whole(self.weight.detach()), dims, -qmax, qmax)[0].float()
+        weight = self.weight_by_channel().detach()
+        dims, qmax = list(range(1, weight.dim())), self._weight_qmax
+        return choose_qparams(weight, dims, -qmax, qmax)[0].float()
 
     def _simulate_weight(self) -> Tensor:
-        qmax = self._weight_qmax
+        weight, qmax = self.weight_by_channel(), self._weight_qmax
         scale = self._range_scale() if self.weight_scale is None else self.weight_scale
         if self.learned:
-            scale = _learned(scale, max(1, self.weight.shape[1:].numel()), qmax)
-        return quant_tensor_forward(self.weight, scale, None, -qmax, qmax)
+            scale = _learned(scale, max(1, weight.shape[1:].numel()), qmax)
+        return quant_tensor_forward(weight, scale, None, -qmax, qmax)
 
     # ---- to int8 ---------------------------------------------------------------------------------------------------------
 
@@ -273,20 +277,29 @@ class Qat(Prepared):
         """The int8 layer with the codes that this one computes with."""
         scale = None if self.weight_scale is None else whole(self.weight_scale.detach()).abs().clamp(min=_TINY).flatten()
         if scale is None:
-            scale = self._range_scale().flatten()
+            scale = whole(self._range_scale()).flatten()
         return to_int8(self, self.config, scale, **self.input_qparams())
 
 
-class QatLinear(Qat, nn.Linear):
+class _QatLinear(Qat):
+    """What the trainable linear layers share; dynamic quantization is per row."""
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        bias: Any = self.bias
+        return F.linear(x, weight, bias)
+
+    def _dynamic_dims(self, x: Tensor) -> list[int]:
+        return [-1]
+
+
+class QatLinear(_QatLinear, nn.Linear):
     """nn.Linear that trains with quantized weights and inputs."""
 
     float_class = nn.Linear
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
 
-    def _dynamic_dims(self, x: Tensor) -> list[int]:
-        return [-1]
+class QatTransposedLinear(_QatLinear, Transposed):
+    """transformers' Conv1D that trains with quantized weights and inputs."""
 
 
 class _QatConv(Qat):
@@ -313,4 +326,4 @@ class QatConv2d(_QatConv, nn.Conv2d):
     float_class = nn.Conv2d
 
 
-QAT: dict[type[nn.Module], type[Qat]] = {kind.float_class: kind for kind in (QatLinear, QatConv1d, QatConv2d)}
+QAT: dict[type[nn.Module], type[Qat]] = {kind.float_class: kind for kind in (QatLinear, QatTransposedLinear, QatConv1d, QatConv2d)}

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
-from ..nn import INT8_LAYERS, Int8Layer, float_class
+from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, exact_class, float_class
 from ..nn.loading import check_loads
 from ..observers import Observer
 from .config import Config, Scheme
-from .prepared import Prepared
+from .prepared import Prepared, is_sharded
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Configs = Scheme | Mapping[Filter, Scheme | None]
@@ -218,7 +218,10 @@ _SYMMETRIC_NOTE = f"symmetric: with a zero point its sums are exact up to {_MOST
 
 def fitting(layer: Any, config: Scheme) -> Scheme | str:
     """The config with which the layer's sums are exact: the given one or, if that is enough, a symmetric one; or why none is."""
-    if nn.parameter.is_lazy(layer.weight) or (products := layer.weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
+    if nn.parameter.is_lazy(layer.weight):
+        return config
+    weight: Any = as_linear(layer).weight
+    if (products := weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
         return config
     if products <= _MOST_PRODUCTS[False]:
         return dataclasses.replace(config, asymmetric=False)
@@ -240,7 +243,9 @@ def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tupl
         return "nn.MultiheadAttention reads the weight itself and never calls the layer"
     if "parametrizations" in module._modules:
         return "its weight is parametrized. Remove the parametrization first"
-    if type(module) not in accepted:
+    if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        return "fully_shard was applied to the layer itself. Quantize before it"
+    if exact_class(module) not in accepted:
         if isinstance(module, Prepared):
             return f"{module.kind} already. convert_ makes it int8"
         return f"{type(module).__name__} is a subclass whose forward may differ"
@@ -257,8 +262,9 @@ def check_model(op: str, model: nn.Module) -> None:
     """A layer cannot be replaced in place in itself."""
     if isinstance(model, FLOAT):
         kind = float_class(model)
+        shown = type(model) if kind is TransposedLinear else kind
         raise ValueError(
-            f"quant_ops.{op}: expected a model that contains layers, got a bare {kind.__name__}, which cannot be replaced in "
+            f"quant_ops.{op}: expected a model that contains layers, got a bare {shown.__name__}, which cannot be replaced in "
             f"place. Use {INT8_LAYERS[kind].__name__}.from_float, or wrap it in an nn.Sequential."
         )
 
@@ -337,6 +343,11 @@ def select(
         if module not in places and not (weight.is_meta or torch.isfinite(weight).all()):
             raise ValueError(
                 f"quant_ops.{op}: expected finite weights, got NaN or Inf, in layer {name!r}. Exclude it, or mend it first."
+            )
+        if result_kind != "int8" and is_sharded(weight):
+            raise ValueError(
+                f"quant_ops.{op}: expected whole weights, got a sharded one (DTensor) in layer {name!r}. Call {op}, and calibrate, "
+                "before the model is sharded."
             )
         place = places.setdefault(module, Places(name, chosen, []))
         if place.config != chosen:

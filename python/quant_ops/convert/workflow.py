@@ -38,6 +38,8 @@ def quantize_(
 ) -> ConversionResult:
     """Replaces the nn.Linear, nn.Conv1d and nn.Conv2d layers of a model by int8 ones, in place, without data.
 
+    The Conv1D of transformers (GPT-2), a linear layer, becomes a :class:`QuantLinear` of the transposed weight.
+
     A layer that the model uses in several places stays shared. Each float weight is freed as soon as its layer is replaced.
 
     Args:
@@ -103,7 +105,8 @@ def prepare_qat_(
     The parameters stay the same objects. Observers "minmax" and "ema" follow the inputs while training; "lsq" learns the scales of
     inputs and weights; the scales of the others stay as calibrated. Layers of :func:`prepare_` are taken with what they have
     observed, as a start. Fold BatchNorms first, with :func:`fold_batchnorm_`. Make the optimizer afterwards: learned scales are new
-    parameters. In several processes, and with ``torch.compile``, calibrate before learning scales.
+    parameters. In several processes, and with ``torch.compile``, calibrate before learning scales. Shard (``fully_shard``)
+    afterwards: a model that is sharded already is refused.
 
     Args:
         config: default: that of a prepared layer, else ``Int8Static()``; an ``Int8Dynamic`` trains for dynamic quantization.

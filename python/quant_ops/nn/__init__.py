@@ -5,9 +5,13 @@ from torch import nn
 from .base import Int8Layer, quantize_weight
 from .conv import QuantConv1d, QuantConv2d
 from .linear import QuantLinear
+from .transposed import TransposedLinear, as_linear, exact_class
 
 # each under the float layer in whose place it stands
-INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {kind.float_class: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d)}
+INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
+    **{kind.float_class: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d)},
+    TransposedLinear: QuantLinear,
+}
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
@@ -15,4 +19,15 @@ def float_class(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in INT8_LAYERS if isinstance(module, kind))
 
 
-__all__ = ["INT8_LAYERS", "Int8Layer", "QuantConv1d", "QuantConv2d", "QuantLinear", "float_class", "quantize_weight"]
+__all__ = [
+    "INT8_LAYERS",
+    "Int8Layer",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
+    "TransposedLinear",
+    "as_linear",
+    "exact_class",
+    "float_class",
+    "quantize_weight",
+]

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base import Int8Layer, size_mismatch
+from .base import Int8Layer
+from .saving import size_mismatch
 
 
 def check_loads(model: nn.Module) -> None:

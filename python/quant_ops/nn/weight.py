@@ -2,7 +2,7 @@
 
 On the CPU a layer holds the packed copy alone; whoever asks for the codes gets them unpacked. ``layer.weight`` is the stand-in: a
 tensor of the weight's shape, device and floating dtype without memory of its own, which becomes code * scale when something is
-computed with it. Read next: base.py.
+computed with it. Read next: state.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,6 +35,7 @@ class Observer(nn.Module):
     name: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()  # the subclass's own arguments, which are fields of the configs
     live: ClassVar[bool] = False  # cheap enough to choose the scale again in every step of training
+    observe = True  # set it to False on an observer to let tensors pass it by
 
     min: Tensor
     max: Tensor
@@ -146,9 +147,10 @@ class Observer(nn.Module):
     def forward(self, x: Tensor, step: Tensor | None = None) -> Tensor:
         """Observes a tensor and returns it. ``step``: 0-dim, integer, on the device; needed with ``num_steps > 1``.
 
-        A tensor that holds NaN or Inf is counted in ``left_out`` and changes nothing else.
+        A tensor that holds NaN or Inf is counted in ``left_out`` and changes nothing else. While ``observe`` is False, nothing
+        changes at all.
         """
-        if x.numel() == 0:
+        if not self.observe or x.numel() == 0:
             return x
         if self.num_steps == 1:
             step = None

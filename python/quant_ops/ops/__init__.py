@@ -3,8 +3,12 @@
 The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words.
 """
 
+from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, unpack_weight
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
+from quant_ops.ops.sharding import register_rules
+
+register_rules()
 
 __all__ = [
     "choose_qparams",

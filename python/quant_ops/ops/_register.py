@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from quant_ops import _library
+from quant_ops.ops.sharding import register_rules
 
 _ops = torch.ops.quant_ops
-_IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # autograd kernels of the int8 operators; must stay alive
+_IMPLEMENTATION = torch.library.Library("quant_ops", "IMPL")  # kernels for autograd and vmap; must stay alive
 
 
 class DerivativeError(RuntimeError):
@@ -30,6 +31,8 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except DerivativeError:
         raise
     except RuntimeError as error:
+        if isinstance(error, NotImplementedError) and register_rules():  # the first DTensor
+            return call(function, *args, **kwargs)
         text = str(error).split("\n")[0]
         if text.startswith("quant_ops::"):  # the dispatcher: an argument that is no Tensor, int, ...
             raise TypeError(text) from None
@@ -109,9 +112,9 @@ def wants_derivative(tensors: Sequence[Any]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in floating)
 
 
-def autograd_kernel(name: str, kernel: Callable[..., Any]) -> None:
+def register_kernel(name: str, kernel: Callable[..., Any], key: str, **settings: Any) -> None:
     """Registers what runs for an operator before its device's kernel."""
-    _IMPLEMENTATION.impl(name, kernel, "Autograd")
+    _IMPLEMENTATION.impl(name, kernel, key, **settings)
 
 
 class _Inference(torch.autograd.Function):
@@ -162,9 +165,9 @@ def inference_only(name: str) -> None:
         with _below_autograd():
             return op(*args, **kwargs)
 
-    autograd_kernel(name, kernel)
+    register_kernel(name, kernel, "Autograd")
 
 
 def constant(name: str) -> None:
     """Lets autograd pass an operator by, whose results count as constants."""
-    autograd_kernel(name, torch.library.fallthrough_kernel)
+    register_kernel(name, torch.library.fallthrough_kernel, "Autograd")

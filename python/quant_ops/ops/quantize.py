@@ -12,13 +12,13 @@ from torch import Tensor
 
 from quant_ops.ops._register import (
     DerivativeError,
-    autograd_kernel,
     call,
     call_fast,
     constant,
     fake_kernel,
     in_transform,
     inference_only,
+    register_kernel,
     wants_derivative,
 )
 
@@ -139,7 +139,7 @@ def _forward_kernel(
         return _ops.quant_tensor_forward.default(tensor, scale, zero_point, qmin, qmax, asymmetric, simulate, block_size=block_size)
 
 
-autograd_kernel("quant_tensor_forward", _forward_kernel)
+register_kernel("quant_tensor_forward", _forward_kernel, "Autograd")
 
 
 def _expect_no_transform(name: str) -> None:
@@ -336,7 +336,7 @@ def _backward_kernel(
         return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size)
 
 
-autograd_kernel("quant_tensor_backward", _backward_kernel)
+register_kernel("quant_tensor_backward", _backward_kernel, "Autograd")
 
 
 # ---- dequant_tensor --------------------------------------------------------------------------------------------------

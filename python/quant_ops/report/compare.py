@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._models import Forward, call, evaluating, held_bytes
-from ..nn import Int8Layer
+from ..nn import INT8_LAYERS, Int8Layer, as_linear, exact_class
 from .error import Sums
 from .report import LayerReport, Report
 from .timing import interleave
@@ -211,7 +211,7 @@ def pairs(op: str, float_model: nn.Module, model: nn.Module) -> dict[str, tuple[
         if not isinstance(layer, Int8Layer):
             continue
         original = modules.get(name)
-        if original is None or type(original) is not layer.float_class or original.weight.shape != layer.weight.shape:
+        if original is None or not _is_original(original, layer):
             wanted = f"{layer.float_class.__name__} of weight {tuple(layer.weight.shape)}"
             shape = getattr(getattr(original, "weight", None), "shape", None)
             got = "nothing" if original is None else type(original).__name__ + (f" of weight {tuple(shape)}" if shape else "")
@@ -222,6 +222,11 @@ def pairs(op: str, float_model: nn.Module, model: nn.Module) -> dict[str, tuple[
             f"quant_ops.{op}: expected a quantized model, got one without int8 layers. Call quantize_ or convert_ first."
         )
     return found
+
+
+def _is_original(module: nn.Module, layer: Int8Layer) -> bool:
+    """Whether the int8 layer may have been made of the module."""
+    return INT8_LAYERS.get(exact_class(module)) is type(layer) and as_linear(module).weight.shape == layer.weight.shape
 
 
 def _now(layer: Int8Layer, values: Tensor | None) -> Any:

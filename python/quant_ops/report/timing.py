@@ -1,5 +1,6 @@
 """One way to time contenders against each other: in turns, so that other work and the clock's changes meet all of them alike."""
 
+import functools
 import gc
 import random
 import time
@@ -7,30 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def interleave(
-    calls: Mapping[str, Callable[[], Any]],
+def in_turns(
+    turns: Mapping[str, Callable[[], list[float]]],
     *,
     seconds: float = 0.0,
     rounds: int = 1,
-    turn: float = 0.002,
-    warm: bool = True,
-    settle: float = 0.0,
     order: random.Random | None = None,
-    synchronize: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every timed call of each contender, by name.
+    """The times that the turns of each contender return, by name.
 
     Args:
-        calls: the contenders.
+        turns: one turn of each contender, such as the replay of a CUDA graph.
         seconds, rounds: at least so many rounds, and as many as fit in ``seconds``; in a round each contender has one turn.
-        turn: seconds of a turn, which is at least one timed call.
-        warm: a turn starts with an untimed call, which brings the contender's data back into the caches.
-        settle: seconds to sleep before a turn, so that the threads of the contender before stop looking for work.
         order: shuffles the contenders in each round; without it they keep theirs.
-        synchronize: waits for the device, before and after each timed call, e.g. ``torch.cuda.synchronize``.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -39,11 +32,7 @@ def interleave(
             if order is not None:
                 order.shuffle(names)
             for name in names:
-                if settle:
-                    time.sleep(settle)
-                if warm:
-                    calls[name]()
-                times[name] += _turn(calls[name], turn, synchronize)
+                times[name] += turns[name]()
             done += 1
     finally:
         if collects:
@@ -51,7 +40,37 @@ def interleave(
     return times
 
 
-def _turn(call: Callable[[], Any], seconds: float, synchronize: Callable[[], Any] | None) -> list[float]:
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    turn: float = 0.002,
+    warm: bool = True,
+    settle: float = 0.0,
+    synchronize: Callable[[], Any] | None = None,
+    **rounds: Any,
+) -> dict[str, list[float]]:
+    """Seconds of every timed call of each contender, by name.
+
+    Args:
+        calls: the contenders.
+        turn: seconds of a turn, which is at least one timed call.
+        warm: a turn starts with an untimed call, which brings the contender's data back into the caches.
+        settle: seconds to sleep before a turn, so that the threads of the contender before stop looking for work.
+        synchronize: waits for the device, before and after each timed call, e.g. ``torch.cuda.synchronize``.
+        rounds: seconds, rounds and order of :func:`in_turns`.
+    """
+
+    def turn_of(call: Callable[[], Any]) -> list[float]:
+        if settle:
+            time.sleep(settle)
+        if warm:
+            call()
+        return _timed(call, turn, synchronize)
+
+    return in_turns({name: functools.partial(turn_of, call) for name, call in calls.items()}, **rounds)
+
+
+def _timed(call: Callable[[], Any], seconds: float, synchronize: Callable[[], Any] | None) -> list[float]:
     times = []
     until = time.perf_counter() + seconds
     while True:

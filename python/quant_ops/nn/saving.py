@@ -1,0 +1,167 @@
+"""Moving, saving and loading an int8 layer. A refused state_dict changes nothing, and packed weights are made again, never saved.
+
+On the CPU there is a packed weight alone, so that whatever leaves the layer is unpacked first, but for processes of
+``torch.multiprocessing``, which share it. Read first: state.py; next: loading.py.
+"""
+
+from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .state import NO_STAND_IN, LayerState
+from .weight import placeholder, unpacked
+
+_Self = TypeVar("_Self", bound="SavedState")
+
+DTYPES = {
+    "qweight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+    "output_scale": torch.float32,
+    "output_zero_point": torch.int32,
+}  # of the buffers in the state_dict
+_DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
+
+
+def _empty(kind: type["SavedState"]) -> "SavedState":
+    return kind.__new__(kind)
+
+
+def _shared(layer: "SavedState") -> tuple[Any, ...]:
+    """How ``multiprocessing`` pickles a layer. A plain weight made for the pickle would be gone before the process has started."""
+    return _empty, (type(layer),), layer._attributes()
+
+
+def size_mismatch(key: str, shape: torch.Size, current: torch.Size) -> str:
+    """What torch says of a tensor that does not fit."""
+    return f"size mismatch for {key}: copying a param with shape {shape} from checkpoint, the shape in current model is {current}."
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a weight or an image lies in channels_last and in no other order."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+class SavedState(LayerState):
+    """A state that survives being moved, copied, pickled, saved and loaded."""
+
+    _version = 2  # 1: the codes were called weight
+
+    def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
+        before = dict(self._buffers)
+        # what fn does to a floating weight: another dtype, another memory format
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        small = [2] * len(self._weight_shape)
+        probe = fn(torch.empty(small, dtype=self.compute_dtype, device=self.device, memory_format=memory_format))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
+        self.compute_dtype = probe.dtype
+        self.channels_last = is_channels_last(probe)
+        old_scale, old_packed = before["weight_scale"], before["packed_weight"]
+        if old_scale is not None and old_scale.device != self.device:
+            if self._buffers["qweight"] is None:
+                assert old_packed is not None
+                self._buffers["qweight"] = fn(unpacked(old_packed, self._weight_shape, self.groups))
+            self._pack()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "qweight"] = self.qweight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why this part of a state_dict cannot be loaded, whatever ``strict`` is; None if it can.
+
+        Raises:
+            ValueError: scales or zero points that no layer could use.
+        """
+        layer = f"quant_ops.{type(self).__name__}"
+        own = {name: state_dict[prefix + name] for name in (*DTYPES, "weight") if prefix + name in state_dict}
+        if "weight" in own and "qweight" not in own and own["weight"].dtype == torch.int8:
+            own["qweight"] = own.pop("weight")  # written before version 2
+        if "weight" in own:
+            return (
+                f"{layer}: expected int8 codes {prefix + 'qweight'!r}, got the float weight {prefix + 'weight'!r}. Load the float "
+                "checkpoint into the float model, and quantize that."
+            )
+        for name, tensor in own.items():
+            if not isinstance(tensor, Tensor):
+                return f"{layer}: expected {prefix + name!r} to be a Tensor, got {type(tensor).__name__}"
+            wanted = DTYPES[name]
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                return f"{layer}: expected {prefix + name!r} of dtype {wanted}, got {tensor.dtype}"
+            held = self._buffers[name]
+            shape = self._weight_shape if name == "qweight" else held.shape if held is not None else None
+            if shape is not None and tensor.shape != shape and not (tensor.numel() == 1 and shape in ((), (1,))):
+                return size_mismatch(prefix + name, tensor.shape, shape)
+        if "qweight" in own and "weight_scale" not in own:
+            return f"{layer}: expected {prefix + 'weight_scale'!r} with {prefix + 'qweight'!r}, got the codes alone"
+        self._check({**self._buffers, **own})
+        return None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        missing_keys, _, error_msgs = lists
+        if problem := self.refusal(state_dict, prefix):
+            error_msgs.append(problem)
+            missing_keys += [prefix + name for name in ("qweight", "weight_scale") if prefix + name not in state_dict]
+            return
+        old_name, name = prefix + "weight", prefix + "qweight"
+        if old_name in state_dict:
+            state_dict[name] = state_dict.pop(old_name)
+        for buffer, dtype in DTYPES.items():
+            stored, held = state_dict.get(prefix + buffer), self._buffers[buffer]
+            if stored is not None and stored.dtype != dtype:
+                state_dict[prefix + buffer] = stored = stored.to(dtype)
+            if stored is not None and buffer.startswith(("input_", "output_")):
+                if stored.numel() == 1:
+                    state_dict[prefix + buffer] = stored = stored.reshape(())
+                if held is None or held.shape != stored.shape:  # a checkpoint says whether the layer is static
+                    self._buffers[buffer] = torch.empty_like(stored, device=self.device)
+                if buffer == "input_scale":
+                    self.asymmetric = False  # which is of layers that find the range of every input
+            if held is not None and held is self._buffers[buffer] and held.is_inference() and not torch.is_inference_mode_enabled():
+                self._buffers[buffer] = held.clone()  # it could not be written into
+        arrives, kept = name in state_dict, (self._buffers["qweight"], self._buffers["packed_weight"])
+        if kept[0] is None:
+            self._buffers["qweight"] = torch.empty(self._weight_shape, dtype=torch.int8, device=self.device if arrives else "meta")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if not arrives:
+            self._buffers["qweight"], self._buffers["packed_weight"] = kept
+        elif self._buffers["qweight"] is not None:
+            self._pack()
+        self._count_steps()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._attributes()
+        state["_buffers"] = {**state["_buffers"], "qweight": self.qweight, "packed_weight": None}
+        return state
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        b = self._buffers
+        if "qweight" not in b:  # pickled before version 2
+            self._buffers = b = {"qweight": b.pop("weight"), **b}
+            self.__dict__.pop("_was_packed_only", None)
+            assert b["qweight"] is not None
+            self._weight_shape, self.compute_dtype, self.channels_last = b["qweight"].shape, torch.float32, False
+        self._placeholder, self._stand_in = placeholder(self._weight_shape), NO_STAND_IN
+        if b["packed_weight"] is None:
+            self._pack()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """To another process of this machine a layer goes as it is, its packed weight in shared memory."""
+        super().__init_subclass__(**kwargs)
+        ForkingPickler.register(cls, _shared)

@@ -1,0 +1,175 @@
+"""torch.vmap of the operators: the batch dimension becomes one of rows, samples or blocks, so that a batch is one call.
+
+The results are those of a loop, bit for bit, since no operator's result for a row or sample depends on the others. A rule returns
+None where it does not apply, as with a batch of weights: then there is a loop. ``torch.library.register_vmap`` takes no operator
+with tensors that are keyword-only, hence the registration here. ``quant_tensor_backward`` has no rule: torch loops.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_ops.ops._register import register_kernel
+
+_ops = torch.ops.quant_ops
+
+Arguments = dict[str, Any]
+Dims = dict[str, Any]  # the batch dimension of each argument; None for one that has none
+Rule = Callable[[int, Dims, Arguments], tuple[Any, Any] | None]
+
+
+def _register(name: str) -> Callable[[Rule], Rule]:
+    """Registers a rule, which gets the size of the batch, and returns results and the batch dimension of each."""
+    op = getattr(_ops, name).default
+    schema = op._schema.arguments
+    names = [argument.name for argument in schema]
+    defaults = {argument.name: argument.default_value for argument in schema}
+
+    def call(*values: Any) -> Any:
+        return op(**dict(zip(names, values, strict=True)))
+
+    def register(rule: Rule) -> Rule:
+        def batched(info: Any, in_dims: tuple[Any, ...], *values: Any) -> Any:
+            named, dims = dict(zip(names, values, strict=True)), dict(zip(names, in_dims, strict=True))
+            made = rule(info.batch_size, dims, dict(named))
+            return _loop(name, call, info.batch_size, dims, named) if made is None else made
+
+        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            from torch._functorch.autograd_function import custom_function_call_vmap_helper
+            from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+            named = defaults | dict(zip(names, args, strict=False)) | kwargs
+            interpreter: Any = retrieve_current_functorch_interpreter()
+            return custom_function_call_vmap_helper(interpreter, batched, call, *named.values())
+
+        register_kernel(name, kernel, "FuncTorchBatched", with_keyset=True)
+        return rule
+
+    return register
+
+
+def _loop(name: str, call: Callable[..., Any], size: int, dims: Dims, named: Arguments) -> Any:
+    if size == 0:
+        raise ValueError(f"quant_ops.{name}: expected a batch of at least one set of weights or scales in torch.vmap, got none")
+
+    def at(index: int, name: str, value: Any) -> Any:
+        return value.select(dims[name], index) if isinstance(value, Tensor) and dims[name] is not None else value
+
+    results = [call(*(at(index, name, value) for name, value in named.items())) for index in range(size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _batched_besides(dims: Dims, named: Arguments, *names: str) -> bool:
+    """Whether another tensor than these has a batch dimension."""
+    return any(isinstance(value, Tensor) and dims[name] is not None for name, value in named.items() if name not in names)
+
+
+def _first(value: Tensor, dim: int | None, size: int) -> Tensor:
+    """The batch dimension first; a tensor without one is the same for the whole batch."""
+    return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+# ---- integer products ------------------------------------------------------------------------------------------------
+
+
+@_register("int8_gemm")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    a, b = named["a"], named["b"]
+    if dims["a"] is not None and dims["b"] is not None:
+        return None
+    of, other = (a, b) if dims["b"] is None else (b, a)
+    of = of.movedim(dims["a"] if dims["b"] is None else dims["b"], 0)
+    if of.dim() != 3:
+        return None
+    rows = of.reshape(-1, of.shape[2])
+    if dims["b"] is None:
+        return _ops.int8_gemm(rows, other).unflatten(0, (size, of.shape[1])), 0
+    return _ops.int8_gemm(other, rows).unflatten(1, (size, of.shape[1])), 1
+
+
+def _for_rows(value: Tensor | None, dim: int | None, x: Tensor, one: Sequence[int]) -> Tensor | None:
+    """A scale or zero point of x, whose batch dimension is the first, for every row or sample; one has the shape ``one``."""
+    if value is None or (dim is None and value.numel() == 1):
+        return value
+    size, wanted = len(x), (*x.shape[: x.dim() - len(one)], *one)
+    value = _first(value, dim, size)
+    if math.prod(value.shape[1:]) == 1:
+        value = value.reshape(size, *[1] * (len(wanted) - 1)).expand(wanted)
+    return value.contiguous()
+
+
+@_register("int8_linear")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point"):
+        return None
+    x = named["x"] = _first(named["x"], dims["x"], size)
+    if x.dim() < 2:
+        return None
+    for name in ("x_scale", "x_zero_point"):
+        named[name] = _for_rows(named[name], dims[name], x, [1])
+    return _ops.int8_linear(**named), 0
+
+
+@_register("int8_conv2d")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point"):
+        return None
+    x = _first(named["x"], dims["x"], size)
+    if x.dim() not in (4, 5):
+        return None
+    for name in ("x_scale", "x_zero_point"):
+        value = _for_rows(named[name], dims[name], x, [1, 1, 1])
+        named[name] = value.flatten(0, 1) if value is not None and value.dim() == 5 else value
+    named["x"] = x.flatten(0, 1) if x.dim() == 5 else x
+    y = _ops.int8_conv2d(**named)
+    return y.unflatten(0, x.shape[:2]) if x.dim() == 5 else y, 0
+
+
+# ---- the quantize family ---------------------------------------------------------------------------------------------
+
+
+@_register("quantize_rows")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    x = named["x"].movedim(dims["x"], 0)
+    return None if x.dim() < 2 else (_ops.quantize_rows(x, named["asymmetric"]), (0, 0, 0))
+
+
+@_register("choose_qparams")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    x = named["tensor"] = named["tensor"].movedim(dims["tensor"], 0)
+    own = x.dim() - 1
+    if own == 0 or not all(-own <= d < own for d in named["dim"]):
+        return None
+    named["dim"] = [d % own + 1 for d in named["dim"]] or list(range(1, own + 1))
+    return _ops.choose_qparams(**named), (0, 0)
+
+
+def _elementwise(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        tensor = named["tensor"] = _first(named["tensor"], dims["tensor"], size)
+        own = tensor.dim() - 1
+        for name in ("scale", "zero_point"):
+            value, dim = named[name], dims[name]
+            if value is None or (dim is None and value.numel() == 1):
+                continue
+            shape = [n for d, n in enumerate(value.shape) if d != dim]
+            if math.prod(shape) == 1:
+                shape = []
+            if len(shape) > own:  # an error, which the batch dimension would hide
+                return None
+            if dim is not None:
+                named[name] = value.movedim(dim, 0).reshape(size, *[1] * (own - len(shape)), *shape)
+        if named["block_size"] is not None:
+            named["block_size"] = [1, *named["block_size"]]
+        return op(**named), 0
+
+    return rule
+
+
+_register("quant_tensor_forward")(_elementwise(_ops.quant_tensor_forward))
+_register("dequant_tensor")(_elementwise(_ops.dequant_tensor))

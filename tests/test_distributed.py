@@ -1,0 +1,263 @@
+"""Training and conversion in two processes: DistributedDataParallel, FSDP2 and DTensors (gloo, on the CPU)."""
+
+import subprocess
+import sys
+import textwrap
+
+PRELUDE = """
+import os, sys
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import quant_ops as qo
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+
+
+def refused(kind, words, call, *args):
+    try:
+        call(*args)
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"expected {kind.__name__}: {words}")
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+"""
+END = """
+dist.barrier()
+os._exit(0)
+"""
+
+
+def in_two_processes(folder, body):
+    """Runs the body in both; each has to print "done" and nothing else."""
+    script = folder / "worker.py"
+    script.write_text(PRELUDE + textwrap.dedent(body) + 'print("done", flush=True)\n' + END)
+    workers = [
+        subprocess.Popen([sys.executable, script, str(rank), folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    results = [worker.communicate(timeout=120) for worker in workers]
+    assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("done", 0)] * 2, (
+        results
+    )
+
+
+def test_ddp_trains_the_float_layer(tmp_path):
+    """In a process of its own that ends without destructors: the last owner of a gloo group joins the group's thread while it holds
+    the interpreter's lock, for which that thread may be waiting."""
+    script = f"""
+import os, torch, torch.distributed as dist, quant_ops as qo
+from torch import nn
+torch.manual_seed(0)
+convolution = qo.QuantConv2d.from_float(nn.Conv2d(3, 4, 3))
+model = nn.Sequential(convolution, nn.Flatten(), qo.QuantLinear.from_float(nn.Linear(64, 7)), nn.Linear(7, 2))
+x = torch.randn(4, 3, 6, 6)
+dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
+result = nn.parallel.DistributedDataParallel(model)(x)
+assert torch.equal(result, model(x))
+result.square().sum().backward()
+assert model[3].weight.grad.abs().sum() > 0
+print([name for name, _ in model.named_parameters()], flush=True)
+os._exit(0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "['3.weight', '3.bias']", run.stdout + run.stderr
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """DistributedDataParallel: after each step both have the same parameters, those of one process with both batches."""
+    in_two_processes(
+        tmp_path,
+        """
+        def make(config):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+            qo.prepare_qat_(model, config)
+            return model
+
+        torch.manual_seed(1)
+        steps = [(torch.randn(8, 6), torch.randn(8, 3)) for _ in range(5)]
+        for config in (qo.Int8Static(observer="lsq", weight_bits=4), qo.Int8Static(), qo.Int8Dynamic(weight_bits=4)):
+            one, two = make(config), make(config)
+            if isinstance(config, qo.Int8Static):
+                for model in (one, two):
+                    qo.calibrate(model, [x for x, _ in steps])
+            both = nn.parallel.DistributedDataParallel(two)
+            half = slice(4 * rank, 4 * rank + 4)
+            for model, part in ((one, slice(None)), (both, half)):
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+                for x, y in steps:
+                    optimizer.zero_grad()
+                    F.mse_loss(model(x[part]), y[part]).backward()
+                    optimizer.step()
+            for (name, expected), got in zip(one.named_parameters(), two.parameters()):
+                others = [torch.zeros_like(got) for _ in range(2)]
+                dist.all_gather(others, got.detach())
+                assert torch.equal(*others), (config, name)
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5, msg=name)
+            assert len(qo.convert_(two).converted) == 2
+        fresh = make(qo.Int8Static(observer="lsq"))
+        refused(RuntimeError, "several processes would start differently", fresh, steps[0][0])
+        """,
+    )
+
+
+def test_two_processes_train_a_sharded_model(tmp_path):
+    """FSDP2: the parameters are those of one process, and the converted model that of the gathered state."""
+    in_two_processes(
+        tmp_path,
+        """
+        def make(config):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+            qo.prepare_qat_(model, config)
+            torch.manual_seed(1)
+            if not isinstance(config, qo.Int8Dynamic):
+                qo.calibrate(model, [torch.randn(8, 6)])
+            return model.train()
+
+        torch.manual_seed(5)
+        steps = [(torch.randn(8, 6), torch.randn(8, 3)) for _ in range(4)]
+        configs = [qo.Int8Static(observer="lsq"), qo.Int8Static(observer="lsq", num_steps=2, asymmetric=False)]
+        for config in [*configs, qo.Int8Static(observer="mse"), qo.Int8Dynamic(weight_bits=4)]:
+            one, two = make(config), make(config)
+            for layer in two:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(two, mesh=mesh)
+            optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (one, two)]
+            for x, y in steps:
+                for m, o in zip((one, two), optimizers):
+                    o.zero_grad()
+                    F.mse_loss(m(x), y).backward()
+                    o.step()
+            for (name, expected), (_, got) in zip(one.named_parameters(), two.named_parameters()):
+                torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-4, atol=1e-6, msg=name)
+            state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in two.state_dict().items()}
+            whole = make(config)
+            whole.load_state_dict(state)
+            assert len(qo.convert_(whole).converted) == 2
+            qo.convert_(one)
+            torch.testing.assert_close(whole(steps[0][0]), one(steps[0][0]), rtol=1e-2, atol=1e-2)
+            assert len(qo.convert_(two).converted) == 2
+            for (name, expected), got in zip(whole.state_dict().items(), two.state_dict().values(), strict=True):
+                assert torch.equal(got, expected), (config, name)
+            for mode in (True, False):  # it still has FSDP's hooks
+                assert torch.equal(two.train(mode)(steps[0][0]), whole.train(mode)(steps[0][0]))
+            qo.save(two, f"{folder}/{rank}.safetensors")
+        """,
+    )
+
+
+def test_a_sharded_float_model(tmp_path):
+    """quantize_ gathers each weight; layers that would observe or train have to be made before fully_shard."""
+    in_two_processes(
+        tmp_path,
+        """
+        def make():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+
+        x, reference, sharded = torch.randn(5, 6, generator=torch.Generator().manual_seed(rank)), make(), make()
+        fully_shard(sharded, mesh=mesh)
+        for call in (qo.prepare_, qo.prepare_qat_):
+            refused(ValueError, "expected whole weights, got a sharded one (DTensor) in layer '0'", call, sharded)
+            assert type(sharded[0]) is nn.Linear
+        with torch.no_grad():
+            torch.testing.assert_close(sharded(x), reference(x))
+            for model in (reference, sharded):
+                assert qo.quantize_(model, exclude=["2"]).converted == ["0", "3"]
+            assert torch.equal(sharded(x), reference(x))
+        each = make()
+        fully_shard(each[0], mesh=mesh)
+        result = qo.quantize_(each)
+        assert result.skipped == [("0", "fully_shard was applied to the layer itself. Quantize before it")], result
+        whole = make()
+        qo.quantize_(whole)
+        fully_shard(whole, mesh=mesh)
+        assert whole(x).shape == (5, 3)
+        x = torch.distributed.tensor.distribute_tensor(x, mesh, [torch.distributed.tensor.Replicate()])
+        refused(TypeError, "quant_ops.QuantLinear: expected a plain tensor, got a DTensor", whole, x)
+        """,
+    )
+
+
+def test_dtensors(tmp_path):
+    """The quantize family on every sharding gives the bits of one process, and stays sharded where no slice is split."""
+    in_two_processes(
+        tmp_path,
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        def same(got, expected):
+            got, expected = [[one] if isinstance(one, torch.Tensor) else one for one in (got, expected)]
+            assert all(a.shape == b.shape and torch.equal(full(a), b) for a, b in zip(got, expected, strict=True))
+
+        torch.manual_seed(0)
+        for shape in ((8, 6), (7, 5), (1, 4, 6)):
+            plain, grad = torch.randn(shape), torch.randn(shape)
+            for placement in (*map(Shard, range(len(shape))), Replicate()):
+                x, g = (distribute_tensor(t, mesh, [placement]) for t in (plain, grad))
+                same(qo.quantize_rows(x, True), qo.quantize_rows(plain, True))
+                for dims in ([], [-1], [0], list(range(1, len(shape)))):
+                    for asymmetric in (False, True):
+                        options = (-120, 127, asymmetric)
+                        got, expected = (qo.choose_qparams(t, dims, *options) for t in (x, plain))
+                        same(got, expected)
+                        if isinstance(placement, Shard) and dims and placement.dim not in [d % len(shape) for d in dims]:
+                            assert got[0].placements == (placement,)
+                        same(qo.quant_tensor_forward(x, *got, *options), qo.quant_tensor_forward(plain, *expected, *options))
+                        codes = [qo.quant_tensor_forward(*t, *options, False) for t in ((x, *got), (plain, *expected))]
+                        same(*codes)
+                        same(qo.dequant_tensor(codes[0], *got), qo.dequant_tensor(codes[1], *expected))
+                        results = [qo.quant_tensor_backward(*t, *options) for t in ((g, x, *got), (grad, plain, *expected))]
+                        same(*results)
+                scales = [qo.choose_qparams(t, [1], -7, 7)[0].requires_grad_() for t in (x, plain)]
+                leaves = [t.clone().requires_grad_() for t in (x, plain)]
+                for leaf, scale in zip(leaves, scales):
+                    full(qo.quant_tensor_forward(leaf, scale, None, -7, 7)).square().sum().backward()
+                same(leaves[0].grad, leaves[1].grad)
+                same(scales[0].grad, scales[1].grad)
+        scale = torch.rand(1, 2, 2) + 0.1
+        got = qo.quant_tensor_forward(x, distribute_tensor(scale, mesh, [Shard(1)]), None, -7, 7, block_size=[1, 2, 3])
+        same(got, qo.quant_tensor_forward(plain, scale, None, -7, 7, block_size=[1, 2, 3]))
+        mixed = (qo.quant_tensor_forward, x, scale, None, -7, 7)
+        refused(TypeError, "expected all tensors to be DTensors, got plain ['scale']", *mixed)
+        """,
+    )
+
+
+def test_training_with_tensor_parallel_weights(tmp_path):
+    in_two_processes(
+        tmp_path,
+        """
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        def make():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+            qo.prepare_qat_(model, qo.Int8Dynamic(weight_bits=4))
+            return model
+
+        one, two = make(), make()
+        parallelize_module(two, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+        for model in (one, two):
+            model(x).square().sum().backward()
+        torch.testing.assert_close(two(x), one(x))
+        for expected, got in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(full(got.grad), expected.grad)
+        """,
+    )

@@ -1,0 +1,245 @@
+"""torch.library.opcheck of the operators: schema, fake kernel and its strides, autograd registration, symbolic shapes."""
+
+import inspect
+
+import pytest
+import torch
+from operands import codes, floats, scales
+from torch import Tensor
+
+import quant_ops as qo
+
+ops = torch.ops.quant_ops
+
+_IMAGE = floats(2, 6, 5, 7)
+_LAST = _IMAGE.to(memory_format=torch.channels_last)
+_S = scales()
+_Z = torch.tensor(3, dtype=torch.int32)
+
+
+def call(*args, **kwargs):
+    return args, kwargs
+
+
+def _learning(*tensors):
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+_FORWARD = {
+    "per_tensor": call(_IMAGE, _S, None, -128, 127),
+    "one_element_scale": call(_IMAGE, scales(1), None, -128, 127),
+    "per_channel": call(_IMAGE, scales(6, 1, 1), None, -128, 127),
+    "batch_and_column": call(_IMAGE, scales(2, 1, 1, 7), None, -8, 7),
+    "asymmetric_uint8": call(_IMAGE, scales(1, 6, 1, 1), codes(1, 6, 1, 1, dtype=torch.uint8), 0, 255, True),
+    "asymmetric_int64": call(_IMAGE, _S, torch.tensor(-5), -128, 127, True),
+    "codes_int8": call(_IMAGE, _S, None, -128, 127, False, False),
+    "codes_uint8": call(_IMAGE, _S, _Z, 0, 255, True, False),
+    "codes_int16": call(_IMAGE, _S, None, -129, 127, False, False),
+    "codes_int32": call(_IMAGE, _S, None, 0, 70000, False, False),
+    "float16": call(_IMAGE.half(), _S, None, -128, 127),
+    "bfloat16": call(_IMAGE.bfloat16(), scales(6, 1, 1, dtype=torch.bfloat16), None, -128, 127),
+    "float64": call(_IMAGE.double(), _S.double(), None, -128, 127),
+    "channels_last": call(_LAST, scales(6, 1, 1), None, -128, 127, False, False),
+    "transposed": call(floats(5, 9).T, scales(9, 1), None, -128, 127),
+    "sliced": call(floats(6, 12)[1:, ::3], scales(6, 4)[1:], None, -128, 127, False, False),
+    "expanded": call(floats(1, 4).expand(3, 4), _S, None, -128, 127),
+    "scalar": call(floats(), _S, None, -128, 127),
+    "empty": call(floats(0, 6, 5), scales(6, 1), None, -128, 127),
+    "blocks": call(floats(6, 8), scales(3, 2), codes(3, 2), -128, 127, True, block_size=[2, 4]),
+    "learned": call(*_learning(_IMAGE, scales(6, 1, 1), floats(6, 1, 1)), -8, 7, True),
+    "learned_symmetric": call(*_learning(_LAST, _S), None, -8, 7),
+}
+_BACKWARD = {
+    "per_tensor": call(floats(3, 5), floats(3, 5), _S, None, -8, 7),
+    "per_channel": call(floats(2, 6, 5, 7), _LAST, scales(6, 1, 1), None, -8, 7),
+    "zero_point": call(floats(3, 5), floats(3, 5), scales(5), codes(5), -128, 127, True),
+    "learned_zero_point": call(floats(3, 5), floats(3, 5), scales(3, 1), floats(1, 5), -8, 7, True),
+    "float16": call(floats(3, 5, dtype=torch.float16), floats(3, 5, dtype=torch.float16), _S, None, -8, 7),
+    "bfloat16": call(floats(3, 5).bfloat16(), floats(3, 5).bfloat16(), scales(1, 5).bfloat16(), None, -8, 7),
+    "float64": call(floats(3, 5).double(), floats(3, 5).double(), _S.double(), floats().double(), -8, 7, True),
+    "expanded_grad": call(torch.ones(()).expand(3, 5), floats(3, 5), _S, None, -8, 7),
+    "blocks": call(floats(4, 6), floats(6, 4).T, scales(2, 3), None, -8, 7, block_size=[2, 2]),
+    "empty": call(floats(0, 5), floats(0, 5), scales(5), None, -8, 7),
+}
+_DEQUANT = {
+    "int8": call(codes(3, 5), _S),
+    "uint8": call(codes(2, 6, 5, 7, dtype=torch.uint8), scales(6, 1, 1), codes(6, 1, 1, dtype=torch.uint8)),
+    "int16_float16": call(codes(3, 5, dtype=torch.int16), scales(5), None, torch.float16),
+    "int32_float64": call(codes(3, 5, dtype=torch.int32), _S, _Z, torch.float64),
+    "bfloat16": call(codes(3, 5), scales(3, 1), floats(3, 1), torch.bfloat16),
+    "channels_last": call(codes(2, 6, 5, 7).to(memory_format=torch.channels_last), scales(6, 1, 1)),
+    "transposed": call(codes(5, 3).T, scales(3, 1)),
+    "blocks": call(codes(6, 8), scales(3, 2), codes(3, 2), block_size=[2, 4]),
+    "scalar": call(codes(), _S),
+    "empty": call(codes(0, 4), _S),
+}
+_QPARAMS = {
+    "all": call(_IMAGE, [], -127, 127),
+    "rows": call(floats(4, 9), [-1], -127, 127),
+    "channels": call(_LAST, [0, 2, 3], -128, 127, True),
+    "float16": call(_IMAGE.half(), [1], 0, 255, True),
+    "bfloat16": call(_IMAGE.bfloat16(), [0, -1], -7, 7),
+    "float64": call(_IMAGE.double(), [1, 2, 3], -128, 127, True),
+    "transposed": call(floats(5, 9).T, [0], -127, 127),
+    "scalar": call(floats(), [], -127, 127),
+    "empty": call(floats(0, 4), [1], -127, 127),
+}
+_ROWS = {
+    "matrix": call(floats(5, 9)),
+    "asymmetric": call(floats(5, 9), True),
+    "float16": call(floats(2, 3, 9, dtype=torch.float16)),
+    "bfloat16": call(floats(2, 3, 9, dtype=torch.bfloat16), True),
+    "vector": call(floats(9)),
+    "transposed": call(floats(9, 5).T),
+    "sliced": call(floats(4, 3, 12)[:, 1:, :7]),
+    "no_rows": call(floats(0, 9)),
+    "no_columns": call(floats(4, 0), True),
+}
+_GEMM = {
+    "int8": call(codes(5, 37), codes(19, 37)),
+    "uint8": call(codes(5, 37, dtype=torch.uint8), codes(19, 37)),
+    "views": call(codes(37, 5).T, codes(37, 19).T),
+    "offset": call(codes(6, 40)[1:, 3:], codes(20, 38)[1:, :37]),
+    "one": call(codes(1, 1), codes(1, 1)),
+    "no_rows": call(codes(0, 8), codes(3, 8)),
+    "no_columns": call(codes(4, 8), codes(0, 8)),
+    "no_depth": call(codes(4, 0), codes(3, 0)),
+}
+_W = codes(19, 37)
+_WS = scales(19)
+_BIAS = floats(19)
+_LINEAR = {
+    "dynamic": call(floats(5, 37), _W, _WS),
+    "dynamic_asymmetric": call(floats(5, 37), _W, _WS, _BIAS, asymmetric=True),
+    "packed": call(floats(5, 37), _W, _WS, _BIAS, packed_weight=ops.pack_weight(_W), relu=True),
+    "static": call(floats(5, 37), _W, _WS, _BIAS, _S),
+    "static_zero_point": call(floats(5, 37), _W, _WS, _BIAS, _S, _Z),
+    "static_per_row": call(floats(2, 5, 37), _W, _WS, None, scales(2, 5, 1), codes(2, 5, 1)),
+    "quantized_int8": call(codes(5, 37), _W, _WS, _BIAS, _S),
+    "quantized_uint8": call(codes(5, 37, dtype=torch.uint8), _W, _S, None, scales(1), torch.tensor([128.2])),
+    "quantized_to_bfloat16": call(codes(5, 37), _W, _WS, None, _S, out_dtype=torch.bfloat16),
+    "float16": call(floats(5, 37, dtype=torch.float16), _W, _WS.half(), _BIAS.half()),
+    "bfloat16": call(floats(5, 37, dtype=torch.bfloat16), _W, _WS, _BIAS),
+    "float16_to_float32": call(floats(5, 37, dtype=torch.float16), _W, _WS, out_dtype=torch.float32),
+    "out_int8": call(floats(5, 37), _W, _WS, _BIAS, out_scale=_S, out_zero_point=_Z),
+    "out_uint8": call(floats(5, 37), _W, _WS, out_scale=_S, out_zero_point=_Z, out_dtype=torch.uint8, relu=True),
+    "vector": call(floats(37), _W, _WS),
+    "rank_4": call(floats(2, 1, 3, 37), _W, _WS),
+    "transposed": call(floats(37, 5).T, codes(37, 19).T, _WS),
+    "sliced": call(floats(4, 3, 40)[:, ::2, 1:38], _W, scales(38)[::2]),
+    "empty_batch": call(floats(0, 37), _W, _WS),
+    "one": call(floats(1, 1), codes(1, 1), scales(1)),
+}
+_K = codes(8, 6, 3, 3)
+_KS = scales(8)
+_KB = floats(8)
+_GROUPED = codes(9, 2, 1, 1)
+_DEPTHWISE = codes(6, 1, 3, 3)
+_CONV = {
+    "dynamic": call(_IMAGE, _K, _KS),
+    "padded": call(_IMAGE, _K, _KS, _KB, [1, 2], [1, 2]),
+    "asymmetric": call(_IMAGE, _K, _KS, _KB, [1], [1], asymmetric=True, relu=True),
+    "four_paddings": call(_IMAGE, _K, _KS, None, [1], [0, 1, 2, 3]),
+    "dilated": call(_IMAGE, _K, _KS, None, [2], [2], [2, 1]),
+    "groups": call(_IMAGE, codes(8, 3, 3, 3), _KS, _KB, [1], [1], [1], 2),
+    "depthwise": call(_IMAGE, _DEPTHWISE, scales(6, 1, 1, 1), None, [1], [1], [1], 6),
+    "packed": call(_IMAGE, _K, _KS, _KB, packed_weight=ops.pack_weight(_K)),
+    "packed_groups": call(_IMAGE, _GROUPED, scales(9), groups=3, packed_weight=ops.pack_weight(_GROUPED, 3)),
+    "packed_depthwise": call(_LAST, _DEPTHWISE, scales(6), groups=6, packed_weight=ops.pack_weight(_DEPTHWISE, 6)),
+    "static": call(_IMAGE, _K, _KS, _KB, [1], [1], [1], 1, _S, _Z),
+    "static_per_sample": call(_IMAGE, _K, _KS, None, x_scale=scales(2, 1, 1, 1)),
+    "quantized": call(codes(2, 6, 5, 7), _K, _KS, _KB, [1], [1], [1], 1, _S, _Z),
+    "quantized_uint8": call(codes(2, 6, 5, 7, dtype=torch.uint8), _K, _S, None, [1], [1], x_scale=_S, x_zero_point=_Z),
+    "channels_last": call(_LAST, _K, _KS, _KB, [1], [1]),
+    "channels_last_odd": call(floats(2, 3, 5, 7).to(memory_format=torch.channels_last), codes(5, 3, 2, 2), scales(5)),
+    "weight_channels_last": call(_IMAGE, _K.to(memory_format=torch.channels_last), _KS),
+    "sliced_channels": call(floats(2, 12, 5, 7)[:, ::2], _K, _KS),
+    "sliced_pixels": call(floats(2, 6, 9, 14)[:, :, ::2, ::2], _K, _KS),
+    "sliced_to_one_pixel": call(floats(2, 6, 1, 2)[..., ::2], _K, _KS, None, [1], [2]),
+    "transposed_pixels": call(floats(2, 6, 7, 5).transpose(2, 3), _K, _KS),
+    "image": call(_IMAGE[0], _K, _KS, _KB),
+    "image_permuted": call(floats(5, 7, 6).permute(2, 0, 1), _K, _KS, _KB),
+    "image_static": call(_IMAGE[0], _K, _KS, x_scale=scales(1, 1, 1)),
+    "float16": call(_IMAGE.half(), _K, _KS, _KB.half()),
+    "bfloat16_last": call(_LAST.bfloat16(), _K, _KS, _KB),
+    "out_int8": call(_LAST, _K, _KS, _KB, out_scale=_S, out_zero_point=_Z, relu=True),
+    "out_float16": call(codes(2, 6, 5, 7), _K, _KS, x_scale=_S, out_dtype=torch.float16),
+    "one_channel": call(floats(1, 1, 4, 4), codes(1, 1, 2, 2), scales(1)),
+    "empty_batch": call(floats(0, 6, 5, 7), _K, _KS, _KB),
+}
+_PACK = {
+    "linear": call(_W),
+    "linear_view": call(codes(37, 19).T),
+    "one": call(codes(1, 1)),
+    "conv": call(_K),
+    "conv_channels_last": call(_K.to(memory_format=torch.channels_last)),
+    "groups": call(codes(8, 3, 3, 3), 2),
+    "depthwise": call(codes(17, 1, 3, 3), 17),
+    "multiplier": call(codes(10, 1, 3, 3), 5),
+    "no_columns": call(codes(0, 5)),
+}
+SAMPLES = {
+    "quant_tensor_forward": _FORWARD,
+    "quant_tensor_backward": _BACKWARD,
+    "dequant_tensor": _DEQUANT,
+    "choose_qparams": _QPARAMS,
+    "quantize_rows": _ROWS,
+    "int8_gemm": _GEMM,
+    "int8_linear": _LINEAR,
+    "int8_conv2d": _CONV,
+    "pack_weight": _PACK,
+    "unpack_weight": {
+        name: call(ops.pack_weight(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK.items() if args[0].numel()
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "sample"), [(op, sample) for op in SAMPLES for sample in SAMPLES[op]])
+def test_opcheck(op, sample):
+    args, kwargs = SAMPLES[op][sample]
+    torch.library.opcheck(getattr(ops, op).default, args, kwargs)
+
+
+@pytest.mark.parametrize(("op", "sample"), [(op, sample) for op in SAMPLES for sample in SAMPLES[op]])
+def test_fake_strides(op, sample):
+    """The fake result has the real one's strides wherever more than one element makes them matter, not only its shape and dtype."""
+    args, kwargs = SAMPLES[op][sample]
+    real = getattr(ops, op)(*args, **kwargs)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        to_fake = lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t  # noqa: E731
+        fake = getattr(ops, op)(*map(to_fake, args), **{k: to_fake(v) for k, v in kwargs.items()})
+    for r, f in zip(*((x,) if isinstance(x, Tensor) else x for x in (real, fake)), strict=True):
+        assert (r.shape, r.dtype) == (f.shape, f.dtype)
+        assert [s for s, n in zip(r.stride(), r.shape, strict=True) if n > 1] == [
+            s for s, n in zip(f.stride(), f.shape, strict=True) if n > 1
+        ]
+
+
+def test_every_operator_is_checked():
+    names = {name.removeprefix("quant_ops::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("quant_ops::")}
+    assert {name for name in names if not name.startswith("_")} == set(SAMPLES)
+
+
+@pytest.mark.parametrize("op", SAMPLES)
+def test_the_signature_of_the_wrapper_is_the_schema(op):
+    """Names, order, what is keyword-only, and defaults: the schema in C++ is the source, the typed wrapper its documentation."""
+
+    def default(parameter):
+        if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
+            return [parameter.default] * 2
+        return {torch.float32: 6}.get(parameter.default, parameter.default)  # as schemas number it
+
+    empty = inspect.Parameter.empty
+    wrapper = [
+        (p.name, p.kind is p.KEYWORD_ONLY, empty if p.default is empty else default(p))
+        for p in inspect.signature(getattr(qo, op)).parameters.values()
+    ]
+    schema = getattr(ops, op).default._schema.arguments
+    assert wrapper == [(a.name, a.kwarg_only, a.default_value if a.has_default_value() else empty) for a in schema]
+
+
+@pytest.mark.parametrize("sample", SAMPLES["unpack_weight"])
+def test_unpacking_gives_the_packed_weight(sample):
+    args, _ = _PACK[sample]
+    packed, shape, *groups = SAMPLES["unpack_weight"][sample][0]
+    assert torch.equal(ops.unpack_weight(packed, shape, *groups), args[0])

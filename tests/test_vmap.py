@@ -1,0 +1,204 @@
+"""torch.vmap of the operators and layers equals a loop, bit for bit; where there is a rule, it is one call."""
+
+import pytest
+import torch
+from operands import codes, floats, scales
+from torch import nn
+
+import quant_ops as qo
+
+pytestmark = pytest.mark.filterwarnings("error:There is a performance drop")
+
+
+def zeros(*shape):
+    return torch.randint(-9, 10, shape, dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def _without_fallback():
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+def same_as_a_loop(f, in_dims, *args):
+    got = torch.vmap(f, tuple(in_dims))(*args)
+    size = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
+    loop = [f(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
+    got, loop = [[got], [[one] for one in loop]] if isinstance(got, torch.Tensor) else [got, loop]
+    for result, parts in zip(got, zip(*loop, strict=True), strict=True):
+        assert result.dtype == parts[0].dtype
+        assert torch.equal(result, torch.stack(parts))
+
+
+W, WS, B, S = codes(6, 8), scales(6), floats(6), scales(3)
+X = floats(3, 4, 8)
+LINEAR = {
+    "dynamic": (lambda x: qo.int8_linear(x, W, WS, B), [0], X),
+    "asymmetric": (lambda x: qo.int8_linear(x, W, WS, asymmetric=True, relu=True), [0], X),
+    "packed": (lambda x: qo.int8_linear(x, W, WS, packed_weight=qo.pack_weight(W)), [1], X),
+    "last": (lambda x: qo.int8_linear(x, W, WS), [-1], floats(4, 8, 3)),
+    "vectors": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 8)),
+    "bfloat16": (lambda x: qo.int8_linear(x, W, WS, B), [0], X.bfloat16()),
+    "static": (lambda x: qo.int8_linear(x, W, WS, B, torch.tensor(0.02), torch.tensor(3)), [0], X),
+    "scale of each row": (lambda x, s: qo.int8_linear(x, W, WS, B, s), [0, None], X, scales(4, 1)),
+    "scale of each sample": (lambda x, s, z: qo.int8_linear(x, W, WS, B, s, z), [0, 0, 0], X, scales(3), zeros(3)),
+    "scale of each sample, its zero point not": (
+        lambda x, s, z: qo.int8_linear(x, W, WS, B, s, z),
+        [0, 0, None],
+        X,
+        scales(3),
+        zeros(1),
+    ),
+    "scale of each row of each sample": (lambda x, s: qo.int8_linear(x, W, WS, B, s), [1, 0], X, scales(4, 3, 1)),
+    "many scales for one x": (lambda x, s: qo.int8_linear(x, W, WS, B, s), [None, 0], X[0], scales(5, 1)),
+    "codes": (
+        lambda x, s: qo.int8_linear(x, W, WS, B, s, out_dtype=torch.float16),
+        [0, 0],
+        codes(3, 4, 8, dtype=torch.uint8),
+        scales(3),
+    ),
+    "int8 out": (lambda x: qo.int8_linear(x, W, WS, B, out_scale=torch.tensor(0.1), out_zero_point=torch.tensor(2)), [0], X),
+    "weights": (lambda x, w, s: qo.int8_linear(x, w, s, B), [None, 0, 1], X[0], codes(3, 6, 8), scales(6, 3)),
+    "out_scale": (lambda x, s: qo.int8_linear(x, W, WS, B, out_scale=s), [0, 0], X, scales(3)),
+    "no rows": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 0, 8)),
+}
+K, KS = codes(6, 2, 3, 3), scales(6)
+IMAGES = floats(3, 2, 4, 7, 5)
+GEOMETRY = ([1, 2], [1], [1], 2)
+CONV = {
+    "dynamic": (lambda x: qo.int8_conv2d(x, K, KS, None, *GEOMETRY), [0], IMAGES),
+    "images": (lambda x: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, asymmetric=True), [0], IMAGES[:, 0]),
+    "second": (lambda x: qo.int8_conv2d(x, K, KS, B, *GEOMETRY), [1], IMAGES),
+    "channels_last": (
+        lambda x: qo.int8_conv2d(x, K, KS, B, *GEOMETRY),
+        [0],
+        IMAGES.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (3, 2)),
+    ),
+    "packed": (lambda x: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, packed_weight=qo.pack_weight(K, 2)), [0], IMAGES),
+    "static": (lambda x: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, torch.tensor(0.02)), [0], IMAGES),
+    "scale of each sample": (lambda x, s: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, s), [0, None], IMAGES, scales(2, 1, 1, 1)),
+    "scale of each batch": (
+        lambda x, s, z: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, s, z),
+        [0, 0, 0],
+        IMAGES,
+        scales(3, 1),
+        zeros(3),
+    ),
+    "scale of each image": (lambda x, s: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, s), [0, 0], IMAGES[:, 0], scales(3)),
+    "scale of all": (lambda x, s: qo.int8_conv2d(x, K, KS, B, *GEOMETRY, s), [0, 0], IMAGES, scales(3, 2, 1, 1, 1)),
+    "weights": (lambda x, w: qo.int8_conv2d(x, w, KS, B, *GEOMETRY), [0, 0], IMAGES, codes(3, 6, 2, 3, 3)),
+}
+GEMM = {
+    "a": (qo.int8_gemm, [0, None], codes(3, 4, 8), W),
+    "a, second": (qo.int8_gemm, [1, None], codes(4, 3, 8, dtype=torch.uint8), W),
+    "b": (qo.int8_gemm, [None, 0], codes(4, 8), codes(3, 6, 8)),
+    "both": (qo.int8_gemm, [0, 2], codes(3, 4, 8), codes(6, 8, 3)),
+}
+ROWS = {
+    "matrix": (qo.quantize_rows, [0], X),
+    "last, asymmetric": (lambda x: qo.quantize_rows(x, True), [2], X),
+    "vectors": (qo.quantize_rows, [0], X[0]),
+    "all": (lambda x: qo.choose_qparams(x, [], -127, 127), [0], X),
+    "rows": (lambda x: qo.choose_qparams(x, [-1], -127, 127), [1], X),
+    "columns": (lambda x: qo.choose_qparams(x, [0], -128, 127, True), [2], X),
+    "numbers": (lambda x: qo.choose_qparams(x, [], -128, 127, True), [0], X[0, 0]),
+}
+
+
+def forward(x, s, z=None, simulate=True, block_size=None):
+    return qo.quant_tensor_forward(x, s, z, -100, 100, z is not None, simulate, block_size=block_size)
+
+
+QUANTIZE = {
+    "one scale": (lambda x: forward(x, torch.tensor(0.1)), [1], X),
+    "channels": (forward, [0, None], X, scales(4, 1)),
+    "codes": (lambda x, s, z: forward(x, s, z, False), [0, None, None], X, scales(8), zeros(8)),
+    "scale of each sample": (forward, [0, 0, 0], X, scales(3), zeros(3, 1)),
+    "channels of each sample": (forward, [1, 2, 0], X, scales(3, 1, 4), zeros(4, 8)),
+    "many scales for one x": (lambda x, s: forward(x, s, None, False), [None, 0], X[0], scales(5, 8)),
+    "numbers": (forward, [0, 0], X[0, 0], scales(8, 1)),
+    "blocks": (lambda x, s: forward(x, s, None, True, [2, 4]), [0, None], X, scales(2, 2)),
+    "blocks of each sample": (lambda x, s: forward(x, s, None, False, [2, 4]), [0, 0], X, scales(3, 2, 2)),
+    "one for all blocks": (lambda x, s: forward(x, s, None, False, [2, 4]), [0, 0], X, scales(3)),
+    "double": (forward, [0, None], X.double(), scales(8).double()),
+    "dequant": (qo.dequant_tensor, [0, None], codes(3, 4, 8), scales(4, 1)),
+    "dequant, scale and zero of each sample": (qo.dequant_tensor, [0, 0, 1], codes(3, 4, 8), scales(3, 8), zeros(8, 3)),
+    "dequant, blocks": (
+        lambda q, s: qo.dequant_tensor(q, s, None, torch.float16, block_size=[4, 2]),
+        [2, 0],
+        codes(4, 8, 3),
+        scales(3, 1, 4),
+    ),
+}
+SAMPLES = {"linear": LINEAR, "conv2d": CONV, "gemm": GEMM, "rows": ROWS, "quantize": QUANTIZE}
+
+
+@pytest.mark.parametrize(
+    "sample", [pytest.param(s, id=f"{family}: {name}") for family, samples in SAMPLES.items() for name, s in samples.items()]
+)
+def test_equals_a_loop(sample):
+    same_as_a_loop(*sample)
+
+
+def test_an_empty_batch():
+    assert torch.vmap(lambda x: qo.int8_linear(x, W, WS))(floats(0, 2, 8)).shape == (0, 2, 6)
+
+
+def test_nested():
+    x, s = floats(2, 3, 4, 8), scales(3)
+    got = torch.vmap(torch.vmap(lambda x, s: qo.int8_linear(x, W, WS, None, s)), (0, None))(x, s)
+    assert torch.equal(
+        got, torch.stack([torch.stack([qo.int8_linear(x[i, j], W, WS, None, s[j]) for j in range(3)]) for i in range(2)])
+    )
+
+
+@pytest.mark.parametrize("config", [qo.Int8Dynamic(), qo.Int8Static(num_steps=2)], ids=["dynamic", "static"])
+def test_layers(config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Flatten(-2), nn.Linear(36, 5)).eval()
+    x = floats(3, 2, 4, 8)
+    qo.prepare_(model, config)
+    for step in range(2) if isinstance(config, qo.Int8Static) else ():
+        with qo.timestep(model, step):
+            qo.calibrate(model, [x[0] * (step + 1)])
+    qo.convert_(model)
+    same_as_a_loop(model, [0], x)
+    functional = torch.vmap(lambda x: torch.func.functional_call(model, dict(model.named_buffers()), (x,)))
+    assert torch.equal(functional(x), torch.stack([model(one) for one in x]))
+
+
+def test_calls_once(monkeypatch):
+    """One call of the operator for the whole batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += func is torch.ops.quant_ops.int8_linear.default
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        torch.vmap(lambda x: qo.int8_linear(x, W, WS))(X)
+    assert count.calls == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: torch.vmap(qo.quantize_rows)(floats(3)),
+        lambda: torch.vmap(lambda x: qo.int8_linear(x, W[:, :3], WS))(floats(3)),
+        lambda: torch.vmap(lambda x: qo.quant_tensor_forward(x, S, None, -7, 7))(floats(3)),
+        lambda: torch.vmap(lambda x, s: qo.quant_tensor_forward(x, s, None, -7, 7))(floats(3), scales(3, 3)),
+        lambda: torch.vmap(lambda x: qo.choose_qparams(x, [1], -7, 7))(floats(3, 4)),
+        lambda: torch.vmap(lambda a: qo.int8_gemm(a, W))(codes(4, 8)),
+        lambda: torch.vmap(lambda x: qo.int8_conv2d(x, K, KS))(floats(3, 2)),
+        lambda: torch.vmap(lambda x: qo.int8_linear(x, W, WS, None, S[:, None]))(X),
+        lambda: torch.vmap(lambda w: qo.int8_linear(X[0], w, WS))(codes(0, 6, 8)),
+    ],
+)
+def test_what_the_operator_refuses_is_refused(call):
+    """A batch dimension makes no call valid that is not."""
+    with pytest.raises(ValueError, match=r"^quant_ops\."):
+        call()
