@@ -10,8 +10,6 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-# headers of the Hopper engine; the Python packages that it would bring are not needed
-CUTLASS ?= nvidia-cutlass==4.2.0.0
 SOURCES := CMakeLists.txt $(shell find cpp cuda -type f)
 # named after the list of Python files, which the editable install has learned by heart
 INSTALLED := build/editable/.installed-$(shell find python -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -50,7 +48,6 @@ format: $(INSTALLED)
 
 # The compiler is looked for when this runs; without one cmake says what is missing.
 cuda-build: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --no-deps "$(CUTLASS)" || echo "no $(CUTLASS): the Hopper engine is left out"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target quant_ops_cuda
 

@@ -103,8 +103,9 @@ endfunction()
 
 add_library(quant_ops_cuda SHARED cpp/torch/library_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu
                                   cuda/quantize_rows.cu cuda/linear.cpp cuda/conv2d.cu cuda/conv2d_depthwise.cu
-                                  cuda/activations.cu cuda/pack.cu cuda/engine/choose.cpp cuda/engine/portable.cu
-                                  cuda/engine/gemv.cu)
+                                  cuda/conv2d_direct.cu cuda/conv2d_patches.cu cuda/activations.cu cuda/pack.cu
+                                  cuda/engine/choose.cpp cuda/engine/portable.cu cuda/engine/gemv.cu
+                                  cuda/engine/fused.cu)
 quant_ops_cuda_target(quant_ops_cuda ${QUANT_OPS_GENCODE})
 target_compile_definitions(quant_ops_cuda PRIVATE USE_CUDA)
 target_link_libraries(quant_ops_cuda PRIVATE torch_stable)

@@ -55,6 +55,11 @@ struct QParamsPlan {
 QParamsPlan plan_choose_qparams(const ChooseQParams& p, int64_t multiprocessors);
 void run_choose_qparams(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at);
 
+// The ranges alone, of every part of every slice: at.memory becomes [slices][parts] pairs of a minimum and a maximum, float64 if x
+// is, else float32. Merged with each other and with zero they are the range that choose_qparams_of takes.
+inline int64_t ranges_bytes(const QParamsPlan& plan) { return plan.slices * plan.parts * 2 * int64_t{sizeof(double)}; }
+void run_ranges(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at);
+
 // Rows of q are q_stride >= columns apart; what is behind the codes becomes zeros. A null zero_point is not written.
 void quantize_rows_cuda(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at);
 
@@ -80,18 +85,28 @@ WeightOnDevice run_weight(const WeightPlan& plan, const int8_t* weight, const in
 
 // Who makes int8 codes of the activations.
 enum class Encoder : int32_t {
-  kNone,   // x is the codes
-  kGiven,  // write_codes_cuda, by the given scale or by none
-  kRange,  // a scale from the data: quantize_rows_cuda (linear), run_choose_qparams and write_codes_cuda (conv2d)
-  kGemv,   // a scale from the data, by the kernel of the product (linear)
+  kNone,     // x is the codes
+  kGiven,    // write_codes_cuda, by the given scale or by none
+  kRange,    // a scale from the data: quantize_rows_cuda (linear), run_choose_qparams and write_codes_cuda (conv2d)
+  kProduct,  // a scale from the data, by the kernel of the product (linear)
 };
 // Whether sums need a correction for zero points; those of unsigned codes are shifted by 128.
 inline bool has_zero_points(const InputParams& in) {
   return in.mode == Activation::kDynamicAsymmetric || in.zero_point != nullptr || in.dtype == DType::kUInt8;
 }
 
-// int8 codes of x [samples, channels of all groups, height, width] in NHWC. Codes of a group's channels fill `tap` bytes. Of `in`,
-// the scale is per sample, not read for int8 and uint8.
+// Scales of samples that write_codes_cuda itself chooses, from the ranges that run_ranges left.
+struct SampleRanges {
+  const void* parts = nullptr;  // [samples][count] pairs of a minimum and a maximum, float32
+  int64_t count = 0;            // 0: scales are given
+  bool asymmetric = false;
+  float* scale = nullptr;         // results, one a sample
+  int32_t* zero_point = nullptr;  // likewise; null: not wanted, unless asymmetric
+};
+
+// int8 codes of x [samples, channels of all groups, height, width] in NHWC. Codes of a group's channels fill `tap` bytes, of which
+// those that are no channel's are 0. Of `in`, the scale is per sample, not read for int8 and uint8. Around each image of q is a
+// border of border_h rows and border_w columns on each side, whose bytes are the code of zero.
 struct CodesParams {
   InputParams in;
   int64_t stride[4];  // of x: N, C, H, W
@@ -99,6 +114,8 @@ struct CodesParams {
   int64_t channels, tap;  // of a group
   int8_t* q;
   int64_t pixel;  // bytes of a pixel of q: tap times the groups
+  int64_t border_h = 0, border_w = 0;
+  SampleRanges ranges{};  // in place of the scale and zero point of `in`, for float32, float16 and bfloat16
 };
 void write_codes_cuda(const CodesParams& p, const Launch& at);
 
@@ -127,19 +144,46 @@ struct LinearPlan {
   Slot<float> row_scale;   // where they are not given, or not with one stride
   Slot<int32_t> row_zero;  // likewise
   KernelPlan kernel;
+  bool early;          // the product starts while the rows are being quantized
   Slot<int32_t> sums;  // of the kernel's splits
   int64_t bytes;
 };
 LinearPlan plan_linear(const Int8LinearParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
 void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch& at);
 
+// The output tile of a block of a depthwise convolution: rows, fours of pixels of a row, channels.
+struct DepthwiseTile {
+  int32_t rows = 0, quads = 0, channels = 0;
+};
+
+// The tile of a block of a convolution of few channels (conv2d_direct.cu).
+struct DirectTile {
+  int32_t tile_rows = 0, tile_columns = 0;            // output pixels
+  int32_t columns = 0, pairs = 0;                     // output channels of a block; sixteens of them that a warp makes at a time
+  int32_t shared_columns = 0;                         // output channels that share their input channels
+  int32_t words = 0, group_channels = 0, joined = 0;  // their input channels: in fours, of a group of the weight, groups
+  int32_t pitch = 0;                                  // words between neighbouring pixels in shared memory
+};
+
+// A convolution as a linear layer of its patches (conv2d_patches.cu).
+struct PatchesPlan {
+  LinearPlan linear;
+  Slot<char> linear_memory;
+  Slot<float> row_scale;   // where rows have their own
+  Slot<int32_t> row_zero;  // likewise
+};
+
 struct Conv2dPlan {
   WeightPlan weight;
   Encoder encoder;
-  Gather gather;                     // addresses of codes and padding: run_conv2d
-  int64_t channels;                  // of a group of the codes
-  bool dense;                        // a pointwise convolution that is a plain product of codes
-  IgemmProblem product;              // if dense, as in LinearPlan
+  Gather gather;            // addresses of codes and padding: run_conv2d
+  int64_t border[2];        // rows and columns of zero-point codes on each side of the gathered image
+  int64_t channels;         // of a group of the codes
+  bool dense;               // a pointwise convolution that is a plain product of codes
+  IgemmProblem product;     // if dense, as in LinearPlan
+  DepthwiseTile depthwise;  // of a kernel that quantizes x itself, if it has rows
+  DirectTile direct;        // likewise
+  std::optional<PatchesPlan> patches;
   std::optional<QParamsPlan> range;  // of samples that have pixels, for scales from the data
   Slot<char> range_memory;
   Slot<int8_t> codes;

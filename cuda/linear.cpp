@@ -2,10 +2,13 @@
 //
 // The rows of x become int8 codes, each row with a scale from its own data (quantize_rows.cu) or with the given scale
 // (activations.cu). Codes that can be read where they are stay there. One integer product with its epilogue follows (problem.h).
-// A few rows without a given scale are quantized by the product's kernel itself (gemv.cu). Bits are those of cpp/cpu/linear.cpp.
+// Rows without a given scale are quantized by the product's kernel itself where that is faster (gemv.cu, fused.cu). Bits are those
+// of cpp/cpu/linear.cpp.
+#include <array>
 #include <cmath>
 
 #include "contract/dtypes.h"
+#include "engine/fused.h"
 #include "engine/gemv.h"
 #include "launch.h"
 
@@ -40,6 +43,58 @@ IgemmProblem product_of(const Int8LinearParams& p, const CudaWeights& weight, bo
           .y_dtype = p.out.dtype,
           .out_scale = p.out.out_scale,
           .out_zero_point = p.out.out_zero_point};
+}
+
+// ---- the choice of a kernel, remembered -----------------------------------------------------------------------------
+
+struct Choice {
+  KernelPlan kernel;
+  bool quantizes;  // the rows as well
+};
+
+Choice choose(const IgemmProblem& p, bool dynamic, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted) {
+  const KernelPlan kernel = choose_kernel(p, gpu, wanted);
+  const KernelPlan both = dynamic ? choose_quantizing_kernel(p, x_bytes, gpu, wanted, kernel) : KernelPlan{};
+  return both.engine != Engine::kNone ? Choice{both, true} : Choice{kernel, false};
+}
+
+// The models take some microseconds, and a layer asks for the same shapes again and again. The key is all that a choice may depend
+// on: sizes, strides, dtypes, which operands there are, and how addresses are aligned.
+Choice remembered_choice(const IgemmProblem& p, bool dynamic, int64_t x_bytes, const GpuLimits& gpu) {
+  const auto place = [](const void* at) {
+    return at == nullptr ? int64_t{-1} : static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % 16);
+  };
+  using Key = std::array<int64_t, 20>;
+  struct Entry {
+    Key key{};  // M is at least 1
+    Choice choice{};
+  };
+  thread_local Entry entries[64];
+  const Key key{p.M,
+                p.N,
+                p.K,
+                p.a_stride,
+                p.b_stride,
+                p.y_stride,
+                p.row_step,
+                p.column_step,
+                static_cast<int64_t>(p.y_dtype),
+                p.row_zero != nullptr,
+                place(p.y),
+                place(p.bias),
+                place(p.column_scale),
+                place(p.out_scale),
+                place(p.out_zero_point),
+                dynamic ? x_bytes : 0,
+                gpu.arch,
+                gpu.multiprocessors,
+                gpu.block_bytes,
+                gpu.shared_bytes};
+  uint64_t hash = 0;
+  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
+  Entry& entry = entries[hash >> 58];
+  if (entry.key != key) entry = {key, choose(p, dynamic, x_bytes, gpu, KernelChoice())};
+  return entry.choice;
 }
 
 QuantizeRowsParams dynamic_rows(const Int8LinearParams& p) {
@@ -103,16 +158,16 @@ LinearPlan plan_linear(const Int8LinearParams& p, const GpuLimits& gpu, const Ke
   plan.encoder = in_place ? Encoder::kNone : dynamic ? Encoder::kRange : Encoder::kGiven;
   plan.product = product_of(p, plan.weight.layout, in_place, x_stride, own_params ? 1 : p.in.scale_stride);
 
-  plan.kernel = choose_kernel(plan.product, gpu, wanted);
-  if (dynamic) {
-    const KernelPlan gemv = choose_quantizing_gemv(plan.product, dtype_bytes(p.in.dtype), gpu, wanted, plan.kernel);
-    if (gemv.engine != Engine::kNone) {
-      plan.encoder = Encoder::kGemv;
-      plan.kernel = gemv;
-      plan.bytes = workspace.bytes();
-      return plan;
-    }
+  const Choice choice = wanted.name.empty() && wanted.splits == 0
+                            ? remembered_choice(plan.product, dynamic, dtype_bytes(p.in.dtype), gpu)
+                            : choose(plan.product, dynamic, dtype_bytes(p.in.dtype), gpu, wanted);
+  plan.kernel = choice.kernel;
+  if (choice.quantizes) {
+    plan.encoder = Encoder::kProduct;
+    plan.bytes = workspace.bytes();
+    return plan;
   }
+  plan.early = plan.encoder == Encoder::kRange && gpu.arch >= 90;
   if (!in_place) plan.codes = workspace.add<int8_t>(p.M * k);
   if (own_params) plan.row_scale = workspace.add<float>(p.M);
   if (own_params && corrected) plan.row_zero = workspace.add<int32_t>(p.M);
@@ -126,12 +181,15 @@ void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch&
   IgemmProblem product = plan.product;
   product.b = weight.rows;
   product.column_sum = weight.sums;
-  if (plan.encoder == Encoder::kGemv) return run_quantizing_gemv(product, dynamic_rows(p), at);
+  if (plan.encoder == Encoder::kProduct)
+    return plan.kernel.engine == Engine::kGemv ? run_quantizing_gemv(product, dynamic_rows(p), at)
+                                               : run_fused(product, dynamic_rows(p), plan.kernel, at);
 
   encode_rows(plan, p, at);
   product.a = plan.encoder == Encoder::kNone ? static_cast<const int8_t*>(p.in.x) : plan.codes.in(at.memory);
   product.row_scale = plan.row_scale ? plan.row_scale.in(at.memory) : p.in.scale;
   product.row_zero = plan.row_scale ? plan.row_zero.in(at.memory) : p.in.zero_point;
+  product.early = plan.early;
   run_product(product, plan.kernel, plan.sums.in(at.memory), at);
 }
 

@@ -17,28 +17,28 @@ constexpr int kUnroll = 4;  // vectors a thread has in flight
 constexpr int64_t kBlocksPerSm = 8;
 constexpr int64_t kFewColumns = 8;  // fewer are read slice by slice
 
-// Where a slice's result goes: to its scale and zero point, or, if there are several parts, to the ranges that finish_kernel
-// merges.
+// Where a slice's result goes: to its scale and zero point, or to the ranges of parts that finish_kernel or another kernel merges.
 template <class X>
 struct Results {
   using T = Compute<X>;
   Dims<2> kept;  // x, result
   T* scale;
   int32_t* zero_point;
-  Range<T>* partial;  // [slices, parts]
+  Range<T>* partial;  // [slices, parts]; null: there is one part, whose result is final
   int64_t slices, parts;
   int32_t qmin, qmax;
   bool asymmetric;
 
   __device__ __forceinline__ void finish(int64_t slice, const Range<T>& range) const {
-    int64_t at[2];
-    kept.seek(slice, at);
+    int64_t at[2] = {0, slice * kept.stride[1][0]};
+    if (kept.ndim > 1) kept.seek(slice, at);
+    if (kept.ndim == 0) at[1] = 0;
     const auto p = choose_qparams_of<T>(range.min, range.max, range.finite(), qmin, qmax, asymmetric);
     scale[at[1]] = p.scale;
     zero_point[at[1]] = p.zero_point;
   }
   __device__ __forceinline__ void write(int64_t slice, int64_t part, const Range<T>& range) const {
-    if (parts == 1)
+    if (partial == nullptr)
       finish(slice, range);
     else
       partial[slice * parts + part] = range;
@@ -94,6 +94,96 @@ __global__ void __launch_bounds__(kThreads, 4) range_along_kernel(const QO_GRID_
     range = kBlock ? over_block(range, shared) : over_lanes(range, width);
     if (thread == 0 && own < tasks) a.results.write(slice, part, range);
   }
+}
+
+// ---- slices that are one run each -----------------------------------------------------------------------------------
+
+template <class X>
+struct RunArgs {
+  static constexpr bool kBarriers = true;
+  Results<X> results;
+  const X* x;
+  int64_t length, part_vectors;
+  FastDiv parts;
+  int width;  // threads of a task
+};
+
+// As range_along_kernel, with extremes of words in place of elements, and addresses without divisions.
+template <class X, bool kAsymmetric, bool kBlock>
+__global__ void __launch_bounds__(kThreads, 4) range_run_kernel(const QO_GRID_CONSTANT RunArgs<X> a) {
+  constexpr int V = 16 / sizeof(X);
+  __shared__ Range<float> shared[kThreads / kWarp];
+  const int width = kBlock ? static_cast<int>(blockDim.x) : a.width, thread = static_cast<int>(threadIdx.x) % width;
+  const int64_t block_tasks = blockDim.x / width, tasks = a.results.slices * a.results.parts;
+  for (int64_t first = blockIdx.x * block_tasks; first < tasks; first += gridDim.x * block_tasks) {
+    const int64_t own = first + static_cast<int>(threadIdx.x) / width, task = own < tasks ? own : tasks - 1;
+    const int64_t slice = a.parts.quotient(task), part = task - slice * a.results.parts;
+    int64_t at[2];
+    a.results.kept.seek(slice, at);
+    const X* const run = a.x + computed_here(at[0]);
+    const int64_t before = misalignment<V>(run), vectors = (before + a.length + V - 1) / V;
+    const int64_t begin = part * a.part_vectors, end = begin + a.part_vectors < vectors ? begin + a.part_vectors : vectors;
+    RangeWords<X, kAsymmetric> extremes;
+    for (int64_t vector = begin + thread; vector < end; vector += int64_t{width} * kUnroll) {
+      Vector<X, V> in[kUnroll] = {};
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t own_vector = vector + u * width;
+        if (own_vector < end) in[u] = load_of_run<V>(run, own_vector * V - before, a.length);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) extremes.add(in[u].words.at[w]);
+    }
+    Range<float> range = Bounds<X, kAsymmetric>::of(extremes).range();
+    range = kBlock ? over_block(range, shared) : over_lanes(range, width);
+    if (thread == 0 && own < tasks) a.results.write(slice, part, range);
+  }
+}
+
+// ---- evenly spaced slices of whole aligned vectors ------------------------------------------------------------------
+
+template <class X>
+struct WholeArgs {
+  static constexpr bool kBarriers = true;
+  Results<X> results;
+  const X* x;
+  int64_t stride;
+  int32_t vectors, part_vectors, tasks;
+  SmallDiv parts;
+  BlockRows block;
+};
+
+// Such slices need few addresses, and small ones take no longer than their way from memory.
+template <class X, bool kAsymmetric>
+__global__ void __launch_bounds__(kThreads) range_whole_kernel(const QO_GRID_CONSTANT WholeArgs<X> a) {
+  using Bounds = quant_ops::Bounds<X, kAsymmetric>;
+  constexpr int V = 16 / sizeof(X);
+  alignas(16) __shared__ uint32_t shared[Bounds::kWords][kWarp];
+  let_next_kernel_start();
+  const int32_t in_block = static_cast<int32_t>(threadIdx.x) >> a.block.shift;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x) - in_block * a.block.width;
+  const int32_t own = static_cast<int32_t>(blockIdx.x) * a.block.rows + in_block, task = own < a.tasks ? own : a.tasks - 1;
+  const int32_t slice = a.parts.quotient(task), part = task - slice * a.parts.divisor;
+  const X* const x = a.x + slice * a.stride;
+  const int32_t begin = part * a.part_vectors, end = begin + a.part_vectors < a.vectors ? begin + a.part_vectors : a.vectors;
+  RangeWords<X, kAsymmetric> extremes;
+  for (int32_t vector = begin + thread; vector < end; vector += a.block.width * kUnroll) {
+    Vector<X, V> in[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t own_vector = vector + u * a.block.width;
+      in[u] = own_vector < end ? load_vector<V>(x + int64_t{own_vector} * V) : Vector<X, V>{};
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int w = 0; w < 4; ++w) extremes.add(in[u].words.at[w]);
+  }
+  Bounds bounds = Bounds::of(extremes);
+  share_bounds(&bounds, a.block.width, shared);
+  if (thread == 0 && own < a.tasks) a.results.write(slice, part, bounds.range());
 }
 
 // ---- down columns ---------------------------------------------------------------------------------------------------
@@ -256,8 +346,48 @@ void run_down(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at)
     run(std::integral_constant<int, 1>());
 }
 
+template <class X, bool kAsymmetric>
+void run_runs(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  constexpr int64_t V = 16 / sizeof(X), kMost = int64_t{1} << 30;
+  const Iteration& kept = plan.range.kept;
+  const int64_t stride = kept.ndim == 0 ? 0 : kept.stride[0][0], tasks = plan.slices * plan.parts;
+  if (kept.ndim <= 1 && stride % V == 0 && plan.run % V == 0 && is_aligned(p.x, 16) && plan.units <= kMost && tasks <= kMost) {
+    // Slices that leave multiprocessors idle are spread over more threads.
+    const int64_t each = tasks < multiprocessors() * kThreads / kWarp ? 1 : kUnroll;
+    const BlockRows rows = block_rows_for((plan.part_units + each - 1) / each, kThreads, kThreads);
+    const WholeArgs<X> a{.results = results_of<X>(plan, p, at.memory),
+                         .x = static_cast<const X*>(p.x),
+                         .stride = stride,
+                         .vectors = static_cast<int32_t>(plan.units),
+                         .part_vectors = static_cast<int32_t>(plan.part_units),
+                         .tasks = static_cast<int32_t>(tasks),
+                         .parts = SmallDiv(plan.parts),
+                         .block = rows};
+    return launch(at, range_whole_kernel<X, kAsymmetric>, blocks_for(tasks, rows.rows, kMaxGrid),
+                  dim3(static_cast<unsigned>(rows.threads)), a);
+  }
+  const bool block = plan.part_units > kWarp * kUnroll;
+  // Slices that leave multiprocessors idle are spread over more threads.
+  const int64_t each = plan.slices * plan.parts < multiprocessors() * kThreads / kWarp ? 1 : kUnroll;
+  const int64_t wanted = (plan.part_units + each - 1) / each;
+  const int threads = block ? static_cast<int>(std::min<int64_t>((wanted + kWarp - 1) / kWarp * kWarp, kThreads)) : kThreads;
+  const RunArgs<X> a{.results = results_of<X>(plan, p, at.memory),
+                     .x = static_cast<const X*>(p.x),
+                     .length = plan.run,
+                     .part_vectors = plan.part_units,
+                     .parts = FastDiv(plan.parts),
+                     .width = block ? threads : lanes_for(wanted)};
+  const int64_t blocks = blocks_for(plan.slices * plan.parts, threads / a.width, kMaxGrid);
+  launch(at, block ? range_run_kernel<X, kAsymmetric, true> : range_run_kernel<X, kAsymmetric, false>, blocks,
+         dim3(static_cast<unsigned>(threads)), a);
+}
+
 template <class X>
 void run_along(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  if constexpr (!std::is_same_v<X, double>) {
+    if (numel(plan.range.reduced) == plan.run && plan.run > 1)
+      return p.asymmetric ? run_runs<X, true>(plan, p, at) : run_runs<X, false>(plan, p, at);
+  }
   const Iteration& reduced = plan.range.reduced;
   const bool block = plan.part_units > kWarp * kUnroll;
   int width = kThreads;
@@ -301,13 +431,20 @@ QParamsPlan plan_choose_qparams(const ChooseQParams& p, int64_t multiprocessors)
   return plan;
 }
 
-void run_choose_qparams(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
-  if (plan.slices == 0) return;
+void run_ranges(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  if (plan.slices == 0 || plan.parts == 0) return;
   with_float_type(p.x_dtype, [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
-    if (plan.parts > 0 && plan.down) run_down<X>(plan, p, at);
-    if (plan.parts > 0 && !plan.down) run_along<X>(plan, p, at);
-    if (plan.parts == 1) return;
+    plan.down ? run_down<X>(plan, p, at) : run_along<X>(plan, p, at);
+  });
+}
+
+void run_choose_qparams(const QParamsPlan& plan, const ChooseQParams& p, const Launch& at) {
+  if (plan.slices == 0) return;
+  run_ranges(plan, p, {at.op, plan.parts == 1 ? nullptr : at.memory, at.stream});
+  if (plan.parts == 1) return;
+  with_float_type(p.x_dtype, [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
     const FinishArgs<X> a{.results = results_of<X>(plan, p, at.memory), .width = lanes_for(plan.parts)};
     launch(at, finish_kernel<X>, blocks_for(plan.slices, kThreads / a.width, kMaxGrid), dim3(kThreads), a);
   });

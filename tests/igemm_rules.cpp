@@ -9,6 +9,7 @@
 
 #include "contract/cuda_weights.h"
 #include "device/common.cuh"
+#include "device/encode.cuh"
 #include "engine/choose.h"
 #include "launch.h"
 
@@ -281,20 +282,22 @@ static void check_linear_plans(Random random) {
     const LinearPlan plan = plan_linear(p, kGpu, KernelChoice()), again = plan_linear(p, kGpu, KernelChoice());
     const CudaWeights& w = plan.weight.layout;
     EXPECT(again.bytes == plan.bytes && kernel_text(again.kernel) == kernel_text(plan.kernel), "a plan depends on its arguments");
-    EXPECT(plan.kernel.engine == Engine::kPortable || plan.kernel.engine == Engine::kGemv, "a kernel");
+    EXPECT(plan.kernel.engine != Engine::kNone, "a kernel");
     EXPECT(plan.product.K == w.k && plan.product.a_stride % 16 == 0 && plan.product.b_stride % 16 == 0, "whole vectors");
     EXPECT(plan.product.a == nullptr && plan.product.b == nullptr && plan.product.row_scale == nullptr, "addresses come later");
 
-    const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in), gemv = plan.encoder == Encoder::kGemv;
-    EXPECT(!gemv || (dynamic && p.M <= kGemvRows && plan.kernel.engine == Engine::kGemv), "rows that the kernel quantizes");
-    EXPECT(gemv || dynamic == (plan.encoder == Encoder::kRange), "rows with a scale from their data");
+    const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in), own = plan.encoder == Encoder::kProduct;
+    EXPECT(!own || dynamic, "rows that the kernel quantizes");
+    EXPECT(plan.kernel.engine != Engine::kGemv || p.M <= kGemvRows, "few rows");
+    EXPECT(own || plan.kernel.engine != Engine::kFused, "a kernel that reads codes");
+    EXPECT(own || dynamic == (plan.encoder == Encoder::kRange), "rows with a scale from their data");
     EXPECT(bool(plan.codes) == (plan.encoder == Encoder::kRange || plan.encoder == Encoder::kGiven), "codes");
     EXPECT(plan.encoder != Encoder::kNone || (p.in.dtype == DType::kInt8 && p.K % 16 == 0 && plan.product.K == p.K), "in place");
     EXPECT(bool(plan.row_zero) == (bool(plan.row_scale) && corrected), "zero points");
     EXPECT(!plan.row_scale || plan.product.row_step == 1, "arrays have one element a row");
-    EXPECT(gemv || plan.row_scale || !p.in.zero_point || p.in.scale_stride == p.in.zero_point_stride, "one stride for both");
+    EXPECT(own || plan.row_scale || !p.in.zero_point || p.in.scale_stride == p.in.zero_point_stride, "one stride for both");
     EXPECT(bool(plan.weight.sums) == (corrected && !p.packed), "sums of the weight");
-    EXPECT(bool(plan.sums) == (plan.kernel.splits > 1), "sums of splits");
+    EXPECT(bool(plan.sums) == (plan.kernel.splits > 1 && !own), "sums of splits");
 
     Slots slots;
     slots.add(plan.weight.sums, p.N);
@@ -350,13 +353,18 @@ static void check_conv2d_plans(Random random) {
     const Conv2dPlan plan = plan_conv2d(p, kGpu, KernelChoice());
     const CudaWeights& w = plan.weight.layout;
     const bool dynamic = is_dynamic(p.in), corrected = has_zero_points(p.in);
+    EXPECT(!plan.patches, "windows overlap or leave the image");
+    EXPECT((plan.kernel.engine == Engine::kDirect) == (plan.direct.tile_rows > 0), "a tile");
     EXPECT((plan.kernel.engine == Engine::kDepthwise) == w.depthwise && plan.kernel.engine != Engine::kNone, "a kernel");
     EXPECT(!plan.dense || (w.taps == 1 && w.groups == 1 && plan.product.M == p.N * p.OH * p.OW), "a plain product");
     EXPECT(!plan.dense || plan.product.a_stride == plan.gather.pixel, "rows are pixels");
     EXPECT(bool(plan.codes) == (plan.encoder != Encoder::kNone), "codes");
     EXPECT(plan.range.has_value() == (dynamic && p.H * p.W > 0), "ranges of samples that have pixels");
-    EXPECT(bool(plan.scale) == (dynamic || corrected) && bool(plan.zero_point) == bool(plan.scale), "parameters of samples");
-    EXPECT(bool(plan.padding) == corrected, "padding");
+    const bool rewritten = corrected && (p.in.dtype == DType::kUInt8 || p.in.scale_stride != p.in.zero_point_stride);
+    EXPECT(bool(plan.scale) == (dynamic || rewritten) && bool(plan.zero_point) == bool(plan.scale), "parameters of samples");
+    const bool quantizes = plan.depthwise.rows > 0 || plan.direct.tile_rows > 0;
+    EXPECT(bool(plan.padding) == (corrected && (!quantizes || p.in.mode == Activation::kQuantized)), "padding");
+    EXPECT(!quantizes || plan.encoder == Encoder::kNone, "no codes in memory");
     EXPECT(plan.gather.codes == nullptr && plan.gather.padding == nullptr, "addresses come later");
     EXPECT(bool(plan.sums) == (plan.kernel.splits > 1), "sums of splits");
 
@@ -367,7 +375,7 @@ static void check_conv2d_plans(Random random) {
     slots.add(plan.scale, p.N);
     slots.add(plan.zero_point, p.N);
     slots.add(plan.padding, p.N * 16);
-    if (plan.range) slots.add(plan.range_memory, plan.range->bytes);
+    if (plan.range) slots.add(plan.range_memory, plan.encoder == Encoder::kRange ? ranges_bytes(*plan.range) : plan.range->bytes);
     slots.add(plan.sums, plan.kernel.sums);
     slots.expect_to_fill(plan.bytes);
     dense += plan.dense;
@@ -375,6 +383,76 @@ static void check_conv2d_plans(Random random) {
     ranges += plan.range.has_value() && plan.range->bytes > 0;
   }
   EXPECT(dense > 100 && depthwise > 100 && ranges > 100, "%d dense, %d depthwise, %d with ranges", dense, depthwise, ranges);
+}
+
+static void check_patches_plans(Random random) {
+  for (int round = 0; round < 5000; ++round) {
+    Int8Conv2dParams p = random_convolution(random);
+    p.C = 1 + random.below(8);
+    p.O = 1 + random.below(70);
+    p.groups = 1;
+    p.R = p.stride[0] = 2 + random.below(3);
+    p.S = p.stride[1] = 1 + random.below(16);
+    p.pad[0] = p.pad[1] = 0;
+    p.dilation[0] = p.dilation[1] = 1;
+    p.OH = 1 + random.below(5);
+    p.OW = 1 + random.below(5);
+    p.H = p.OH * p.R + random.below(p.R);
+    p.W = p.OW * p.S + random.below(p.S);
+    p.y_channels_last = true;
+    const Conv2dPlan plan = plan_conv2d(p, kGpu, KernelChoice());
+    EXPECT(plan.patches.has_value(), "windows side by side");
+    const LinearPlan& linear = plan.patches->linear;
+    const int64_t M = p.N * p.OH * p.OW, K = p.C * p.R * p.S;
+    EXPECT(linear.product.M == M && linear.product.N == p.O && linear.product.K == (K + 15) / 16 * 16, "rows are patches");
+    EXPECT(K % 16 != 0 || linear.encoder == Encoder::kNone, "codes are read where they are written");
+    EXPECT(bool(plan.scale) == is_dynamic(p.in) && plan.range.has_value() == is_dynamic(p.in), "scales from the data");
+    EXPECT(bool(plan.patches->row_zero) == (bool(plan.patches->row_scale) && has_zero_points(p.in)), "zero points");
+    EXPECT(linear.row_scale || linear.product.row_step == (plan.patches->row_scale ? 1 : 0), "one scale, or one for each row");
+    Slots slots;
+    slots.add(plan.codes, M * ((K + 15) / 16 * 16));
+    slots.add(plan.scale, p.N);
+    slots.add(plan.zero_point, p.N);
+    if (plan.range) slots.add(plan.range_memory, plan.encoder == Encoder::kRange ? ranges_bytes(*plan.range) : plan.range->bytes);
+    slots.add(plan.patches->row_scale, M);
+    slots.add(plan.patches->row_zero, M);
+    slots.add(plan.patches->linear_memory, linear.bytes);
+    slots.expect_to_fill(plan.bytes);
+  }
+}
+
+// ---- codes in registers ---------------------------------------------------------------------------------------------
+
+// Every bfloat16, by scales of any size, powers of two (many ties), and scales by which one must divide.
+static void check_codes(std::mt19937_64& random) {
+  for (int round = 0; round < 60; ++round) {
+    const int32_t zero = static_cast<int32_t>(random() % 256) - 128;
+    const float any = bits_float(static_cast<uint32_t>(random())),
+                near = std::ldexp(1.0f + static_cast<float>(random() % 128) / 128, -5);
+    const float scale = round % 3 == 0 ? any : round % 3 == 1 ? near : std::ldexp(1.0f, static_cast<int>(random() % 12) - 8);
+    const InputParams in{.x = nullptr,
+                         .dtype = DType::kBFloat16,
+                         .mode = Activation::kStatic,
+                         .scale = &scale,
+                         .scale_stride = 0,
+                         .zero_point = &zero,
+                         .zero_point_stride = 0};
+    const CodesOf<BFloat16> encode(in, 0, 0);
+    for (uint32_t first = 0; first < 65536; first += 4) {
+      Vector<BFloat16, 4> x[1];
+      const uint16_t bits[4] = {static_cast<uint16_t>(first), static_cast<uint16_t>(first + 1), static_cast<uint16_t>(first + 2),
+                                static_cast<uint16_t>(first + 3)};
+      memcpy(&x[0].words, bits, sizeof(bits));
+      uint32_t codes[1][4];
+      encode(x, codes);
+      for (uint32_t i = 0; i < 4; ++i) {
+        const float steps = clamp_steps<float>(quantize_steps(bits_float((first + i) << 16), scale),
+                                               static_cast<float>(-128 - zero), static_cast<float>(127 - zero));
+        EXPECT(static_cast<int8_t>(codes[0][i]) == steps_to_code(steps, zero, -128, 127), "bits %x, scale %g, zero point %d",
+               first + i, static_cast<double>(scale), zero);
+      }
+    }
+  }
 }
 
 int main() {
@@ -388,5 +466,7 @@ int main() {
   check_dispatch(random);
   check_linear_plans({random});
   check_conv2d_plans({random});
+  check_patches_plans({random});
+  check_codes(random);
   return 0;
 }

@@ -1,165 +1,303 @@
-// Which problems the Hopper engine takes (cuda/engine/sm90/sm90.h), against the rules of TMA and of the matrix instruction written
-// down a second time, over random problems of which most break one rule. Prints the first difference; run by test_cuda_sm90.py.
+// The Hopper engine (cuda/engine/sm90) without a GPU: the rules of TMA and of the matrix instruction written down a second time,
+// and products computed on the host from what the engine would tell the memory accelerator. Prints the first difference; run by
+// test_cuda_sm90.py.
+//
+// emulated_product() walks over the blocks' work, performs each load as the driver's manual describes it for tiled and im2col mode,
+// multiplies the boxes that would lie in shared memory, and takes every sum to the element of y that a thread would write.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <set>
 #include <string>
+#include <vector>
 
-#include "engine/sm90/sm90.h"
+#include "engine/sm90/igemm.h"
 
 using namespace quant_ops;
+using namespace quant_ops::sm90;
 
-static void expect(bool holds, const char* what, const IgemmProblem& p, int kernel) {
+static void expect(bool holds, const std::string& what, const Problem& p, int kernel) {
   if (holds) return;
-  std::printf("%s: kernel %d, M N K %lld %lld %lld, strides %lld %lld %lld, dtype %d\n", what, kernel, (long long)p.M,
-              (long long)p.N, (long long)p.K, (long long)p.a_stride, (long long)p.b_stride, (long long)p.y_stride,
-              static_cast<int>(p.y_dtype));
+  const Gather& g = p.gather;
+  std::printf("%s: kernel %d, M N K groups %lld %lld %lld %lld, gathers %d, image %d x %d, tap %lld, kernel columns %lld\n",
+              what.c_str(), kernel, (long long)p.M, (long long)p.N, (long long)p.K, (long long)p.groups, p.gathers, g.height,
+              g.width, (long long)g.group, (long long)g.kernel_columns.divisor);
   std::exit(1);
 }
 
-template <class T>
-static T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
+// ---- the table ------------------------------------------------------------------------------------------------------
 
-// cuTensorMapEncodeTiled's conditions for a matrix, the contiguous dimension first.
-static bool tensor_map(const void* base, int64_t contiguous, int64_t rows, int64_t stride, int bytes) {
-  const bool sizes = contiguous >= 1 && rows >= 1 && contiguous <= (int64_t{1} << 32) && rows <= (int64_t{1} << 32);
-  const int64_t pitch = stride * bytes;
-  return sizes && reinterpret_cast<uint64_t>(base) % 16 == 0 && pitch % 16 == 0 && pitch < (int64_t{1} << 40);
-}
-
-static bool legal(const IgemmProblem& p, const sm90::Tile& t) {
-  int bytes = 0;
-  if (p.y_dtype == DType::kFloat32) bytes = 4;
-  if (p.y_dtype == DType::kFloat16 || p.y_dtype == DType::kBFloat16) bytes = 2;
-  if (bytes == 0 || p.K < 1 || p.K > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX) return false;
-  // one row has no stride
-  const int64_t a = p.M == 1 ? p.K : p.a_stride, b = p.N == 1 ? p.K : p.b_stride, y = p.M == 1 ? p.N : p.y_stride;
-  if (!tensor_map(p.a, p.K, p.M, a, 1) || !tensor_map(p.b, p.K, p.N, b, 1) || !tensor_map(p.y, p.N, p.M, y, bytes)) return false;
-  if (a < p.K || b < p.K || y < p.N) return false;             // rows that overlap
-  if (p.K % 16 != 0 || p.N % (16 / bytes) != 0) return false;  // CUTLASS's can_implement
-  if ((p.row_step | p.column_step) >> 1 != 0) return false;    // a vector or one value
-  if (!p.row_zero != !p.column_sum) return false;
-  const int64_t m = t.swapped ? p.N : p.M, n = t.swapped ? p.M : p.N;
-  const int64_t blocks_m = (m + t.m * t.cluster - 1) / (t.m * t.cluster) * t.cluster, blocks_n = (n + t.n - 1) / t.n;
-  return blocks_m <= INT32_MAX / blocks_n && (t.warpgroups == 2 || blocks_n <= 65535);
-}
-
-// The table: legal instructions, shared memory and registers.
 static void check_table() {
   std::set<std::string> names;
-  for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
-    const sm90::Tile& t = sm90::kTiles[kernel];
-    const IgemmProblem p{};
-    expect(names.insert(t.name).second && sm90::kernel_named(t.name) == kernel, "names are unique", p, kernel);
-    expect(
-        std::string(t.name).find(std::to_string(t.m) + "x" + std::to_string(t.n) + "x" + std::to_string(t.k)) != std::string::npos,
-        "the name tells the tile", p, kernel);
-    expect((std::string(t.name).find("swapped") != std::string::npos) == t.swapped, "the name tells the swap", p, kernel);
-    expect(t.m % (t.cooperative ? 128 : 64) == 0 && t.n % 16 == 0 && t.n <= 256 && t.k % 128 == 0, "instruction shape", p, kernel);
-    expect(t.cluster == 1 || t.cluster == 2, "cluster", p, kernel);
-    expect(t.warpgroups == 1 || t.warpgroups == 2, "warpgroups", p, kernel);
-    expect(!t.cooperative || t.warpgroups == 2, "one warpgroup shares with nobody", p, kernel);
-    expect(t.stages >= 3 && t.blocks_per_sm * t.stages * (t.m + t.n) * t.k <= 220 * 1024, "shared memory", p, kernel);
-    // accumulators of a warpgroup; 232 registers a thread at most
-    expect(t.m * t.n / (t.cooperative ? 256 : 128) <= 160, "accumulators fit the registers", p, kernel);
+  for (int kernel = 0; kernel < kKernels; ++kernel) {
+    const Tile& t = kTiles[kernel];
+    const std::string name = t.name;
+    const auto check = [&](bool holds, const char* what) { expect(holds, what, {}, kernel); };
+    check(names.insert(name).second && kernel_named(name) == kernel, "names are unique");
+    check(name.find(std::to_string(t.first) + "x" + std::to_string(t.second) + "x128") != std::string::npos,
+          "the name tells the tile");
+    check((name.find("swapped") != std::string::npos) == t.swapped, "the name tells the swap");
+    check(t.first % (64 * t.warpgroups) == 0 && t.second % 16 == 0 && t.second <= 256, "instruction shape");
+    check(t.cluster == 1 || t.cluster == 2, "cluster");
+    check(t.second / t.cluster % 16 == 0 && t.second / t.cluster * 64 % 1024 == 0, "a block's share of the loads starts a swizzle");
+    check(t.stages >= 3 && t.blocks_per_sm * t.shared_bytes() <= 220 * 1024, "shared memory");
+    const int sums = t.first * t.second / (128 * t.warpgroups),
+              registers = t.moves_registers() ? t.multiply_registers() : t.registers();
+    check(sums + 60 <= registers, "sums fit the registers");
+    check(
+        t.blocks_per_sm * (128 * t.load_registers() + 128 * t.warpgroups * t.multiply_registers()) <= 65536 || !t.moves_registers(),
+        "registers of a multiprocessor");
+    check(!t.moves_registers() || t.multiply_registers() >= t.registers(), "registers are taken, not given");
   }
-  expect(sm90::kernel_named("none") == sm90::kKernels, "no such name", {}, -1);
+  expect(kernel_named("none") == kKernels, "no such name", {}, -1);
 }
 
-// A legal problem, of which one thing may be off.
-static IgemmProblem random_problem(std::mt19937_64& random) {
-  const auto below = [&](uint64_t n) { return static_cast<int64_t>(random() % n); };
-  const DType dtypes[] = {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kInt8, DType::kInt32, DType::kFloat64};
-  IgemmProblem p{};
-  const auto size = [&](int multiple) { return (below(10) ? 1 + below(500) : 1 + below(int64_t{1} << below(34))) * multiple; };
-  p.M = size(1), p.N = size(8), p.K = size(16);
-  p.a_stride = p.K + 16 * below(3), p.b_stride = p.K + 16 * below(3), p.y_stride = p.N + 8 * below(3);
-  p.a = at<int8_t>(0x10000000 + 16 * below(100)), p.b = at<int8_t>(0x20000000 + 16 * below(100));
-  p.y = at<void>(0x30000000 + 16 * below(100));
-  p.row_step = below(2), p.column_step = below(2);
-  if (below(2)) p.row_zero = p.column_sum = at<int32_t>(0x1004);
-  p.y_dtype = dtypes[below(3)];
-  if (below(2)) {  // one thing is off, perhaps
-    switch (below(12)) {
-      case 0: p.K += below(17); break;
-      case 1: p.N += below(9); break;
-      case 2: p.a_stride += below(17) - 8; break;
-      case 3: p.b_stride += below(17) - 8; break;
-      case 4: p.y_stride += below(17) - 8; break;
-      case 5: p.a += below(17); break;
-      case 6: p.b += below(17); break;
-      case 7: p.y = static_cast<char*>(p.y) + below(17); break;
-      case 8: p.y_dtype = dtypes[below(6)]; break;
-      case 9: (below(2) ? p.row_step : p.column_step) = below(4) - 1; break;
-      case 10: p.row_zero = below(2) ? at<int32_t>(0x1004) : nullptr; break;
-      default: (below(3) == 0 ? p.M : below(2) ? p.N : p.K) = below(2) ? 0 : 1; break;
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// A box in shared memory before it is swizzled, by tiled mode: coordinates outside of the tensor give zeros.
+static void load_matrix(const int8_t* base, const MatrixMap& m, const int64_t (&at)[5], std::vector<int8_t>* to) {
+  to->clear();
+  int64_t i[5];
+  for (i[4] = 0; i[4] < m.box[4]; ++i[4])
+    for (i[3] = 0; i[3] < m.box[3]; ++i[3])
+      for (i[2] = 0; i[2] < m.box[2]; ++i[2])
+        for (i[1] = 0; i[1] < m.box[1]; ++i[1])
+          for (i[0] = 0; i[0] < m.box[0]; ++i[0]) {
+            bool inside = true;
+            int64_t offset = 0;
+            for (int d = 0; d < 5; ++d) {
+              const int64_t place = at[d] + i[d];
+              inside = inside && place >= 0 && place < static_cast<int64_t>(m.size[d]);
+              offset += place * (d == 0 ? 1 : static_cast<int64_t>(m.stride[d - 1]));
+            }
+            to->push_back(inside ? base[offset] : 0);
+          }
+}
+
+// By im2col mode: pixels in the order width, height, sample within the bounding box, in steps; then the tap's offsets are added.
+static void load_image(const int8_t* base, const ImageMap& m, const ImageLoad& at, std::vector<int8_t>* to) {
+  to->clear();
+  int64_t w = at.w, h = at.h, n = at.sample;
+  const int64_t width = static_cast<int64_t>(m.size[1]), height = static_cast<int64_t>(m.size[2]);
+  for (uint32_t pixel = 0; pixel < m.pixels; ++pixel) {
+    for (uint32_t c = 0; c < m.channels; ++c) {
+      const int64_t channel = at.channel + c, x = w + at.tap_w, y = h + at.tap_h;
+      const bool inside = channel < static_cast<int64_t>(m.size[0]) && x >= 0 && x < width && y >= 0 && y < height &&
+                          n < static_cast<int64_t>(m.size[3]);
+      to->push_back(inside ? base[channel + x * static_cast<int64_t>(m.stride[0]) + y * static_cast<int64_t>(m.stride[1]) +
+                                  n * static_cast<int64_t>(m.stride[2])]
+                           : 0);
     }
+    w += m.step[1];
+    if (w <= width - 1 + m.upper[0]) continue;
+    w = m.lower[0];
+    h += m.step[2];
+    if (h <= height - 1 + m.upper[1]) continue;
+    h = m.lower[1];
+    ++n;
   }
+}
+
+// sums[M][groups * N], each written once; a box of the tiles is not larger than the memory of a stage.
+static std::vector<int32_t> emulated_product(const Problem& p, const KernelPlan& plan) {
+  const Tile& t = kTiles[plan.kernel];
+  const Schedule schedule = schedule_of(p, plan);
+  const int64_t columns = p.N * p.groups;
+  const int share = t.second / t.cluster;
+  const MatrixMap weight =
+      matrix_map(p.K, columns, p.b_stride, t.swapped ? Order::kPairs : Order::kFours, schedule.load, t.swapped ? t.first : share);
+  const MatrixMap rows = matrix_map(p.K, p.M, p.a_stride, Order::kPlain, schedule.load, t.swapped ? share : t.first);
+  const ImageMap image = p.gathers ? image_map(p.gather, p.groups * p.gather.group, p.samples, schedule.load, t.first) : ImageMap{};
+  std::vector<int32_t> y(static_cast<size_t>(p.M * columns), 0);
+  std::vector<int8_t> written(y.size() * static_cast<size_t>(plan.splits), 0), first_box, second_box;
+
+  for (int64_t index = 0; index < clusters_of(schedule); ++index)
+    for (int block = 0; block < cluster_blocks(schedule); ++block) {
+      const int rank = block % t.cluster;
+      Work w = work_of(schedule, static_cast<int32_t>(index));
+      if (schedule.joined > 1) w.split = block;
+      std::vector<int32_t> sums(static_cast<size_t>(t.first * t.second), 0);
+      const int first_row = (w.first + rank) * t.first, second_row = w.second * t.second;
+      const int first = first_row + (t.swapped ? w.group * schedule.first_rows : 0);
+      const int second = second_row + (t.swapped ? 0 : w.group * schedule.second_rows);
+      ImageLoad at = p.gathers ? image_load(schedule, first_row) : ImageLoad{};
+      const int begin = w.split * schedule.split_steps, end = std::min(begin + schedule.split_steps, schedule.steps);
+      LoadPosition position(schedule, begin * (kStepBytes / schedule.load));
+      for (int load = begin * (kStepBytes / schedule.load); load < end * (kStepBytes / schedule.load);
+           ++load, position.advance(schedule)) {
+        if (p.gathers) {
+          move_to(schedule, w.group, position, &at);
+          expect(at.tap_h >= 0 && at.tap_h <= 255 && at.tap_w >= 0 && at.tap_w <= 255, "offsets of a tap", p, plan.kernel);
+          load_image(p.gather.codes, image, at, &first_box);
+        } else if (t.swapped) {
+          load_matrix(p.b, weight, {position.k, 0, 0, 0, first / 16}, &first_box);
+        } else {
+          load_matrix(p.a, rows, {position.k, first, 0, 0, 0}, &first_box);
+        }
+        std::vector<int8_t> part;
+        second_box.clear();
+        for (int other = 0; other < t.cluster; ++other) {
+          const int row = second + other * share;
+          if (t.swapped)
+            load_matrix(p.a, rows, {position.k, row, 0, 0, 0}, &part);
+          else
+            load_matrix(p.b, weight, {position.k, 0, 0, 0, row / 16}, &part);
+          second_box.insert(second_box.end(), part.begin(), part.end());
+        }
+        expect(first_box.size() == static_cast<size_t>(t.first * schedule.load) &&
+                   second_box.size() == static_cast<size_t>(t.second * schedule.load),
+               "boxes fill their part of the stage", p, plan.kernel);
+        for (int i = 0; i < t.first; ++i)
+          for (int j = 0; j < t.second; ++j)
+            for (int k = 0; k < schedule.load; ++k)
+              sums[static_cast<size_t>(i * t.second + j)] +=
+                  first_box[static_cast<size_t>(i * schedule.load + k)] * second_box[static_cast<size_t>(j * schedule.load + k)];
+      }
+      // where the threads take them
+      for (int i = 0; i < t.first; ++i)
+        for (int j = 0; j < t.second; ++j) {
+          const int sixteen = (t.swapped ? i : j) / 16 * 16, within = (t.swapped ? i : j) % 16;
+          const int ordered =
+              t.swapped ? sixteen + within % 8 * 2 + within / 8 : sixteen + within % 8 / 2 * 4 + within / 8 * 2 + within % 2;
+          const int64_t m = t.swapped ? second_row + j : first_row + i, n = (t.swapped ? first_row : second_row) + ordered;
+          if (m >= p.M || n >= p.N) continue;
+          const auto place = static_cast<size_t>(m * columns + w.group * p.N + n);
+          y[place] += sums[static_cast<size_t>(i * t.second + j)];
+          int8_t& once = written[place + y.size() * static_cast<size_t>(w.split)];
+          expect(once == 0, "a sum is written twice", p, plan.kernel);
+          once = 1;
+        }
+    }
+  for (const int8_t w : written) expect(w == 1, "a sum is not written", p, plan.kernel);
+  return y;
+}
+
+static std::vector<int32_t> product(const Problem& p) {
+  const int64_t columns = p.N * p.groups;
+  std::vector<int32_t> y(static_cast<size_t>(p.M * columns), 0);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t k = 0; k < p.K; ++k) {
+        const int8_t* a = p.gathers ? nullptr : p.a + m * p.a_stride + k;
+        if (p.gathers) {
+          const GatherRow row = gather_row(p.gather, m, n / p.N);
+          const GatherTap tap = gather_tap(p.gather, k);
+          a = inside(p.gather, row, tap) ? row.at + tap.offset : nullptr;
+        }
+        if (a != nullptr) y[static_cast<size_t>(m * columns + n)] += *a * p.b[n * p.b_stride + k];
+      }
+  return y;
+}
+
+static std::mt19937_64 random_bits(1);
+static int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
+
+static const int8_t* codes(int64_t count) {
+  static std::vector<int8_t> memory[2];
+  static int turn = 0;
+  std::vector<int8_t>& m = memory[turn++ % 2];
+  m.resize(static_cast<size_t>(count) + 16);
+  for (int8_t& code : m) code = static_cast<int8_t>(random_bits());
+  return m.data() + (16 - reinterpret_cast<uintptr_t>(m.data()) % 16) % 16;
+}
+
+static Problem random_problem(bool gathers) {
+  Problem p;
+  p.gathers = gathers;
+  p.N = 16 * (1 + below(12));
+  if (!gathers) {
+    p.M = 1 + below(150);
+    p.K = 16 * (1 + below(30));
+    p.a_stride = p.K + 16 * below(3);
+    p.a = codes(p.M * p.a_stride);
+  } else {
+    p.groups = below(3) == 0 ? 2 : 1;
+    Gather& g = p.gather;
+    g.group = p.groups == 2 ? 64 : 16 * (1 + below(12));
+    p.samples = 1 + below(3);
+    int64_t size[2], kernel[2], count[2];
+    for (int d = 0; d < 2; ++d) {
+      kernel[d] = 1 + below(3);
+      g.stride[d] = static_cast<int32_t>(1 + below(3));
+      g.dilation[d] = static_cast<int32_t>(1 + below(2));
+      g.pad[d] = static_cast<int32_t>(below(3)) - (below(4) == 0 ? 1 : 0);
+      const int64_t reach = (kernel[d] - 1) * g.dilation[d];
+      size[d] = 1 + reach + 2 * std::max(0, -g.pad[d]) + below(8);
+      count[d] = (size[d] + 2 * g.pad[d] - reach - 1) / g.stride[d] + 1;
+      if (count[d] < 1) count[d] = 1;
+    }
+    g.height = static_cast<int32_t>(size[0]);
+    g.width = static_cast<int32_t>(size[1]);
+    g.pixel = p.groups * g.group;
+    g.row = g.pixel * size[1] + 16 * below(2);
+    g.sample = g.row * size[0];
+    g.pixels = FastDiv(count[0] * count[1]);
+    g.columns = FastDiv(count[1]);
+    g.tap = FastDiv(g.group);
+    g.kernel_columns = FastDiv(kernel[1]);
+    g.codes = codes(p.samples * g.sample);
+    p.M = p.samples * count[0] * count[1];
+    p.K = kernel[0] * kernel[1] * g.group;
+  }
+  p.b_stride = p.K + 16 * below(2);
+  p.b = codes(p.groups * p.N * p.b_stride);
   return p;
 }
 
-static void check_problems() {
-  std::mt19937_64 random(1);
-  int64_t taken = 0, refused = 0;
-  for (int i = 0; i < 400000; ++i) {
-    const IgemmProblem p = random_problem(random);
-    for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
-      const bool can = sm90::takes(p, kernel);
-      const sm90::Tile& t = sm90::kTiles[kernel];
-      // the last tile of the largest sizes is refused a little early
-      const bool edge = p.M > INT32_MAX - 1024 || p.N > INT32_MAX - 1024 || p.K > INT32_MAX - 1024;
-      expect(can == (legal(p, t) && !edge), can ? "takes what is not legal" : "refuses what is legal", p, kernel);
-      (can ? taken : refused) += 1;
-      if (!can) continue;
-      const int width = sm90::swizzle(p, t);
-      expect((width & (width - 1)) == 0 && width <= 8 && sm90::blocks_first(p, t) % (width * t.cluster) == 0 &&
-                 sm90::blocks_second(p, t) % width == 0,
-             "squares of blocks leave nothing over", p, kernel);
+static void check_products() {
+  for (int i = 0; i < 120; ++i) {
+    const Problem p = random_problem(i % 2 == 1);
+    const std::vector<int32_t> expected = product(p);
+    for (int kernel = i % 3; kernel < kKernels; kernel += 3) {
+      if (!takes(p, kernel)) {
+        expect(kTiles[kernel].swapped && p.gathers, "refuses what is legal", p, kernel);
+        continue;
+      }
+      const KernelPlan plan = choose(p, 132, KernelChoice(std::string(kTiles[kernel].name) + (i % 4 == 0 ? ":3" : "")));
+      expect(plan.kernel == kernel && plan.engine == Engine::kSm90, "the wanted kernel", p, kernel);
+      expect(emulated_product(p, plan) == expected, "another product", p, kernel);
     }
-    expect(!sm90::takes(p, -1) && !sm90::takes(p, sm90::kKernels), "no such kernel", p, -1);
   }
-  expect(taken > 500000 && refused > 100000, "both happen", {}, -1);
-
-  // Every kernel takes aligned problems of any number of rows.
-  for (int64_t M = 1; M <= 300; ++M)
-    for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
-      IgemmProblem p{};
-      p.M = M, p.N = 4096, p.K = 4096, p.a_stride = p.b_stride = p.K, p.y_stride = p.N, p.y_dtype = DType::kBFloat16;
-      expect(sm90::takes(p, kernel), "takes aligned problems", p, kernel);
-    }
-  std::printf("%lld taken, %lld refused\n", (long long)taken, (long long)refused);
 }
 
-// Estimates: never faster than the machine, no cliffs, and the right tile for few and for many rows.
-static void check_estimates() {
-  constexpr int kSms = 132;
-  for (const int64_t width : {1024, 4096, 8192, 28672}) {
-    double before = 0;
-    for (int64_t M = 1; M <= 4096; ++M) {
-      IgemmProblem p{};
-      p.M = M, p.N = p.K = width, p.y_dtype = DType::kBFloat16;
-      int best = 0;
-      for (int kernel = 0; kernel < sm90::kKernels; ++kernel) {
-        const double clocks = sm90::clocks(p, kernel, kSms), products = 1.0 * M * width * width;
-        expect(clocks >= products / (4096.0 * kSms), "not faster than the matrix units", p, kernel);
-        if (clocks < sm90::clocks(p, best, kSms)) best = kernel;
-      }
-      const double clocks = sm90::clocks(p, best, kSms);
-      // one row more may cost a tile more on every multiprocessor; not while memory is the limit
-      expect(M == 1 || clocks < (M <= 128 ? 1.3 : 1.9) * before, "no cliffs", p, best);
-      before = clocks;
-      if (M <= 16) expect(sm90::kTiles[best].n == 16, "few rows", p, best);
-      if (M == 4096 && width >= 4096) expect(sm90::kTiles[best].m == 128, "many rows", p, best);
+// ---- what is refused ------------------------------------------------------------------------------------------------
+
+static void check_refusals() {
+  const auto refused = [](const char* what, bool gathers, auto change) {
+    Problem p = random_problem(gathers);
+    while (p.groups != 1) p = random_problem(gathers);
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+      if (!takes(p, kernel)) continue;
+      Problem changed = p;
+      change(changed);
+      expect(!takes(changed, kernel), what, changed, kernel);
     }
-  }
+  };
+  refused("rows that are not whole vectors", false, [](Problem& p) { p.K += 8; });
+  refused("columns that are not whole sixteens", false, [](Problem& p) { p.N += 8; });
+  refused("a stride that TMA does not take", false, [](Problem& p) { p.a_stride += 8; });
+  refused("a stride of the weight that TMA does not take", false, [](Problem& p) { p.b_stride += 8; });
+  refused("an address that TMA does not take", false, [](Problem& p) { p.a += 8; });
+  refused("an address of the weight that TMA does not take", false, [](Problem& p) { p.b += 8; });
+  refused("rows beyond int32", false, [](Problem& p) { p.M = INT32_MAX; });
+  refused("no rows", false, [](Problem& p) { p.M = 0; });
+  refused("an image that TMA does not take", true, [](Problem& p) { p.gather.codes += 4; });
+  refused("pixels that TMA does not take", true, [](Problem& p) { p.gather.pixel += 4; });
+  refused("a step beyond 8", true, [](Problem& p) { p.gather.stride[1] = 9; });
+  refused("a corner beyond 8 bits", true, [](Problem& p) { p.gather.pad[0] = 129; });
+  refused("the far corner beyond 8 bits", true, [](Problem& p) { p.gather.width += 200; });
+  refused("a tap beyond 8 bits", true, [](Problem& p) {
+    p.K = 2 * p.gather.group;
+    p.gather.kernel_columns = FastDiv(2);
+    p.gather.dilation[1] = 256;
+  });
 }
 
 int main() {
   check_table();
-  check_problems();
-  check_estimates();
+  check_products();
+  check_refusals();
+  std::puts("ok");
   return 0;
 }

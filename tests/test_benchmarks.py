@@ -100,6 +100,8 @@ def test_gpu_scripts_rehearse(tmp_path):
     tables = shown(out)
     assert all(f"| {stem} |" in tables for stem in stems)
     assert run("-m", "benchmarks.gpu.smoke", "--rehearse") == "smoke finished\n"  # no operator is left out
+    assert run("-m", "benchmarks.gpu.digest", "--out", str(out), "--rehearse").endswith("all the same\n")
+    assert len(json.loads(out.read_text())["digests"]) >= 12
 
 
 def test_gpu_check_is_found_where_it_was(tmp_path):

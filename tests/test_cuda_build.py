@@ -45,8 +45,10 @@ class TestEmulated(KernelCases):
 
 
 ARITHMETIC = r"""
+#include <cmath>
 #include <cstdio>
 #include <random>
+#include "contract/dtypes.h"
 #include "device/layout.cuh"
 #include "device/quotient.cuh"
 using namespace quant_ops;
@@ -59,8 +61,90 @@ static bool same_code(float x, float s, float r) {
   return a == b || (a != a && b != b);
 }
 
+// Whether the factors of a symmetric row give the code of x / scale, or differ.
+static bool same_factor_code(float x, float scale, const CodeFactors& f) {
+  const float lower = fused(x, f.lower, kMagic), upper = fused(x, f.upper, kMagic);
+  return lower != upper || lower - kMagic == quantize_steps(x, scale);
+}
+// All elements of 16 bits with these bits or fewer, in a row whose largest one has them.
+template <class X>
+static bool same_row(uint32_t bits) {
+  const auto value = [](uint32_t b) {
+    X x;
+    x.bits = static_cast<uint16_t>(b);
+    return static_cast<float>(to_compute(x));
+  };
+  const float absmax = value(bits), scale = choose_qparams_of(0.0f, absmax, true, -127, 127, false).scale;
+  const float reciprocal = safe_reciprocal(scale);
+  if (reciprocal == 0.0f) return true;
+  const CodeFactors f = symmetric_factors(absmax, scale, reciprocal);
+  if (std::is_same_v<X, BFloat16> && f.lower != f.upper) return false;  // every row of bfloat16 goes unchecked
+  for (uint32_t b = 0; b <= bits; ++b)
+    if (!same_factor_code(value(b), scale, f) || !same_factor_code(-value(b), scale, f)) return false;
+  return true;
+}
+
+// Codes of elements X within a range; half of the ranges have opposite ends, and floats lie next to ties.
+template <class X>
+static bool same_in_range(std::mt19937_64& random, bool asymmetric) {
+  constexpr bool kShort = sizeof(X) == 2;
+  const auto value = [](uint32_t bits) {
+    X x;
+    memcpy(&x, &bits, sizeof(X));
+    return static_cast<float>(to_compute(x));
+  };
+  const uint32_t one = std::is_same_v<X, Half> ? 0x3c00u : std::is_same_v<X, BFloat16> ? 0x3f80u : 0x3f800000u;
+  const uint32_t span = kShort ? 0x800u : 0x2000000u;
+  const float max = value(one + static_cast<uint32_t>(random() % span));
+  const float min = asymmetric && random() % 2 ? -value(one + static_cast<uint32_t>(random() % span)) : -max;
+  const int32_t lowest = asymmetric ? -128 : -127;
+  const auto p = choose_qparams_of(min, max, true, lowest, 127, asymmetric);
+  const RangeCodes codes = RangeCodes::of(Quantizer::of(p.scale, p.zero_point, lowest, 127));
+  if (!codes.is_usable()) return false;
+  for (int i = 0; i < 2000; ++i) {
+    float x[4] = {min, max};
+    for (int e = i == 0 ? 2 : 0; e < 4; ++e) {
+      const float draw = value(static_cast<uint32_t>(random() % (one + span)));
+      x[e] = std::fmin(max, std::fmax(min, random() % 2 ? draw : -draw));
+      if (kShort || i % 2) continue;
+      const float tie = (static_cast<float>(static_cast<int>(random() % 511) - 255) + 0.5f) * p.scale;
+      const float near_tie = bits_float(float_bits(tie) + static_cast<uint32_t>(random() % 7) - 3u);
+      x[e] = std::fmin(max, std::fmax(min, near_tie));
+    }
+    uint32_t words[1];
+    asymmetric ? codes.make<kShort, true>(x, words) : codes.make<kShort, false>(x, words);
+    for (int e = 0; e < 4; ++e) {
+      const auto steps = clamp_steps<double>(quantize_steps(x[e], p.scale), lowest - p.zero_point, 127.0 - p.zero_point);
+      if (static_cast<int8_t>(words[0] >> (8 * e)) != steps_to_code(steps, p.zero_point, lowest, 127)) return false;
+    }
+  }
+  return true;
+}
+
 int main() {
   std::mt19937_64 random(1);
+  for (int i = 0; i < 2000; ++i)
+    for (bool asymmetric : {false, true})
+      if (!same_in_range<BFloat16>(random, asymmetric) || !same_in_range<Half>(random, asymmetric) ||
+          !same_in_range<float>(random, asymmetric))
+        return fail("codes of a range");
+  // rows of 16-bit elements with every significand of the largest one
+  for (uint32_t bits = 0x4280; bits < 0x4300; ++bits)
+    if (!same_row<BFloat16>(bits)) return fail("factors of bfloat16");
+  for (uint32_t bits : {0x0007u, 0x0123u, 0x7f7fu, 0x00ffu, 0x3f80u, 0x3ffeu})
+    if (!same_row<BFloat16>(bits)) return fail("factors of large and small bfloat16");
+  for (uint32_t bits = 0x4c00; bits < 0x5000; ++bits)
+    if (!same_row<Half>(bits)) return fail("factors of float16");
+  for (uint32_t bits : {0x0001u, 0x0007u, 0x03ffu, 0x7bffu, 0x7800u})
+    if (!same_row<Half>(bits)) return fail("factors of large and small float16");
+  // checked factors next to ties
+  for (int i = 0; i < 1000000; ++i) {
+    const float s = bits_float((static_cast<uint32_t>(random()) & 0x7fffffu) | static_cast<uint32_t>(68 + random() % 119) << 23);
+    const float r = safe_reciprocal(s), tie = (static_cast<float>(random() % 256) + 0.5f) * s;
+    for (int32_t ulp = -3; ulp <= 3; ++ulp)
+      if (!same_factor_code(bits_float(float_bits(tie) + static_cast<uint32_t>(ulp)), s, checked_factors(r)))
+        return fail("checked factors");
+  }
   // FastDiv: around multiples of divisors of every size
   for (int i = 0; i < 2000000; ++i) {
     const int64_t d = static_cast<int64_t>(random() >> (1 + random() % 63)) + 1;
@@ -90,6 +174,52 @@ int main() {
       if (!same_code(x, s, r) || !same_code(-x, s, r)) return fail("quotient next to a tie");
     }
   }
+  // whole vectors of int8 codes: every bfloat16 and every half, clamped, and next to ties
+  for (int i = 0; i < 400; ++i) {
+    const int32_t z = i % 2 ? 0 : static_cast<int32_t>(random() % 256) - 128;
+    const float s = bits_float((static_cast<uint32_t>(random()) & 0x7fffffu) | static_cast<uint32_t>(120 + random() % 9) << 23);
+    const Int8Codes codes = Int8Codes::of(Quantizer::of(s, z, -128, 127));
+    for (uint32_t b = 0; b < 65536; b += 4) {
+      float x[3][4];
+      for (uint32_t e = 0; e < 4; ++e) {
+        x[0][e] = bits_float((b + e) << 16);
+        x[1][e] = to_compute(Half{static_cast<uint16_t>(b + e)});
+        x[2][e] = static_cast<float>((static_cast<double>(random() % 256) - 128.0 - z + 0.5) * s);
+        x[2][e] = bits_float(float_bits(x[2][e]) + static_cast<uint32_t>(random() % 1200) - 600);
+      }
+      for (const auto& four : x) {
+        uint32_t sums[4];
+        const bool is_short = &four != &x[2];
+        if (!(is_short ? codes.make<true>(four, sums) : codes.make<false>(four, sums))) {
+          const float total = four[0] - four[0] + four[1] - four[1] + four[2] - four[2] + four[3] - four[3];
+          if (total == 0.0f) return fail("numbers have codes");
+          continue;
+        }
+        const uint32_t bytes = low_bytes(sums[0], sums[1], sums[2], sums[3]);
+        for (int e = 0; e < 4; ++e) {
+          const auto steps = clamp_steps<double>(quantize_steps(four[e], s), -128.0 - z, 127.0 - z);
+          if (static_cast<int8_t>(bytes >> (8 * e)) != steps_to_code(steps, z, -128, 127)) return fail("vector of codes");
+        }
+      }
+    }
+  }
+  // short elements, everywhere where a code could differ from that of the quotient: the scales next to x / middle, where the middle
+  // lies between a tie and its neighbour
+  for (int bits : {8, 11})
+    for (int n = 0; n < 256; ++n)
+      for (float end : {-1.0f, 1000.0f}) {
+        const float tie = static_cast<float>(n) + 0.5f;
+        const double middle = (static_cast<double>(tie) + std::nextafterf(tie, end)) / 2;
+        for (int x = 1 << (bits - 1); x < 1 << bits; ++x) {
+          int shift = 0;
+          const double scale = std::ldexp(std::frexp(x / middle, &shift), 24);
+          for (int64_t s = static_cast<int64_t>(scale) - 2; s <= static_cast<int64_t>(scale) + 3; ++s) {
+            const auto quotient = VectorQuotient::of(Quantizer::of(static_cast<float>(s), 0, -256, 256));
+            const float element = std::ldexp(static_cast<float>(x), 24 - shift);
+            if (quotient.sum<true>(element) - kMagic != quantize_steps(element, quotient.scale)) return fail("short elements");
+          }
+        }
+      }
   for (float s : {8.67361737988403547e-19f, 1.15292150460684698e18f, 1.0f, 3.0f})
     for (uint32_t b = 0; b < 0xffffff00u; b += 251)
       if (!same_code(bits_float(b), s, safe_reciprocal(s))) return fail("quotient over all exponents");
@@ -107,59 +237,252 @@ def test_fast_division_and_mended_quotient():
     assert done.returncode == 0, done.stdout
 
 
-ROWS_WITH_PADDING = r"""
+ROWS = r"""
 #include <cstdio>
 #include <random>
 #include <vector>
+#include "device/common.cuh"
 #include "launch.h"
 using namespace quant_ops;
 
-// The second user of the row kernels, a GEMM, takes rows whose stride is rounded up, with zeros behind the codes.
+static std::mt19937 random_bits(1);
+static std::normal_distribution<float> normal;
+
+// Rows whose stride is rounded up, with zeros behind the codes, as a GEMM takes them; x and the codes begin anywhere. One row has
+// ties, another one is symmetric about zero, so that both of its ends are ties of an asymmetric scale.
+template <class X>
+static bool rows_are_right(int64_t rows, int64_t columns, int64_t x_offset, int64_t x_padding, int64_t q_offset, int64_t q_padding,
+                           bool asymmetric, DType dtype) {
+  const int64_t x_stride = columns + x_padding, q_stride = columns + q_padding;
+  std::vector<X> memory(static_cast<size_t>(rows * x_stride + 16));
+  X* const x = memory.data() + x_offset;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < x_stride; ++c) {
+      float value = normal(random_bits) + 0.5f;
+      if (r % 3 == 1) value = c == 0 ? 127.0f : c == 1 && r % 2 ? -128.0f : std::floor(value * 8) + 0.5f;
+      if (r % 3 == 2) value = c < 2 ? (c == 0 ? 3.0f : -3.0f) : std::fmax(-3.0f, std::fmin(value, 3.0f));
+      if (c >= columns) value = 1e30f;  // beside the row
+      from_compute(value, &x[r * x_stride + c]);
+    }
+  std::vector<int8_t> codes(static_cast<size_t>(rows * q_stride + 32), 99);
+  int8_t* const q = codes.data() + 8 + q_offset;
+  std::vector<float> scale(static_cast<size_t>(rows));
+  std::vector<int32_t> zero(static_cast<size_t>(rows), 12345);
+  quantize_rows_cuda(QuantizeRowsParams{rows, columns, x, x_stride, dtype, q, scale.data(), asymmetric ? zero.data() : nullptr,
+                                        asymmetric}, q_stride, {"", nullptr, nullptr});
+  for (const int8_t* p = codes.data(); p < codes.data() + codes.size(); ++p)
+    if ((p < q || p >= q + rows * q_stride) && *p != 99) return false;
+  for (int64_t r = 0; r < rows; ++r) {
+    float min = 0, max = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      min = std::fmin(min, to_compute(x[r * x_stride + c]));
+      max = std::fmax(max, to_compute(x[r * x_stride + c]));
+    }
+    const int32_t lowest = asymmetric ? -128 : -127;
+    const auto p = choose_qparams_of(min, max, true, lowest, 127, asymmetric);
+    if (scale[r] != p.scale || zero[r] != (asymmetric ? p.zero_point : 12345)) return false;
+    for (int64_t c = 0; c < q_stride; ++c) {
+      int64_t code = 0;
+      if (c < columns) code = static_cast<int64_t>(quantize_steps(to_compute(x[r * x_stride + c]), p.scale)) + p.zero_point;
+      if (c < columns) code = code < lowest ? lowest : code > 127 ? 127 : code;
+      if (q[r * q_stride + c] != code) return false;
+    }
+  }
+  return true;
+}
+
+static bool every_type_is_right(int64_t rows, int64_t columns, int64_t x_offset, int64_t x_padding, int64_t q_offset,
+                                int64_t q_padding) {
+  for (bool asymmetric : {false, true})
+    if (!rows_are_right<float>(rows, columns, x_offset % 4, x_padding, q_offset, q_padding, asymmetric, DType::kFloat32) ||
+        !rows_are_right<Half>(rows, columns, x_offset, x_padding, q_offset, q_padding, asymmetric, DType::kFloat16) ||
+        !rows_are_right<BFloat16>(rows, columns, x_offset, x_padding, q_offset, q_padding, asymmetric, DType::kBFloat16)) {
+      std::printf("rows %d columns %d x %d + %d codes %d + %d\n", int(rows), int(columns), int(x_offset), int(x_padding),
+                  int(q_offset), int(q_padding));
+      return false;
+    }
+  return true;
+}
+
 int main() {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  for (int64_t rows : {1, 3, 19})
-    for (int64_t columns : {0, 1, 3, 16, 31, 130, 1000, 2500, 20000})
-      for (int64_t padding : {0, 1, 15, 40})
-        for (bool asymmetric : {false, true}) {
-          if (rows * columns > 20000) continue;
-          const int64_t x_stride = columns + padding % 3, q_stride = columns + padding;
-          std::vector<float> x(static_cast<size_t>(rows * x_stride + 1));
-          for (float& v : x) v = normal(random) + 0.5f;
-          std::vector<int8_t> q(static_cast<size_t>(rows * q_stride + 2), 99);
-          std::vector<float> scale(static_cast<size_t>(rows));
-          std::vector<int32_t> zero(static_cast<size_t>(rows), 12345);
-          quantize_rows_cuda(QuantizeRowsParams{rows, columns, x.data(), x_stride, DType::kFloat32, q.data() + 1, scale.data(),
-                                                asymmetric ? zero.data() : nullptr, asymmetric}, q_stride, {"", nullptr, nullptr});
-          bool ok = q.front() == 99 && q.back() == 99;
-          for (int64_t r = 0; r < rows; ++r) {
-            float min = 0, max = 0;
-            for (int64_t c = 0; c < columns; ++c) {
-              min = std::fmin(min, x[r * x_stride + c]);
-              max = std::fmax(max, x[r * x_stride + c]);
-            }
-            const int32_t lowest = asymmetric ? -128 : -127;
-            const auto p = choose_qparams_of(min, max, true, lowest, 127, asymmetric);
-            ok = ok && scale[r] == p.scale && zero[r] == (asymmetric ? p.zero_point : 12345);
-            for (int64_t c = 0; c < q_stride; ++c) {
-              int64_t code = c < columns ? static_cast<int64_t>(quantize_steps(x[r * x_stride + c], p.scale)) + p.zero_point : 0;
-              if (c < columns) code = code < lowest ? lowest : code > 127 ? 127 : code;
-              ok = ok && q[1 + r * q_stride + c] == code;
-            }
-          }
-          if (!ok) {
-            std::printf("rows %d columns %d padding %d asymmetric %d\n", int(rows), int(columns), int(padding), asymmetric);
-            return 1;
-          }
-        }
+  for (int64_t columns = 0; columns <= 72; ++columns)  // lanes of a warp
+    if (!every_type_is_right(columns % 5 + 1, columns, columns % 3, columns % 4, columns % 7, columns % 8)) return 1;
+  for (int64_t x_offset = 0; x_offset < 8; ++x_offset)  // every alignment, of a warp and of a block
+    for (int64_t q_offset = 0; q_offset < 8; ++q_offset)
+      for (int64_t columns : {37, 300, 1500})
+        if (!every_type_is_right(2, columns, x_offset, (x_offset + q_offset) % 3, q_offset, x_offset % 4)) return 1;
+  for (int64_t columns : {1, 3, 16, 31, 96, 130, 256, 1000, 1024, 1032, 2048, 2500, 4096, 4104, 8200, 16384, 20000, 40000, 70008})
+    for (int64_t padding : {0, 1, 8, 15, 40})
+      for (int64_t rows : {1, 3, 19, 400})
+        if (rows * columns <= (padding == 0 ? 70008 : 20000))
+          if (!every_type_is_right(rows, columns, 0, padding % 3, 0, padding)) return 1;
+  if (!every_type_is_right(50, 2304, 0, 0, 0, 0) || !every_type_is_right(12, 8448, 0, 0, 0, 0)) return 1;  // more held vectors
+  return !every_type_is_right(12, 8449, 0, 0, 0, 0);
+}
+"""
+
+
+@needs_compiler
+def test_rows_of_every_length_and_alignment():
+    program = compiled_for_host("rows", [source_file("rows.cc", ROWS), "cuda/quantize_rows.cu"])
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+CODES = r"""
+#include <cstdio>
+#include <random>
+#include <vector>
+#include "device/common.cuh"
+#include "launch.h"
+using namespace quant_ops;
+
+static std::mt19937 random_bits(1);
+
+struct Case {
+  int64_t samples, groups, channels, tap, height, width, border_h, border_w, x_offset, x_padding;
+  bool channels_last, own_scales;
+};
+
+template <class X>
+static X element() {
+  X x;
+  std::normal_distribution<float> normal(0.3f, 30.0f);
+  float value = normal(random_bits);
+  if (random_bits() % 5 == 0) value = std::floor(value) + 0.5f;
+  if (random_bits() % 997 == 0) value = random_bits() % 2 ? NAN : INFINITY;
+  from_compute(value, &x);
+  return x;
+}
+template <>
+int8_t element<int8_t>() { return static_cast<int8_t>(random_bits()); }
+template <>
+uint8_t element<uint8_t>() { return static_cast<uint8_t>(random_bits()); }
+
+template <class X>
+static int64_t code_of(X x, float scale, int32_t zero) {
+  return steps_to_code(clamp_steps<double>(quantize_steps(to_compute(x), scale), -128.0 - zero, 127.0 - zero), zero, -128, 127);
+}
+static int64_t code_of(int8_t x, float, int32_t) { return x; }
+static int64_t code_of(uint8_t x, float, int32_t) { return x - 128; }
+
+// What gives scales: an array, with a zero point that may be far from all codes, or the kernel, from ranges of 40 parts.
+enum class Scales { kGiven, kFar, kSymmetric, kAsymmetric };
+
+template <class X>
+static bool codes_are_right(const Case& c, DType dtype, Scales scales) {
+  const int64_t all = c.groups * c.channels, pixel = c.groups * c.tap;
+  int64_t stride[4];  // N, C, H, W
+  if (c.channels_last) {
+    stride[1] = 1;
+    stride[3] = all + c.x_padding;
+    stride[2] = stride[3] * c.width;
+    stride[0] = stride[2] * c.height;
+  } else {
+    stride[3] = 1;
+    stride[2] = c.width + c.x_padding;
+    stride[1] = stride[2] * c.height;
+    stride[0] = stride[1] * all;
+  }
+  std::vector<X> memory(static_cast<size_t>(c.samples * stride[0] + 32));
+  for (size_t i = 0; i < memory.size(); ++i) memory[i] = element<X>();
+  X* x = memory.data();
+  while (reinterpret_cast<uintptr_t>(x) % 16 != 0) ++x;
+  x += c.x_offset;
+  const int64_t height = c.height + 2 * c.border_h, width = c.width + 2 * c.border_w, bytes = c.samples * height * width * pixel;
+  std::vector<int8_t> codes(static_cast<size_t>(bytes + 64), 99);
+  int8_t* q = codes.data() + 16;
+  while (reinterpret_cast<uintptr_t>(q) % 16 != 0) ++q;
+  std::vector<float> scale;
+  std::vector<int32_t> zero;
+  for (int64_t n = 0; n < c.samples; ++n) {
+    scale.push_back(n == 3 ? 1e-30f : n == 4 ? NAN : 0.25f + 0.1f * static_cast<float>(n));
+    zero.push_back(static_cast<int32_t>(random_bits() % 256) - 128 + (n == 1 && scales == Scales::kFar ? 1000 : 0));
+  }
+  const bool chosen = scales == Scales::kSymmetric || scales == Scales::kAsymmetric;
+  std::vector<float> parts(static_cast<size_t>(c.samples) * 80, 0.0f), own_scale(5, -1.0f);
+  std::vector<int32_t> own_zero(5, -1);
+  SampleRanges ranges;
+  if (chosen) {
+    ranges = {parts.data(), 40, scales == Scales::kAsymmetric, own_scale.data(), own_zero.data()};
+    for (int64_t n = 0; n < c.samples; ++n) {
+      float min = 0.0f, max = 0.0f;
+      for (int64_t i = 0; i < all * c.height * c.width; ++i) {
+        const int64_t column = i % c.width, row = i / c.width % c.height, channel = i / c.width / c.height;
+        const X element = x[n * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3]];
+        float value = 0.0f;
+        if constexpr (!std::is_integral_v<X>) value = to_compute(element);
+        float* const part = parts.data() + n * 80 + i % 40 * 2;
+        for (float* of : {&min, part}) *of = value != value || *of != *of ? NAN : std::fmin(*of, value);
+        for (float* of : {&max, part + 1}) *of = value != value || *of != *of ? NAN : std::fmax(*of, value);
+      }
+      const auto q = choose_qparams_of(min, max, std::isfinite(min) && std::isfinite(max), ranges.asymmetric ? -128 : -127, 127,
+                                       ranges.asymmetric);
+      scale[static_cast<size_t>(n)] = q.scale;
+      zero[static_cast<size_t>(n)] = q.zero_point;
+    }
+  }
+  const bool own_scales = c.own_scales || chosen;
+  InputParams in{};
+  in.x = x;
+  in.dtype = dtype;
+  in.scale = chosen ? nullptr : scale.data();
+  in.zero_point = c.own_scales && !chosen ? zero.data() : nullptr;
+  in.scale_stride = in.zero_point_stride = c.own_scales ? 1 : 0;
+  write_codes_cuda(CodesParams{in, {stride[0], stride[1], stride[2], stride[3]}, c.samples, c.height, c.width, c.channels, c.tap, q,
+                               pixel, c.border_h, c.border_w, ranges}, {"", nullptr, nullptr});
+  for (size_t n = 0; chosen && n < scale.size(); ++n)
+    if (own_zero[n] != zero[n] || (own_scale[n] != scale[n] && scale[n] == scale[n])) return false;
+  for (const int8_t* p = codes.data(); p < codes.data() + codes.size(); ++p)
+    if ((p < q || p >= q + bytes) && *p != 99) return false;
+  for (int64_t i = 0; i < bytes; ++i) {
+    const int64_t byte = i % pixel, column = i / pixel % width - c.border_w, row = i / pixel / width % height - c.border_h;
+    const int64_t n = i / pixel / width / height, group = byte / c.tap, channel = byte % c.tap;
+    const int32_t z = own_scales ? zero[static_cast<size_t>(n)] : 0;
+    int64_t expected = static_cast<int8_t>(z - (dtype == DType::kUInt8 ? 128 : 0));
+    if (row >= 0 && row < c.height && column >= 0 && column < c.width) {
+      const int64_t at = n * stride[0] + (group * c.channels + channel) * stride[1] + row * stride[2] + column * stride[3];
+      expected = channel < c.channels ? code_of(x[at], scale[static_cast<size_t>(own_scales ? n : 0)], z) : 0;
+    }
+    if (q[i] != expected) return false;
+  }
+  return true;
+}
+
+static bool every_type_is_right(const Case& c) {
+  const auto floats_are_right = [&](Scales scales) {
+    return codes_are_right<float>(c, DType::kFloat32, scales) && codes_are_right<Half>(c, DType::kFloat16, scales) &&
+           codes_are_right<BFloat16>(c, DType::kBFloat16, scales);
+  };
+  if (floats_are_right(Scales::kGiven) && floats_are_right(c.border_w == 0 ? Scales::kSymmetric : Scales::kAsymmetric) &&
+      codes_are_right<int8_t>(c, DType::kInt8, Scales::kGiven) && codes_are_right<uint8_t>(c, DType::kUInt8, Scales::kGiven) &&
+      (c.border_h != 0 || codes_are_right<float>(c, DType::kFloat32, Scales::kFar)))
+    return true;
+  std::printf("%d x (%d x %d of %d) x %d x %d border %d %d offset %d padding %d last %d own %d\n", int(c.samples), int(c.groups),
+              int(c.channels), int(c.tap), int(c.height), int(c.width), int(c.border_h), int(c.border_w), int(c.x_offset),
+              int(c.x_padding), int(c.channels_last), int(c.own_scales));
+  return false;
+}
+
+int main() {
+  const int64_t channels[][3] = {{1, 3, 4},   {1, 16, 16}, {1, 40, 48}, {1, 64, 64}, {1, 320, 320},
+                                 {2, 16, 16}, {2, 12, 16}, {4, 4, 4},   {3, 5, 8},   {1, 100, 112}};
+  const int64_t images[][2] = {{1, 1}, {7, 7}, {8, 8}, {14, 14}, {5, 24}, {1, 70}};
+  for (const auto& c : channels)
+    for (const auto& i : images)
+      for (int64_t border = 0; border < 3; ++border)
+        for (bool last : {false, true})
+          for (int64_t off : {0, 1})
+            if (!every_type_is_right({5, c[0], c[1], c[2], i[0], i[1], border, border % 2, off, off * 8, last, off + border != 1}))
+              return 1;
   return 0;
 }
 """
 
 
 @needs_compiler
-def test_rows_with_padding():
-    program = compiled_for_host("rows", [source_file("rows.cc", ROWS_WITH_PADDING), "cuda/quantize_rows.cu"])
+def test_codes_of_images_with_and_without_borders():
+    program = compiled_for_host("codes", [source_file("codes.cc", CODES), "cuda/activations.cu"])
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -195,8 +518,10 @@ def test_no_kernel_spills_registers():
     logs = list(BUILD.glob("ptxas-*.log"))
     assert logs, "the build keeps the words of ptxas"
     for log in logs:
-        usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.read_text())
-        assert usage, log
+        text = log.read_text()
+        usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        if not usage and "entry function" not in text:  # host code alone
+            continue
         assert set(usage) == {("0", "0", "0")}, log
 
 

@@ -18,6 +18,7 @@ from quant_ops import _library
 TILES = ["16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x256x64"]
 KERNELS = [f"igemm_s8s8_{tile}_mma" for tile in TILES]
 GEMV = "gemv_s8s8_16x8_mma"
+FUSED = [f"fused_s8s8_{tile}_mma" for tile in ("16x64", "32x128", "32x192")]
 # M, N, K: one element, tails on every side, several tiles, K of whole and of broken chunks, no K at all
 PRODUCTS = [(1, 1, 1), (3, 5, 16), (17, 70, 200), (130, 66, 530), (33, 257, 64), (5, 4, 0)]
 OUTPUTS = [None, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8]
@@ -80,6 +81,23 @@ class IgemmCases:
                 subject.check("int8_linear", x, weight, scale, torch.randn(n), **kwargs, **output_arguments(out, x))
             if codes_of is not None:
                 subject.check("int8_gemm", wide[:, :k], codes((n, k), torch.int8))
+
+    @pytest.mark.parametrize("asymmetric", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kernel", FUSED)
+    def test_rows_that_the_product_quantizes(self, subject, kernel, dtype, asymmetric):
+        """Rows of each count of vectors that a lane holds, and longer ones; blocks of one and of several tiles; every result."""
+        shapes = [(1, 1, 1), (5, 33, 64), (70, 200, 520), (37, 70, 960), (33, 200, 1304), (9, 40, 2104)]
+        for (m, n, k), out, columns in zip(shapes, OUTPUTS, ("", ":2", ":3", "", ":2", ""), strict=True):
+            subject.set_kernel(kernel + columns)
+            wide = activations((m, k + 11), dtype)
+            if k == 960:
+                wide[0, :k] = (torch.randint(-255, 256, (k,)) * 0.5).to(dtype)  # every second quotient is a tie or close to one
+                wide[0, 5] = 127.0
+            weight, scale = codes((n, k), torch.int8), torch.rand(n) * 0.1
+            kwargs = {"asymmetric": asymmetric, "relu": m % 2 == 0} | output_arguments(out, wide)
+            for x in (wide[:, :k].contiguous(), wide[:, 3 : k + 3]):
+                subject.check("int8_linear", x, weight, scale, torch.randn(n), **kwargs)
 
     def test_products_of_any_strides(self, subject):
         for dtype in (torch.int8, torch.uint8):
@@ -211,6 +229,54 @@ class IgemmCases:
             subject.check(
                 "int8_conv2d", x, weight, torch.rand(o) * 0.01, stride=[1], padding=[kernel // 2], groups=groups, **kwargs
             )
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static zero", "per sample", "unsigned", "codes"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_kernels_that_quantize_by_themselves(self, subject, dtype, mode, channels_last):
+        """Depthwise, grouped, of an image's channels, and patches: several tiles, tails everywhere, kernels of any width."""
+        cases = [  # channels, results, groups, image, kernel, stride, padding, dilation
+            (40, 40, 40, (19, 23), (3, 3), (1, 1), (1, 1), (1, 1)),
+            (33, 33, 33, (9, 70), (5, 5), (2, 2), (2, 2), (1, 1)),
+            (8, 8, 8, (17, 11), (7, 7), (1, 2), (3, 3), (1, 1)),
+            (12, 12, 12, (9, 12), (3, 8), (2, 1), (5, 4), (2, 1)),
+            (100, 100, 100, (5, 9), (1, 4), (1, 1), (0, 2), (1, 1)),
+            (20, 20, 20, (14, 14), (3, 3), (1, 1), (2, 2), (2, 2)),
+            (3, 64, 1, (30, 37), (7, 7), (2, 2), (3, 3), (1, 1)),
+            (3, 24, 1, (13, 9), (3, 3), (2, 2), (1, 1), (2, 1)),
+            (13, 70, 1, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
+            (64, 64, 16, (9, 12), (3, 3), (1, 1), (1, 1), (1, 1)),
+            (64, 128, 4, (9, 7), (3, 3), (2, 2), (1, 1), (1, 1)),
+            (192, 96, 2, (5, 4), (1, 3), (1, 1), (1, 1), (1, 2)),
+            (10, 20, 10, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1)),
+            (16, 32, 16, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1)),
+            (3, 20, 1, (17, 23), (4, 4), (4, 4), (0, 0), (1, 1)),
+            (5, 20, 1, (12, 9), (2, 3), (2, 3), (0, 0), (1, 1)),
+        ]
+        quantized = {"unsigned": torch.uint8, "codes": torch.int8}.get(mode)
+        samples = torch.rand(3, 1, 1, 1) * 0.05
+        kwargs = {
+            "dynamic": {},
+            "asymmetric": {"asymmetric": True},
+            "static zero": {"x_scale": torch.tensor(0.02), "x_zero_point": torch.tensor(-11)},
+            "per sample": {"x_scale": samples, "x_zero_point": torch.tensor([3, -128, 127]).view(3, 1, 1, 1)},
+            "unsigned": {"x_scale": torch.tensor(0.02), "x_zero_point": torch.tensor(200, dtype=torch.uint8)},
+            "codes": {"x_scale": samples},
+        }[mode]
+        for i, (c, o, groups, image, kernel, stride, padding, dilation) in enumerate(cases):
+            shape = (3, c, *image)
+            x = torch.randn(shape).to(dtype) if quantized is None else codes(shape, quantized)
+            if mode == "dynamic":
+                x.view(-1)[::7] = 0.5 * x.abs().max()  # ties between two codes
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            weight = codes((o, c // groups, *kernel), torch.int8)
+            bias = torch.randn(o) if i % 3 else None
+            arguments = (x, weight, torch.rand(o) * 0.01, bias, stride, padding, dilation, groups)
+            results = kwargs | output_arguments(OUTPUTS[i % 6], x) | {"relu": i % 2 == 1}
+            subject.check("int8_conv2d", *arguments, **results)
+            packed = subject.ops.pack_weight(subject.move(weight), groups)
+            subject.check_packed("int8_conv2d", packed, *arguments, **results)
 
     def test_convolution_of_views(self, subject):
         """Windows, steps, expanded samples, one image without a batch; codes read in place with pixels and rows apart."""

@@ -73,7 +73,19 @@ def test_kernel_names_need_the_library():
 
 @needs_compiler
 def test_addresses_fragments_tile_choice_and_plans():
-    sources = [f"cuda/{name}" for name in ("engine/choose.cpp", "linear.cpp", "conv2d.cu", "pack.cu", "qparams.cu")]
+    sources = [
+        f"cuda/{name}"
+        for name in (
+            "engine/choose.cpp",
+            "linear.cpp",
+            "conv2d.cu",
+            "conv2d_depthwise.cu",
+            "conv2d_direct.cu",
+            "conv2d_patches.cu",
+            "pack.cu",
+            "qparams.cu",
+        )
+    ]
     drop_kernels = ["-Wl,--gc-sections"]  # only plans are called
     program = compiled_for_host("igemm_rules", ["tests/igemm_rules.cpp", *sources], "-ffunction-sections", link_flags=drop_kernels)
     done = subprocess.run([program], check=False, capture_output=True, text=True)
@@ -118,11 +130,19 @@ def test_kernels_hold_their_instructions():
     kernels = re.split(r"\n\s*Function : ", done.stdout)[1:]
     engine = [k for k in kernels if "igemm_kernel" in k.split("\n", 1)[0]]
     gemv = [k for k in kernels if "gemv_kernel" in k.split("\n", 1)[0]]
+    direct = [k for k in kernels if "direct_kernel" in k.split("\n", 1)[0]]
+    depthwise = [k for k in kernels if "tile_kernel" in k.split("\n", 1)[0]]
+    fused = [k for k in kernels if "fused_kernel" in k.split("\n", 1)[0]]
     assert engine
     assert gemv
+    assert direct
+    assert depthwise
+    assert fused
     for kernel, needed in itertools.chain(
-        ((k, [r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", r"LDSM\.16\.M88\.4"]) for k in engine),
+        ((k, [r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.LTC128B\.128", r"LDSM\.16\.M88\.4"]) for k in engine + fused),
         ((k, [r"IMMA\.16832\.S8\.S8", r"LDG\.E\.128"]) for k in gemv),
+        ((k, [r"IMMA\.16832\.S8\.S8"]) for k in direct),
+        ((k, [r"IDP\.4A\.S8\.S8"]) for k in depthwise),
     ):
         name = kernel.split("\n", 1)[0]
         for instruction in needed:

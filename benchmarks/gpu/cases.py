@@ -121,10 +121,19 @@ def linear_cases(device: str, small: bool):
 
 # ---- every kernel of int8_linear, forced -------------------------------------------------------------------------------
 
-# As choose.h and sm90.h in cuda/engine name them; one that a machine or a shape does not allow is reported as not timed.
+# as choose.h and sm90/igemm.h in cuda/engine name them; one that a machine or a shape does not allow is reported as not timed.
 PORTABLE = ("16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x256x64")
-HOPPER = ("64x16x256_swapped", "64x32x256_swapped", "64x64x256_swapped", "64x128x128", "128x128x128", "128x256x128")
-KERNELS = ("gemv_s8s8_16x8_mma", *(f"igemm_s8s8_{t}_mma" for t in PORTABLE), *(f"gemm_s8s8_{t}_sm90a" for t in HOPPER))
+HOPPER = (
+    *("64x16x128_swapped", "64x32x128_swapped", "64x64x128_swapped"),
+    *("64x64x128", "64x128x128", "64x160x128", "64x256x128", "128x128x128", "128x160x128", "128x256x128"),
+)
+FUSED = ("16x64", "32x128", "32x192")
+KERNELS = (
+    "gemv_s8s8_16x8_mma",
+    *(f"fused_s8s8_{t}_mma" for t in FUSED),
+    *(f"igemm_s8s8_{t}_mma" for t in PORTABLE),
+    *(f"igemm_s8s8_{t}_wgmma" for t in HOPPER),
+)
 FORCED = [shapes.Linear(M, 4096, 4096) for M in (1, 8, 16, 64, 256, 1024, 4096)] + [shapes.Linear(8192, 8192, 8192)]
 
 

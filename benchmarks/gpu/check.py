@@ -42,8 +42,12 @@ LIMITS = {
     "rows": 30.0,
     "elementwise": 60.0,
     "kernels": 20.0,
+    "digest": 25.0,
+    "sweep": 40.0,
+    "models": 110.0,
 }
 BENCHMARK = ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels")
+PROGRAMS = ("digest", "sweep", "models")  # modules of this folder
 RESERVED = 150.0  # for the benchmark, out of the stages before it
 CORRECTNESS = ("build", "test", "memcheck", "racecheck", "cpu")  # unfinished, they are the script's failure, as any failed stage is
 SASS = ("IGMMA", "IMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
@@ -116,8 +120,6 @@ def build(facts: dict, limit: float) -> Outcome:
     shutil.rmtree(SITE, ignore_errors=True)  # nothing older is tested in place of what fails to build
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-DQUANT_OPS_CUDA=ON", f"-DQUANT_OPS_CUDA_ARCHS={architecture(facts)}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    if cutlass := os.environ.get("QUANT_OPS_CUTLASS_DIR"):
-        configure += [f"-DQUANT_OPS_CUTLASS_DIR={cutlass}"]
     status, pybind = run([sys.executable, "-m", "pybind11", "--cmakedir"], 30)
     if status == "ok":  # the module of micro-kernels, for the stage cpu
         configure += ["-DQUANT_OPS_KERNELS_MODULE=ON", f"-Dpybind11_DIR={pybind.strip()}"]
@@ -192,6 +194,16 @@ def bench(section: str, out: Path, on_gpu: bool, limit: float) -> Outcome:
     return run(command + ([] if on_gpu else ["--rehearse"]), limit, environment())
 
 
+def program_stage(name: str, out: Path, on_gpu: bool, limit: float) -> Outcome:
+    """One of PROGRAMS, which adds to the JSON; the sweep writes one of its own beside it."""
+    if not on_gpu and name != "digest":
+        return "skipped", "it needs a GPU"
+    to = out.with_name("sweep.json") if name == "sweep" else out
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(to)]
+    command += ["--rehearse"] if not on_gpu else [] if name == "digest" else ["--seconds", str(limit * 0.6)]
+    return run(command, limit, environment())
+
+
 # ---- all together --------------------------------------------------------------------------------------------------------------
 
 
@@ -209,12 +221,12 @@ class Stages:
         if name not in self.chosen:
             return
         begin = self.seconds()
-        left = TOTAL_SECONDS * self.slower - begin - (0.0 if name in BENCHMARK else RESERVED)
+        left = TOTAL_SECONDS * self.slower - begin - (0.0 if name in BENCHMARK or name in PROGRAMS else RESERVED)
         try:
             status, text = work(max(10.0, min(LIMITS[name] * self.slower, left)))
         except Exception as error:  # recorded, so that the later stages still run
             status, text = "failed", repr(error)
-        if name in BENCHMARK:  # its process has added to the file
+        if name in BENCHMARK or name in PROGRAMS:  # its process has added to the file
             self.record.data = json.loads(self.record.path.read_text())
         seconds = round(self.seconds() - begin, 1)
         entry = {"status": status, "seconds": seconds, "clocks": clocks() if self.on_gpu else "", "output": text}
@@ -262,6 +274,8 @@ def main() -> int:
     stages.run("cpu", cpu)
     for section in BENCHMARK:
         stages.run(section, functools.partial(bench, section, options.out, on_gpu))
+    for name in PROGRAMS:
+        stages.run(name, functools.partial(program_stage, name, options.out, on_gpu))
     print(table.show(record.data))
     print(f"written to {options.out}, {stages.seconds():.0f} s in all")
     return int(stages.failed())

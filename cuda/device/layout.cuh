@@ -45,6 +45,26 @@ struct FastDiv {
   }
 };
 
+// n / d for 0 <= n < 2^31, 1 <= d < 2^31, as FastDiv.
+struct SmallDiv {
+  uint32_t magic = 0;
+  int32_t divisor = 1;
+  int32_t shift = -1;
+
+  SmallDiv() = default;
+  explicit SmallDiv(int64_t d) : divisor(static_cast<int32_t>(d)) {
+    if (d <= 1) return;
+    int l = 0;
+    while ((int64_t{1} << l) < d) ++l;
+    magic = static_cast<uint32_t>(((uint64_t{1} << (31 + l)) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
+    shift = l - 1;
+  }
+  QO_HD_MEMBER int32_t quotient(int32_t n) const {
+    if (shift < 0) return n;
+    return static_cast<int32_t>(static_cast<uint32_t>((uint64_t{magic} * static_cast<uint32_t>(n)) >> 32) >> shift);
+  }
+};
+
 // An Iteration as a kernel parameter. It turns row-major positions into the offsets of some of its operands.
 template <int kOperandCount>
 struct Dims {

@@ -263,3 +263,7 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulated_exchange(value, static_cast<size_t>(lane));
 }
+inline bool __any_sync(unsigned, bool condition) {
+  const bool* const all = quant_ops::emulation::tell_warp(condition);
+  return std::any_of(all, all + 32, [](bool holds) { return holds; });
+}

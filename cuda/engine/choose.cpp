@@ -8,7 +8,7 @@
 #include <stdexcept>
 
 #if defined(QUANT_OPS_SM90)
-#include "engine/sm90/sm90.h"
+#include "engine/sm90/igemm.h"
 #endif
 
 namespace quant_ops {
@@ -21,6 +21,10 @@ std::atomic<const KernelChoice*> current{nullptr};
 const char* from_environment() {
   const char* text = std::getenv("QUANT_OPS_CUDA_KERNEL");
   return text == nullptr ? "" : text;
+}
+
+std::string with_number(const std::string& name, int64_t number) {
+  return number == 1 ? name : name + ":" + std::to_string(number);
 }
 
 // ---- portable tiles -------------------------------------------------------------------------------------------------
@@ -89,6 +93,10 @@ void set_kernel_choice(const char* text) {
   current.store(&choices.try_emplace(wanted, wanted).first->second, std::memory_order_release);
 }
 
+bool names_tile(const KernelChoice& wanted) {
+  return wanted.name.compare(0, 5, "igemm") == 0 && wanted.name.find("_wgmma") == std::string::npos;
+}
+
 KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted) {
   constexpr int64_t kMostSumBytes = int64_t{64} << 20;  // of all splits
   const int64_t sum_bytes = 4 * shape.M * shape.N * shape.groups;
@@ -111,32 +119,46 @@ KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const Kern
 
 KernelPlan choose_kernel(const IgemmProblem& p, const GpuLimits& gpu, const KernelChoice& wanted) {
   const bool any = wanted.name.empty();
-  KernelPlan best = any ? remembered_tile({p.M, p.N, p.K, 1}, gpu) : choose_tile({p.M, p.N, p.K, 1}, gpu, wanted);
+  KernelPlan best;
   const auto offer = [&](const KernelPlan& plan) {
-    if (best.engine == Engine::kNone || plan.time < best.time) best = plan;
+    if (plan.engine != Engine::kNone && (best.engine == Engine::kNone || plan.time < best.time)) best = plan;
   };
+#if defined(QUANT_OPS_SM90)
+  if (gpu.arch == 90 && !names_tile(wanted)) offer(sm90::choose(sm90::problem_of(p), gpu.multiprocessors, wanted));
+#endif
+  // the Hopper engine is the faster one wherever it takes the problem
+  if (best.engine == Engine::kNone)
+    offer(any ? remembered_tile({p.M, p.N, p.K, 1}, gpu) : choose_tile({p.M, p.N, p.K, 1}, gpu, wanted));
   if (gemv_fits(p.M, p.K, gpu) && (any || wanted.name == kGemvName))
     offer({.engine = Engine::kGemv, .time = gemv_time(p.M, p.N, p.K, 0, gpu)});
-#if defined(QUANT_OPS_SM90)
-  for (int i = 0; gpu.arch == 90 && i < sm90::kKernels; ++i)
-    if (sm90::takes(p, i) && (any || wanted.name == sm90::kTiles[i].name))
-      offer({.engine = Engine::kSm90, .kernel = i, .time = sm90::clocks(p, i, static_cast<int>(gpu.multiprocessors))});
-#endif
   return best;
 }
 
-KernelPlan choose_quantizing_gemv(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
-                                  const KernelPlan& other) {
-  if (!gemv_fits(p.M, p.K, gpu) || (!wanted.name.empty() && wanted.name != kGemvName)) return {};
-  const double time = gemv_time(p.M, p.N, p.K, x_bytes, gpu);
-  // the other kernel needs one launch more, of quantize_rows
-  if (wanted.name.empty() && time >= other.time + kLaunchClocks) return {};
-  return {.engine = Engine::kGemv, .time = time};
+KernelPlan choose_quantizing_kernel(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
+                                    const KernelPlan& other) {
+  const bool any = wanted.name.empty();
+  KernelPlan best;
+  const auto offer = [&](const KernelPlan& plan, double extra) {  // `extra`: what the other kernel's quantize_rows takes
+    if (any && plan.time >= other.time + extra) return;
+    if (best.engine == Engine::kNone || plan.time < best.time) best = plan;
+  };
+  if (gemv_fits(p.M, p.K, gpu) && (any || wanted.name == kGemvName))
+    offer({.engine = Engine::kGemv, .time = gemv_time(p.M, p.N, p.K, x_bytes, gpu)}, kLaunchClocks);
+  for (int i = 0; i < kFusedTileCount; ++i) {
+    const FusedTile& t = kFusedTiles[i];
+    // the Hopper engine starts while the rows are being quantized, and was the faster one wherever both were timed
+    if (any ? other.engine == Engine::kSm90 : wanted.name != t.name) continue;
+    const int64_t tiles = (p.N + t.n - 1) / t.n, most = wanted.splits > 0 ? wanted.splits : kMostFusedColumns;
+    for (int64_t columns = std::max<int64_t>(1, std::min(wanted.splits, tiles)); columns <= std::min(most, tiles); ++columns)
+      if (fused_fits(t, p.K, columns, gpu))
+        offer({.engine = Engine::kFused, .kernel = i, .splits = columns, .time = fused_time(p, t, columns, x_bytes, gpu)},
+              rows_clocks(p.M, p.K, x_bytes, gpu));
+  }
+  return best;
 }
 
 KernelPlan choose_conv_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted) {
-  const bool names_tile = wanted.name.compare(0, 5, "igemm") == 0;
-  return names_tile ? choose_tile(shape, gpu, wanted) : remembered_tile(shape, gpu);
+  return names_tile(wanted) ? choose_tile(shape, gpu, wanted) : remembered_tile(shape, gpu);
 }
 
 std::string kernel_text(const KernelPlan& kernel) {
@@ -144,18 +166,19 @@ std::string kernel_text(const KernelPlan& kernel) {
     case Engine::kNone: return "none";
     case Engine::kGemv: return kGemvName;
     case Engine::kDepthwise: return "depthwise";
+    case Engine::kDirect: return "direct";
+    case Engine::kFused: return with_number(kFusedTiles[kernel.kernel].name, kernel.splits);
 #if defined(QUANT_OPS_SM90)
-    case Engine::kSm90: return sm90::kTiles[kernel.kernel].name;
+    case Engine::kSm90: return with_number(sm90::kTiles[kernel.kernel].name, kernel.splits);
 #endif
-    default: break;
+    default: return with_number(kIgemmTiles[kernel.kernel].name, kernel.splits);
   }
-  const std::string name = kIgemmTiles[kernel.kernel].name;
-  return kernel.splits == 1 ? name : name + ":" + std::to_string(kernel.splits);
 }
 
 void expect_kernel(const char* op, const KernelPlan& kernel, const KernelChoice& wanted) {
   if (kernel.engine != Engine::kNone) return;
   std::string names = kGemvName;
+  for (const FusedTile& t : kFusedTiles) names += std::string(", ") + t.name;
   for (const IgemmTile& t : kIgemmTiles) names += std::string(", ") + t.name;
   const std::string text = wanted.splits > 0 ? wanted.name + ":" + std::to_string(wanted.splits) : wanted.name;
   throw std::runtime_error(std::string("quant_ops.") + op +

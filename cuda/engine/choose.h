@@ -9,9 +9,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
 
+#include "engine/fused.h"
 #include "engine/problem.h"
 
 namespace quant_ops {
@@ -125,6 +127,35 @@ inline double gemv_time(int64_t M, int64_t N, int64_t K, int64_t x_bytes, const 
   return kLaunchClocks + std::max((staging + loads) * waves, memory + staging) + 500;
 }
 
+// ---- rows quantized by the product's kernel (fused.cu) ---------------------------------------------------------------
+
+inline bool fused_fits(const FusedTile& t, int64_t K, int64_t columns, const GpuLimits& gpu) {
+  return K > 0 && fused_shared_bytes(t, K, columns) <= gpu.block_bytes;
+}
+
+// The model's clocks, where a block computes `columns` tiles. About nine instructions an element make the codes.
+inline double fused_time(const IgemmProblem& p, const FusedTile& t, int64_t columns, int64_t x_bytes, const GpuLimits& gpu) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const double sms = static_cast<double>(gpu.multiprocessors), rows = static_cast<double>(t.m) * static_cast<double>(p.K);
+  const double blocks = static_cast<double>(ceil_div(p.M, t.m) * ceil_div(ceil_div(p.N, t.n), columns));
+  const double encode = rows * (9.0 / 128 + static_cast<double>(x_bytes) / kCacheBytes);
+  const double multiply = t.m * t.n * kFusedChunk / 1800.0, fetch = t.n * kFusedChunk / kCacheBytes;
+  const double stages = static_cast<double>(columns * ceil_div(p.K, kFusedChunk));
+  const double latency = 700.0 / (t.stages - 1), finish = 6.0 * t.m * t.n / 128 * static_cast<double>(columns);
+  const double block_time = 2500 + encode + stages * std::max({multiply, fetch, latency}) + finish;
+  const double waves = std::max(1.0, std::ceil(blocks / sms - 1e-9));  // a multiprocessor has registers for one block
+  const double bytes = static_cast<double>(p.K) * static_cast<double>(p.M * x_bytes + p.N);
+  return kLaunchClocks + std::max(block_time * waves, bytes / (kMemoryBytes * sms));
+}
+
+constexpr int64_t kMostFusedColumns = 8;  // tiles of a block
+
+// The clocks of quantize_rows beside another kernel.
+inline double rows_clocks(int64_t M, int64_t K, int64_t x_bytes, const GpuLimits& gpu) {
+  const double bytes = static_cast<double>(M) * static_cast<double>(K) * static_cast<double>(x_bytes + 1);
+  return 3500 + bytes / (kMemoryBytes * static_cast<double>(gpu.multiprocessors));
+}
+
 // ---- choice ---------------------------------------------------------------------------------------------------------
 
 // A kernel to use in place of the fastest one, for tests and benchmarks.
@@ -146,10 +177,13 @@ KernelPlan choose_tile(const IgemmShape& shape, const GpuLimits& gpu, const Kern
 // The kernel for a dense product among all engines. Engine::kNone if none has the wanted name and takes the problem.
 KernelPlan choose_kernel(const IgemmProblem& p, const GpuLimits& gpu, const KernelChoice& wanted);
 
-// The gemv kernel if it is to quantize the rows of p too, from a dtype of x_bytes; else Engine::kNone. `other` is the kernel that
-// would multiply their codes.
-KernelPlan choose_quantizing_gemv(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
-                                  const KernelPlan& other);
+// The kernel that is to quantize the rows of p too, from a dtype of x_bytes; Engine::kNone if that is slower than quantize_rows and
+// `other`, the kernel that would multiply their codes.
+KernelPlan choose_quantizing_kernel(const IgemmProblem& p, int64_t x_bytes, const GpuLimits& gpu, const KernelChoice& wanted,
+                                    const KernelPlan& other);
+
+// Whether the wanted kernel is one of the portable engine.
+bool names_tile(const KernelChoice& wanted);
 
 // The tile for a convolution. A wanted name of a kernel that only dense products have leaves the choice to the model.
 KernelPlan choose_conv_tile(const IgemmShape& shape, const GpuLimits& gpu, const KernelChoice& wanted);

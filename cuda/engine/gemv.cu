@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, 3) gemv_kernel(const QO_GRID_CONSTAN
     at[h] = a.weight + (n + g + h * 8 < a.N ? n + g + h * 8 : a.N - 1) * a.weight_stride + t * kVectorBytes;
   WeightPieces weights;
   weights.load(a, at, t, warp);
+  wait_for_kernel_before();
 
   // Rows that do not exist, and the end of the last piece, are zeros.
   for (int i = static_cast<int>(threadIdx.x) * kVectorBytes; i < kGemvRows * a.pitch; i += kThreads * kVectorBytes)
@@ -234,7 +235,8 @@ void launch_gemv(const IgemmProblem& p, const X* x, int64_t x_stride, int64_t co
                    .asymmetric = asymmetric,
                    .vectors = vectors,
                    .out = epilogue_of(p)};
-  launch(at, gemv_kernel<X>, (p.N + kGemvColumns - 1) / kGemvColumns, dim3(kThreads), a, static_cast<int>(gemv_shared_bytes(p.K)));
+  launch(at, gemv_kernel<X>, (p.N + kGemvColumns - 1) / kGemvColumns, dim3(kThreads), a, static_cast<int>(gemv_shared_bytes(p.K)),
+         p.early ? Start::kEarly : Start::kInOrder);
 }
 
 }  // namespace

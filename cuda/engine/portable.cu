@@ -3,7 +3,7 @@
 #include "engine/gemv.h"
 #include "engine/portable.cuh"
 #if defined(QUANT_OPS_SM90)
-#include "engine/sm90/sm90.h"
+#include "engine/sm90/igemm.h"
 #endif
 
 namespace quant_ops {
@@ -65,7 +65,7 @@ const GpuLimits& gpu_limits() {
     known = device;
   }
 #else
-  static const GpuLimits limits{80, multiprocessors(), 99 << 10, 100 << 10};
+  static const GpuLimits limits{80, multiprocessors(), 227 << 10, 228 << 10};
 #endif
   return limits;
 }
@@ -84,15 +84,16 @@ void run_portable(IgemmArgs args, const KernelPlan& kernel, IgemmKernel (*kernel
   if (tiles > kMaxGrid || blocks > kMaxGrid)
     throw std::runtime_error(std::string("quant_ops.") + at.op + ": expected at most 2147483647 blocks, got " +
                              std::to_string(blocks) + ". Split the batch.");
-  launch(at, kernel_of(kernel.kernel), blocks, dim3(static_cast<unsigned>(tile.threads())), args, tile.shared_bytes());
+  launch(at, kernel_of(kernel.kernel), blocks, dim3(static_cast<unsigned>(tile.threads())), args, tile.shared_bytes(),
+         args.early ? Start::kEarly : Start::kInOrder);
   if (kernel.splits == 1) return;
-  const JoinArgs join{.sums = sums,
-                      .splits = kernel.splits,
-                      .M = args.M,
-                      .N = columns,
-                      .fours = FastDiv((columns + kFour - 1) / kFour),
-                      .out = out};
-  launch(at, join_kernel, blocks_for(args.M * join.fours.divisor, kThreads, kMaxGrid), dim3(kThreads), join);
+  join_splits(sums, kernel.splits, args.M, columns, out, at);
+}
+
+void join_splits(const int32_t* sums, int64_t splits, int64_t M, int64_t columns, const Epilogue& out, const Launch& at) {
+  const JoinArgs join{
+      .sums = sums, .splits = splits, .M = M, .N = columns, .fours = FastDiv((columns + kFour - 1) / kFour), .out = out};
+  launch(at, join_kernel, blocks_for(M * join.fours.divisor, kThreads, kMaxGrid), dim3(kThreads), join);
 }
 
 // ---- dense products -------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ void run_portable(IgemmArgs args, const KernelPlan& kernel, IgemmKernel (*kernel
 void run_product(const IgemmProblem& p, const KernelPlan& kernel, int32_t* sums, const Launch& at) {
   if (kernel.engine == Engine::kGemv) return run_gemv(p, at);
 #if defined(QUANT_OPS_SM90)
-  if (kernel.engine == Engine::kSm90) return sm90::run(p, kernel.kernel, at);
+  if (kernel.engine == Engine::kSm90) return sm90::run(sm90::problem_of(p), kernel, sums, at);
 #endif
   IgemmArgs args{};
   args.M = p.M;
@@ -111,6 +112,7 @@ void run_product(const IgemmProblem& p, const KernelPlan& kernel, int32_t* sums,
   args.b = p.b;
   args.b_stride = p.b_stride;
   args.groups = 1;
+  args.early = p.early;
   args.out = epilogue_of(p);
   run_portable(args, kernel, igemm_kernel_of<DenseLoader>, sums, at);
 }

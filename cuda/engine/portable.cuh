@@ -25,6 +25,7 @@ struct IgemmArgs {
   int64_t tiles_m, tiles_n, groups;
   int64_t split_k;       // elements of K of a split, a multiple of the tile's
   int64_t split_stride;  // elements of y between splits
+  bool early;            // as in IgemmProblem
 };
 
 template <int M, int N, int K, int WarpsM, int WarpsN, int Stages>
@@ -165,7 +166,7 @@ __device__ __forceinline__ void finish_warp(const Epilogue& e, char* staging, in
   int32_t* block = reinterpret_cast<int32_t*>(staging);
   const bool across = e.y_column == 1;  // else rows are contiguous in y, and lanes go down the 16 rows first
   const auto columns_from = [&](int64_t column) { return static_cast<int>(N - column < kFour ? N - column : kFour); };
-  OutputColumns columns;
+  OutputColumns<kFour> columns;
   if (across && n + lane % kAcross * kFour < N)
     columns = output_columns(e, first + n + lane % kAcross * kFour, columns_from(n + lane % kAcross * kFour));
 #pragma unroll
@@ -208,24 +209,27 @@ __global__ void __launch_bounds__(T::kThreads) igemm_kernel(const QO_GRID_CONSTA
                                                args.N, args.K);
   const int64_t k_begin = place.split * args.split_k, left = args.K - k_begin;
   const int steps = static_cast<int>(((left < args.split_k ? left : args.split_k) + T::kK - 1) / T::kK);
-  const auto load = [&](int step) {
+  const auto load = [&](int step, bool rows, bool columns) {
     if (step < steps) {
       char* stage = memory + step % T::kStages * T::kStageBytes;
-      a.load(stage, k_begin + int64_t{step} * T::kK);
-      b.load(stage + T::kM * T::kK, k_begin + int64_t{step} * T::kK);
+      if (rows) a.load(stage, k_begin + int64_t{step} * T::kK);
+      if (columns) b.load(stage + T::kM * T::kK, k_begin + int64_t{step} * T::kK);
     }
-    copy_commit();
+    if (rows) copy_commit();
   };
 
   // products
   int32_t sums[T::kWarpM / 16][T::kWarpN / 8][4] = {};
 #pragma unroll 1
-  for (int step = 0; step < T::kStages - 1; ++step) load(step);
+  for (int step = 0; step < T::kStages - 1; ++step) load(step, false, true);
+  wait_for_kernel_before();
+#pragma unroll 1
+  for (int step = 0; step < T::kStages - 1; ++step) load(step, true, false);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<T::kStages - 2>();
-    __syncthreads();              // all threads have this step's codes, and have read those of the step before
-    load(step + T::kStages - 1);  // into the buffer of the step before
+    __syncthreads();                          // all threads have this step's codes, and have read those of the step before
+    load(step + T::kStages - 1, true, true);  // into the buffer of the step before
     multiply_stage<T>(memory + step % T::kStages * T::kStageBytes, warp_m, warp_n, lane, sums);
   }
   copy_wait<0>();
