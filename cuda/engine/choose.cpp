@@ -124,7 +124,11 @@ KernelPlan choose_kernel(const IgemmProblem& p, const GpuLimits& gpu, const Kern
     if (plan.engine != Engine::kNone && (best.engine == Engine::kNone || plan.time < best.time)) best = plan;
   };
 #if defined(QUANT_OPS_SM90)
-  if (gpu.arch == 90 && !names_tile(wanted)) offer(sm90::choose(sm90::problem_of(p), gpu.multiprocessors, wanted));
+  if (gpu.arch == 90 && !names_tile(wanted)) {
+    const sm90::Problem problem = sm90::problem_of(p);
+    const bool free = any && wanted.splits == 0;
+    offer(free ? sm90::choose(problem, gpu.multiprocessors) : sm90::choose(problem, gpu.multiprocessors, wanted));
+  }
 #endif
   // the Hopper engine is the faster one wherever it takes the problem
   if (best.engine == Engine::kNone)
