@@ -2,45 +2,29 @@
 // conv2d_patches.cu.
 #pragma once
 
-#include <array>
-
 #include "device/epilogue.cuh"
+#include "engine/remembered.h"
 #include "launch.h"
 
 namespace quant_ops {
 
-// make(), remembered by the sizes of the convolution and the GPU: to compare tiles takes some microseconds, and a layer asks for
-// the same sizes again and again. Every caller has a table of its own.
+// make(), remembered by the sizes of the convolution and the GPU.
 template <class Make>
 auto remembered_tile(const Int8Conv2dParams& p, const GpuLimits& gpu, const Make& make) {
-  using Key = std::array<int64_t, 17>;
-  struct Entry {
-    Key key{};
-    decltype(make()) tile{};
-  };
-  thread_local Entry entries[64];
-  const Key key = {p.N,
-                   p.C,
-                   p.H,
-                   p.W,
-                   p.O,
-                   p.R,
-                   p.S,
-                   p.OH,
-                   p.OW,
-                   p.groups,
-                   p.stride[0],
-                   p.stride[1],
-                   p.dilation[0],
-                   p.dilation[1],
-                   gpu.multiprocessors,
-                   gpu.shared_bytes,
-                   gpu.block_bytes};
-  uint64_t hash = 0;
-  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
-  Entry& e = entries[hash >> 58];
-  if (e.key != key) e = {key, make()};  // no key is all zeros
-  return e.tile;
+  return remembered(std::array<int64_t, 17>{p.N, p.C, p.H, p.W, p.O, p.R, p.S, p.OH, p.OW, p.groups, p.stride[0], p.stride[1],
+                                            p.dilation[0], p.dilation[1], gpu.multiprocessors, gpu.shared_bytes, gpu.block_bytes},
+                    make);
+}
+
+// Calls use(static_cast<X*>(nullptr)) for the type X of x as a kernel reads it: uint8 codes are read as int8.
+template <class Use>
+void with_input_type(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::kFloat32: return use(static_cast<float*>(nullptr));
+    case DType::kFloat16: return use(static_cast<Half*>(nullptr));
+    case DType::kBFloat16: return use(static_cast<BFloat16*>(nullptr));
+    default: return use(static_cast<int8_t*>(nullptr));
+  }
 }
 
 // What a kernel needs that quantizes x itself, beside the parameters of the convolution.

@@ -395,17 +395,11 @@ void run_tiles(const Int8Conv2dParams& p, const DepthwiseTile& t, const ConvOper
   a.channels_last = p.x_stride[1] == 1;
   a.whole = whole_vectors_of_x(p);
   const int64_t blocks = p.N * a.row_tiles.divisor * a.column_tiles.divisor * a.channel_blocks.divisor;
-  const auto run = [&](auto* x) {
+  with_input_type(p.in.dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     launch(at, tile_kernel_of<X>(weight_words(p), p.stride[1]), blocks, dim3(static_cast<unsigned>(threads_of(t.channels))), a,
            static_cast<int>(shared_bytes(p, t)));
-  };
-  switch (p.in.dtype) {
-    case DType::kFloat32: return run(static_cast<float*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
-    default: return run(static_cast<int8_t*>(nullptr));
-  }
+  });
 }
 
 DepthwiseTile choose_tile(const Int8Conv2dParams& p, const GpuLimits& gpu) {

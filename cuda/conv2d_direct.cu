@@ -446,16 +446,10 @@ void run_direct(const Int8Conv2dParams& p, const CudaWeights& w, const DirectTil
   a.whole = whole_fours_of_x(p);
   a.abreast = static_cast<uint32_t>(std::clamp<int64_t>(2 * multiprocessors() / a.column_blocks.divisor, 1, tiles));
   const int64_t blocks = a.abreast * a.column_blocks.divisor;
-  const auto run = [&](auto* x) {
+  with_input_type(p.in.dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     launch(at, direct_kernel_of<X>(t.pairs), blocks, dim3(kThreads), a, static_cast<int>(shared_bytes(p, t)));
-  };
-  switch (p.in.dtype) {
-    case DType::kFloat32: return run(static_cast<float*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
-    default: return run(static_cast<int8_t*>(nullptr));
-  }
+  });
 }
 
 }  // namespace quant_ops

@@ -86,16 +86,10 @@ void write_patches_cuda(const Int8Conv2dParams& p, const InputParams& in, const 
   a.kernel_pixels = FastDiv(p.R * p.S);
   a.scale = rows.scale;
   a.zero_point = rows.zero_point;
-  const auto run = [&](auto* x) {
+  with_input_type(p.in.dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     launch(at, patches_kernel<X>, blocks_for(a.total, kThreads, kMaxGrid), dim3(kThreads), a);
-  };
-  switch (p.in.dtype) {
-    case DType::kFloat32: return run(static_cast<float*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
-    default: return run(static_cast<int8_t*>(nullptr));
-  }
+  });
 }
 
 }  // namespace quant_ops

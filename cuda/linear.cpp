@@ -4,12 +4,12 @@
 // (activations.cu). Codes that can be read where they are stay there. One integer product with its epilogue follows (problem.h).
 // Rows without a given scale are quantized by the product's kernel itself where that is faster (gemv.cu, fused.cu). Bits are those
 // of cpp/cpu/linear.cpp.
-#include <array>
 #include <cmath>
 
 #include "contract/dtypes.h"
 #include "engine/fused.h"
 #include "engine/gemv.h"
+#include "engine/remembered.h"
 #include "launch.h"
 
 namespace quant_ops {
@@ -58,43 +58,32 @@ Choice choose(const IgemmProblem& p, bool dynamic, int64_t x_bytes, const GpuLim
   return both.engine != Engine::kNone ? Choice{both, true} : Choice{kernel, false};
 }
 
-// The models take some microseconds, and a layer asks for the same shapes again and again. The key is all that a choice may depend
-// on: sizes, strides, dtypes, which operands there are, and how addresses are aligned.
+// The key is all that a choice may depend on: sizes, strides, dtypes, which operands there are, and how addresses are aligned.
 Choice remembered_choice(const IgemmProblem& p, bool dynamic, int64_t x_bytes, const GpuLimits& gpu) {
   const auto place = [](const void* at) {
     return at == nullptr ? int64_t{-1} : static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % 16);
   };
-  using Key = std::array<int64_t, 20>;
-  struct Entry {
-    Key key{};  // M is at least 1
-    Choice choice{};
-  };
-  thread_local Entry entries[64];
-  const Key key{p.M,
-                p.N,
-                p.K,
-                p.a_stride,
-                p.b_stride,
-                p.y_stride,
-                p.row_step,
-                p.column_step,
-                static_cast<int64_t>(p.y_dtype),
-                p.row_zero != nullptr,
-                place(p.y),
-                place(p.bias),
-                place(p.column_scale),
-                place(p.out_scale),
-                place(p.out_zero_point),
-                dynamic ? x_bytes : 0,
-                gpu.arch,
-                gpu.multiprocessors,
-                gpu.block_bytes,
-                gpu.shared_bytes};
-  uint64_t hash = 0;
-  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
-  Entry& entry = entries[hash >> 58];
-  if (entry.key != key) entry = {key, choose(p, dynamic, x_bytes, gpu, KernelChoice())};
-  return entry.choice;
+  const std::array<int64_t, 20> key{p.M,
+                                    p.N,
+                                    p.K,
+                                    p.a_stride,
+                                    p.b_stride,
+                                    p.y_stride,
+                                    p.row_step,
+                                    p.column_step,
+                                    static_cast<int64_t>(p.y_dtype),
+                                    p.row_zero != nullptr,
+                                    place(p.y),
+                                    place(p.bias),
+                                    place(p.column_scale),
+                                    place(p.out_scale),
+                                    place(p.out_zero_point),
+                                    dynamic ? x_bytes : 0,
+                                    gpu.arch,
+                                    gpu.multiprocessors,
+                                    gpu.block_bytes,
+                                    gpu.shared_bytes};
+  return remembered(key, [&] { return choose(p, dynamic, x_bytes, gpu, KernelChoice()); });
 }
 
 QuantizeRowsParams dynamic_rows(const Int8LinearParams& p) {

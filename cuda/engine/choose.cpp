@@ -1,4 +1,4 @@
-// The choice among the engines' kernels by the models of choose.h and sm90/sm90.h, or by name. Plain host code.
+// The choice among the engines' kernels by the models of choose.h and sm90/igemm.h, or by name. Plain host code.
 #include "engine/choose.h"
 
 #include <atomic>
@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "engine/remembered.h"
 #if defined(QUANT_OPS_SM90)
 #include "engine/sm90/igemm.h"
 #endif
@@ -45,25 +46,10 @@ void consider(const IgemmShape& shape, const GpuLimits& gpu, int i, int64_t spli
            .sums = splits > 1 ? splits * shape.M * shape.N * shape.groups : 0};
 }
 
-// choose_tile without a wanted kernel, remembered: the model takes some microseconds, and a layer asks for the same shapes again
-// and again.
+// choose_tile without a wanted kernel, remembered.
 KernelPlan remembered_tile(const IgemmShape& shape, const GpuLimits& gpu) {
-  struct Entry {
-    IgemmShape shape{};
-    int arch = 0;
-    int64_t multiprocessors = 0;
-    KernelPlan plan;
-  };
-  thread_local Entry entries[64];
-  uint64_t hash = 0;
-  for (const int64_t value : {shape.M, shape.N, shape.K, shape.groups, int64_t{shape.load_bytes}})
-    hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
-  Entry& e = entries[hash >> 58];
-  const IgemmShape& known = e.shape;
-  if (known.M != shape.M || known.N != shape.N || known.K != shape.K || known.groups != shape.groups ||
-      known.load_bytes != shape.load_bytes || e.arch != gpu.arch || e.multiprocessors != gpu.multiprocessors)
-    e = {shape, gpu.arch, gpu.multiprocessors, choose_tile(shape, gpu, KernelChoice())};
-  return e.plan;
+  const std::array<int64_t, 7> key{shape.M, shape.N, shape.K, shape.groups, shape.load_bytes, gpu.arch, gpu.multiprocessors};
+  return remembered(key, [&] { return choose_tile(shape, gpu, KernelChoice()); });
 }
 
 }  // namespace

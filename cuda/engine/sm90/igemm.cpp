@@ -2,7 +2,8 @@
 #include "engine/sm90/igemm.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "engine/remembered.h"
 
 namespace quant_ops::sm90 {
 namespace {
@@ -130,65 +131,37 @@ double clocks(const Problem& p, int kernel, int64_t multiprocessors, int64_t spl
   return c.start + std::max(computed, moved) + joining;
 }
 
-namespace {
-
-// All that a choice depends on but the wanted kernel and the costs.
-struct Key {
-  int64_t values[26];
-
-  Key() : values{} {}
-  Key(const Problem& p, int64_t multiprocessors) : Key() {
-    const Gather& g = p.gather;
-    const auto alignment = [](const void* at) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % 16); };
-    const int64_t all[] = {multiprocessors,
-                           p.M,
-                           p.N,
-                           p.K,
-                           p.groups,
-                           p.a_stride,
-                           p.b_stride,
-                           p.gathers,
-                           p.samples,
-                           static_cast<int64_t>(p.out.dtype),
-                           alignment(p.a) + 16 * alignment(p.b) + 256 * alignment(g.codes),
-                           g.sample,
-                           g.row,
-                           g.pixel,
-                           g.group,
-                           g.height,
-                           g.width,
-                           g.stride[0],
-                           g.stride[1],
-                           g.pad[0],
-                           g.pad[1],
-                           g.dilation[0],
-                           g.dilation[1],
-                           g.pixels.divisor,
-                           g.columns.divisor,
-                           g.kernel_columns.divisor};
-    static_assert(sizeof(all) == sizeof(values));
-    std::copy(std::begin(all), std::end(all), values);
-  }
-  bool operator==(const Key& other) const { return std::equal(std::begin(values), std::end(values), other.values); }
-  uint64_t hash() const {
-    uint64_t h = 0;
-    for (const int64_t value : values) h = (h ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15ULL;
-    return h;
-  }
-};
-
-}  // namespace
-
 KernelPlan choose(const Problem& p, int64_t multiprocessors) {
-  struct Entry {
-    Key key;
-    KernelPlan plan;
-  };
-  thread_local Entry entries[64];
-  const Key key(p, multiprocessors);
-  Entry& e = entries[key.hash() >> 58];
-  if (!(e.key == key)) e = {key, choose(p, multiprocessors, KernelChoice())};
-  return e.plan;
+  const Gather& g = p.gather;
+  const auto alignment = [](const void* at) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(at) % 16); };
+  // all that a choice depends on but the wanted kernel and the costs
+  const std::array<int64_t, 26> key{multiprocessors,
+                                    p.M,
+                                    p.N,
+                                    p.K,
+                                    p.groups,
+                                    p.a_stride,
+                                    p.b_stride,
+                                    p.gathers,
+                                    p.samples,
+                                    static_cast<int64_t>(p.out.dtype),
+                                    alignment(p.a) + 16 * alignment(p.b) + 256 * alignment(g.codes),
+                                    g.sample,
+                                    g.row,
+                                    g.pixel,
+                                    g.group,
+                                    g.height,
+                                    g.width,
+                                    g.stride[0],
+                                    g.stride[1],
+                                    g.pad[0],
+                                    g.pad[1],
+                                    g.dilation[0],
+                                    g.dilation[1],
+                                    g.pixels.divisor,
+                                    g.columns.divisor,
+                                    g.kernel_columns.divisor};
+  return remembered(key, [&] { return choose(p, multiprocessors, KernelChoice()); });
 }
 
 KernelPlan choose(const Problem& p, int64_t multiprocessors, const KernelChoice& wanted, const Costs& costs) {
