@@ -1,0 +1,111 @@
+"""A format for the gradient: the backward pass rounds it to one of its own, and then masks it as the forward format does."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .format import Format
+
+# Makes the seed of the gradient's rounding another one than that of the values'.
+_OTHER_SEED = 0x5851F42D4C957F2D
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class WithGradient(Format):
+    """What :func:`with_gradient` returns: a format like others, whose gradients are rounded."""
+
+    forward: Format | None
+    backward: Format | None
+    everywhere: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            inner = getattr(self, name)
+            plain = isinstance(inner, Format) and not isinstance(inner, WithGradient)
+            self._expect(inner is None or plain, f"{name} to be a format without a gradient of its own, or None, got {inner!r}")
+        self._expect_bool("everywhere")
+
+    @property
+    def largest(self) -> float:
+        return float("inf") if self.forward is None else self.forward.largest
+
+    @property
+    def bits(self) -> float:
+        return 32.0 if self.forward is None else self.forward.bits
+
+    @property
+    def takes_amax(self) -> bool:
+        return self.forward is not None and self.forward.takes_amax
+
+    @property
+    def is_stochastic(self) -> bool:
+        return any(inner is not None and inner.is_stochastic for inner in (self.forward, self.backward))
+
+    @property
+    def _takes_scale(self) -> bool:
+        return self.forward is not None and self.forward._takes_scale
+
+    def _expression(self) -> str:
+        everywhere = ", everywhere=True" if self.everywhere else ""
+        return f"with_gradient({self.forward}, {self.backward}{everywhere})"
+
+    def _remedy(self) -> str:
+        return super()._remedy() if self.forward is None else self.forward._remedy()
+
+    def _apply(self, x: Tensor, scale: Tensor | None, seed: Tensor | int | None, generator: torch.Generator | None) -> Tensor:
+        backward_seed = None
+        if self.backward is not None and self.backward.is_stochastic:
+            # drawn here, so that a backward pass that is run twice rounds alike
+            backward_seed = _drawn(generator, x.device) if seed is None else seed ^ _OTHER_SEED
+        source = x.detach() if self.everywhere else x
+        value = source if self.forward is None else self.forward._apply(source, scale, seed, generator)
+        if self.backward is None and not self.everywhere:
+            return value
+        return _Rounded.apply(x if self.everywhere else value, value.detach(), backward_seed, self.backward)  # type: ignore[no-untyped-call]
+
+
+class _Rounded(torch.autograd.Function):
+    """``value``, whose gradient goes to ``x``, rounded to a format."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, seed: Tensor | int | None, format: Format | None) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seed, ctx.format = inputs[2:]
+        ctx.seed = None if isinstance(seed, Tensor) else seed
+        ctx.save_for_backward(*([seed] if isinstance(seed, Tensor) else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.format is not None:
+            grad = ctx.format(grad, seed=ctx.saved_tensors[0] if ctx.saved_tensors else ctx.seed)
+        return grad, None, None, None
+
+
+def _drawn(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A seed from the generator, or from torch's own."""
+    device = device if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+
+
+def with_gradient(forward: Format | None, backward: Format | None, *, everywhere: bool = False) -> WithGradient:
+    """A format whose gradient is rounded to a format of its own, such as E3M4 values with E5M2 gradients.
+
+    The gradient of the result is first rounded to ``backward``. It then passes where ``forward`` does not clip.
+
+    Args:
+        forward: format of the values; None leaves them as they are.
+        backward: format of the gradients; None leaves them as they are. A block format's blocks lie along the same dimension as
+            those of the values, unless another is chosen: ``MXFP8_E5M2.along(0)``.
+        everywhere: let the gradient pass where ``forward`` clips, too.
+
+    Raises:
+        ValueError: one of the formats has a gradient of its own already.
+    """
+    return WithGradient(forward, backward, everywhere)
