@@ -1,9 +1,9 @@
 """Formats in which blocks of elements share a scale, which follows from the largest magnitude of each block.
 
-Blocks lie along one dimension: along K for both operands of a product, so ``dim=-1`` for the input and the weight of a Linear layer,
-1 for those of a convolution, and -1 and -2 for the operands of ``torch.bmm``. In the backward pass they lie along the dimension
-that is summed there: ``along`` changes it. The last block of a dimension may be shorter. A block that holds NaN or infinity becomes
-NaN. What calls have in common is in format.py.
+Blocks lie along one dimension: along K for both operands of a product, so ``dim=-1`` for the input and the weight of a Linear
+layer, 1 for those of a convolution, and -1 and -2 for the operands of ``torch.bmm``. In the backward pass they lie along the
+dimension that is summed there: ``along`` changes it. The last block of a dimension may be shorter. A block that holds NaN or
+infinity becomes NaN. What calls have in common is in format.py.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class MX(BlockFormat):
         element: format of the elements: saturating, with subnormals, rounding to nearest even and not scaled.
         block_size: elements that share a scale.
         dim: the dimension that blocks lie along.
-        scale_rule: exponent of the scale, where emax is that of the element's largest value: "floor", ``floor(log2(amax)) - emax``, is
-            OCP's and clips the largest elements of some blocks; "even" takes the amax that is rounded to the element's mantissa
-            first; "ceil" is ``ceil(log2(amax)) - emax``; "round_up" is ``ceil(log2(amax / largest))`` and never clips.
+        scale_rule: exponent of the scale, where emax is that of the element's largest value: "floor", ``floor(log2(amax)) - emax``,
+            is OCP's and clips the largest elements of some blocks; "even" takes the amax that is rounded to the element's
+            mantissa first; "ceil" is ``ceil(log2(amax)) - emax``; "round_up" is ``ceil(log2(amax / largest))`` and never clips.
         rounding: of the elements, as in :class:`IntFormat`.
 
     Raises:
@@ -101,8 +101,8 @@ class NVFP4Format(BlockFormat):
     """NVIDIA's 4-bit format: E2M1 elements, and for each 16 of them a scale ``amax / 6``, rounded to E4M3 and at least 2^-6.
 
     Attributes:
-        two_level: whether the tensor has a float32 scale as well, its ``amax / (448 * 6)``, of which the blocks' scales are multiples.
-            Without it, blocks are clipped beyond 448 * 6, and coarse below 6 * 2^-6.
+        two_level: whether the tensor has a float32 scale as well, its ``amax / (448 * 6)``, of which the blocks' scales are
+            multiples. Without it, blocks are clipped beyond 448 * 6, and coarse below 6 * 2^-6.
         dim: the dimension that blocks lie along.
         rounding: of the elements, as in :class:`IntFormat`.
 
@@ -185,7 +185,7 @@ class BlockFloat(BlockFormat):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ABFP(BlockFormat):
-    """Adaptive block floating point (arXiv 2205.06287): signed integers, and for each block a bfloat16 scale, its largest magnitude.
+    """Adaptive block floating point (arXiv 2205.06287): signed integers, and for each block a bfloat16 scale, its amax.
 
     ``scale = bfloat16(amax) / gain``, and the values are multiples of ``scale / (2^(element_bits - 1) - 1)`` up to it.
 

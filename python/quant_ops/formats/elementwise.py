@@ -77,7 +77,8 @@ class FloatFormat(Format):
         bias: of the exponent; by default ``2^(exponent_bits - 1) - 1``, and None if it is that.
         special: what the codes with the largest exponent are: numbers ("none"), numbers but for the last, which is NaN ("nan", as
             E4M3 of OCP FP8 has it), or infinity and NaN ("ieee"). It sets the largest value, also of a saturating format.
-        saturate: values beyond the largest, and infinities, become the largest. Otherwise they become infinity ("ieee") or NaN ("nan").
+        saturate: values beyond the largest, and infinities, become the largest one. Otherwise they become infinity ("ieee") or NaN
+            ("nan").
         subnormals: whether there are values between 0 and the smallest normal number.
         rounding: as in :class:`IntFormat`.
         scaled: whether there is a scale, ``amax / largest``.
@@ -108,7 +109,7 @@ class FloatFormat(Format):
             object.__setattr__(self, "bias", None)  # so that equal formats compare equal
         self._expect(
             self.exponent_bits < 8 or (self.bias is None and self.special == "ieee"),
-            f"bias == 127 and special == 'ieee' with 8 exponent bits, which are float32's own, got {self.exponent_bias} and {self.special!r}",
+            f"float32's own exponents with 8 bits, bias=127 and special='ieee', got {self.exponent_bias} and {self.special!r}",
         )
         self._expect(
             self.saturate or self.special != "none",
@@ -120,12 +121,8 @@ class FloatFormat(Format):
             f"a format with a value other than 0, got {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits with "
             f"special {self.special!r} and subnormals {self.subnormals}",
         )
-        bias, step = self.exponent_bias, 1 - self.exponent_bias - (self.mantissa_bits if self.subnormals else 0)
-        top = max(self._last_code >> self.mantissa_bits, 1) - bias
-        self._expect(
-            step >= -149 and top <= 127,
-            f"values within float32, from 2^-149 up to 2^128, got ones from 2^{step} up to 2^{top + 1}. Choose another bias.",
-        )
+        least, bias = max((self._last_code >> self.mantissa_bits) - 127, -126), self.exponent_bias
+        self._expect(least <= bias <= 127, f"{least} <= bias <= 127, so that float32 has its normal numbers, got {bias}")
 
     @property
     def exponent_bias(self) -> int:

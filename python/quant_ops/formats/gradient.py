@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.quantize_float import seed_tensor
 from .format import Format
 
 # Makes the seed of the gradient's rounding another one than that of the values'.
@@ -58,7 +59,7 @@ class WithGradient(Format):
         backward_seed = None
         if self.backward is not None and self.backward.is_stochastic:
             # drawn here, so that a backward pass that is run twice rounds alike
-            backward_seed = _drawn(generator, x.device) if seed is None else seed ^ _OTHER_SEED
+            backward_seed = seed_tensor("with_gradient", "stochastic", None if seed is None else seed ^ _OTHER_SEED, generator)
         source = x.detach() if self.everywhere else x
         value = source if self.forward is None else self.forward._apply(source, scale, seed, generator)
         if self.backward is None and not self.everywhere:
@@ -72,26 +73,18 @@ class _Rounded(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor, seed: Tensor | int | None, format: Format | None) -> Tensor:
+    def forward(x: Tensor, value: Tensor, seed: Tensor | None, format: Format | None) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         seed, ctx.format = inputs[2:]
-        ctx.seed = None if isinstance(seed, Tensor) else seed
-        ctx.save_for_backward(*([seed] if isinstance(seed, Tensor) else []))
+        ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.format is not None:
-            grad = ctx.format(grad, seed=ctx.saved_tensors[0] if ctx.saved_tensors else ctx.seed)
-        return grad, None, None, None
-
-
-def _drawn(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A seed from the generator, or from torch's own."""
-    device = device if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+        (seed,) = ctx.saved_tensors
+        return grad if ctx.format is None else ctx.format(grad, seed=seed), None, None, None
 
 
 def with_gradient(forward: Format | None, backward: Format | None, *, everywhere: bool = False) -> WithGradient:
