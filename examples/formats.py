@@ -121,9 +121,10 @@ def plot(figures: Figures, names: list[str], path: Path) -> None:
     figure.suptitle("Error against bits: scales from the data; bits count the scales of blocks")
     for i, (axes, name) in enumerate(zip(figure.subplots(2, 2).flat, names, strict=True)):
         for number, (line, of_formats) in enumerate(figures.items()):
-            style = "--" if "float" in line or line == "integers" else "-"
+            line_style = "o--" if line == "integers" or line.startswith("float") else "o-"
+            style = {"NVFP4": "*", "NVFP4, two levels": "x"}.get(line, line_style)
             bits, values = [format.bits for format in of_formats], [row[i] for row in of_formats.values()]
-            axes.plot(bits, values, "o" + style if len(bits) > 1 else "*", color=f"C{number % 10}", label=line, markersize=5)
+            axes.plot(bits, values, style, color=f"C{number}" if number < 10 else "black", label=line)
         axes.set(title=name, xlabel="bits an element", ylabel="SQNR (dB), more is better")
         axes.grid(alpha=0.4)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)

@@ -96,7 +96,7 @@ def with_gradient(forward: Format | None, backward: Format | None, *, everywhere
         forward: format of the values; None leaves them as they are.
         backward: format of the gradients; None leaves them as they are. A block format's blocks lie along the same dimension as
             those of the values, unless another is chosen: ``MXFP8_E5M2.along(0)``.
-        everywhere: let the gradient pass where ``forward`` clips, too.
+        everywhere: let the gradient pass where ``forward`` clips, too. An ``amax`` gets none then.
 
     Raises:
         ValueError: one of the formats has a gradient of its own already.
