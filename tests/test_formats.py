@@ -643,6 +643,29 @@ def test_gradient_format_under_transforms(format):
     leaf = x.clone().requires_grad_()
     compiled(leaf).backward()
     assert torch.equal(leaf.grad, expected)
+    if not format.is_stochastic:
+        rows = torch.vmap(torch.func.grad(lambda x, weight: (format(x) * weight).sum()))(x, weight)
+        loop = [gradient(format, *row) for row in zip(x, weight, strict=True)]
+        assert torch.equal(rows, torch.stack(loop))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_results_may_be_changed_in_place(everywhere):
+    """As by nn.ReLU(inplace=True) after a quantizer."""
+    x, weight = torch.randn(50) * 10, torch.randn(50)
+    format = qo.with_gradient(E3M4, qo.E5M2, everywhere=everywhere)
+
+    def loss(x):
+        return (format(x).relu_() * weight).sum()
+
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="eager")):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward()
+        inside = (E3M4(x) > 0) & (everywhere | (x.abs() <= E3M4.largest))
+        assert torch.equal(leaf.grad, torch.where(inside, qo.E5M2(weight), 0.0))
+        assert torch.equal(leaf, x)
+    with torch.no_grad():
+        assert torch.equal(format(x).relu_(), E3M4(x).relu())
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

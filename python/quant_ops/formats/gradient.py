@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._register import in_transform
 from ..ops.quantize_float import seed_tensor
 from .format import Format
 
@@ -64,27 +65,34 @@ class WithGradient(Format):
         value = source if self.forward is None else self.forward._apply(source, scale, seed, generator)
         if self.backward is None and not self.everywhere:
             return value
-        return _Rounded.apply(x if self.everywhere else value, value.detach(), backward_seed, self.backward)  # type: ignore[no-untyped-call]
+        # The result is the value itself, not a view of it, so that it may be changed in place. Transforms of torch.func take
+        # views only, and do not mind.
+        itself = self.forward is not None and (torch.compiler.is_compiling() or in_transform() is None)
+        arguments = (x, value) if self.everywhere else (value, None)
+        return _Rounded.apply(*arguments, backward_seed, self.backward, itself)  # type: ignore[no-untyped-call]
 
 
 class _Rounded(torch.autograd.Function):
-    """``value``, whose gradient goes to ``x``, rounded to a format."""
+    """``value``, or else x, with a gradient for x that is rounded to a format."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor, seed: Tensor | None, format: Format | None) -> Tensor:
-        return value.view_as(value)
+    def forward(x: Tensor, value: Tensor | None, seed: Tensor | None, format: Format | None, itself: bool) -> Tensor:
+        result = x if value is None else value
+        return result if itself else result.view_as(result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seed, ctx.format = inputs[2:]
+        x, value, seed, ctx.format, itself = inputs
+        if itself:
+            ctx.mark_dirty(x if value is None else value)
         ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        return grad if ctx.format is None else ctx.format(grad, seed=seed), None, None, None
+        return grad if ctx.format is None else ctx.format(grad, seed=seed), None, None, None, None
 
 
 def with_gradient(forward: Format | None, backward: Format | None, *, everywhere: bool = False) -> WithGradient:
