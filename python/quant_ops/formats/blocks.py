@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops import quant_block_forward, quant_float_forward
 from .elementwise import FloatFormat
 from .format import Format, Self
-from .scaling import absmax, scale_from
+from .scaling import scale_from, scale_of_data
 
 # Rules for a scale that is a power of two, in the words of quant_block_forward.
 SCALE_RULES = ("floor", "even", "ceil", "round_up")
@@ -178,7 +178,7 @@ class BlockFloat(BlockFormat):
         mantissa_bits, rounding = self.element_bits - 2, self._random(seed, generator)
         if self.block_size is not None:
             return quant_block_forward(x, self.dim, self.block_size, 1, mantissa_bits, bias=1, **rounding)
-        amax = absmax(self, x, self.axis)
+        amax = scale_of_data(self, x, self.axis, 1.0)
         power = amax / (2 * torch.frexp(amax).mantissa)  # 2^floor(log2(amax)), exactly
         return quant_float_forward(x, 1, mantissa_bits, power, bias=1, **rounding)
 

@@ -7,6 +7,7 @@ The rounding itself is the operators', ``quant_tensor_forward``, ``quant_float_f
 """
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -154,5 +155,8 @@ class Format(_description.Description):
 
 def from_json(text: str) -> Format:
     """The format that :meth:`Format.to_json` wrote. Raises ValueError for another name, field or value."""
-    made: Format = _description.from_json(Format.kind, text)
+    try:
+        made: Format = _description.from_json(Format.kind, text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"quant_ops: expected the JSON of a format, got {error}") from None
     return made

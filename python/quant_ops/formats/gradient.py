@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._register import in_transform
+from ..ops._register import in_transform, wants_derivative
 from ..ops.quantize_float import seed_tensor
 from .format import Format
 
@@ -57,17 +57,19 @@ class WithGradient(Format):
         return super()._remedy() if self.forward is None else self.forward._remedy()
 
     def _apply(self, x: Tensor, scale: Tensor | None, seed: Tensor | int | None, generator: torch.Generator | None) -> Tensor:
+        source = x.detach() if self.everywhere else x
+        value = source if self.forward is None else self.forward._apply(source, scale, seed, generator)
+        in_graph = torch.compiler.is_compiling()
+        followed = in_graph or in_transform() is not None or wants_derivative((x, value))
+        if not followed or (self.backward is None and not self.everywhere):
+            return value
         backward_seed = None
         if self.backward is not None and self.backward.is_stochastic:
             # drawn here, so that a backward pass that is run twice rounds alike
             backward_seed = seed_tensor("with_gradient", "stochastic", None if seed is None else seed ^ _OTHER_SEED, generator)
-        source = x.detach() if self.everywhere else x
-        value = source if self.forward is None else self.forward._apply(source, scale, seed, generator)
-        if self.backward is None and not self.everywhere:
-            return value
         # The result is the value itself, not a view of it, so that it may be changed in place. Transforms of torch.func take
         # views only, and do not mind.
-        itself = self.forward is not None and (torch.compiler.is_compiling() or in_transform() is None)
+        itself = self.forward is not None and (in_graph or in_transform() is None)
         arguments = (x, value) if self.everywhere else (value, None)
         return _Rounded.apply(*arguments, backward_seed, self.backward, itself)  # type: ignore[no-untyped-call]
 

@@ -13,19 +13,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def absmax(owner: object, x: Tensor, axis: int | None) -> Tensor:
-    """The largest magnitude of x, or of each index of ``axis``, in a shape that broadcasts to x.
+def scale_of_data(owner: object, x: Tensor, axis: int | None, largest: float) -> Tensor:
+    """The largest magnitude of x, or of each index of ``axis``, divided by ``largest``, in a shape that broadcasts to x.
 
-    1 where all elements are 0, since the scale is then 1 for every format; NaN where one is not finite; a subnormal one counts as
-    the smallest normal number.
+    Positive and normal, so that a slice of zeros stays zeros; NaN where an element is not finite.
     """
-    if axis is not None:
-        axis = _dimension(owner, x, axis)
-    if axis is not None and x.dim() == 1:  # one element for each index
-        magnitude = x.detach().abs().to(compute_dtype(x))
-        return torch.where(magnitude == 0, 1.0, torch.where(magnitude.isfinite(), magnitude, torch.nan))
-    found, _ = choose_qparams(x, [] if axis is None else [d for d in range(x.dim()) if d != axis], -1, 1)
-    return found
+    axis = None if axis is None else _dimension(owner, x, axis)
+    if axis is not None and x.dim() == 1:  # choose_qparams takes no dimensions for all
+        return _scale(x.detach().abs().to(compute_dtype(x)), largest)
+    dims = [] if axis is None else [d for d in range(x.dim()) if d != axis]
+    qmax = int(largest) if largest.is_integer() and largest < 2**24 else 1
+    scale, _ = choose_qparams(x, dims, -qmax, qmax)
+    return scale if qmax == largest else (scale / largest).clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 def scale_from(owner: object, x: Tensor, amax: Tensor | float | None, axis: int | None, largest: float) -> Tensor:
@@ -33,10 +32,9 @@ def scale_from(owner: object, x: Tensor, amax: Tensor | float | None, axis: int 
 
     Differentiable by ``amax``. Errors name ``owner``, the format.
     """
-    dtype = compute_dtype(x)
-    smallest = torch.finfo(dtype).tiny
     if amax is None:
-        return (absmax(owner, x, axis) / largest).clamp_min(smallest)
+        return scale_of_data(owner, x, axis, largest)
+    dtype = compute_dtype(x)
     if isinstance(amax, Tensor):
         if not amax.is_floating_point():
             raise TypeError(f"quant_ops.{owner}: expected amax to be floating, got {amax.dtype}")
@@ -47,7 +45,11 @@ def scale_from(owner: object, x: Tensor, amax: Tensor | float | None, axis: int 
         if amax < 0:
             raise ValueError(f"quant_ops.{owner}: expected amax >= 0, got {amax}")
         amax = torch.full((), amax if math.isfinite(amax) else math.nan, dtype=dtype, device=x.device)
-    scale = torch.where(amax == 0, 1.0, (amax / largest).clamp_min(smallest))
+    return _scale(amax, largest)
+
+
+def _scale(amax: Tensor, largest: float) -> Tensor:
+    scale = torch.where(amax == 0, 1.0, (amax / largest).clamp_min(torch.finfo(amax.dtype).tiny))
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
