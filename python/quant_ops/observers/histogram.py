@@ -126,8 +126,8 @@ class MSE(Distribution):
     asymmetric range is searched one end after the other, twice.
 
     For a format the range also grows by up to an octave, over which its relative precision varies, and the first steps are shorter:
-    the error of a few large values rises and falls with each mantissa. Formats of more than 8 bits are finer than the bins, which do
-    not show what such formats could gain against "minmax".
+    the error of a few large values rises and falls with each mantissa. Formats of more than 8 bits are finer than the bins, so that
+    the search is no better than "minmax".
     """
 
     name = "mse"
