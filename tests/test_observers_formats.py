@@ -147,26 +147,27 @@ def test_an_integer_format_is_the_integer_observer(kind):
 @pytest.mark.parametrize("format", [qo.E2M1, qo.E4M3], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_channel_is_as_if_alone(kind, format):
-    x = drawn("heavy", 5 * 600).reshape(3, 5, 200) * torch.arange(1, 6).reshape(1, 5, 1)
-    scale, zero_point = observed(kind, [x, 2 * x], format, axis=1).qparams()
-    assert scale.shape == zero_point.shape == (1, 5, 1)
-    for channel in range(5):
+    x = drawn("heavy", 4 * 600).reshape(3, 4, 200) * torch.arange(1, 5).reshape(1, 4, 1)
+    observer = observed(kind, [x, 2 * x], format, axis=1)
+    (scale, zero_point), amax = observer.qparams(), observer.amax()
+    assert scale.shape == zero_point.shape == amax.shape == (1, 4, 1)
+    for channel in range(4):
         alone = observed(kind, [x[:, channel], 2 * x[:, channel]], format)
         assert torch.equal(scale[0, channel, 0], alone.qparams()[0])
-        assert torch.equal(observed(kind, [x, 2 * x], format, axis=1).amax()[0, channel, 0], alone.amax())
+        assert torch.equal(amax[0, channel, 0], alone.amax())
 
 
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_block_is_as_if_alone(kind, axis):
-    x = drawn("heavy", 4 * 600).reshape(4, 600) * torch.arange(1, 601)
-    observer = observed(kind, [x], qo.E2M1, axis=axis, group_size=200)
-    rows = 1 if axis is None else 4
-    assert observer.qparams()[0].shape == observer.amax().shape == (rows, 3)
+    x = drawn("heavy", 2 * 600).reshape(2, 600) * torch.arange(1, 601)
+    scale, _ = observed(kind, [x], qo.E2M1, axis=axis, group_size=200).qparams()
+    rows = 1 if axis is None else 2
+    assert scale.shape == (rows, 3)
     for row in range(rows):
         for block in range(3):
             part = (x if axis is None else x[row])[..., 200 * block : 200 * block + 200]
-            assert torch.equal(observer.qparams()[0][row, block], observed(kind, [part], qo.E2M1).qparams()[0])
+            assert torch.equal(scale[row, block], observed(kind, [part], qo.E2M1).qparams()[0])
 
 
 @pytest.mark.parametrize("axis", [None, 1])
