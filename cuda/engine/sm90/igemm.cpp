@@ -61,6 +61,7 @@ Schedule schedule_of(const Problem& p, const KernelPlan& plan) {
           .second_rows = size(second),
           .k = size(p.K),
           .gathers = p.gathers,
+          .ordered = is_ordered(p),
           .tap = size(g.group),
           .tap_loads = size(p.gathers ? ceil_div(g.group, load) : 1),
           .kernel_columns = size(g.kernel_columns.divisor),
@@ -75,7 +76,7 @@ bool takes(const Problem& p, int kernel) {
   if (kernel < 0 || kernel >= kKernels) return false;
   const Tile& t = kTiles[kernel];
   if (p.M < 1 || p.N < 1 || p.K < 1 || p.M > kMostRows || p.N * p.groups > kMostRows || p.K > kMostRows) return false;
-  if (p.N % 16 != 0 || p.K % 16 != 0 || p.b_stride % 16 != 0 || p.b_stride >= kMostStride / 16) return false;
+  if (p.K % 16 != 0 || p.b_stride % 16 != 0 || p.b_stride >= kMostStride / 16) return false;
   if (!is_aligned(p.b, 16)) return false;
   if (!p.gathers) return is_aligned(p.a, 16) && p.a_stride % 16 == 0 && p.a_stride < kMostStride;
   if (t.swapped || !is_aligned(p.gather.codes, 16)) return false;

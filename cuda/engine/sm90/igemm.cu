@@ -73,8 +73,8 @@ Args args_of(const Problem& p, const KernelPlan& plan, int32_t* sums, const Laun
   const Tile& t = kTiles[plan.kernel];
   const Gather& g = p.gather;
   const int load = p.gathers ? load_bytes(g.group) : kStepBytes;
-  const MatrixMap weight = matrix_map(p.K, p.N * p.groups, p.b_stride, t.swapped ? Order::kPairs : Order::kFours, load,
-                                      t.swapped ? t.first : t.second / t.cluster);
+  const MatrixMap weight =
+      matrix_map(p.K, p.N * p.groups, p.b_stride, weight_order(p, t), load, t.swapped ? t.first : t.second / t.cluster);
   const CUtensorMap b = encode(p.b, weight, load, "weight", at);
   const CUtensorMap a =
       p.gathers ? encode(g.codes, image_map(g, p.groups * g.group, p.samples, load, t.first), load, at)
@@ -86,8 +86,9 @@ Args args_of(const Problem& p, const KernelPlan& plan, int32_t* sums, const Laun
             .schedule = schedule_of(p, plan),
             .out = p.out,
             .split_stride = p.M * columns};
+  args.out.vectors = stores_vectors(p);
   if (plan.sums > 0)  // every row is a sample
-    args.out = {.y = sums, .dtype = DType::kInt32, .y_sample = columns, .y_column = 1, .vectors = true};
+    args.out = {.y = sums, .dtype = DType::kInt32, .y_sample = columns, .y_column = 1, .vectors = is_ordered(p)};
   return args;
 }
 

@@ -66,12 +66,23 @@ constexpr int kernel_named(std::string_view name) {
 // ---- operands -------------------------------------------------------------------------------------------------------
 
 // In which order a box of rows lies in shared memory. A thread's sums belong to rows (8 apart) and columns (2 neighbours of every
-// 8); these orders of 16 rows make neighbours in y of what a thread has, so that its stores are vectors.
+// 8); these orders of 16 rows make neighbours in y of what a thread has, so that its stores are vectors. They take whole sixteens:
+// behind the last one TMA would read rows that do not exist. A weight of any other number of rows has the plain order.
 enum class Order : int32_t {
   kPlain,
   kFours,  // second operand: row 16 J + 4 t + 2 j + e lies at 16 J + 8 j + 2 t + e, e, j < 2, t < 4
   kPairs,  // first operand: row 16 W + 2 g + h lies at 16 W + 8 h + g, h < 2, g < 8
 };
+
+// Of every 16 columns of y, in the order of a weight: the first one of which a thread has sums, and how far the sums of the next 8
+// rows of the box are behind it. In a tile that is not swapped, the column after each is the thread's as well.
+struct ThreadColumns {
+  int first, next_eight;
+};
+QO_HD_MEMBER ThreadColumns thread_columns(bool swapped, bool ordered, int lane) {
+  if (swapped) return ordered ? ThreadColumns{lane / 4 * 2, 1} : ThreadColumns{lane / 4, 8};
+  return ordered ? ThreadColumns{lane % 4 * 4, 2} : ThreadColumns{lane % 4 * 2, 8};
+}
 
 // A matrix as a tensor of five dimensions for TMA, the contiguous one first: sizes, strides in bytes of all but the first, and the
 // box of one load.
@@ -128,6 +139,13 @@ struct Problem {
   Epilogue out;         // of N * groups columns
 };
 
+inline bool is_ordered(const Problem& p) { return p.N % 16 == 0; }
+inline Order weight_order(const Problem& p, const Tile& t) {
+  return !is_ordered(p) ? Order::kPlain : t.swapped ? Order::kPairs : Order::kFours;
+}
+// Whether stores are vectors of four neighbouring columns, or of two in a swapped tile.
+inline bool stores_vectors(const Problem& p) { return is_ordered(p) && p.out.vectors; }
+
 // Bytes of a load of a tap of that many bytes: what leaves the fewest bytes of the last one unused.
 inline int load_bytes(int64_t tap) {
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
@@ -155,6 +173,7 @@ struct Schedule {
   int32_t first_rows, second_rows;                      // of one group
   int32_t k;                                            // bytes of K of one group: what is behind is zeros
   bool gathers;
+  bool ordered;                            // the rows of the weight, by weight_order
   int32_t tap, tap_loads, kernel_columns;  // of a convolution: bytes of a tap, and loads that cover it
   FastDiv columns, pixels;                 // of the output, of a sample
   int32_t stride[2], pad[2], dilation[2];
