@@ -74,11 +74,12 @@ __device__ __forceinline__ void load_tiles(const Args& a, const SharedOf<kKernel
   const bool sixteens[2] = {kTile.swapped && schedule.ordered, !kTile.swapped && schedule.ordered};
   Turns<kKernel, kJoined> turns(schedule);
   const int loads = kStepBytes / schedule.load;
+  const int bytes = (schedule.first_load + schedule.second_load * kTile.cluster) * kStepBytes;
   RingPosition<kTile.stages> at;
   for (; turns.left(); turns.next()) {
     const Work w = turns.work(schedule);
-    const int32_t first_row = (w.first + static_cast<int32_t>(rank)) * kTile.first;
-    const int32_t second_row = w.second * kTile.second + static_cast<int32_t>(rank) * kShare;
+    const int32_t first_row = tile_begin(w.first + static_cast<int32_t>(rank), kTile.first, schedule.first_last);
+    const int32_t second_row = tile_begin(w.second, kTile.second, schedule.second_last) + static_cast<int32_t>(rank) * kShare;
     // the weight's rows of all groups follow each other
     const int32_t first = first_row + (kTile.swapped ? w.group * schedule.first_rows : 0);
     const int32_t second = second_row + (kTile.swapped ? 0 : w.group * schedule.second_rows);
@@ -88,7 +89,7 @@ __device__ __forceinline__ void load_tiles(const Args& a, const SharedOf<kKernel
     for (int step = begin; step < end; ++step, at.advance()) {
       const uint32_t full = shared.full(at.stage), to = shared.ring + at.stage * kTile.stage_bytes();
       barrier_wait(shared.empty(at.stage), at.phase ^ 1);
-      barrier_arrive_and_expect(full, kTile.stage_bytes());
+      barrier_arrive_and_expect(full, bytes);
       for (int i = 0; i < loads; ++i, position.advance(schedule)) {
         const uint32_t first_to = to + i * kTile.first * schedule.load;
         const uint32_t second_to = to + kTile.first * kStepBytes + i * kTile.second * schedule.load;
@@ -174,7 +175,7 @@ template <int kKernel>
 struct Sides {
   static constexpr int kRows = kTiles[kKernel].swapped ? kTiles[kKernel].second : kTiles[kKernel].first;
   static constexpr int kColumns = kTiles[kKernel].swapped ? kTiles[kKernel].first : kTiles[kKernel].second;
-  OutputRow rows[kRows];  // a negative offset: beyond the last row
+  OutputRow rows[kRows];  // a negative offset: beyond the last row, or another tile's
   alignas(16) float scale[kColumns];
   alignas(16) float bias[kColumns];
   alignas(16) int32_t sum[kColumns];
@@ -192,13 +193,16 @@ __device__ __forceinline__ void load_sides(const Args& a, Sides<kKernel>* sides,
   RingPosition<2> at;
   for (; turns.left(); turns.next(), at.advance()) {
     const Work w = turns.work(a.schedule);
-    const int first = (w.first + static_cast<int>(rank)) * kTile.first, second = w.second * kTile.second;
+    const int first_tile = w.first + static_cast<int>(rank);
+    const int first = tile_begin(first_tile, kTile.first, a.schedule.first_last);
+    const int second = tile_begin(w.second, kTile.second, a.schedule.second_last);
     const int row = kTile.swapped ? second : first, rows = kTile.swapped ? a.schedule.second_rows : a.schedule.first_rows;
     const int column = kTile.swapped ? first : second, columns = kTile.swapped ? a.schedule.first_rows : a.schedule.second_rows;
+    const int own_row = kTile.swapped ? w.second * kTile.second : first_tile * kTile.first;  // those before are another tile's
     Both& to = sides[at.stage];
     barrier_wait(shared.sides_empty(at.stage), at.phase ^ 1);
     for (int i = thread; i < Both::kRows; i += kSideThreads)
-      to.rows[i] = row + i < rows ? output_row(a.out, row + i) : OutputRow{0.0f, 0, -1};
+      to.rows[i] = row + i >= own_row && row + i < rows ? output_row(a.out, row + i) : OutputRow{0.0f, 0, -1};
     for (int i = thread; i < Both::kColumns; i += kSideThreads) {
       const OutputColumns<1> one = output_columns<1>(a.out, int64_t{w.group} * columns + column + i, columns - column - i);
       to.scale[i] = one.scale[0];
@@ -303,15 +307,16 @@ __device__ __forceinline__ void store_tile(const Args& a, const Epilogue& e, con
   for (int i = 0; i < kParts<kKernel>; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) rows[i][h] = sides.rows[(part + i) * 64 + warp * 16 + h * 8 + lane / 4];
+  const int begin = tile_begin(w.second, kTile.second, a.schedule.second_last);
 #pragma unroll
   for (int j = 0; j < kTile.second / 16; ++j) {
-    const int left = a.schedule.second_rows - (w.second * kTile.second + j * 16);  // columns from here on
+    const int left = a.schedule.second_rows - (begin + j * 16);  // columns from here on
     if (left <= 0) break;
-    if (!share.owns(j)) continue;
+    if (!share.owns(j) || begin + j * 16 < w.second * kTile.second) continue;
 #pragma unroll
     for (int eight = 0; eight < 2; eight += kNeighbours / 2) {
       const int column = of.first + eight * of.next_eight, within = j * 16 + column;
-      const int n = w.group * a.schedule.second_rows + w.second * kTile.second + within;
+      const int n = w.group * a.schedule.second_rows + begin + within;
       const OutputColumns<kNeighbours> columns = columns_of<kKernel, kNeighbours>(sides, within);
 #pragma unroll
       for (int i = 0; i < kParts<kKernel>; ++i) {
@@ -341,11 +346,12 @@ __device__ __forceinline__ void store_swapped_tile(const Args& a, const Epilogue
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
   const OutputCodes codes = output_codes(e);
   const ThreadColumns of = thread_columns(true, kVectors || a.schedule.ordered, lane);
+  const int begin = tile_begin(w.first, kTile.first, a.schedule.first_last);
 #pragma unroll
   for (int i = 0; i < kParts<kKernel>; ++i) {
-    const int sixteen = (part + i) * 64 + warp * 16, left = a.schedule.first_rows - (w.first * kTile.first + sixteen);
-    if (left <= 0) continue;
-    const int n = w.group * a.schedule.first_rows + w.first * kTile.first + sixteen;
+    const int sixteen = (part + i) * 64 + warp * 16, left = a.schedule.first_rows - (begin + sixteen);
+    if (left <= 0 || begin + sixteen < w.first * kTile.first) continue;
+    const int n = w.group * a.schedule.first_rows + begin + sixteen;
     OutputColumns<kNeighbours> columns[2 / kNeighbours];
 #pragma unroll
     for (int c = 0; c < 2 / kNeighbours; ++c)
