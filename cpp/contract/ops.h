@@ -12,6 +12,7 @@
 //   quad    four consecutive k of one column: the four bytes of one lane of a dot-product instruction
 //   run     consecutive elements that one micro-kernel call handles
 //   slice   elements that share one scale
+//   block   neighbouring elements along one dimension that share a scale; also a thread block, where CUDA is named
 //   chunk   kReduceChunk elements of a slice, whose gradients are summed before the sums are
 //   pass    the rows or samples whose codes are in scratch at one time
 //   share   the part of a pass that one thread computes
@@ -22,6 +23,8 @@
 #include <cstdint>
 
 #include "contract/arithmetic.h"
+#include "contract/float_format.h"
+#include "contract/philox.h"
 
 namespace quant_ops {
 
@@ -57,7 +60,8 @@ struct Reduction {
   Iteration kept, reduced;
 };
 
-// ---- elementwise quantization; on each device one file an operator: quantize, quantize_backward, qparams, quantize_rows -
+// ---- elementwise quantization; on each device one file an operator: quantize, quantize_backward, qparams, quantize_rows,
+// quantize_float, quantize_block -----------------------------------------------------------------------------------------
 
 // quant_tensor_forward: q = clamp(rne(x / scale) + zero_point, qmin, qmax);  y = simulate ? (q - zero_point) * scale : q
 struct QuantizeParams {
@@ -129,6 +133,42 @@ struct QuantizeRowsParams {
   bool asymmetric;
 };
 
+// Where the random words of stochastic rounding come from (philox.h): a value, or on a GPU one in its memory.
+struct Seed {
+  uint64_t value;
+  const int64_t* memory;  // null: value
+};
+
+// quant_float_forward: y = round_to_format(x / scale) * scale.
+// quant_float_backward: y = grad where |x / scale| <= format.largest, else 0.
+struct QuantizeFloatParams {
+  Iteration it;  // operands: x, y, scale, then forward the element's index (its stride in row-major order), backward grad
+  const void* x;
+  const void* grad;  // null: forward
+  void* y;
+  DType dtype;        // of x, y and grad
+  const void* scale;  // float32; float64 when x is float64; null: 1
+  FloatFormat format;
+  Seed seed;
+};
+
+// quant_block_forward and quant_block_backward: the same, for blocks of elements with a scale from their largest magnitude
+// (block_scale in float_format.h). Dense tensors are [outer][length][inner] in memory, and blocks lie along `length`: `block`
+// elements each, the last of a length may be shorter.
+struct QuantizeBlockParams {
+  int64_t outer, length, inner, block;
+  const void* x;
+  const void* grad;  // null: forward
+  void* y;
+  DType dtype;  // float32, float16 or bfloat16
+  BlockFormat format;
+  const float* tensor_scale;  // one element; null: 1
+  Seed seed;
+  Iteration order;  // operand 0: the index of every element, in the order of memory; for stochastic rounding
+};
+
+void quantize_float_cpu(const QuantizeFloatParams& p);
+void quantize_block_cpu(const QuantizeBlockParams& p);
 void quantize_cpu(const QuantizeParams& p);
 void quantize_backward_cpu(const QuantizeBackwardParams& p);
 void dequantize_cpu(const DequantizeParams& p);

@@ -181,7 +181,11 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"range", &KernelTable::range},
                                     Entry{"range_columns", &KernelTable::range_columns},
                                     Entry{"codes", &KernelTable::codes},
-                                    Entry{"pack", &KernelTable::pack}};
+                                    Entry{"pack", &KernelTable::pack},
+                                    Entry{"quantize_float", &KernelTable::quantize_float},
+                                    Entry{"quantize_blocks", &KernelTable::quantize_blocks},
+                                    Entry{"quantize_block_columns", &KernelTable::quantize_block_columns},
+                                    Entry{"random_words", &KernelTable::random_words}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");
 

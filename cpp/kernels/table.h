@@ -190,6 +190,34 @@ struct StraightThroughColumnsRun {
   double* zero_lanes;   // likewise; null: not wanted
 };
 
+// n contiguous elements to a floating format: y = round_to_format(x / scale) * scale; with grad, y = grad where |x / scale| is
+// within the format's range, else 0.
+struct FloatRun {
+  const void* x;
+  const void* grad = nullptr;
+  void* y;
+  int64_t n;
+  DType dtype;
+  const float* scale = nullptr;      // null: 1
+  int scale_step = 0;                // 0 or 1
+  const uint32_t* random = nullptr;  // [n], for stochastic rounding
+  FloatFormat format;
+};
+
+// The same for blocks of `length` x `columns` elements, each column of which has a scale of its own from its largest magnitude.
+// Rows are `row` elements apart, columns are neighbours; or, with row 1, a block is contiguous and the next one follows it.
+struct BlockRun {
+  const void* x;
+  const void* grad = nullptr;
+  void* y;
+  int64_t length, columns;
+  int64_t row;
+  DType dtype;
+  BlockFormat format;
+  float tensor_scale = 1.0f;
+  const uint32_t* random = nullptr;  // laid out as the elements, without gaps
+};
+
 // Minimum and maximum of a run, ignoring NaN, and the largest magnitude, which tells whether all of it is finite. A kernel extends
 // the range that it is given.
 struct Range {
@@ -223,6 +251,11 @@ struct VectorKernels {
   // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   void (*pack)(const PackRun&);
+  void (*quantize_float)(const FloatRun&);
+  void (*quantize_blocks)(const BlockRun&);         // contiguous blocks
+  void (*quantize_block_columns)(const BlockRun&);  // blocks down the rows
+  // The random words of the elements first .. first + n - 1 (philox.h).
+  void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.

@@ -62,6 +62,10 @@ struct Cpu {
   static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
 
+  static void quantize_float(const char*, const QuantizeFloatParams& p, const Tensor&) { quantize_float_cpu(p); }
+  static void quantize_block(const char*, const QuantizeBlockParams& p, const Tensor&) { quantize_block_cpu(p); }
+  static Seed seed(const Tensor& t) { return {.value = static_cast<uint64_t>(*t.const_data_ptr<int64_t>()), .memory = nullptr}; }
+
   static const int32_t* no_zero_point() {
     static const int32_t zero = 0;
     return &zero;

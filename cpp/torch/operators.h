@@ -1,6 +1,7 @@
 // The operators: their schemas, which exist only here, and what is registered for every device. Each operator is a template over a
 // `Backend`, which is what differs between devices: library_cpu.cpp, library_cuda.cpp, and library_meta.cpp for the fake kernels.
 //   quant_tensor_forward to quantize_rows   quantize.h
+//   quant_float_*, quant_block_*            quantize_float.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
 //   pack_weight, unpack_weight              pack.h
@@ -11,6 +12,7 @@
 #include "torch/linear.h"
 #include "torch/pack.h"
 #include "torch/quantize.h"
+#include "torch/quantize_float.h"
 
 namespace quant_ops {
 
@@ -27,6 +29,19 @@ void define_operators(Library& m) {
       "int[]? block_size=None) -> Tensor");
   m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor scale, Tensor zero_point)");
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
+  m.def(
+      "quant_float_forward(Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, Tensor? seed=None, *, "
+      "int? bias=None, int special=0, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> Tensor");
+  m.def(
+      "quant_float_backward(Tensor grad, Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, *, "
+      "int? bias=None, int special=0, bool subnormals=True, int[]? block_size=None) -> Tensor");
+  m.def(
+      "quant_block_forward(Tensor tensor, int dim, int block_size, int exponent_bits, int mantissa_bits, "
+      "Tensor? tensor_scale=None, Tensor? seed=None, *, int? bias=None, int special=0, int rounding=0, int scale_rule=0, "
+      "float? scale_divisor=None) -> Tensor");
+  m.def(
+      "quant_block_backward(Tensor grad, Tensor tensor, int dim, int block_size, int exponent_bits, int mantissa_bits, "
+      "Tensor? tensor_scale=None, *, int? bias=None, int special=0, int scale_rule=0, float? scale_divisor=None) -> Tensor");
   m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
@@ -55,6 +70,10 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, dequant_tensor, Backend);
   QO_IMPLEMENT(m, choose_qparams, Backend);
   QO_IMPLEMENT(m, quantize_rows, Backend);
+  QO_IMPLEMENT(m, quant_float_forward, Backend);
+  QO_IMPLEMENT(m, quant_float_backward, Backend);
+  QO_IMPLEMENT(m, quant_block_forward, Backend);
+  QO_IMPLEMENT(m, quant_block_backward, Backend);
   QO_IMPLEMENT(m, int8_gemm, Backend);
   QO_IMPLEMENT(m, int8_linear, Backend);
   QO_IMPLEMENT(m, int8_conv2d, Backend);

@@ -43,6 +43,21 @@ class Space {
     strides_.push_back(s);
   }
 
+  // The index of every element, in row-major order of the shape.
+  void add_index() {
+    Ints s(shape_.size() * (blocked_ ? 2 : 1));
+    int64_t step = 1;
+    for (size_t d = shape_.size(); d-- > 0; step *= shape_[d]) {
+      if (blocked_) {
+        s[2 * d] = step * block_[d];
+        s[2 * d + 1] = step;
+      } else {
+        s[d] = step;
+      }
+    }
+    strides_.push_back(s);
+  }
+
   // A parameter that does not vary.
   void add_constant() { strides_.push_back(Ints(shape_.size() * (blocked_ ? 2 : 1), 0)); }
 

@@ -5,6 +5,9 @@
 #include "kernels/generic/dequantize.h"
 #include "kernels/generic/pack.h"
 #include "kernels/generic/quantize.h"
+#include "kernels/generic/quantize_block.h"
+#include "kernels/generic/quantize_float.h"
+#include "kernels/generic/random.h"
 #include "kernels/generic/range.h"
 #include "kernels/generic/straight_through.h"
 
@@ -21,6 +24,10 @@ constexpr VectorKernels kVectorKernels = {
     .range_columns = range_columns,
     .codes = codes,
     .pack = pack,
+    .quantize_float = quantize_float,
+    .quantize_blocks = quantize_blocks,
+    .quantize_block_columns = quantize_block_columns,
+    .random_words = random_words,
 };
 
 }  // namespace

@@ -116,6 +116,15 @@ struct Simd {
     return _mm256_and_ps(v, _mm256_or_ps(_mm256_cmp_ps(steps, lo, _CMP_LT_OQ), _mm256_cmp_ps(steps, hi, _CMP_GT_OQ)));
   }
   static QO_INLINE F nan_to_zero(F a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+  static QO_INLINE I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
+  static QO_INLINE I or_bits(I a, I b) { return _mm256_or_si256(a, b); }
+  static QO_INLINE I shift_left(I a, int by) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(by)); }
+  static QO_INLINE I shift_right(I a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+  static QO_INLINE F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static QO_INLINE F if_greater(I a, I b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)));
+  }
   static QO_INLINE I bits(F a) { return _mm256_castps_si256(a); }
   static QO_INLINE I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
 

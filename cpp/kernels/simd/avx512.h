@@ -123,6 +123,13 @@ struct Simd {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(below | above), v);
   }
   static QO_INLINE F nan_to_zero(F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+  static QO_INLINE I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
+  static QO_INLINE I or_bits(I a, I b) { return _mm512_or_si512(a, b); }
+  static QO_INLINE I shift_left(I a, int by) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(by)); }
+  static QO_INLINE I shift_right(I a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+  static QO_INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+  static QO_INLINE F if_greater(I a, I b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(a, b), no, yes); }
   static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
   static QO_INLINE I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 

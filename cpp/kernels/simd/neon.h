@@ -125,6 +125,15 @@ struct Simd {
     return keep(vorrq_u32(vcltq_f32(steps, lo), vcgtq_f32(steps, hi)), v);
   }
   static QO_INLINE F nan_to_zero(F a) { return keep(vceqq_f32(a, a), a); }
+  static QO_INLINE I and_bits(I a, I b) { return vandq_s32(a, b); }
+  static QO_INLINE I or_bits(I a, I b) { return vorrq_s32(a, b); }
+  static QO_INLINE I shift_left(I a, int by) { return vshlq_s32(a, vdupq_n_s32(by)); }
+  static QO_INLINE I shift_right(I a, int by) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-by)));
+  }
+  static QO_INLINE F as_float(I a) { return vreinterpretq_f32_s32(a); }
+  static QO_INLINE F if_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+  static QO_INLINE F if_greater(I a, I b, F yes, F no) { return vbslq_f32(vcgtq_s32(a, b), yes, no); }
   static QO_INLINE I bits(F a) { return vreinterpretq_s32_f32(a); }
   static QO_INLINE I abs_bits(F a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
 

@@ -87,6 +87,13 @@ struct Simd {
   static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
   static F keep_outside(F v, F steps, F lo, F hi) { return steps < lo || steps > hi ? v : 0.0f; }
   static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
+  static I and_bits(I a, I b) { return a & b; }
+  static I or_bits(I a, I b) { return a | b; }
+  static I shift_left(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) << by); }
+  static I shift_right(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) >> by); }  // zeros come in
+  static F as_float(I a) { return bits_float(static_cast<uint32_t>(a)); }
+  static F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
+  static F if_greater(I a, I b, F yes, F no) { return a > b ? yes : no; }  // signed
   static I bits(F a) { return static_cast<I>(float_bits(a)); }
   static I abs_bits(F a) { return static_cast<I>(float_bits(a) & 0x7fffffffu); }
 

@@ -6,6 +6,7 @@ The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raise
 from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, unpack_weight
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
+from quant_ops.ops.quantize_float import quant_block_backward, quant_block_forward, quant_float_backward, quant_float_forward
 from quant_ops.ops.sharding import register_rules
 
 register_rules()
@@ -17,6 +18,10 @@ __all__ = [
     "int8_gemm",
     "int8_linear",
     "pack_weight",
+    "quant_block_backward",
+    "quant_block_forward",
+    "quant_float_backward",
+    "quant_float_forward",
     "quant_tensor_backward",
     "quant_tensor_forward",
     "quantize_rows",
