@@ -97,8 +97,8 @@ def quant_float_forward(
             probability of the distance.
         block_size: one entry per dimension; scale then broadcasts to ``tensor.shape / block_size``.
         seed: of "stochastic": an int or an int64 tensor of one element, on the CPU or tensor's device. The random bits of an
-            element are those of Philox4x32-10 (Salmon et al., SC 2011) with this key and the element's row-major index, whatever the
-            threads, device and memory layout. None draws a seed from ``generator``, or from torch's default one.
+            element are those of Philox4x32-10 (Salmon et al., SC 2011) with this key and the element's row-major index, whatever
+            the threads, device and memory layout. None draws a seed from ``generator``, or from torch's default one.
 
     Returns:
         A tensor of tensor's shape, dtype and memory format. Differentiable in ``tensor``: the gradient passes where
