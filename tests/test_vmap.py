@@ -131,7 +131,81 @@ QUANTIZE = {
         scales(3, 1, 4),
     ),
 }
-SAMPLES = {"linear": LINEAR, "conv2d": CONV, "gemm": GEMM, "rows": ROWS, "quantize": QUANTIZE}
+
+
+def e4m3(x, s=None, seed=None, rounding="nearest_even", **options):
+    return qo.quant_float_forward(x, 4, 3, s, special="nan", rounding=rounding, seed=seed, **options)
+
+
+def e2m1_gradient(grad, x, s=None, **options):
+    return qo.quant_float_backward(grad, x, 2, 1, s, **options)
+
+
+def nvfp4(x, tensor_scale=None, dim=-1):
+    return qo.quant_block_forward(x, dim, 4, 2, 1, tensor_scale, scale_rule="e4m3")
+
+
+def seeds(*shape):
+    return torch.randint(-(2**63), 2**63 - 1, shape)
+
+
+FLOAT = {
+    "no scale": (e4m3, [1], X * 200),
+    "channels": (e4m3, [1, None], X, scales(3, 1)),
+    "scale of each sample": (e4m3, [0, 0], X, scales(3)),
+    "channels of each sample": (e4m3, [1, 2], X, scales(3, 1, 4)),
+    "many scales for one x": (e4m3, [None, 0], X[0], scales(5, 8)),
+    "numbers": (e4m3, [0, 0], X[0, 0], scales(8, 1)),
+    "blocks of each sample": (lambda x, s: e4m3(x, s, block_size=[2, 4]), [0, 0], X, scales(3, 2, 2)),
+    "float16, away": (lambda x: e4m3(x, rounding="nearest_away", saturate=False), [0], X.half() * 50),
+    "double": (e4m3, [0, None], X.double(), scales(8).double()),
+    "stochastic, one seed": (lambda x: e4m3(x, None, 5, "stochastic"), [1], X),
+    "stochastic, a seed each": (lambda x, s: e4m3(x, None, s, "stochastic"), [0, 0], X, seeds(3)),
+    "stochastic, many seeds for one x": (lambda x, s: e4m3(x, S[0], s, "stochastic"), [None, 0], X[0], seeds(4, 1)),
+    "a seed each that is not read": (
+        lambda x, s: torch.ops.quant_ops.quant_float_forward(x, 4, 3, None, s, special=1),
+        [0, 0],
+        X,
+        seeds(3),
+    ),
+    "gradient": (e2m1_gradient, [0, 1], X, X.movedim(0, 1).contiguous() * 5),
+    "one gradient": (e2m1_gradient, [None, 0, 0], X[0], X * 0.1, scales(3)),
+    "gradient of one x": (e2m1_gradient, [1, None], floats(4, 5, 8), X[0] * 5),
+    "gradient, many scales": (e2m1_gradient, [None, None, 0], X[0], X[0] * 0.1, scales(5, 1, 8)),
+    "gradient, blocks": (lambda g, x, s: e2m1_gradient(g, x, s, block_size=[4, 2]), [0, 0, None], X, X * 0.1, scales(4)),
+}
+BLOCK = {
+    "last": (nvfp4, [0], X),
+    "first": (lambda x: nvfp4(x, None, 0), [1], X),
+    "first from the end": (lambda x: nvfp4(x, None, -2), [2], X),
+    "vectors": (nvfp4, [0], X[0]),
+    "one tensor_scale": (lambda x: nvfp4(x, S[0]), [0], X),
+    "a tensor_scale each": (nvfp4, [0, 0], X, scales(3)),
+    "a tensor_scale each for one x": (nvfp4, [None, 0], X[0], scales(3, 1)),
+    "bfloat16": (lambda x: qo.quant_block_forward(x, 0, 3, 1, 6, bias=1, scale_rule="round_up"), [0], X.bfloat16()),
+    "stochastic": (
+        lambda x, s: qo.quant_block_forward(x, 1, 3, 3, 2, rounding="stochastic", seed=s),
+        [0, None],
+        X,
+        seeds(),
+    ),
+    "stochastic, a seed each": (
+        lambda x, s: qo.quant_block_forward(x, 1, 3, 3, 2, rounding="stochastic", seed=s),
+        [0, 0],
+        X,
+        seeds(3, 1),
+    ),
+    "gradient": (lambda g, x: qo.quant_block_backward(g, x, -1, 3, 2, 1, scale_rule="bfloat16"), [0, 1], X, X.movedim(0, 1)),
+    "one gradient": (lambda g, x: qo.quant_block_backward(g, x, 0, 3, 2, 1), [None, 0], X[0], X),
+    "gradient, a tensor_scale each": (
+        lambda g, x, s: qo.quant_block_backward(g, x, 1, 4, 2, 1, s, scale_rule="e4m3"),
+        [0, 0, 0],
+        X,
+        X,
+        scales(3) * 0.01,
+    ),
+}
+SAMPLES = {"linear": LINEAR, "conv2d": CONV, "gemm": GEMM, "rows": ROWS, "quantize": QUANTIZE, "float": FLOAT, "block": BLOCK}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +213,20 @@ SAMPLES = {"linear": LINEAR, "conv2d": CONV, "gemm": GEMM, "rows": ROWS, "quanti
 )
 def test_equals_a_loop(sample):
     same_as_a_loop(*sample)
+
+
+def test_drawn_seeds_follow_the_randomness_of_vmap():
+    """The same random bits in every sample, or each its own; torch refuses to choose."""
+
+    def draw(x):
+        return e4m3(x, None, None, "stochastic")
+
+    x = torch.full((4, 50), 1.05)
+    same, different = (torch.vmap(draw, randomness=kind)(x) for kind in ("same", "different"))
+    assert torch.equal(same, same[:1].expand_as(same))
+    assert len({tuple(row.tolist()) for row in different}) == 4
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(draw)(x)
 
 
 def test_an_empty_batch():
@@ -168,7 +256,17 @@ def test_layers(config):
     assert torch.equal(functional(x), torch.stack([model(one) for one in x]))
 
 
-def test_calls_once(monkeypatch):
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: qo.int8_linear(x, W, WS),
+        e4m3,
+        lambda x: e2m1_gradient(x, x),
+        nvfp4,
+        lambda x: qo.quant_block_backward(x, x, 0, 3, 2, 1),
+    ],
+)
+def test_calls_once(f):
     """One call of the operator for the whole batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -176,11 +274,11 @@ def test_calls_once(monkeypatch):
         calls = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls += func is torch.ops.quant_ops.int8_linear.default
+            self.calls += func.namespace == "quant_ops"
             return func(*args, **(kwargs or {}))
 
     with Count() as count:
-        torch.vmap(lambda x: qo.int8_linear(x, W, WS))(X)
+        torch.vmap(f)(X)
     assert count.calls == 1
 
 
@@ -196,6 +294,14 @@ def test_calls_once(monkeypatch):
         lambda: torch.vmap(lambda x: qo.int8_conv2d(x, K, KS))(floats(3, 2)),
         lambda: torch.vmap(lambda x: qo.int8_linear(x, W, WS, None, S[:, None]))(X),
         lambda: torch.vmap(lambda w: qo.int8_linear(X[0], w, WS))(codes(0, 6, 8)),
+        lambda: torch.vmap(e4m3)(floats(3), scales(3, 3)),
+        lambda: torch.vmap(lambda x: e4m3(x, S))(floats(3)),
+        lambda: torch.vmap(e2m1_gradient)(X, X[:, :, :7]),
+        lambda: torch.vmap(nvfp4)(floats(3)),
+        lambda: torch.vmap(lambda x: nvfp4(x, None, 1))(X[0]),
+        lambda: torch.vmap(lambda x: nvfp4(x, None, -2))(X[0]),
+        lambda: torch.vmap(lambda x, s: e4m3(x, None, s, "stochastic"))(X, seeds(3, 2)),
+        lambda: torch.vmap(lambda x: e4m3(x, None, 5, "stochastic"))(floats(0, 4)),
     ],
 )
 def test_what_the_operator_refuses_is_refused(call):

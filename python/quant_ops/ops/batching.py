@@ -1,8 +1,9 @@
 """torch.vmap of the operators: the batch dimension becomes one of rows, samples or blocks, so that a batch is one call.
 
 The results are those of a loop, bit for bit, since no operator's result for a row or sample depends on the others. A rule returns
-None where it does not apply, as with a batch of weights: then there is a loop. ``torch.library.register_vmap`` takes no operator
-with tensors that are keyword-only, hence the registration here. ``quant_tensor_backward`` has no rule: torch loops.
+None where it does not apply, as with a batch of weights or stochastic rounding: then there is a loop.
+``torch.library.register_vmap`` takes no operator with tensors that are keyword-only, hence the registration here.
+``quant_tensor_backward`` has no rule: torch loops.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant_ops.ops._register import register_kernel
+from quant_ops.ops.quantize_float import ROUNDINGS
 
 _ops = torch.ops.quant_ops
 
@@ -53,7 +55,9 @@ def _register(name: str) -> Callable[[Rule], Rule]:
 
 def _loop(name: str, call: Callable[..., Any], size: int, dims: Dims, named: Arguments) -> Any:
     if size == 0:
-        raise ValueError(f"quant_ops.{name}: expected a batch of at least one set of weights or scales in torch.vmap, got none")
+        raise ValueError(
+            f"quant_ops.{name}: expected a batch of at least one set of weights, scales or random bits in torch.vmap, got none"
+        )
 
     def at(index: int, name: str, value: Any) -> Any:
         return value.select(dims[name], index) if isinstance(value, Tensor) and dims[name] is not None else value
@@ -149,27 +153,81 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     return _ops.choose_qparams(**named), (0, 0)
 
 
+def _broadcasts_within_samples(size: int, dims: Dims, named: Arguments, *parameters: str) -> bool:
+    """Shapes scales, zero points and block_size for the tensor, whose batch dimension is the first. False where one would not
+    broadcast to a sample, which the batch dimension would hide."""
+    own = named["tensor"].dim() - 1
+    for name in parameters:
+        value, dim = named[name], dims[name]
+        if value is None or (dim is None and value.numel() == 1):
+            continue
+        shape = [n for d, n in enumerate(value.shape) if d != dim]
+        if math.prod(shape) == 1:
+            shape = []
+        if len(shape) > own:
+            return False
+        if dim is not None:
+            named[name] = value.movedim(dim, 0).reshape(size, *[1] * (own - len(shape)), *shape)
+    if named["block_size"] is not None:
+        named["block_size"] = [1, *named["block_size"]]
+    return True
+
+
 def _elementwise(op: Any) -> Rule:
     def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
-        tensor = named["tensor"] = _first(named["tensor"], dims["tensor"], size)
-        own = tensor.dim() - 1
-        for name in ("scale", "zero_point"):
-            value, dim = named[name], dims[name]
-            if value is None or (dim is None and value.numel() == 1):
-                continue
-            shape = [n for d, n in enumerate(value.shape) if d != dim]
-            if math.prod(shape) == 1:
-                shape = []
-            if len(shape) > own:  # an error, which the batch dimension would hide
-                return None
-            if dim is not None:
-                named[name] = value.movedim(dim, 0).reshape(size, *[1] * (own - len(shape)), *shape)
-        if named["block_size"] is not None:
-            named["block_size"] = [1, *named["block_size"]]
-        return op(**named), 0
+        named["tensor"] = _first(named["tensor"], dims["tensor"], size)
+        return (op(**named), 0) if _broadcasts_within_samples(size, dims, named, "scale", "zero_point") else None
 
     return rule
 
 
 _register("quant_tensor_forward")(_elementwise(_ops.quant_tensor_forward))
 _register("dequant_tensor")(_elementwise(_ops.dequant_tensor))
+
+# ---- simulated floating formats --------------------------------------------------------------------------------------
+
+_STOCHASTIC = ROUNDINGS.index("stochastic")
+
+
+def _draws(named: Arguments) -> bool:
+    """Whether an element's result depends on its index, which a batch dimension would change."""
+    return named.get("rounding") == _STOCHASTIC
+
+
+def _batched_tensors(size: int, dims: Dims, named: Arguments) -> None:
+    """The tensor and its gradient with the batch dimension first; without a seed, which only stochastic rounding reads."""
+    for name in ("tensor", "grad"):
+        if name in named:
+            named[name] = _first(named[name], dims[name], size)
+    if "seed" in named:
+        named["seed"] = None
+
+
+def _float_format(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        if _draws(named):
+            return None
+        _batched_tensors(size, dims, named)
+        return (op(**named), 0) if _broadcasts_within_samples(size, dims, named, "scale") else None
+
+    return rule
+
+
+def _blocks(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        if _draws(named) or dims["tensor_scale"] is not None:
+            return None
+        _batched_tensors(size, dims, named)
+        own = named["tensor"].dim() - 1
+        if not -own <= named["dim"] < own:
+            return None
+        named["dim"] = named["dim"] % own + 1
+        return op(**named), 0
+
+    return rule
+
+
+for _name in ("quant_float_forward", "quant_float_backward"):
+    _register(_name)(_float_format(getattr(_ops, _name)))
+for _name in ("quant_block_forward", "quant_block_backward"):
+    _register(_name)(_blocks(getattr(_ops, _name)))
