@@ -239,6 +239,69 @@ def test_dtensors(tmp_path):
     )
 
 
+def test_dtensors_of_floating_formats(tmp_path):
+    """As test_dtensors. What rounds stochastically is gathered, with one seed for all processes."""
+    in_two_processes(
+        tmp_path,
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        def same(got, expected):
+            assert got.shape == expected.shape and torch.equal(full(got), expected)
+
+        torch.manual_seed(0)
+        for shape in ((8, 6), (7, 5), (1, 4, 6), (1, 1)):
+            plain, grad = torch.randn(shape) * 3, torch.randn(shape)
+            scales = [torch.rand(()) + 0.1, torch.rand(shape[-1:]) + 0.1, torch.rand(*shape[:-1], 1) + 0.1]
+            for placement in (*map(Shard, range(len(shape))), Replicate()):
+                x, g = (distribute_tensor(t, mesh, [placement]) for t in (plain, grad))
+                for scale in (None, *scales):
+                    other = scale if scale is None else distribute_tensor(scale, mesh, [Replicate()])
+                    got = qo.quant_float_forward(x, 4, 3, other, special="nan")
+                    same(got, qo.quant_float_forward(plain, 4, 3, scale, special="nan"))
+                    assert got.placements == (placement,)
+                    same(qo.quant_float_backward(g, x, 2, 1, other), qo.quant_float_backward(grad, plain, 2, 1, scale))
+                tensor_scale = torch.full((1,) * len(shape), 0.01)
+                for dim in range(-len(shape), len(shape)):
+                    scale = distribute_tensor(tensor_scale, mesh, [Replicate()])
+                    got = qo.quant_block_forward(x, dim, 4, 2, 1, scale, scale_rule="e4m3")
+                    same(got, qo.quant_block_forward(plain, dim, 4, 2, 1, tensor_scale, scale_rule="e4m3"))
+                    split = isinstance(placement, Shard) and placement.dim == dim % len(shape)
+                    assert got.placements == ((Replicate(),) if split else (placement,))
+                    same(qo.quant_block_backward(g, x, dim, 3, 2, 1), qo.quant_block_backward(grad, plain, dim, 3, 2, 1))
+                    same(
+                        qo.quant_block_forward(x, dim, 3, 2, 1, rounding="stochastic", seed=4),
+                        qo.quant_block_forward(plain, dim, 3, 2, 1, rounding="stochastic", seed=4),
+                    )
+                leaves = [t.clone().requires_grad_() for t in (x, plain)]
+                for leaf in leaves:
+                    full(qo.quant_float_forward(leaf, 2, 1)).square().sum().backward()
+                same(leaves[0].grad, leaves[1].grad)
+                same(qo.E4M3(x), qo.E4M3(plain))
+                for seed in (7, torch.tensor([7])):
+                    got = qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=seed)
+                    same(got, qo.quant_float_forward(plain, 2, 1, rounding="stochastic", seed=7))
+                one = distribute_tensor(torch.tensor(7), mesh, [Replicate()])
+                same(qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=one), full(got))
+        scale = torch.rand(2, 3) + 0.1
+        x = distribute_tensor(plain := torch.randn(4, 6), mesh, [Shard(0)])
+        got = qo.quant_float_forward(x, 2, 1, distribute_tensor(scale, mesh, [Shard(1)]), block_size=[2, 2])
+        same(got, qo.quant_float_forward(plain, 2, 1, scale, block_size=[2, 2]))
+        mixed = (qo.quant_float_forward, x, 2, 1, scale)
+        refused(TypeError, "expected all tensors to be DTensors, got plain ['scale']", *mixed)
+        refused(ValueError, "dim in [-2, 1], got 2", qo.quant_block_forward, x, 2, 4, 2, 1)
+
+        torch.manual_seed(rank)  # processes that draw different seeds get the first one's
+        drawn = full(qo.quant_float_forward(x, 2, 1, rounding="stochastic"))
+        both = [torch.zeros_like(drawn) for _ in range(2)]
+        dist.all_gather(both, drawn)
+        assert torch.equal(*both)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, qo.quant_float_forward(plain, 2, 1, rounding="stochastic"))
+        """,
+    )
+
+
 def test_training_with_tensor_parallel_weights(tmp_path):
     in_two_processes(
         tmp_path,

@@ -1,8 +1,9 @@
 """The quantize family on DTensors: a slice that shares a scale has to lie in one process; what is split is gathered first.
 
 So the results are those of one process, bit for bit. They are sharded like the tensor; a scale or zero point is sharded with it
-where it has one element for every index, and replicated elsewhere. torch.distributed.tensor takes a second to import: the rules
-are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
+where it has one element for every index, and replicated elsewhere. With stochastic rounding an element's random bits depend on its
+index in the whole tensor, which is gathered; the seed is that of the mesh's first process. torch.distributed.tensor takes a second
+to import: the rules are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
 """
 
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 _ops = torch.ops.quant_ops
+_STOCHASTIC = 3  # as ROUNDINGS of quantize_float.py numbers it
 
 
 def register_rules() -> bool:
@@ -36,6 +38,9 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
 
         named = {argument.name: argument.default_value for argument in schema}
         named |= dict(zip(named, args, strict=False)) | (kwargs or {})
+        mesh = next(t for t in named.values() if isinstance(t, DTensor)).device_mesh
+        if isinstance(named.get("seed"), Tensor) and not isinstance(named["seed"], DTensor):
+            named["seed"] = _seed_of_first_process(named["seed"], mesh)
         tensors: dict[str, Any] = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         if plain := [key for key, value in tensors.items() if not isinstance(value, DTensor)]:
             raise TypeError(
@@ -45,7 +50,7 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
         tensor = tensors["x" if "x" in tensors else "tensor"]
         mesh, allowed = tensor.device_mesh, dims(**named)
 
-        where = {key: _placements(value, tensor, allowed) for key, value in tensors.items()}
+        where = {key: _placements(value, tensor, () if key in _WHOLE else allowed) for key, value in tensors.items()}
         local = {key: value.redistribute(mesh, where[key]).to_local() for key, value in tensors.items()}
         found = func(
             *({**named, **local}[argument.name] for argument in schema if not argument.kwarg_only),
@@ -65,6 +70,18 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
         return tuple(wrapped) if isinstance(found, tuple | list) else wrapped[0]
 
     return run
+
+
+# arguments of one element whatever the tensor's shape
+_WHOLE = ("seed", "tensor_scale")
+
+
+def _seed_of_first_process(seed: Tensor, mesh: Any) -> Tensor:
+    """Each process may have drawn another one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    made: Tensor = DTensor.from_local(seed.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=True)
+    return made
 
 
 def _placements(of: Any, tensor: Any, allowed: Sequence[int]) -> list[Any]:
@@ -92,6 +109,14 @@ def _all(tensor: Tensor, block_size: Sequence[int] | None = None, **_: Any) -> S
     return range(tensor.dim()) if block_size is None else ()
 
 
+def _format_dims(tensor: Tensor, block_size: Sequence[int] | None, rounding: int = 0, **_: Any) -> Sequence[int]:
+    return () if rounding == _STOCHASTIC else _all(tensor, block_size)
+
+
+def _outside_blocks(tensor: Tensor, dim: int, rounding: int = 0, **_: Any) -> Sequence[int]:
+    return () if rounding == _STOCHASTIC else [d for d in range(tensor.dim()) if d not in (dim, dim + tensor.dim())]
+
+
 def _whole_sums(tensor: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: Sequence[int] | None, **_: Any) -> list[int]:
     """Where every element of the scale and the zero point belongs to one process, so that no sum is split."""
     parameters = [scale, *([] if zero_point is None else [zero_point])]
@@ -114,6 +139,10 @@ _WAITING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "quant_tensor_forward": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
     "dequant_tensor": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_float_forward": (_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_float_backward": (_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_block_forward": (_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_block_backward": (_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
     "quant_tensor_backward": (
         _whole_sums,
         lambda tensor, scale, zero_point, **_: [
