@@ -237,3 +237,162 @@ def test_chosen_parameters_are_constants():
     with torch.autograd.forward_ad.dual_level():
         scale, _ = qo.choose_qparams(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(3, 4)), [], -127, 127)
         assert torch.autograd.forward_ad.unpack_dual(scale).tangent is None
+
+
+# ---- floating formats ------------------------------------------------------------------------------------------------------------
+
+_SCALED = torch.tensor([[0.5], [0.25], [2.0], [1.0]])
+_TWO_LEVELS = torch.tensor(2.0**-10)
+FORMATS = {
+    "format": lambda x: qo.quant_float_forward(x, 2, 1),
+    "scales": lambda x: qo.quant_float_forward(x, 4, 3, _SCALED.to(x.dtype) * 2**-7, special="nan"),
+    "away, infinity": lambda x: qo.quant_float_forward(x, 2, 2, special="ieee", saturate=False, rounding="nearest_away"),
+    "stochastic": lambda x: qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=4),
+    "blocks of scales": lambda x: qo.quant_float_forward(x, 2, 1, _SCALED.to(x.dtype), block_size=[1, 1, 5]),
+    "mxfp4": lambda x: qo.quant_block_forward(x, -1, 3, 2, 1),
+    "nvfp4": lambda x: qo.quant_block_forward(x, 1, 3, 2, 1, _TWO_LEVELS, scale_rule="e4m3"),
+    "bfloat16 scales": lambda x: qo.quant_block_forward(x, 0, 2, 1, 3, scale_rule="bfloat16", rounding="stochastic", seed=5),
+}
+of_formats = pytest.mark.parametrize("name", FORMATS)
+_OF_BLOCKS = ("mxfp4", "nvfp4", "bfloat16 scales")  # these take no float64
+
+
+def _inside(name, x):
+    """Where the gradient passes, by the documented formula."""
+    x = x.double()
+    if name in ("format", "stochastic"):
+        return x.abs() <= 6
+    if name == "scales":
+        return (x / _SCALED * 2**7).abs() <= 448
+    if name == "away, infinity":
+        return x.abs() <= 3.5
+    if name == "blocks of scales":
+        return (x / _SCALED).abs() <= 6
+    dim, size, largest = {"mxfp4": (2, 3, 6), "nvfp4": (1, 3, 6), "bfloat16 scales": (0, 2, 3.75)}[name]
+    parts = []
+    for part in x.float().split(size, dim):
+        amax = part.abs().amax(dim, keepdim=True)
+        if name == "mxfp4":
+            scale = 2.0 ** (torch.floor(torch.log2(amax)) - 2)
+        elif name == "nvfp4":
+            scale = (amax / 6 / _TWO_LEVELS).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).float() * _TWO_LEVELS
+        else:
+            scale = amax.bfloat16().float() / 3.75
+        parts.append((part / scale).abs() <= largest)
+    return torch.cat(parts, dim)
+
+
+def _x_of(name, dtype=torch.float32):
+    x = (torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(7)) * 4).to(dtype)
+    assert 0 < (~_inside(name, x)).sum() < x.numel() or name == "scales"
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, d) for n in FORMATS for d in (torch.float32, torch.bfloat16, torch.float64) if d != torch.float64 or n not in _OF_BLOCKS],
+)
+def test_gradient_of_a_format_passes_within_its_range(name, dtype):
+    x = _x_of(name, dtype).requires_grad_()
+    grad = torch.randn(3, 4, 5).to(dtype)
+    FORMATS[name](x).backward(grad)
+    assert torch.equal(x.grad, torch.where(_inside(name, x.detach()), grad, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, d) for n in FORMATS for d in (torch.float32, torch.float64) if d != torch.float64 or n not in _OF_BLOCKS],
+)
+def test_every_mode_agrees_on_formats(name, dtype):
+    """Backward, second derivatives, forward mode and torch.func, of a function that is not linear in the result."""
+    f, x = FORMATS[name], _x_of(name, dtype)
+    inside, y, v = _inside(name, x), f(x), torch.randn(3, 4, 5).to(dtype)
+    first, second = torch.where(inside, 3 * y.square(), 0), torch.where(inside, 6 * y, 0)
+    loss = lambda a: f(a).pow(3).sum()  # noqa: E731
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(grad, first)
+    torch.testing.assert_close(torch.autograd.grad(grad, leaf, v)[0], second * v)
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), first)
+    value, pull = torch.func.vjp(f, x)
+    assert torch.equal(value, y)
+    assert torch.equal(pull(v)[0], torch.where(inside, v, 0))
+    value, tangent = torch.func.jvp(f, (x,), (v,))
+    assert torch.equal(value, y)
+    assert torch.equal(tangent, torch.where(inside, v, 0))
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1], second * v)
+    torch.testing.assert_close(torch.func.grad(lambda a: (torch.func.grad(loss)(a) * v).sum())(x), second * v)
+    with torch.autograd.forward_ad.dual_level():
+        dual = f(torch.autograd.forward_ad.make_dual(x, v))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, torch.where(inside, v, 0))
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@of_formats
+def test_vmap_of_derivatives_of_formats(name):
+    f, x = FORMATS[name], torch.stack([_x_of(name), _x_of(name) * 0.7])
+    v = torch.randn(2, 3, 4, 5)
+    grad = torch.func.grad(lambda a: f(a).pow(3).sum())
+    tangent = lambda a, b: torch.func.jvp(f, (a,), (b,))[1]  # noqa: E731
+    assert torch.equal(torch.vmap(grad)(x), torch.stack([grad(a) for a in x]))
+    assert torch.equal(torch.vmap(tangent)(x, v), torch.stack([tangent(a, b) for a, b in zip(x, v, strict=True)]))
+    small = x[:, 0, 0, :] if name in ("format", "stochastic", "mxfp4") else x[:0]
+    for one in small:
+        diagonal = torch.diag(torch.func.jacrev(f)(one))
+        assert torch.equal(torch.func.jacrev(f)(one), torch.diag(diagonal))
+        assert torch.equal(torch.func.jacfwd(f)(one), torch.diag(diagonal))
+        assert torch.func.hessian(lambda a: f(a).pow(3).sum())(one).abs().sum() > 0
+
+
+def test_the_gradient_of_a_format_is_differentiable_in_the_incoming_one():
+    x, grad = floats(3, 4) * 5, floats(3, 4).double()
+    for f in (
+        lambda g: qo.quant_float_backward(g, x, 2, 1),
+        lambda g: qo.quant_block_backward(g, x, 1, 4, 2, 1, scale_rule="float32", scale_divisor=3.0),
+    ):
+        leaf = grad.clone().requires_grad_()
+        y = f(leaf)
+        assert y.dtype == x.dtype
+        y.sum().backward()
+        assert torch.equal(leaf.grad != 0, y.detach() != 0)
+        assert leaf.grad.dtype == leaf.dtype
+        tangent = torch.func.jvp(f, (grad,), (grad * 2,))[1]
+        assert torch.equal(tangent, 2 * f(grad))
+
+
+def _with_scale(name):
+    x = floats(4, 6)
+    return {
+        "format": lambda s: qo.quant_float_forward(x, 4, 3, s, special="nan"),
+        "blocks": lambda s: qo.quant_block_forward(x, 1, 3, 2, 1, s.sum(), scale_rule="e4m3"),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["format", "blocks"])
+@pytest.mark.parametrize("kind", ["backward", *_DERIVATIVES])
+def test_a_derivative_by_the_scale_of_a_format_is_refused(name, kind):
+    f = _with_scale(name)
+    match = rf"^quant_ops\.quant_{'float' if name == 'format' else 'block'}_forward: expected no derivative by a scale, got one"
+    derive = _DERIVATIVES.get(kind, lambda f, x: f(x.requires_grad_()).sum().backward())
+    with pytest.raises(RuntimeError, match=match):
+        derive(f, torch.ones(1))
+
+
+def test_a_scale_that_requires_a_gradient_may_be_used_where_none_is_asked_for():
+    x, scale = floats(4, 6), scales(4, 1).requires_grad_()
+    expected = qo.quant_float_forward(x, 4, 3, scale.detach())
+    with torch.no_grad():
+        assert torch.equal(qo.quant_float_forward(x, 4, 3, scale), expected)
+    assert torch.equal(qo.quant_float_forward(x, 4, 3, scale).detach(), expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
+@pytest.mark.parametrize("name", ["quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward"])
+def test_raw_operators_of_formats_inside_torch_func_say_what_to_call(name, transform):
+    op, x = getattr(ops, name), floats(2, 8)
+    before = (x,) if "backward" in name else ()
+    after = (2, 1) if "float" in name else (1, 4, 2, 1)
+    with pytest.raises(RuntimeError, match=rf"^quant_ops\.{name}: expected a call of quant_ops\.{name} inside"):
+        transform(lambda a: op(*before, a, *after).sum())(x)

@@ -6,6 +6,7 @@ Schemas are in ``cpp/torch/operators.h``, checks in ``cpp/torch/quantize_float.h
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +60,23 @@ def _call(op: Any, tensors: tuple[Tensor, ...], scale: Tensor | None, *args: Any
     return call_fast(op, tensors, *args, **named)
 
 
+@dataclass(frozen=True)
+class _Arguments:
+    """An operator's arguments other than tensors. A class of its own, since torch.func takes lists, tuples and dicts apart."""
+
+    operator: str
+    integers: Sequence[int]  # positional ones
+    named: dict[str, Any]
+
+    def call(self, *tensors: Tensor, last: Sequence[Tensor | None]) -> Tensor:
+        result: Tensor = getattr(_ops, self.operator).default(*tensors, *self.integers, *last, **self.named)
+        return result
+
+    def backward(self) -> "_Arguments":
+        named = {name: value for name, value in self.named.items() if name not in ("saturate", "rounding")}
+        return _Arguments(self.operator.replace("forward", "backward"), self.integers, named)
+
+
 # ---- quant_float_forward ---------------------------------------------------------------------------------------------
 
 
@@ -110,32 +128,19 @@ def quant_float_forward(
             format without infinity and NaN, or shapes that do not broadcast.
     """
     name = "quant_float_forward"
-    return _float_forward(
-        tensor,
-        exponent_bits,
-        mantissa_bits,
-        scale,
-        seed_tensor(name, rounding, seed, generator),
-        bias,
-        _number(name, "special", special, SPECIALS),
-        saturate,
-        subnormals,
-        _number(name, "rounding", rounding, ROUNDINGS),
-        block_size,
-    )
-
-
-def _float_forward(tensor: Tensor, e: int, m: int, scale: Tensor | None, seed: Tensor | None, *options: Any) -> Any:
+    widths = (exponent_bits, mantissa_bits)
+    options = {
+        "bias": bias,
+        "special": _number(name, "special", special, SPECIALS),
+        "saturate": saturate,
+        "subnormals": subnormals,
+        "rounding": _number(name, "rounding", rounding, ROUNDINGS),
+        "block_size": block_size,
+    }
+    random = seed_tensor(name, rounding, seed, generator)
     if not torch.compiler.is_compiling() and in_transform() is not None:
-        return call(_Simulate.apply, tensor, e, m, scale, seed, *options)
-    return _call(_ops.quant_float_forward.default, (tensor,), scale, e, m, scale, seed, **_named(options))
-
-
-_OPTIONS = ("bias", "special", "saturate", "subnormals", "rounding", "block_size")
-
-
-def _named(options: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(_OPTIONS, options, strict=True))
+        return call(_Simulate.apply, tensor, scale, random, _Arguments(name, widths, options))
+    return _call(_ops.quant_float_forward.default, (tensor,), scale, *widths, scale, random, **options)
 
 
 @fake_kernel("quant_float_forward")
@@ -144,35 +149,33 @@ def _(checked: Tensor, tensor: Tensor, **_: Any) -> Tensor:
 
 
 class _Simulate(torch.autograd.Function):
-    """quant_float_forward with its straight-through derivatives."""
+    """quant_float_forward or quant_block_forward with their straight-through derivatives."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor: Tensor, e: int, m: int, scale: Tensor | None, seed: Tensor | None, *options: Any) -> Tensor:
-        result: Tensor = _ops.quant_float_forward.default(tensor, e, m, scale, seed, **_named(options))
-        return result
+    def forward(tensor: Tensor, scale: Tensor | None, seed: Tensor | None, arguments: _Arguments) -> Tensor:
+        return arguments.call(tensor, last=(scale, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensor, e, m, scale, _, bias, special, _, subnormals, _, block_size = inputs
-        ctx.widths = e, m
-        ctx.options = {"bias": bias, "special": special, "subnormals": subnormals, "block_size": block_size}
+        tensor, scale, _, ctx.arguments = inputs
         ctx.save_for_backward(tensor, scale)
         ctx.save_for_forward(tensor, scale)
+        ctx.set_materialize_grads(False)  # zeros for a constant scale would look like a derivative by it
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         tensor, scale = ctx.saved_tensors
-        _refuse_scale("quant_float_forward", ctx.needs_input_grad[3])
-        return _gradient(_FLOAT, grad, tensor, ctx.widths, scale, ctx.options), *[None] * 10
+        _refuse_scale(ctx.arguments.operator, ctx.needs_input_grad[1])
+        return None if grad is None else _gradient(grad, tensor, scale, ctx.arguments.backward()), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         tensor, scale = ctx.saved_tensors
-        _refuse_scale("quant_float_forward", tangents[3] is not None)
+        _refuse_scale(ctx.arguments.operator, tangents[1] is not None)
         of_tensor = torch.zeros_like(tensor) if tangents[0] is None else tangents[0]
-        result: Tensor = _gradient(_FLOAT, of_tensor, tensor, ctx.widths, scale, ctx.options)
+        result: Tensor = _gradient(of_tensor, tensor, scale, ctx.arguments.backward())
         return result
 
 
@@ -189,8 +192,8 @@ def _float_forward_kernel(
 ) -> Any:
     if wants_derivative((tensor, scale)):
         _expect_no_transform("quant_float_forward")
-        defaults: dict[str, Any] = dict(zip(_OPTIONS, (None, 0, True, True, 0, None), strict=True))
-        return _Simulate.apply(tensor, exponent_bits, mantissa_bits, scale, seed, *(defaults | named).values())  # type: ignore[no-untyped-call]
+        arguments = _Arguments("quant_float_forward", (exponent_bits, mantissa_bits), named)
+        return _Simulate.apply(tensor, scale, seed, arguments)  # type: ignore[no-untyped-call]
     with _below_autograd():
         return _ops.quant_float_forward.default(tensor, exponent_bits, mantissa_bits, scale, seed, **named)
 
@@ -243,17 +246,18 @@ def quant_float_backward(
         "subnormals": subnormals,
         "block_size": block_size,
     }
-    return _gradient(_FLOAT, grad, tensor, (exponent_bits, mantissa_bits), scale, options)
+    return _gradient(grad, tensor, scale, _Arguments(_FLOAT, (exponent_bits, mantissa_bits), options))
 
 
 _FLOAT, _BLOCK = "quant_float_backward", "quant_block_backward"
 
 
-def _gradient(name: str, grad: Tensor, tensor: Tensor, widths: Sequence[int], scale: Tensor | None, options: dict[str, Any]) -> Any:
-    """The backward operator of this name; ``widths`` are its integers."""
+def _gradient(grad: Tensor, tensor: Tensor, scale: Tensor | None, arguments: _Arguments) -> Any:
+    """The backward operator that ``arguments`` names."""
     if not torch.compiler.is_compiling() and in_transform() is not None:
-        return call(_Pass.apply, grad, tensor, scale, name, widths, options)
-    return _call(getattr(_ops, name).default, (grad, tensor), scale, *widths, scale, **options)
+        return call(_Pass.apply, grad, tensor, scale, arguments)
+    operator = getattr(_ops, arguments.operator).default
+    return _call(operator, (grad, tensor), scale, *arguments.integers, scale, **arguments.named)
 
 
 @fake_kernel("quant_float_backward")
@@ -267,32 +271,27 @@ class _Pass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: Tensor, tensor: Tensor, scale: Tensor | None, name: str, widths: Sequence[int], options: dict[str, Any]
-    ) -> Tensor:
-        result: Tensor = getattr(_ops, name).default(grad, tensor, *widths, scale, **options)
-        return result
+    def forward(grad: Tensor, tensor: Tensor, scale: Tensor | None, arguments: _Arguments) -> Tensor:
+        return arguments.call(grad, tensor, last=(scale,))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad, tensor, scale, ctx.name, ctx.widths, ctx.options = inputs
+        grad, tensor, scale, ctx.arguments = inputs
         ctx.dtype = grad.dtype
         ctx.save_for_backward(tensor, scale)
         ctx.save_for_forward(tensor, scale)
 
     @staticmethod
-    def _again(ctx: Any, grad: Tensor) -> Any:
-        tensor, scale = ctx.saved_tensors
-        return _gradient(ctx.name, grad, tensor, ctx.widths, scale, ctx.options)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Pass._again(ctx, grad).to(ctx.dtype), *[None] * 5
+        tensor, scale = ctx.saved_tensors
+        return _gradient(grad, tensor, scale, ctx.arguments).to(ctx.dtype), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        of_grad = tangents[0]
-        result: Tensor = torch.zeros_like(ctx.saved_tensors[0]) if of_grad is None else _Pass._again(ctx, of_grad)
+        tensor, scale = ctx.saved_tensors
+        if tangents[0] is None:
+            return torch.zeros_like(tensor)
+        result: Tensor = _gradient(tangents[0], tensor, scale, ctx.arguments)
         return result
 
 
@@ -303,7 +302,7 @@ def _pass_kernel(name: str, widths: int) -> Any:
         scale = args[widths] if len(args) > widths else named.pop("scale", named.pop("tensor_scale", None))
         if wants_derivative((grad, tensor, scale)):
             _expect_no_transform(name)
-            return _Pass.apply(grad, tensor, scale, name, args[:widths], named)  # type: ignore[no-untyped-call]
+            return _Pass.apply(grad, tensor, scale, _Arguments(name, args[:widths], named))  # type: ignore[no-untyped-call]
         with _below_autograd():
             return getattr(_ops, name).default(grad, tensor, *args[:widths], scale, **named)
 
@@ -361,63 +360,22 @@ def quant_block_forward(
     """
     name = "quant_block_forward"
     widths = (dim, block_size, exponent_bits, mantissa_bits)
-    options = (
-        bias,
-        _number(name, "special", special, SPECIALS),
-        _number(name, "rounding", rounding, ROUNDINGS),
-        _number(name, "scale_rule", scale_rule, SCALE_RULES),
-        scale_divisor,
-    )
+    options = {
+        "bias": bias,
+        "special": _number(name, "special", special, SPECIALS),
+        "rounding": _number(name, "rounding", rounding, ROUNDINGS),
+        "scale_rule": _number(name, "scale_rule", scale_rule, SCALE_RULES),
+        "scale_divisor": scale_divisor,
+    }
     random = seed_tensor(name, rounding, seed, generator)
     if not torch.compiler.is_compiling() and in_transform() is not None:
-        return call(_SimulateBlocks.apply, tensor, *widths, tensor_scale, random, *options)
-    return _call(_ops.quant_block_forward.default, (tensor,), tensor_scale, *widths, tensor_scale, random, **_named_block(options))
-
-
-_BLOCK_OPTIONS = ("bias", "special", "rounding", "scale_rule", "scale_divisor")
-
-
-def _named_block(options: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(_BLOCK_OPTIONS, options, strict=True))
+        return call(_Simulate.apply, tensor, tensor_scale, random, _Arguments(name, widths, options))
+    return _call(_ops.quant_block_forward.default, (tensor,), tensor_scale, *widths, tensor_scale, random, **options)
 
 
 @fake_kernel("quant_block_forward")
 def _(checked: Tensor, tensor: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(tensor, dtype=checked.dtype)
-
-
-class _SimulateBlocks(torch.autograd.Function):
-    """quant_block_forward with its straight-through derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor: Tensor, *args: Any) -> Tensor:
-        result: Tensor = _ops.quant_block_forward.default(tensor, *args[:6], **_named_block(args[6:]))
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensor, *widths, tensor_scale, _ = inputs[:7]
-        bias, special, _, scale_rule, scale_divisor = inputs[7:]
-        ctx.widths = tuple(widths)
-        ctx.options = {"bias": bias, "special": special, "scale_rule": scale_rule, "scale_divisor": scale_divisor}
-        ctx.save_for_backward(tensor, tensor_scale)
-        ctx.save_for_forward(tensor, tensor_scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, tensor_scale = ctx.saved_tensors
-        _refuse_scale("quant_block_forward", ctx.needs_input_grad[5])
-        return _gradient(_BLOCK, grad, tensor, ctx.widths, tensor_scale, ctx.options), *[None] * 11
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        tensor, tensor_scale = ctx.saved_tensors
-        _refuse_scale("quant_block_forward", tangents[5] is not None)
-        of_tensor = torch.zeros_like(tensor) if tangents[0] is None else tangents[0]
-        result: Tensor = _gradient(_BLOCK, of_tensor, tensor, ctx.widths, tensor_scale, ctx.options)
-        return result
 
 
 def _block_forward_kernel(
@@ -433,8 +391,8 @@ def _block_forward_kernel(
     widths = (dim, block_size, exponent_bits, mantissa_bits)
     if wants_derivative((tensor, tensor_scale)):
         _expect_no_transform("quant_block_forward")
-        defaults: dict[str, Any] = dict(zip(_BLOCK_OPTIONS, (None, 0, 0, 0, None), strict=True))
-        return _SimulateBlocks.apply(tensor, *widths, tensor_scale, seed, *(defaults | named).values())  # type: ignore[no-untyped-call]
+        arguments = _Arguments("quant_block_forward", widths, named)
+        return _Simulate.apply(tensor, tensor_scale, seed, arguments)  # type: ignore[no-untyped-call]
     with _below_autograd():
         return _ops.quant_block_forward.default(tensor, *widths, tensor_scale, seed, **named)
 
@@ -473,7 +431,7 @@ def quant_block_backward(
         "scale_rule": _number(name, "scale_rule", scale_rule, SCALE_RULES),
         "scale_divisor": scale_divisor,
     }
-    return _gradient(_BLOCK, grad, tensor, (dim, block_size, exponent_bits, mantissa_bits), tensor_scale, options)
+    return _gradient(grad, tensor, tensor_scale, _Arguments(name, (dim, block_size, exponent_bits, mantissa_bits), options))
 
 
 @fake_kernel("quant_block_backward")
