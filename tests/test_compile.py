@@ -114,6 +114,66 @@ def test_compile_of_training_with_a_learned_scale():
             assert torch.equal(e.grad, t.grad)
 
 
+def test_compile_of_floating_formats():
+    scale = torch.rand(12) + 0.5
+
+    def everything(x, grad, seed):
+        return (
+            qo.quant_float_forward(x, 4, 3, scale, special="nan", saturate=False),
+            qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=seed),
+            qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=5),
+            qo.quant_float_backward(grad, x, 2, 1, scale, bias=3),
+            qo.quant_block_forward(x, -1, 5, 2, 1, scale_rule="e4m3"),
+            qo.quant_block_forward(x, 0, 4, 5, 2, special="ieee", scale_rule="even", rounding="stochastic", seed=seed),
+            qo.quant_block_backward(grad, x, 1, 4, 1, 6, bias=1, scale_rule="bfloat16", scale_divisor=0.5),
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(everything, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (5, 9, 2):
+        arguments = floats(batch, 12), floats(batch, 12), torch.tensor(batch)
+        for result, expected in zip(compiled(*arguments), everything(*arguments), strict=True):
+            assert result.dtype == expected.dtype
+            assert torch.equal(result, expected)
+    assert counter.frame_count == 1
+
+
+def test_compile_of_training_with_floating_formats():
+    def loss(x, seed):
+        blocks = qo.quant_block_forward(x * 0.5, -1, 4, 2, 1, scale_rule="e4m3")
+        return (qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=seed) * x.detach().cos() + blocks.square()).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (4, 6):
+        x, seed = floats(batch, 12) * 4, torch.tensor(batch)
+        eager, traced = x.clone().requires_grad_(), x.clone().requires_grad_()
+        loss(eager, seed).backward()
+        compiled(traced, seed).backward()
+        assert 0 < (eager.grad == 0).sum() < eager.numel()
+        assert torch.equal(eager.grad, traced.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_draws_a_seed_for_every_call(backend):
+    """Fresh random bits a call, from torch's generator."""
+    compiled = torch.compile(
+        lambda x: qo.quant_float_forward(x, 2, 1, rounding="stochastic"), backend=backend, fullgraph=True, dynamic=True
+    )
+    x = floats(5, 40)
+    first = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        first.append([compiled(x) for _ in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*first, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[0], first[0][1:], strict=False))
+
+
+def test_compile_refuses_a_format_in_the_words_of_the_operator():
+    compiled = torch.compile(qo.quant_float_forward, backend="aot_eager", fullgraph=True, dynamic=True)
+    with pytest.raises(Exception, match=r"quant_ops\.quant_float_forward: expected exponent_bits in \[1, 8\], got 9"):
+        compiled(floats(3, 5), 9, 3)
+
+
 # ---- torch.export --------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +192,40 @@ def test_export_with_a_dynamic_batch(static, strict):
     for exported in (program, torch.export.load(file), program.run_decompositions()):
         for n in (4, 1, 9):
             assert torch.equal(exported.module()(images(n)), model(images(n)))
+
+
+class _Stochastic(nn.Module):
+    def __init__(self, of_blocks):
+        super().__init__()
+        self.of_blocks = of_blocks
+
+    def forward(self, x, seed=None):
+        if self.of_blocks:
+            return qo.quant_block_forward(x, -1, 8, 2, 1, rounding="stochastic", seed=seed)
+        return qo.quant_float_forward(x, 2, 1, rounding="stochastic", seed=seed)
+
+
+@pytest.mark.parametrize("of_blocks", [False, True], ids=["format", "blocks"])
+def test_export_of_stochastic_rounding(of_blocks):
+    """A seed that is an input decides the bits; one that is drawn is drawn in every call, from torch's generator."""
+    module, x = _Stochastic(of_blocks), floats(4, 50)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    with_seed = torch.export.export(module, (x, torch.tensor(0)), dynamic_shapes=(batch, None)).module()
+    for seed in (torch.tensor(5), torch.tensor(-6)):
+        assert torch.equal(with_seed(x[:3], seed), module(x[:3], seed))
+    assert not torch.equal(with_seed(x, torch.tensor(5)), with_seed(x, torch.tensor(-6)))
+
+    program = torch.export.export(module, (x,), dynamic_shapes=(batch,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for drawing in (program.module(), torch.export.load(file).module(), program.run_decompositions().module()):
+        torch.manual_seed(8)
+        got = drawing(x), drawing(x)
+        torch.manual_seed(8)
+        assert torch.equal(got[0], module(x))
+        assert torch.equal(got[1], module(x))
+        assert not torch.equal(*got)
 
 
 @pytest.mark.slow

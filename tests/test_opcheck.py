@@ -8,6 +8,7 @@ from operands import codes, floats, scales
 from torch import Tensor
 
 import quant_ops as qo
+from quant_ops.ops.quantize_float import ROUNDINGS, SCALE_RULES, SPECIALS
 
 ops = torch.ops.quant_ops
 
@@ -178,7 +179,74 @@ _PACK = {
     "multiplier": call(codes(10, 1, 3, 3), 5),
     "no_columns": call(codes(0, 5)),
 }
+_SEED = torch.tensor(-3)
+_FLOAT = {
+    "no_scale": call(_IMAGE, 4, 3),
+    "one_element_scale": call(_IMAGE, 4, 3, scales(1), special=1),
+    "per_channel": call(_IMAGE, 5, 2, scales(6, 1, 1), special=2),
+    "batch_and_column": call(_IMAGE, 2, 1, scales(2, 1, 1, 7), bias=3),
+    "infinity": call(_IMAGE, 5, 10, special=2, saturate=False),
+    "no_subnormals": call(_IMAGE, 3, 2, subnormals=False, rounding=1),
+    "stochastic": call(_IMAGE, 2, 1, None, _SEED, rounding=3),
+    "stochastic_channels_last": call(_LAST, 8, 7, scales(6, 1, 1), torch.tensor([9]), special=2, rounding=3),
+    "float16": call(_IMAGE.half(), 4, 3, _S),
+    "bfloat16": call(_IMAGE.bfloat16(), 4, 3, scales(6, 1, 1, dtype=torch.bfloat16), rounding=2),
+    "float64": call(_IMAGE.double(), 4, 3, _S.double()),
+    "channels_last": call(_LAST, 4, 3, scales(6, 1, 1)),
+    "transposed": call(floats(5, 9).T, 4, 3, scales(9, 1)),
+    "sliced": call(floats(6, 12)[1:, ::3], 4, 3, scales(6, 4)[1:]),
+    "expanded": call(floats(1, 4).expand(3, 4), 4, 3, _S),
+    "scalar": call(floats(), 4, 3, _S),
+    "empty": call(floats(0, 6, 5), 4, 3, scales(6, 1)),
+    "blocks": call(floats(6, 8), 4, 3, scales(3, 2), block_size=[2, 4]),
+    "learned": call(*_learning(_LAST), 4, 3, _S, None, bias=8, special=1),
+    "learned_stochastic": call(*_learning(_IMAGE), 4, 3, None, _SEED, rounding=3),
+}
+_FLOAT_BACKWARD = {
+    "no_scale": call(floats(3, 5), floats(3, 5), 2, 1),
+    "per_channel": call(floats(2, 6, 5, 7), _LAST, 4, 3, scales(6, 1, 1), bias=12, special=1),
+    "float16": call(floats(3, 5), floats(3, 5, dtype=torch.float16), 2, 1, _S, subnormals=False),
+    "float64": call(floats(3, 5), floats(3, 5).double(), 2, 1, _S.double()),
+    "expanded_grad": call(torch.ones(()).expand(3, 5), floats(3, 5), 2, 1),
+    "blocks": call(floats(4, 6), floats(6, 4).T, 2, 1, scales(2, 3), block_size=[2, 2]),
+    "empty": call(floats(0, 5), floats(0, 5), 2, 1, scales(5)),
+    "learned": call(*_learning(floats(3, 5), floats(3, 5)), 2, 1, _S),
+}
+_BLOCKS = {
+    "last": call(_IMAGE, -1, 4, 2, 1),
+    "channels": call(_IMAGE, 1, 4, 4, 3, special=1, scale_rule=1),
+    "channels_last": call(_LAST, 1, 4, 4, 3, special=1, scale_rule=2),
+    "across_channels_last": call(_LAST, -1, 3, 5, 2, special=2, scale_rule=3),
+    "two_levels": call(floats(3, 40), 1, 16, 2, 1, _S, scale_rule=4),
+    "divisor": call(floats(3, 40), 1, 64, 1, 6, bias=1, scale_rule=5, scale_divisor=1.0),
+    "stochastic": call(_IMAGE, 0, 2, 3, 2, None, _SEED, rounding=3, scale_rule=6),
+    "float16": call(_IMAGE.half(), -1, 4, 2, 1, rounding=1),
+    "bfloat16": call(_IMAGE.bfloat16(), -2, 4, 2, 1, rounding=2),
+    "transposed": call(floats(5, 9).T, 1, 4, 2, 1),
+    "sliced": call(floats(6, 12)[1:, ::3], 1, 4, 2, 1),
+    "expanded": call(floats(1, 4).expand(3, 4), 0, 2, 2, 1),
+    "one_block": call(floats(7), 0, 32, 2, 1),
+    "empty": call(floats(0, 6, 5), 0, 4, 2, 1),
+    "empty_blocks": call(floats(4, 0), 1, 4, 2, 1),
+    "learned": call(*_learning(_LAST), 1, 4, 2, 1),
+    "learned_two_levels": call(*_learning(_IMAGE), -1, 16, 2, 1, _S, _SEED, rounding=3, scale_rule=4),
+}
+_BLOCKS_BACKWARD = {
+    "last": call(floats(3, 40), floats(3, 40), 1, 16, 2, 1),
+    "channels_last": call(floats(2, 6, 5, 7), _LAST, 1, 4, 4, 3, special=1, scale_rule=2),
+    "two_levels": call(floats(3, 40), floats(3, 40), 0, 2, 2, 1, _S, scale_rule=4),
+    "divisor": call(floats(3, 40), floats(3, 40), 1, 64, 1, 6, bias=1, scale_rule=5, scale_divisor=0.5),
+    "float16": call(floats(3, 5), floats(3, 5, dtype=torch.float16), 1, 4, 2, 1),
+    "expanded_grad": call(torch.ones(()).expand(3, 5), floats(5, 3).T, 1, 4, 2, 1),
+    "sliced": call(floats(5, 4), floats(6, 12)[1:, ::3], 1, 4, 2, 1),
+    "empty": call(floats(0, 5), floats(0, 5), 1, 4, 2, 1),
+    "learned": call(*_learning(floats(3, 5), floats(3, 5)), 1, 4, 2, 1),
+}
 SAMPLES = {
+    "quant_float_forward": _FLOAT,
+    "quant_float_backward": _FLOAT_BACKWARD,
+    "quant_block_forward": _BLOCKS,
+    "quant_block_backward": _BLOCKS_BACKWARD,
     "quant_tensor_forward": _FORWARD,
     "quant_tensor_backward": _BACKWARD,
     "dequant_tensor": _DEQUANT,
@@ -220,11 +288,19 @@ def test_every_operator_is_checked():
     assert {name for name in names if not name.startswith("_")} == set(SAMPLES)
 
 
+_NAMES = {"special": SPECIALS, "rounding": ROUNDINGS, "scale_rule": SCALE_RULES}
+
+
 @pytest.mark.parametrize("op", SAMPLES)
 def test_the_signature_of_the_wrapper_is_the_schema(op):
-    """Names, order, what is keyword-only, and defaults: the schema in C++ is the source, the typed wrapper its documentation."""
+    """Names, order, what is keyword-only, and defaults: the schema in C++ is the source, the typed wrapper its documentation.
+
+    Wrappers of floating formats have names for numbers, and last a seed and a generator to draw one from.
+    """
 
     def default(parameter):
+        if parameter.name in _NAMES:
+            return _NAMES[parameter.name].index(parameter.default)
         if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
             return [parameter.default] * 2
         return {torch.float32: 6}.get(parameter.default, parameter.default)  # as schemas number it
@@ -234,8 +310,16 @@ def test_the_signature_of_the_wrapper_is_the_schema(op):
         (p.name, p.kind is p.KEYWORD_ONLY, empty if p.default is empty else default(p))
         for p in inspect.signature(getattr(qo, op)).parameters.values()
     ]
-    schema = getattr(ops, op).default._schema.arguments
-    assert wrapper == [(a.name, a.kwarg_only, a.default_value if a.has_default_value() else empty) for a in schema]
+    schema = [
+        (a.name, a.kwarg_only, a.default_value if a.has_default_value() else empty)
+        for a in getattr(ops, op).default._schema.arguments
+    ]
+    if ("generator", True, None) in wrapper:
+        assert wrapper[-2:] == [("seed", True, None), ("generator", True, None)]
+        wrapper, schema = wrapper[:-2], [a for a in schema if a != ("seed", False, None)]
+        wrapper.sort(key=lambda a: (a[1], a[0] if a[1] else ""))  # what is keyword-only has no order
+        schema.sort(key=lambda a: (a[1], a[0] if a[1] else ""))
+    assert wrapper == schema
 
 
 @pytest.mark.parametrize("sample", SAMPLES["unpack_weight"])
