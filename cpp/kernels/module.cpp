@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -301,6 +302,79 @@ void codes(const std::string& isa, const py::array& x, const std::string& dtype,
   table_of(isa).codes(x.data(), dtype_of(dtype), x.size(), scale, zero_point, static_cast<uint8_t*>(y.mutable_data()));
 }
 
+// ---- floating formats -----------------------------------------------------------------------------------------------
+
+template <class T>
+const T* data_or_null(const std::optional<Vector<T>>& v) {
+  return v ? v->data() : nullptr;
+}
+const void* data_or_null(const std::optional<py::array>& v) { return v ? v->data() : nullptr; }
+
+void expect_size(int64_t size, int64_t expected) {
+  if (size != expected) throw py::value_error("inconsistent shapes");
+}
+
+void quantize_float(const std::string& isa, const py::array& x, py::array y, const std::string& dtype, const FloatFormat& format,
+                    const std::optional<Vector<float>>& scale, const std::optional<Vector<uint32_t>>& random,
+                    const std::optional<py::array>& grad) {
+  FloatRun run;
+  expect_size(y.size(), x.size());
+  if (scale && scale->size() != 1) expect_size(scale->size(), x.size());
+  if (random) expect_size(random->size(), x.size());
+  if (grad) expect_size(grad->size(), x.size());
+  run.x = x.data();
+  run.grad = data_or_null(grad);
+  run.y = y.mutable_data();
+  run.n = x.size();
+  run.dtype = dtype_of(dtype);
+  run.scale = data_or_null(scale);
+  run.scale_step = scale && scale->size() != 1 ? 1 : 0;
+  run.random = data_or_null(random);
+  run.format = format;
+  table_of(isa).quantize_float(run);
+}
+
+// Blocks of one dimension of x are contiguous ones: x starts with block `first` of a row of `length` elements. Those of two lie
+// down the columns; x, grad and y have rows equally far apart.
+void quantize_block(const std::string& isa, const py::array& x, py::array y, const std::string& dtype, const FloatFormat& element,
+                    int32_t rule, float divisor, float tensor_scale, int64_t length, int64_t block, int64_t first, int64_t blocks,
+                    const std::optional<Vector<uint32_t>>& random, const std::optional<py::array>& grad) {
+  BlockRun run;
+  expect_size(y.size(), x.size());
+  if (random) expect_size(random->size(), x.size());
+  if (grad) expect_size(grad->size(), x.size());
+  run.x = x.data();
+  run.grad = data_or_null(grad);
+  run.y = y.mutable_data();
+  run.dtype = dtype_of(dtype);
+  run.format = {element, static_cast<ScaleRule>(rule), divisor};
+  run.tensor_scale = tensor_scale;
+  run.random = data_or_null(random);
+  if (x.ndim() == 1) {
+    run.length = length;
+    run.block = block;
+    run.first = first;
+    run.blocks = blocks;
+    table_of(isa).quantize_blocks(run);
+  } else {
+    expect_size(y.strides(0), x.strides(0));
+    if (grad) expect_size(grad->strides(0), x.strides(0));
+    run.length = x.shape(0);
+    run.columns = x.shape(1);
+    run.row = x.strides(0) / x.itemsize();
+    table_of(isa).quantize_block_columns(run);
+  }
+}
+
+void random_words(const std::string& isa, uint64_t seed, uint64_t first, Vector<uint32_t> words) {
+  table_of(isa).random_words(seed, first, words.size(), words.mutable_data());
+}
+
+FloatFormat make_format(int exponent_bits, int mantissa_bits, int bias, int special, bool saturate, bool subnormals, int rounding) {
+  return float_format(exponent_bits, mantissa_bits, bias, static_cast<SpecialCodes>(special), saturate, subnormals,
+                      static_cast<Rounding>(rounding));
+}
+
 int64_t peak(const std::string& isa, int64_t iterations) {
   const KernelTable& table = table_of(isa);
   py::gil_scoped_release release;
@@ -343,5 +417,17 @@ PYBIND11_MODULE(_kernels, m) {
         "abs_bits"_a.noconvert());
   m.def("range", &q::range, "isa"_a, "x"_a, "dtype"_a, "(min, max, bits of the largest magnitude) of x.");
   m.def("codes", &q::codes, "isa"_a, "x"_a, "dtype"_a, "scale"_a, "zero_point"_a, "y"_a, "Activations for the GEMM, as bytes.");
+  py::class_<q::FloatFormat>(m, "FloatFormat", "A floating format, with its rounding.")
+      .def(py::init(&q::make_format), "exponent_bits"_a, "mantissa_bits"_a, "bias"_a, "special"_a = 0, "saturate"_a = true,
+           "subnormals"_a = true, "rounding"_a = 0)
+      .def_readonly("largest", &q::FloatFormat::largest)
+      .def_property_readonly(
+          "method", [](const q::FloatFormat& f) { return static_cast<int>(f.method); }, "How kernels round to it: RoundingMethod.");
+  m.def("quantize_float", &q::quantize_float, "isa"_a, "x"_a, "y"_a, "dtype"_a, "format"_a, "scale"_a = py::none(),
+        "random"_a = py::none(), "grad"_a = py::none());
+  m.def("quantize_block", &q::quantize_block, "isa"_a, "x"_a, "y"_a, "dtype"_a, "element"_a, "rule"_a, "divisor"_a,
+        "tensor_scale"_a = 1.0f, "length"_a = 0, "block"_a = 0, "first"_a = 0, "blocks"_a = 0, "random"_a = py::none(),
+        "grad"_a = py::none());
+  m.def("random_words", &q::random_words, "isa"_a, "seed"_a, "first"_a, "words"_a.noconvert(), "Those of stochastic rounding.");
   m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
 }
