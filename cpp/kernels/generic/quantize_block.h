@@ -29,7 +29,8 @@ struct BlockScales {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
       const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
       *scale = Simd::if_less(amax, finite_below, beyond, nan);
-      *factor = Simd::mul(power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254)))), Simd::set(1.0f));
+      const F reciprocal = power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254))));
+      *factor = Simd::if_less(*scale, finite_below, reciprocal, nan);
       return;
     }
     F s = ratio(amax);
@@ -45,7 +46,7 @@ struct BlockScales {
   QO_INLINE static F power(I field) { return Simd::as_float(Simd::max(Simd::shift_left(field, 23), Simd::set_int(0x00400000))); }
 
   // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent
-  // where the rule rounds it up. Where amax is subnormal the exponent is too large, but below -127 anyway.
+  // where the rule rounds it up. With a positive `top` a subnormal amax gives less than -127, whatever its exponent is taken for.
   QO_INLINE I exponent_field(I amax_bits) const {
     if (format.rule == ScaleRule::kRoundUp) {
       const I bits = Simd::bits(Simd::div(Simd::as_float(amax_bits), Simd::set(format.element.largest)));
@@ -53,9 +54,15 @@ struct BlockScales {
       return Simd::bits(Simd::if_greater(bits, Simd::set_int(0x00400000), Simd::as_float(field), Simd::set(0.0f)));
     }
     const int32_t carry = format.rule == ScaleRule::kFloor  ? 0
-                          : format.rule == ScaleRule::kEven ? 1 << (22 - format.element.mantissa_bits)
+                          : format.rule == ScaleRule::kEven ? (1 << 22) >> format.element.mantissa_bits
                                                             : 0x007fffff;
-    return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), Simd::set_int(top));
+    I less = Simd::set_int(top);
+    if (top <= 0) {  // 2^64 amax has an exponent in its bits
+      const F amax = Simd::as_float(amax_bits), smallest_normal = Simd::set(0x1p-126f);
+      amax_bits = Simd::bits(Simd::if_less(amax, smallest_normal, Simd::mul(amax, Simd::set(0x1p64f)), amax));
+      less = Simd::bits(Simd::if_less(amax, smallest_normal, Simd::as_float(Simd::set_int(top + 64)), Simd::as_float(less)));
+    }
+    return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), less);
   }
 
   QO_INLINE F ratio(F amax) const {
