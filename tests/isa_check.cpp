@@ -221,6 +221,96 @@ void check_range(const KernelTable& table, Random* random, DType dtype, Log* log
   log->add(named("range: dtype, n", {int64_t(dtype), n}), values, sizeof(values), DType::kFloat32);
 }
 
+// A format that kernels round to by any of the three methods.
+FloatFormat any_format(Random* random) {
+  static const int kWidths[][4] = {{4, 3, 7, 1},  {5, 2, 15, 2},  {2, 1, 1, 0},    {1, 6, 1, 0},    {3, 0, 3, 0},
+                                   {3, 2, 20, 0}, {8, 7, 127, 2}, {8, 10, 127, 2}, {8, 23, 127, 2}, {4, 3, -112, 0}};
+  const int* w = kWidths[random->between(0, 9)];
+  const SpecialCodes special = static_cast<SpecialCodes>(w[3]);
+  const bool saturate = special == SpecialCodes::kNone || random->one_in(2), subnormals = w[0] == 1 || random->one_in(2);
+  return float_format(w[0], w[1], w[2], special, saturate, subnormals, static_cast<Rounding>(random->between(0, 3)));
+}
+
+// From anywhere, often where the counter's high half changes.
+void draw_words(const KernelTable& table, Random* random, const Edge<uint32_t>& words) {
+  const uint64_t seed = random->bits(), anywhere = random->bits() >> 2;
+  const uint64_t near = (uint64_t{1} << 34) - static_cast<uint64_t>(random->between(0, 80));
+  table.random_words(seed, random->one_in(2) ? near : anywhere, words.bytes() / 4, words.data());
+}
+
+void check_random_words(const KernelTable& table, Random* random, Log* log) {
+  const int64_t n = random->between(1, 300);
+  const Edge<uint32_t> words(n);
+  draw_words(table, random, words);
+  log->add(named("random_words: n", {n}), words.data(), words.bytes(), DType::kInt32);
+}
+
+void check_quantize_float(const KernelTable& table, Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 150);
+  const bool forward = random->one_in(2) || random->one_in(2), scaled = random->one_in(2);
+  const Bytes x(n * dtype_bytes(dtype)), grad(n * dtype_bytes(dtype)), y(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 12, 10);
+  fill(grad, dtype, random, 20, 0);
+  const Edge<uint32_t> words(n);
+  draw_words(table, random, words);
+  FloatRun r;
+  r.format = any_format(random);
+  r.scale_step = static_cast<int>(random->between(0, 1));
+  const Edge<float> scale(r.scale_step ? n : 1, [&](int64_t) { return std::fabs(random->real(8, 20)); });
+  r.x = x.data();
+  r.grad = forward ? nullptr : grad.data();
+  r.y = y.data();
+  r.n = n;
+  r.dtype = dtype;
+  r.scale = scaled ? scale.data() : nullptr;
+  r.random = r.format.rounding == Rounding::kStochastic ? words.data() : nullptr;
+  table.quantize_float(r);
+  log->add(named("quantize_float: dtype, forward, scaled, mantissa bits, n",
+                 {int64_t(dtype), forward, scaled, r.format.mantissa_bits, n}),
+           y.data(), y.bytes(), dtype);
+}
+
+// Contiguous blocks, or columns of a matrix.
+void check_quantize_block(const KernelTable& table, Random* random, DType dtype, bool columns, Log* log) {
+  BlockRun r;
+  r.format.element = any_format(random);
+  r.format.rule = static_cast<ScaleRule>(random->between(0, 6));
+  r.format.divisor = random->one_in(2) ? r.format.element.largest : 3.0f;
+  if (r.format.rule == ScaleRule::kE4m3 && random->one_in(2)) r.tensor_scale = 0x1.8p-7f;
+  r.dtype = dtype;
+  r.length = random->between(1, 70);
+  int64_t n = 0, elements;  // results, and elements with the gaps between rows
+  if (columns) {
+    r.columns = random->between(1, 100);
+    r.row = r.columns + random->between(0, 9);
+    n = r.length * r.columns;
+    elements = (r.length - 1) * r.row + r.columns;
+  } else {
+    r.block = random->between(1, r.length);
+    const int64_t of_row = ceil_div(r.length, r.block);
+    r.first = random->between(0, of_row - 1);
+    r.blocks = random->between(1, 140);
+    for (int64_t b = r.first; b < r.first + r.blocks; ++b) n += std::min(r.block, r.length - b % of_row * r.block);
+    elements = n;
+  }
+  const bool forward = random->one_in(2) || random->one_in(2);
+  const Bytes x(elements * dtype_bytes(dtype)), grad(elements * dtype_bytes(dtype));
+  const Bytes y(elements * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; });
+  const int span = random->one_in(4) ? 126 : 12;
+  fill(x, dtype, random, span, random->one_in(2) ? 0 : 300);
+  fill(grad, dtype, random, 20, 0);
+  const Edge<uint32_t> words(n);
+  draw_words(table, random, words);
+  r.x = x.data();
+  r.grad = forward ? nullptr : grad.data();
+  r.y = y.data();
+  r.random = r.format.element.rounding == Rounding::kStochastic ? words.data() : nullptr;
+  (columns ? table.quantize_block_columns : table.quantize_blocks)(r);
+  log->add(named("quantize_block: dtype, columns, rule, forward, mantissa bits, length, block",
+                 {int64_t(dtype), r.columns, int64_t(r.format.rule), forward, r.format.element.mantissa_bits, r.length, r.block}),
+           y.data(), y.bytes(), dtype);
+}
+
 // ---- the drivers, with the table chosen by set_isa ------------------------------------------------------------------
 
 struct Input {
@@ -361,6 +451,50 @@ void check_backward(Random* random, DType dtype, Log* log) {
            DType::kFloat32);
 }
 
+// With elements that are not neighbours, so that they are gathered, and random words.
+void check_float_driver(Random* random, DType dtype, Log* log) {
+  const int64_t n = random->between(1, 3000), step = random->between(1, 3), scale_step = random->between(0, 1);
+  const Bytes x(((n - 1) * step + 1) * dtype_bytes(dtype)), y(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 12, 20);
+  const Edge<float> scale(scale_step ? n : 1, [&](int64_t) { return std::fabs(random->real(4, 0)); });
+  QuantizeFloatParams p{};
+  p.it.ndim = 1;
+  p.it.operands = 4;
+  p.it.size[0] = n;
+  const int64_t strides[4] = {step, 1, scale_step, random->between(1, 5)};
+  for (int o = 0; o < 4; ++o) p.it.stride[o][0] = strides[o];
+  p.x = x.data();
+  p.y = y.data();
+  p.dtype = dtype;
+  p.scale = scale.data();
+  p.format = any_format(random);
+  p.seed.value = random->bits();
+  quantize_float_cpu(p);
+  log->add(named("quant_float_forward: dtype, n, step", {int64_t(dtype), n, step}), y.data(), y.bytes(), dtype);
+}
+
+void check_block_driver(Random* random, DType dtype, Log* log) {
+  QuantizeBlockParams p{};
+  p.outer = random->between(1, 4);
+  p.length = random->between(1, 100);
+  p.inner = random->one_in(2) ? 1 : random->between(1, 90);
+  p.block = random->between(1, p.length);
+  const int64_t n = p.outer * p.length * p.inner;
+  const Bytes x(n * dtype_bytes(dtype)), y(n * dtype_bytes(dtype));
+  fill(x, dtype, random, 12, 300);
+  p.x = x.data();
+  p.y = y.data();
+  p.dtype = dtype;
+  p.format = {any_format(random), static_cast<ScaleRule>(random->between(0, 6)), 7.0f};
+  p.seed.value = random->bits();
+  p.order.ndim = p.order.operands = 1;
+  p.order.size[0] = n;
+  p.order.stride[0][0] = random->between(1, 2);
+  quantize_block_cpu(p);
+  log->add(named("quant_block_forward: dtype, outer, length, inner, block", {int64_t(dtype), p.outer, p.length, p.inner, p.block}),
+           y.data(), y.bytes(), dtype);
+}
+
 // ---- plans: functions of shapes and dtypes, which read no data ----------------------------------------------------------
 
 bool expect(bool holds, const char* rule, const KernelTable& table) {
@@ -449,7 +583,10 @@ bool run(const KernelTable& table, Log* log) {
       for (const DType q : {DType::kInt8, DType::kUInt8}) check_dequantize(table, &random, q, x, log);
       check_straight_through(table, &random, x, log);
       check_range(table, &random, x, log);
+      for (int j = 0; j < 4; ++j) check_quantize_float(table, &random, x, log);
+      for (int j = 0; j < 4; ++j) check_quantize_block(table, &random, x, j % 2 == 0, log);
     }
+    check_random_words(table, &random, log);
   }
   for (int i = 0; i < 36; ++i)
     for (const Activation mode :
@@ -457,7 +594,11 @@ bool run(const KernelTable& table, Log* log) {
       check_linear(&random, mode, i, log);
       check_conv2d(&random, mode, i, log);
     }
-  for (int i = 0; i < 18; ++i) check_backward(&random, kFloats[i % 3], log);
+  for (int i = 0; i < 18; ++i) {
+    check_backward(&random, kFloats[i % 3], log);
+    check_float_driver(&random, kFloats[i % 3], log);
+    check_block_driver(&random, kFloats[i % 3], log);
+  }
   return true;
 }
 
