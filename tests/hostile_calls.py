@@ -6,6 +6,7 @@ meta (the fake kernel) must do the same with the same words, unless values or me
 prints each call before it runs it, so that the last line names the one that killed it.
 """
 
+import functools
 import random
 import re
 import resource
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import quant_ops as qo
+from quant_ops.ops._register import call
 
 HUGE = [2**20, 2**31 - 1, 2**31, 2**40, 2**57, 2**61, 2**62, 2**63 - 1]
 SMALL = [0, 1, 1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 64]
@@ -76,12 +78,21 @@ def good(op: str) -> dict[str, object]:
     quantize = {"tensor": image, "scale": scale, "zero_point": None, "qmin": -128, "qmax": 127, "asymmetric": False}
     depthwise = {"weight": filled([4, 1, 3, 3], torch.int8), "weight_scale": filled([4], torch.float32) + 1, "groups": 4}
     image_call = {"x": image, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "x_scale": None, "x_zero_point": None}
+    element = {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": 1}
+    blocks = {**element, "dim": 1, "block_size": 3, "scale_rule": 4}
+    seed = torch.tensor(5)
     return {
         "quant_tensor_forward": {**quantize, "simulate": True, "block_size": None},
         "quant_tensor_backward": {"grad": image, **quantize, "block_size": None},
         "dequant_tensor": {"tensor": filled([2, 4, 6], torch.int8), "scale": scale, "zero_point": None, "block_size": None},
         "choose_qparams": {"tensor": image, "dim": [1], "qmin": -127, "qmax": 127, "asymmetric": False},
         "quantize_rows": {"x": x, "asymmetric": False},
+        "quant_float_forward": {"tensor": image, **element, "scale": scale, "seed": seed, "saturate": True, "subnormals": True,
+                                "rounding": 3, "block_size": None},
+        "quant_float_backward": {"grad": image, "tensor": image, **element, "scale": scale, "subnormals": True, "block_size": None},
+        "quant_block_forward": {"tensor": image, **blocks, "tensor_scale": None, "seed": seed, "rounding": 3,
+                                "scale_divisor": None},
+        "quant_block_backward": {"grad": image, "tensor": image, **blocks, "tensor_scale": scale, "scale_divisor": 3.0},
         "int8_gemm": {"a": filled([5, 20], torch.int8), "b": codes},
         "int8_linear": {"x": x, "weight": codes, "weight_scale": filled([3], torch.float32) + 1, "bias": None, "x_scale": None,
                         "x_zero_point": None, "packed_weight": None, "asymmetric": False, "out_scale": None},
@@ -93,22 +104,36 @@ def good(op: str) -> dict[str, object]:
 
 
 OPERATORS = [
-    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "int8_gemm",
-    "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
+    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
+    "quant_float_backward", "quant_block_forward", "quant_block_backward", "int8_gemm", "int8_linear", "int8_conv2d",
+    "int8_conv2d depthwise", "pack_weight", "unpack_weight",
 ]  # fmt: skip
+
+
+# Integers that are small where they are right.
+CHOICES = {"exponent_bits", "mantissa_bits", "bias", "special", "rounding", "scale_rule", "dim"}
+
+
+def function_of(name: str) -> object:
+    """The wrapper; of a floating format, whose wrapper takes names for numbers, the operator with the wrapper's exceptions."""
+    if not name.startswith(("quant_float", "quant_block")):
+        return getattr(qo, name.split()[0])
+    return functools.partial(call, getattr(torch.ops.quant_ops, name).default)
 
 
 def changed(rng: random.Random, name: str, value: object) -> object:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return number(rng)
+        return rng.randrange(10) if name in CHOICES and rng.random() < 0.6 else number(rng)
+    if name == "scale_divisor":
+        return rng.choice([0.0, -1.0, 1e-40, 1e39, float("inf"), float("nan"), 1.0, float(number(rng))])
     if isinstance(value, list):
         values = [*value] if rng.random() < 0.8 else [*value, *value]
         if values:
             values[rng.randrange(len(values))] = number(rng)
         return values
-    if name == "block_size":
+    if name == "block_size":  # of one entry per dimension
         return [rng.choice([1, 2, number(rng)]) for _ in range(4)]
     if isinstance(value, Tensor):
         dtype = value.dtype if rng.random() < 0.8 else None
@@ -152,20 +177,20 @@ def main(seed: int, count: int) -> None:
         arguments = good(name)
         for which in rng.sample(sorted(arguments), min(len(arguments), rng.choice([1, 1, 2, 3]))):
             arguments[which] = changed(rng, which, arguments[which])
-        function = getattr(qo, name.split()[0])
-        call = f"{i}: {name.split()[0]}({describe(arguments)})"
-        print(call, flush=True)
+        function = function_of(name)
+        text = f"{i}: {name.split()[0]}({describe(arguments)})"
+        print(text, flush=True)
         real, error = outcome(function, arguments)
         refused += error is not None
         ours = error is None or re.match(r"quant_ops(\.|::)", real)
-        assert ours, f"{call}\nraised {type(error).__name__}: {real}"
+        assert ours, f"{text}\nraised {type(error).__name__}: {real}"
         try:
             meta = {k: without_data(v) for k, v in arguments.items()}
         except RuntimeError:  # strides that torch itself refuses
             continue
         fake, _ = outcome(function, meta)
         same = fake == real or ONLY_WITH_DATA.search(real)
-        assert same, f"{call}\ngives {real}\nand without data {fake}"
+        assert same, f"{text}\ngives {real}\nand without data {fake}"
     print(f"{refused} of {count} refused")
 
 
