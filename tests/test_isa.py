@@ -132,6 +132,7 @@ def test_names_of_kernels_are_those_of_functions(isa):
     """A table names every kernel as the linker does; instruction sets with the same vectors share the kernels that need no more."""
     names = dict(kernels.kernel_names(isa))
     assert {"gemm", "depthwise", "quantize", "dequantize", "straight_through", "range", "codes", "pack"} <= set(names)
+    assert {"quantize_float", "quantize_blocks", "quantize_block_columns", "random_words"} <= set(names)
     assert ("dot" in names) == (isa == "avx512vnni")
     assert names["gemm"] == kernels.gemm_name(isa, kernels.gemm_rows(isa), 64)
     if "quant_ops::scalar::" not in (symbols := test_build.tool("nm", "-C", test_build.LIBRARY)):
