@@ -164,7 +164,8 @@ Tensor quantize_block(const char* op, const Tensor* grad, const Tensor& tensor, 
             "scale_rule in 0 (floor), 1 (even), 2 (ceil), 3 (round_up), 4 (e4m3), 5 (bfloat16), 6 (float32), got ", scale_rule);
   const ScaleRule rule = static_cast<ScaleRule>(scale_rule);
   const double divisor = scale_divisor.value_or(static_cast<double>(format.largest));
-  QO_EXPECT(divisor >= 0x1p-126 && divisor <= 0x1p126, op, "scale_divisor in [2^-126, 2^126], got ", divisor);
+  QO_EXPECT(is_power_of_two_rule(rule) || (divisor >= 0x1p-126 && divisor <= 0x1p126), op, "scale_divisor in [2^-126, 2^126], got ",
+            divisor);
   QO_EXPECT(!scale_divisor || !is_power_of_two_rule(rule), op,
             "no scale_divisor with a scale that is a power of two, got one with scale_rule ", scale_rule, ".");
   if (tensor_scale) {
