@@ -7,6 +7,66 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
+// block_scale of float_format.h for vectors of blocks, and what the elements are scaled by: multiplied by the reciprocal of a power of
+// two, else divided by the scale.
+struct BlockScales {
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  const BlockFormat format;
+  const float tensor_scale;
+  const int32_t top;  // exponent of the largest value
+  const Rounder<true> e4m3;
+
+  QO_INLINE BlockScales(const BlockFormat& f, float of_tensor)
+      : format(f), tensor_scale(of_tensor), top(exponent_of(f.element.largest)), e4m3(e4m3_format()) {}
+
+  QO_INLINE bool is_power_of_two() const { return is_power_of_two_rule(format.rule); }
+
+  // Of magnitudes as integers, so that NaN and infinity show.
+  QO_INLINE void operator()(I amax_bits, F* scale, F* factor) const {
+    const F finite_below = Simd::set(INFINITY), nan = Simd::set(__builtin_nanf("")), amax = Simd::as_float(amax_bits);
+    if (is_power_of_two()) {
+      const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
+      const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
+      *scale = Simd::if_less(amax, finite_below, beyond, nan);
+      *factor = Simd::mul(power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254)))), Simd::set(1.0f));
+      return;
+    }
+    F s = ratio(amax);
+    s = format.rule == ScaleRule::kE4m3
+            ? Simd::mul(Simd::max(e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits), Simd::set(0x1p-6f)), Simd::set(tensor_scale))
+            : Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
+    *scale = *factor = Simd::if_less(amax, finite_below, s, nan);
+  }
+
+ private:
+  // 2^(field - 127); the field 0 stands for 2^-127, which is subnormal
+  QO_INLINE static F power(I field) { return Simd::as_float(Simd::max(Simd::shift_left(field, 23), Simd::set_int(0x00400000))); }
+
+  // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent where
+  // the rule rounds it up. Where amax is subnormal the exponent is too large, but below -127 anyway.
+  QO_INLINE I exponent_field(I amax_bits) const {
+    if (format.rule == ScaleRule::kRoundUp) {
+      const I bits = Simd::bits(Simd::div(Simd::as_float(amax_bits), Simd::set(format.element.largest)));
+      const I field = Simd::shift_right(Simd::add(bits, Simd::set_int(0x007fffff)), 23);
+      return Simd::bits(Simd::if_greater(bits, Simd::set_int(0x00400000), Simd::as_float(field), Simd::set(0.0f)));
+    }
+    const int32_t carry = format.rule == ScaleRule::kFloor  ? 0
+                          : format.rule == ScaleRule::kEven ? 1 << (22 - format.element.mantissa_bits)
+                                                            : 0x007fffff;
+    return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), Simd::set_int(top));
+  }
+
+  QO_INLINE F ratio(F amax) const {
+    if (format.rule == ScaleRule::kBFloat16) {  // rounded to bfloat16 by an addition to the bits
+      const I bits = Simd::bits(amax), odd = Simd::and_bits(Simd::shift_right(bits, 16), Simd::set_int(1));
+      const I sum = Simd::add(Simd::add(bits, Simd::set_int(0x7fff)), odd);
+      amax = Simd::as_float(Simd::and_bits(sum, Simd::set_int(static_cast<int32_t>(0xffff0000u))));
+    }
+    return Simd::div(amax, Simd::set(format.divisor));
+  }
+};
+
 // What happens to the elements of a block once its scale is known.
 template <class X, bool kPlain>
 struct BlockElements {
@@ -14,24 +74,21 @@ struct BlockElements {
   const BlockRun& r;
   const Rounder<kPlain> round;
   const F largest, smallest;
-  const bool exact_reciprocal;
+  const bool multiply;
 
   QO_INLINE explicit BlockElements(const BlockRun& run)
       : r(run),
         round(run.format.element),
         largest(Simd::set(run.format.element.largest)),
         smallest(Simd::set(-run.format.element.largest)),
-        exact_reciprocal(is_power_of_two_rule(run.format.rule)) {}
+        multiply(is_power_of_two_rule(run.format.rule)) {}
 
   QO_INLINE const X* x() const { return static_cast<const X*>(r.x); }
-
-  // The factor or the divisor that x is scaled by.
-  QO_INLINE float factor(float scale) const { return exact_reciprocal ? 1.0f / scale : scale; }
 
   // n elements from `at` on; their random words from `random` on.
   QO_INLINE void operator()(int64_t at, int64_t random, int64_t n, F scale, F factor) const {
     F v = load_part(x() + at, n);
-    v = exact_reciprocal ? Simd::mul(v, factor) : Simd::div(v, factor);
+    v = multiply ? Simd::mul(v, factor) : Simd::div(v, factor);
     X* y = static_cast<X*>(r.y) + at;
     if (r.grad) return store_part(y, Simd::keep_between(load_part(static_cast<const X*>(r.grad) + at, n), v, smallest, largest), n);
     auto bits = Simd::set_int(0);
@@ -51,24 +108,41 @@ struct BlockElements {
   }
 };
 
+// Many blocks in three sweeps, none of which waits for a result of its own: magnitudes, scales, elements.
 template <class X, bool kPlain>
 void quantize_blocks_typed(const BlockRun& r) {
+  constexpr int64_t kBatch = 64, N = Simd::N;
   const BlockElements<X, kPlain> elements(r);
-  for (int64_t block = 0; block < r.columns; ++block) {
-    const int64_t first = block * r.length;
-    auto largest = Simd::set_int(0);
-    for_each_part_of(r.length, [&](int64_t i, int64_t n) QO_LAMBDA {
-      largest = Simd::max_unsigned(largest, Simd::abs_bits(load_part(elements.x() + first + i, n)));
-    });
-    const float one = block_scale(Simd::reduce_max_unsigned(largest), r.format, r.tensor_scale);
-    const auto scale = Simd::set(one), factor = Simd::set(elements.factor(one));
-    for_each_part_of(r.length, [&](int64_t i, int64_t n) QO_LAMBDA { elements(first + i, first + i, n, scale, factor); });
+  const BlockScales scales_of(r.format, r.tensor_scale);
+  int32_t amax[kBatch + N] = {};
+  float scales[kBatch + N], factors[kBatch + N];
+  for (int64_t first = 0; first < r.columns; first += kBatch) {
+    const int64_t blocks = r.columns - first < kBatch ? r.columns - first : kBatch;
+    for (int64_t b = 0; b < blocks; ++b) {
+      auto largest = Simd::set_int(0);
+      const X* x = elements.x() + (first + b) * r.length;
+      for_each_part_of(r.length, [&](int64_t i, int64_t n)
+                                     QO_LAMBDA { largest = Simd::max_unsigned(largest, Simd::abs_bits(load_part(x + i, n))); });
+      amax[b] = static_cast<int32_t>(Simd::reduce_max_unsigned(largest));
+    }
+    for (int64_t b = 0; b < blocks; b += N) {
+      typename Simd::F scale, factor;
+      scales_of(Simd::load_int(amax + b), &scale, &factor);
+      Simd::store(scales + b, scale);
+      Simd::store(factors + b, factor);
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = (first + b) * r.length;
+      const auto scale = Simd::set(scales[b]), factor = Simd::set(factors[b]);
+      for_each_part_of(r.length, [&](int64_t i, int64_t n) QO_LAMBDA { elements(at + i, at + i, n, scale, factor); });
+    }
   }
 }
 
 // kVectors vectors of columns side by side, of which n elements exist.
 template <class X, bool kPlain, int kVectors>
-QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& elements, int64_t column, int64_t n) {
+QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& elements, const BlockScales& scales_of,
+                             int64_t column, int64_t n) {
   constexpr int64_t N = Simd::N;
   typename Simd::I largest[kVectors];
   typename Simd::F scale[kVectors], factor[kVectors];
@@ -78,17 +152,7 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
       const auto x = load_part(elements.x() + i * r.row + column + v.value * N, n);
       largest[v.value] = Simd::max_unsigned(largest[v.value], Simd::abs_bits(x));
     });
-  unroll<kVectors>([&](auto v) QO_LAMBDA {
-    int32_t bits[N];
-    float scales[N], factors[N];
-    Simd::store(bits, largest[v.value]);
-    for (int64_t i = 0; i < N; ++i) {
-      scales[i] = block_scale(static_cast<uint32_t>(bits[i]), r.format, r.tensor_scale);
-      factors[i] = elements.factor(scales[i]);
-    }
-    scale[v.value] = Simd::load(scales);
-    factor[v.value] = Simd::load(factors);
-  });
+  unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(largest[v.value], &scale[v.value], &factor[v.value]); });
   for (int64_t i = 0; i < r.length; ++i)
     unroll<kVectors>([&](auto v) QO_LAMBDA {
       const int64_t c = column + v.value * N;
@@ -100,9 +164,10 @@ template <class X, bool kPlain>
 void quantize_block_columns_typed(const BlockRun& r) {
   constexpr int64_t N = Simd::N;
   const BlockElements<X, kPlain> elements(r);
+  const BlockScales scales_of(r.format, r.tensor_scale);
   int64_t c = 0;
-  for (; c + 4 * N <= r.columns; c += 4 * N) block_columns<X, kPlain, 4>(r, elements, c, N);
-  for (; c < r.columns; c += N) block_columns<X, kPlain, 1>(r, elements, c, r.columns - c < N ? r.columns - c : N);
+  for (; c + 4 * N <= r.columns; c += 4 * N) block_columns<X, kPlain, 4>(r, elements, scales_of, c, N);
+  for (; c < r.columns; c += N) block_columns<X, kPlain, 1>(r, elements, scales_of, c, r.columns - c < N ? r.columns - c : N);
 }
 
 template <class X>

@@ -123,7 +123,17 @@ QO_INLINE void for_each_part_of(int64_t n, const Body& body) {
   for (; i < n; i += N) body(i, n - i < N ? n - i : N);
 }
 
-template <class X, bool kPlain, bool kScaled>
+// Whether every number of a format is one of X as well.
+template <class X>
+bool holds(const FloatFormat& f) {
+  if constexpr (std::is_same_v<X, BFloat16>)
+    return f.mantissa_bits <= 7;
+  else
+    return std::is_same_v<X, float>;
+}
+
+// kExact: the results are numbers of X already.
+template <class X, bool kPlain, bool kScaled, bool kExact>
 void quantize_float_typed(const FloatRun& r) {
   const Rounder<kPlain> round(r.format);
   const X* x = static_cast<const X*>(r.x);
@@ -141,6 +151,8 @@ void quantize_float_typed(const FloatRun& r) {
       if (r.random) bits = load_int_part(reinterpret_cast<const int32_t*>(r.random) + i, n);
     v = round(v, bits);
     if constexpr (kScaled) v = Simd::mul(v, scale);
+    if constexpr (kExact)
+      if (n == Simd::N) return Simd::store_exact(y + i, v);
     store_part(y + i, v, n);
   });
 }
@@ -163,9 +175,10 @@ template <class X>
 void quantize_float_of(const FloatRun& r) {
   if (r.grad) return pass_gradient<X>(r);
   if (r.format.method == RoundingMethod::kElements) return round_elements<X>(r);
-  if (Rounder<true>::takes(r.format))
-    return r.scale ? quantize_float_typed<X, true, true>(r) : quantize_float_typed<X, true, false>(r);
-  r.scale ? quantize_float_typed<X, false, true>(r) : quantize_float_typed<X, false, false>(r);
+  if (!Rounder<true>::takes(r.format))
+    return r.scale ? quantize_float_typed<X, false, true, false>(r) : quantize_float_typed<X, false, false, false>(r);
+  if (r.scale) return quantize_float_typed<X, true, true, false>(r);
+  holds<X>(r.format) ? quantize_float_typed<X, true, false, true>(r) : quantize_float_typed<X, true, false, false>(r);
 }
 
 void quantize_float(const FloatRun& r) {

@@ -6,38 +6,41 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-void random_words(uint64_t seed, uint64_t first, int64_t n, uint32_t* words) {
-  int64_t i = 0;
-  for (; i < n && (first + static_cast<uint64_t>(i)) % 4 != 0; ++i) words[i] = random_word(first + static_cast<uint64_t>(i), seed);
-  constexpr int kLanes = 8;  // counters; plain loops over them become vectors
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    const uint64_t counter = (first + static_cast<uint64_t>(i)) / 4;
-    uint32_t a[kLanes], b[kLanes], c[kLanes], d[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      a[l] = static_cast<uint32_t>(counter + static_cast<uint64_t>(l));
-      b[l] = static_cast<uint32_t>((counter + static_cast<uint64_t>(l)) >> 32);
-      c[l] = d[l] = 0;
-    }
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      for (int l = 0; l < kLanes; ++l) {
-        const uint64_t p = static_cast<uint64_t>(a[l]) * kPhiloxMultiplier0, q = static_cast<uint64_t>(c[l]) * kPhiloxMultiplier1;
-        a[l] = static_cast<uint32_t>(q >> 32) ^ b[l] ^ key0;
-        b[l] = static_cast<uint32_t>(q);
-        c[l] = static_cast<uint32_t>(p >> 32) ^ d[l] ^ key1;
-        d[l] = static_cast<uint32_t>(p);
-      }
-      key0 += kPhiloxWeyl0;
-      key1 += kPhiloxWeyl1;
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      words[i + 4 * l] = a[l];
-      words[i + 4 * l + 1] = b[l];
-      words[i + 4 * l + 2] = c[l];
-      words[i + 4 * l + 3] = d[l];
-    }
+// The words of counters counter .. counter + N - 1, whose high halves are the same.
+QO_INLINE void philox_vector(uint64_t counter, uint64_t seed, uint32_t* words) {
+  constexpr int N = Simd::N;
+  int32_t counters[N];
+  for (int i = 0; i < N; ++i) counters[i] = static_cast<int32_t>(static_cast<uint32_t>(counter) + static_cast<uint32_t>(i));
+  auto a = Simd::load_int(counters), b = Simd::set_int(static_cast<int32_t>(counter >> 32)), c = Simd::set_int(0), d = c;
+  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    typename Simd::I high_a, high_c;
+    const auto low_a = Simd::multiply_wide(a, kPhiloxMultiplier0, &high_a), low_c = Simd::multiply_wide(c, kPhiloxMultiplier1, &high_c);
+    a = Simd::xor_bits(Simd::xor_bits(high_c, b), Simd::set_int(static_cast<int32_t>(key[0])));
+    c = Simd::xor_bits(Simd::xor_bits(high_a, d), Simd::set_int(static_cast<int32_t>(key[1])));
+    b = low_c;
+    d = low_a;
+    key[0] += kPhiloxWeyl0;
+    key[1] += kPhiloxWeyl1;
   }
-  for (; i < n; ++i) words[i] = random_word(first + static_cast<uint64_t>(i), seed);
+  Simd::store_interleaved(words, a, b, c, d);
+}
+
+void random_words(uint64_t seed, uint64_t first, int64_t n, uint32_t* words) {
+  constexpr int64_t kWords = 4 * Simd::N;
+  int64_t i = 0;
+  const auto index = [&] { return first + static_cast<uint64_t>(i); };
+  for (; i < n && index() % 4 != 0; ++i) words[i] = random_word(index(), seed);
+  while (i + kWords <= n) {
+    const uint64_t counter = index() / 4;
+    if (static_cast<uint32_t>(counter) > UINT32_MAX - static_cast<uint32_t>(Simd::N)) {  // the high half changes here
+      for (const int64_t end = i + kWords; i < end; ++i) words[i] = random_word(index(), seed);
+      continue;
+    }
+    philox_vector(counter, seed, words + i);
+    i += kWords;
+  }
+  for (; i < n; ++i) words[i] = random_word(index(), seed);
 }
 
 }  // namespace

@@ -118,12 +118,39 @@ struct Simd {
   static QO_INLINE F nan_to_zero(F a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
   static QO_INLINE I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
   static QO_INLINE I or_bits(I a, I b) { return _mm256_or_si256(a, b); }
+  static QO_INLINE I xor_bits(I a, I b) { return _mm256_xor_si256(a, b); }
   static QO_INLINE I shift_left(I a, int by) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(by)); }
   static QO_INLINE I shift_right(I a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
   static QO_INLINE F as_float(I a) { return _mm256_castsi256_ps(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)));
+  }
+  static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
+    const I by = _mm256_set1_epi32(static_cast<int>(m));
+    const I even = _mm256_mul_epu32(a, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), by);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  static QO_INLINE void store_interleaved(uint32_t* p, I a, I b, I c, I d) {
+    const I ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+    const I ab2 = _mm256_unpackhi_epi32(a, b), cd2 = _mm256_unpackhi_epi32(c, d);
+    const I q[4] = {_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd), _mm256_unpacklo_epi64(ab2, cd2),
+                    _mm256_unpackhi_epi64(ab2, cd2)};  // lanes i and i + 4
+    I* to = reinterpret_cast<I*>(p);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(q[0], q[1], 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(q[2], q[3], 0x20));
+    _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(q[0], q[1], 0x31));
+    _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(q[2], q[3], 0x31));
+  }
+  template <class T>
+  static QO_INLINE void store_exact(T* p, F v) {
+    store(p, v);
+  }
+  static QO_INLINE void store_exact(BFloat16* p, F v) {
+    const I top = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1)));
   }
   static QO_INLINE I bits(F a) { return _mm256_castps_si256(a); }
   static QO_INLINE I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }

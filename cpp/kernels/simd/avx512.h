@@ -125,11 +125,37 @@ struct Simd {
   static QO_INLINE F nan_to_zero(F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
   static QO_INLINE I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
   static QO_INLINE I or_bits(I a, I b) { return _mm512_or_si512(a, b); }
+  static QO_INLINE I xor_bits(I a, I b) { return _mm512_xor_si512(a, b); }
   static QO_INLINE I shift_left(I a, int by) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(by)); }
   static QO_INLINE I shift_right(I a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
   static QO_INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(a, b), no, yes); }
+  static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
+    const I by = _mm512_set1_epi32(static_cast<int>(m));
+    const I even = _mm512_mul_epu32(a, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), by);
+    *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  }
+  static QO_INLINE void store_interleaved(uint32_t* p, I a, I b, I c, I d) {
+    const I ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+    const I ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
+    const I q[4] = {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ab2, cd2),
+                    _mm512_unpackhi_epi64(ab2, cd2)};  // lanes i, i + 4, i + 8 and i + 12
+    const I even[2] = {_mm512_shuffle_i32x4(q[0], q[1], 0x44), _mm512_shuffle_i32x4(q[2], q[3], 0x44)};
+    const I odd[2] = {_mm512_shuffle_i32x4(q[0], q[1], 0xee), _mm512_shuffle_i32x4(q[2], q[3], 0xee)};
+    _mm512_storeu_si512(p, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
+    _mm512_storeu_si512(p + 16, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
+    _mm512_storeu_si512(p + 32, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
+    _mm512_storeu_si512(p + 48, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
+  }
+  template <class T>
+  static QO_INLINE void store_exact(T* p, F v) {
+    store(p, v);
+  }
+  static QO_INLINE void store_exact(BFloat16* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)));
+  }
   static QO_INLINE I bits(F a) { return _mm512_castps_si512(a); }
   static QO_INLINE I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 

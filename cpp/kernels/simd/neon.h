@@ -127,6 +127,7 @@ struct Simd {
   static QO_INLINE F nan_to_zero(F a) { return keep(vceqq_f32(a, a), a); }
   static QO_INLINE I and_bits(I a, I b) { return vandq_s32(a, b); }
   static QO_INLINE I or_bits(I a, I b) { return vorrq_s32(a, b); }
+  static QO_INLINE I xor_bits(I a, I b) { return veorq_s32(a, b); }
   static QO_INLINE I shift_left(I a, int by) { return vshlq_s32(a, vdupq_n_s32(by)); }
   static QO_INLINE I shift_right(I a, int by) {
     return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-by)));
@@ -134,6 +135,22 @@ struct Simd {
   static QO_INLINE F as_float(I a) { return vreinterpretq_f32_s32(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return vbslq_f32(vcgtq_s32(a, b), yes, no); }
+  static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
+    const uint32x4_t u = vreinterpretq_u32_s32(a), by = vdupq_n_u32(m);
+    const uint32x4_t low = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(u), vget_low_u32(by)));
+    const uint32x4_t top = vreinterpretq_u32_u64(vmull_high_u32(u, by));
+    *high = vreinterpretq_s32_u32(vuzp2q_u32(low, top));
+    return vreinterpretq_s32_u32(vuzp1q_u32(low, top));
+  }
+  static QO_INLINE void store_interleaved(uint32_t* p, I a, I b, I c, I d) {
+    const int32x4x4_t all = {{a, b, c, d}};
+    vst4q_s32(reinterpret_cast<int32_t*>(p), all);
+  }
+  template <class T>
+  static QO_INLINE void store_exact(T* p, F v) {
+    store(p, v);
+  }
+  static QO_INLINE void store_exact(BFloat16* p, F v) { store64(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16)); }
   static QO_INLINE I bits(F a) { return vreinterpretq_s32_f32(a); }
   static QO_INLINE I abs_bits(F a) { return vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fffffff)); }
 

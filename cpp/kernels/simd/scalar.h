@@ -89,11 +89,28 @@ struct Simd {
   static F nan_to_zero(F a) { return a == a ? a : 0.0f; }
   static I and_bits(I a, I b) { return a & b; }
   static I or_bits(I a, I b) { return a | b; }
+  static I xor_bits(I a, I b) { return a ^ b; }
   static I shift_left(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) << by); }
   static I shift_right(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) >> by); }  // zeros come in
   static F as_float(I a) { return bits_float(static_cast<uint32_t>(a)); }
   static F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static F if_greater(I a, I b, F yes, F no) { return a > b ? yes : no; }  // signed
+  // a * m: the low half, and the high one to *high
+  static I multiply_wide(I a, uint32_t m, I* high) {
+    const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
+    *high = static_cast<I>(product >> 32);
+    return static_cast<I>(product);
+  }
+  // a0 b0 c0 d0 a1 b1 ...
+  static void store_interleaved(uint32_t* p, I a, I b, I c, I d) {
+    const I all[4] = {a, b, c, d};
+    std::memcpy(p, all, sizeof(all));
+  }
+  // Of values that the type holds exactly, or NaN.
+  template <class T>
+  static void store_exact(T* p, F v) {
+    from_compute(v, p);
+  }
   static I bits(F a) { return static_cast<I>(float_bits(a)); }
   static I abs_bits(F a) { return static_cast<I>(float_bits(a) & 0x7fffffffu); }
 

@@ -79,8 +79,8 @@ def quant_float_forward(
 ) -> Tensor:
     """Simulates a binary floating format: ``round_to_format(tensor / scale) * scale``.
 
-    A format has one sign bit, ``exponent_bits`` and ``mantissa_bits``; its numbers are those of IEEE 754 with these widths, subnormal
-    ones included. NaN stays NaN and -0 stays -0. fp16 and bf16 tensors are computed in float32, float64 in float64.
+    A format has one sign bit, ``exponent_bits`` and ``mantissa_bits``; its numbers are those of IEEE 754 with these widths,
+    subnormal ones included. NaN stays NaN and -0 stays -0. fp16 and bf16 are computed in float32, float64 in float64.
 
     Args:
         tensor: float32, float16, bfloat16 or float64, any shape and strides.
@@ -88,17 +88,17 @@ def quant_float_forward(
         mantissa_bits: 0 to 23.
         scale: floating, positive; one element, or broadcastable by shape. None is 1.
         bias: of the exponent, ``2 ** (exponent_bits - 1) - 1`` by default. The numbers must be normal ones of float32.
-        special: what the codes with the highest exponent are: "none", numbers (OCP FP4 E2M1, FP6); "nan", numbers but for the last,
-            which is NaN (OCP FP8 E4M3); "ieee", infinity and NaN (IEEE 754, OCP FP8 E5M2). With 8 exponent bits only "ieee".
+        special: what the codes with the highest exponent are: "none", numbers (OCP FP4 E2M1, FP6); "nan", numbers but for the
+            last, which is NaN (OCP FP8 E4M3); "ieee", infinity and NaN (IEEE 754, OCP FP8 E5M2). With 8 exponent bits only "ieee".
         saturate: what rounds beyond the largest value, infinities too, becomes that value; otherwise infinity ("ieee") or NaN
             ("nan").
         subnormals: without them the value next to 0 is the smallest normal one.
         rounding: "nearest_even"; "nearest_away", ties away from zero; "toward_zero"; or "stochastic", away from zero with the
             probability of the distance.
         block_size: one entry per dimension; scale then broadcasts to ``tensor.shape / block_size``.
-        seed: of "stochastic": an int or an int64 tensor of one element, on the CPU or tensor's device. The random bits of an element
-            are those of Philox4x32-10 (Salmon et al., SC 2011) with this key and the element's row-major index, whatever the
-            threads, device and memory layout. None draws a seed from ``generator``, or from torch's default one.
+        seed: of "stochastic": an int or an int64 tensor of one element, on the CPU or tensor's device. The random bits of an
+            element are those of Philox4x32-10 (Salmon et al., SC 2011) with this key and the element's row-major index, whatever
+            the threads, device and memory layout. None draws a seed from ``generator``, or from torch's default one.
 
     Returns:
         A tensor of tensor's shape, dtype and memory format. Differentiable in ``tensor``: the gradient passes where
@@ -106,8 +106,8 @@ def quant_float_forward(
 
     Raises:
         TypeError: a dtype is not one of those above.
-        ValueError: widths, bias or names out of range, a format without a finite value other than 0, ``saturate=False`` for a format
-            without infinity and NaN, or shapes that do not broadcast.
+        ValueError: widths, bias or names out of range, a format without a finite value other than 0, ``saturate=False`` for a
+            format without infinity and NaN, or shapes that do not broadcast.
     """
     name = "quant_float_forward"
     return _float_forward(
@@ -165,22 +165,22 @@ class _Simulate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensor, scale = ctx.saved_tensors
         _refuse_scale("quant_float_forward", ctx.needs_input_grad[3])
-        return _float_gradient(grad, tensor, *ctx.widths, scale, ctx.options), *[None] * 10
+        return _gradient(_FLOAT, grad, tensor, ctx.widths, scale, ctx.options), *[None] * 10
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         tensor, scale = ctx.saved_tensors
         _refuse_scale("quant_float_forward", tangents[3] is not None)
         of_tensor = torch.zeros_like(tensor) if tangents[0] is None else tangents[0]
-        result: Tensor = _float_gradient(of_tensor, tensor, *ctx.widths, scale, ctx.options)
+        result: Tensor = _gradient(_FLOAT, of_tensor, tensor, ctx.widths, scale, ctx.options)
         return result
 
 
 def _refuse_scale(name: str, wanted: bool) -> None:
     if wanted:
         raise DerivativeError(
-            f"quant_ops.{name}: expected no derivative by a scale, got one asked for. Learned scales are those of quant_tensor_forward; "
-            "use scale.detach()."
+            f"quant_ops.{name}: expected no derivative by a scale, got one asked for. Use scale.detach(): learned scales are "
+            "those of quant_tensor_forward."
         )
 
 
@@ -222,10 +222,10 @@ def quant_float_backward(
     subnormals: bool = True,
     block_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """The gradient of :func:`quant_float_forward`: ``grad`` where ``|tensor / scale|`` is at most the format's largest value, else 0.
+    """The gradient of :func:`quant_float_forward`: ``grad`` where ``|tensor / scale| <= largest value``, else 0.
 
-    This is the piecewise-linear straight-through estimator (arXiv 2004.09602, eq. 9) with the range of the format. Elements that are
-    NaN get 0. Differentiable in ``grad``, in which it is linear.
+    This is the piecewise-linear straight-through estimator (arXiv 2004.09602, eq. 9) with the range of the format. Elements that
+    are NaN get 0. Differentiable in ``grad``, in which it is linear.
 
     Args:
         grad: of tensor's shape, any floating dtype.
@@ -243,13 +243,17 @@ def quant_float_backward(
         "subnormals": subnormals,
         "block_size": block_size,
     }
-    return _float_gradient(grad, tensor, exponent_bits, mantissa_bits, scale, options)
+    return _gradient(_FLOAT, grad, tensor, (exponent_bits, mantissa_bits), scale, options)
 
 
-def _float_gradient(grad: Tensor, tensor: Tensor, e: int, m: int, scale: Tensor | None, options: dict[str, Any]) -> Any:
+_FLOAT, _BLOCK = "quant_float_backward", "quant_block_backward"
+
+
+def _gradient(name: str, grad: Tensor, tensor: Tensor, widths: Sequence[int], scale: Tensor | None, options: dict[str, Any]) -> Any:
+    """The backward operator of this name; ``widths`` are its integers."""
     if not torch.compiler.is_compiling() and in_transform() is not None:
-        return call(_Pass.apply, grad, tensor, scale, "quant_float_backward", (e, m), options)
-    return _call(_ops.quant_float_backward.default, (grad, tensor), scale, e, m, scale, **options)
+        return call(_Pass.apply, grad, tensor, scale, name, widths, options)
+    return _call(getattr(_ops, name).default, (grad, tensor), scale, *widths, scale, **options)
 
 
 @fake_kernel("quant_float_backward")
@@ -264,7 +268,7 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad: Tensor, tensor: Tensor, scale: Tensor | None, name: str, widths: tuple[int, ...], options: dict[str, Any]
+        grad: Tensor, tensor: Tensor, scale: Tensor | None, name: str, widths: Sequence[int], options: dict[str, Any]
     ) -> Tensor:
         result: Tensor = getattr(_ops, name).default(grad, tensor, *widths, scale, **options)
         return result
@@ -279,8 +283,7 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def _again(ctx: Any, grad: Tensor) -> Any:
         tensor, scale = ctx.saved_tensors
-        gradient = _float_gradient if ctx.name == "quant_float_backward" else _block_gradient
-        return gradient(grad, tensor, *ctx.widths, scale, ctx.options)
+        return _gradient(ctx.name, grad, tensor, ctx.widths, scale, ctx.options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -307,7 +310,7 @@ def _pass_kernel(name: str, widths: int) -> Any:
     return kernel
 
 
-register_kernel("quant_float_backward", _pass_kernel("quant_float_backward", 2), "Autograd")
+register_kernel(_FLOAT, _pass_kernel(_FLOAT, 2), "Autograd")
 
 # ---- quant_block_forward ---------------------------------------------------------------------------------------------
 
@@ -330,8 +333,8 @@ def quant_block_forward(
 ) -> Tensor:
     """Simulates a format with a scale for every block of elements: ``round_to_format(tensor / scale) * scale``, saturating.
 
-    Every ``block_size`` elements along ``dim`` are a block, the last of which may be shorter, as if padded with zeros. Its scale comes
-    from its largest magnitude, amax. A block of zeros stays zeros, one that holds NaN or Inf becomes NaN; others are untouched by it.
+    Every ``block_size`` elements along ``dim`` are a block, the last of which may be shorter, as if padded with zeros. Its scale
+    comes from its largest magnitude, amax. A block of zeros stays zeros; one that holds NaN or Inf becomes NaN.
 
     Args:
         tensor: float32, float16 or bfloat16, at least one dimension. The block's arithmetic is in float32.
@@ -349,8 +352,8 @@ def quant_block_forward(
         scale_divisor: the format's largest value by default.
 
     Returns:
-        A tensor of tensor's shape and dtype. Differentiable in ``tensor``: the gradient passes where ``|tensor / scale|`` is at most
-        the format's largest value, and is 0 elsewhere; scales count as constants.
+        A tensor of tensor's shape and dtype. Differentiable in ``tensor``: the gradient passes where ``|tensor / scale|`` is at
+        most the format's largest value, and is 0 elsewhere; scales count as constants.
 
     Raises:
         TypeError: a dtype is not one of those above.
@@ -406,14 +409,14 @@ class _SimulateBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensor, tensor_scale = ctx.saved_tensors
         _refuse_scale("quant_block_forward", ctx.needs_input_grad[5])
-        return _block_gradient(grad, tensor, *ctx.widths, tensor_scale, ctx.options), *[None] * 11
+        return _gradient(_BLOCK, grad, tensor, ctx.widths, tensor_scale, ctx.options), *[None] * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         tensor, tensor_scale = ctx.saved_tensors
         _refuse_scale("quant_block_forward", tangents[5] is not None)
         of_tensor = torch.zeros_like(tensor) if tangents[0] is None else tangents[0]
-        result: Tensor = _block_gradient(of_tensor, tensor, *ctx.widths, tensor_scale, ctx.options)
+        result: Tensor = _gradient(_BLOCK, of_tensor, tensor, ctx.widths, tensor_scale, ctx.options)
         return result
 
 
@@ -455,7 +458,7 @@ def quant_block_backward(
     scale_rule: str = "floor",
     scale_divisor: float | None = None,
 ) -> Tensor:
-    """The gradient of :func:`quant_block_forward`: ``grad`` where ``|tensor / scale|`` is at most the format's largest value, else 0.
+    """The gradient of :func:`quant_block_forward`: ``grad`` where ``|tensor / scale| <= largest value``, else 0.
 
     As :func:`quant_float_backward`, with the scales of the tensor's blocks, which count as constants. A block that holds NaN or Inf
     gets 0.
@@ -470,15 +473,7 @@ def quant_block_backward(
         "scale_rule": _number(name, "scale_rule", scale_rule, SCALE_RULES),
         "scale_divisor": scale_divisor,
     }
-    return _block_gradient(grad, tensor, dim, block_size, exponent_bits, mantissa_bits, tensor_scale, options)
-
-
-def _block_gradient(
-    grad: Tensor, tensor: Tensor, dim: int, block: int, e: int, m: int, tensor_scale: Tensor | None, options: dict[str, Any]
-) -> Any:
-    if not torch.compiler.is_compiling() and in_transform() is not None:
-        return call(_Pass.apply, grad, tensor, tensor_scale, "quant_block_backward", (dim, block, e, m), options)
-    return _call(_ops.quant_block_backward.default, (grad, tensor), tensor_scale, dim, block, e, m, tensor_scale, **options)
+    return _gradient(_BLOCK, grad, tensor, (dim, block_size, exponent_bits, mantissa_bits), tensor_scale, options)
 
 
 @fake_kernel("quant_block_backward")
@@ -486,4 +481,4 @@ def _(checked: Tensor, tensor: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(tensor, dtype=checked.dtype)
 
 
-register_kernel("quant_block_backward", _pass_kernel("quant_block_backward", 4), "Autograd")
+register_kernel(_BLOCK, _pass_kernel(_BLOCK, 4), "Autograd")
