@@ -65,24 +65,25 @@ __device__ __forceinline__ Scale scale_of(const BlockArgs<X>& a, float amax, flo
   return {scale, a.scales.powers ? reciprocal_of(scale) : a.round.reciprocal(scale)};
 }
 
-// |x / scale| of V elements; of what lies beyond the largest value any number beyond it.
+// Of V elements. Scales without a factor are rare, and so slow_results alone divides.
+template <int V>
+__device__ __forceinline__ bool are_fast(const Scale (&s)[V]) {
+  bool fast = true;
+#pragma unroll
+  for (int i = 0; i < V; ++i) fast = fast && s[i].factor != 0.0f;
+  return fast;
+}
+
+// |x / scale| by the factors; of what lies beyond the largest value any number beyond it.
 template <class X, int V>
 __device__ __forceinline__ void quotients(const BlockArgs<X>& a, const float (&x)[V], const Scale (&s)[V], float (&q)[V]) {
   if (a.scales.powers) {
 #pragma unroll
     for (int i = 0; i < V; ++i) q[i] = __builtin_fabsf(x[i]) * s[i].factor;
-    return;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) q[i] = a.round.mended(x[i], s[i].scale, s[i].factor);
   }
-  bool fast = true;
-#pragma unroll
-  for (int i = 0; i < V; ++i) fast = fast && s[i].factor != 0.0f;
-#pragma unroll
-  for (int i = 0; i < V; ++i) q[i] = fast ? a.round.mended(x[i], s[i].scale, s[i].factor) : __builtin_fabsf(x[i] / s[i].scale);
-}
-
-template <Path kPath, class X>
-__device__ __forceinline__ bool wants_words(const BlockArgs<X>& a) {
-  return kPath == Path::kRandom || (kPath == Path::kOther && a.round.format.rounding == Rounding::kStochastic);
 }
 
 // The random words of the elements from e on. In an order of their own each one takes a counter: a loop, for it is long code.
@@ -97,7 +98,7 @@ __device__ __forceinline__ void words_of(const BlockArgs<X>& a, int64_t e, uint6
   }
 }
 
-// The results of V elements from e on.
+// The results of V elements from e on, whose scales have factors.
 template <Path kPath, class X, int V>
 __device__ __forceinline__ void results(const BlockArgs<X>& a, int64_t e, uint64_t seed, const Vector<X, V>& in,
                                         const Vector<X, V>& grad, const Scale (&s)[V], X (&out)[V]) {
@@ -106,7 +107,7 @@ __device__ __forceinline__ void results(const BlockArgs<X>& a, int64_t e, uint64
 #pragma unroll
   for (int i = 0; i < V; ++i) x[i] = widen(in.get(i));
   quotients(a, x, s, q);
-  if (wants_words<kPath>(a)) words_of(a, e, seed, words);
+  if (wants_words<kPath>(a.round.format)) words_of(a, e, seed, words);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     if constexpr (kPath == Path::kGradient)
@@ -116,19 +117,64 @@ __device__ __forceinline__ void results(const BlockArgs<X>& a, int64_t e, uint64
   }
 }
 
-// The same for any path, of one element.
-template <class X>
-__device__ __forceinline__ X any_result(const BlockArgs<X>& a, int64_t e, uint64_t seed, X in, const Scale& s) {
-  const float one[1] = {widen(in)};
-  const Scale scale[1] = {s};
-  float q[1];
-  quotients(a, one, scale, q);
+// The same of one element, for any scale. kAny: also for formats with RoundingMethod::kElements and for gradients.
+template <Path kPath, bool kAny, class X>
+__device__ __forceinline__ X slow_result(const BlockArgs<X>& a, int64_t e, uint64_t seed, float scale) {
+  const float x = widen(a.x[e]), q = __builtin_fabsf(x / scale);
   const FloatFormat& f = a.round.format;
-  if (a.grad != nullptr) return q[0] <= f.largest ? a.grad[e] : X{};
-  const uint32_t word = f.rounding == Rounding::kStochastic ? random_word_at(a.order(e), seed) : 0;
-  const float m = f.method == RoundingMethod::kElements ? round_to_format(q[0], f, word)
-                                                        : a.round.template operator()<Path::kOther>(q[0], word);
-  return rounded_to<X>(with_sign(m * s.scale, one[0]));
+  if (kPath == Path::kGradient || (kAny && a.grad != nullptr)) return q <= f.largest ? a.grad[e] : X{};
+  const uint32_t word = wants_words<kPath>(a.round.format) ? random_word_at(a.order(e), seed) : 0;
+  float m;
+  if (kAny && f.method == RoundingMethod::kElements)
+    m = round_to_format(q, f, word);
+  else
+    m = a.round.template operator()<kPath>(q, word);
+  return rounded_to<X>(with_sign(m * scale, x));
+}
+
+template <Path kPath, class X, int V>
+__device__ __forceinline__ void store_slow_results(const BlockArgs<X>& a, int64_t e, uint64_t seed, const Scale (&s)[V]) {
+  float scale[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) scale[i] = s[i].scale;
+#pragma unroll 1
+  for (int i = 0; i < V; ++i) {
+    a.y[e + i] = slow_result<kPath, V == 1>(a, e + i, seed, scale[0]);
+#pragma unroll
+    for (int j = 0; j + 1 < V; ++j) scale[j] = scale[j + 1];
+  }
+}
+
+// The results of V elements from e on. V = 1: of anything.
+template <Path kPath, class X, int V>
+__device__ __forceinline__ void store_results(const BlockArgs<X>& a, int64_t e, uint64_t seed, const Vector<X, V>& in,
+                                              const Vector<X, V>& grad, const Scale (&s)[V], bool fast) {
+  if constexpr (V > 1) {
+    if (fast) {
+      X out[V];
+      results<kPath>(a, e, seed, in, grad, s, out);
+      return store_vector<V>(a.y + e, out);
+    }
+  }
+  store_slow_results<kPath>(a, e, seed, s);
+}
+
+// The scales of V columns: a loop, for it is long code.
+template <class X, int V>
+__device__ __forceinline__ void scales_of(const BlockArgs<X>& a, float (&amax)[V], Scale (&s)[V]) {
+  const float tensor_scale = tensor_scale_of(a);
+#pragma unroll
+  for (int i = 0; i < V; ++i) s[i] = {};
+#pragma unroll 1
+  for (int i = 0; i < V; ++i) {
+    const Scale next = scale_of(a, amax[0], tensor_scale);
+#pragma unroll
+    for (int j = 0; j + 1 < V; ++j) {
+      amax[j] = amax[j + 1];
+      s[j] = s[j + 1];
+    }
+    s[V - 1] = next;
+  }
 }
 
 template <class X, int V>
@@ -179,11 +225,9 @@ __global__ void __launch_bounds__(kThreads) flat_kernel(const QO_GRID_CONSTANT F
       if (e >= args.numel) continue;
       const Scale one = scale_of(a, amax[u], tensor_scale);
       Scale s[V];
-      X out[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) s[i] = one;
-      results<kPath>(a, e, seed, in[u], grad[u], s, out);
-      store_vector<V>(a.y + e, out);
+      store_results<kPath>(a, e, seed, in[u], grad[u], s, one.factor != 0.0f);
     }
   }
 }
@@ -208,9 +252,16 @@ __device__ __forceinline__ Tile tile_at(const BlockArgs<X>& a, const FastDiv& bl
   return {(outer * a.length + row) * a.inner + column, left < a.block ? left : a.block};
 }
 
+// Merges a row into the largest magnitudes of its columns.
+template <class X, int V>
+__device__ __forceinline__ void add_columns(const Vector<X, V>& row, float (&amax)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) amax[i] = greater(amax[i], __builtin_fabsf(widen(row.get(i))));
+}
+
 // A thread has at most kRows rows of a vector of columns.
 template <class X, Path kPath, int kRows>
-__global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT TileArgs<X> args) {
+__global__ void __launch_bounds__(kThreads, 2) tile_kernel(const QO_GRID_CONSTANT TileArgs<X> args) {
   constexpr int V = kColumnBytes / sizeof(X);
   const BlockArgs<X>& a = args.of;
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -221,14 +272,15 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT T
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (r < tile.rows) in[r] = load_vector<V>(a.x + tile.first + r * a.inner);
-    const float tensor_scale = tensor_scale_of(a);
+    float amax[V] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) add_columns(in[r], amax);
     Scale s[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float amax = 0.0f;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) amax = greater(amax, __builtin_fabsf(widen(in[r].get(i))));
-      s[i] = scale_of(a, amax, tensor_scale);
+    scales_of(a, amax, s);
+    if (!are_fast(s)) {
+#pragma unroll 1
+      for (int64_t r = 0; r < tile.rows; ++r) store_slow_results<kPath>(a, tile.first + r * a.inner, 0, s);
+      continue;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -318,15 +370,9 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const QO_GRID_CONSTANT P
     for (int i = 0; i < V; ++i) s[i] = one;
 #pragma unroll 1
     for (int64_t e = begin; e < end; e += step) {
-      if constexpr (V == 1) {
-        a.y[e] = any_result(a, e, seed, a.x[e], one);
-      } else {
-        Vector<X, V> grad = {};
-        if constexpr (kPath == Path::kGradient) grad = load_vector<V>(a.grad + e);
-        X out[V];
-        results<kPath>(a, e, seed, load_vector<V>(a.x + e), grad, s, out);
-        store_vector<V>(a.y + e, out);
-      }
+      Vector<X, V> grad = {};
+      if constexpr (V > 1 && kPath == Path::kGradient) grad = load_vector<V>(a.grad + e);
+      store_results<kPath>(a, e, seed, load_vector<V>(a.x + e), grad, s, one.factor != 0.0f);
     }
   }
 }
@@ -352,31 +398,20 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTAN
       }
     } else {
 #pragma unroll 4
-      for (int64_t e = begin; e < end; e += a.inner) {
-        const Vector<X, V> in = load_vector<V>(a.x + e);
-#pragma unroll
-        for (int i = 0; i < V; ++i) amax[i] = greater(amax[i], __builtin_fabsf(widen(in.get(i))));
-      }
+      for (int64_t e = begin; e < end; e += a.inner) add_columns(load_vector<V>(a.x + e), amax);
     }
     if (args.phase == Phase::kRange) {
       store_vector<V>(args.amax + task * a.inner + column, amax);
       continue;
     }
-    const float tensor_scale = tensor_scale_of(a);
     Scale s[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) s[i] = scale_of(a, amax[i], tensor_scale);
+    scales_of(a, amax, s);
+    const bool fast = are_fast(s);
 #pragma unroll 1
     for (int64_t e = begin; e < end; e += a.inner) {
-      if constexpr (V == 1) {
-        a.y[e] = any_result(a, e, seed, a.x[e], s[0]);
-      } else {
-        Vector<X, V> grad = {};
-        if constexpr (kPath == Path::kGradient) grad = load_vector<V>(a.grad + e);
-        X out[V];
-        results<kPath>(a, e, seed, load_vector<V>(a.x + e), grad, s, out);
-        store_vector<V>(a.y + e, out);
-      }
+      Vector<X, V> grad = {};
+      if constexpr (V > 1 && kPath == Path::kGradient) grad = load_vector<V>(a.grad + e);
+      store_results<kPath>(a, e, seed, load_vector<V>(a.x + e), grad, s, fast);
     }
   }
 }

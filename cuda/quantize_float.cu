@@ -61,7 +61,7 @@ template <class X, Path kPath>
 __device__ __forceinline__ Param param_at(const FlatArgs<X>& a, int64_t offset) {
   const float scale = a.scale != nullptr ? a.scale[offset] : 1.0f;
   if constexpr (kPath == Path::kGradient) return {greatest_in_range(scale, a.round.format.largest), 1.0f};
-  return {scale, kPath == Path::kOther ? 1.0f : a.round.reciprocal(scale)};
+  return {scale, kPath == Path::kOther && a.scale == nullptr ? 1.0f : a.round.reciprocal(scale)};
 }
 
 template <class X, Path kPath>
@@ -69,12 +69,19 @@ __device__ __forceinline__ X fast(const FlatArgs<X>& a, X x, X grad, const Param
   const float v = widen(x);
   if constexpr (kPath == Path::kGradient) {
     return __builtin_fabsf(v) <= p.scale ? grad : X{};
-  } else if constexpr (kPath == Path::kOther) {
-    return rounded_to<X>(a.round.template operator()<kPath>(a.scale != nullptr ? v / p.scale : v, random) * p.scale);
   } else {
-    const float m = a.round.template operator()<kPath>(a.round.mended(v, p.scale, p.reciprocal), random);
-    return rounded_to<X>(with_sign(m * p.scale, v));
+    // without a scale formats need not be within the bounds of mended quotients
+    const bool divides = kPath != Path::kOther || a.scale != nullptr;
+    const float q = divides ? a.round.mended(v, p.scale, p.reciprocal) : __builtin_fabsf(v);
+    return rounded_to<X>(with_sign(a.round.template operator()<kPath>(q, random) * p.scale, v));
   }
+}
+
+// x / scale, rounded, times the scale, whatever the scale.
+template <class X>
+__device__ __forceinline__ X any_scale(const FlatArgs<X>& a, X x, const Param& p, uint32_t random) {
+  const float v = widen(x), q = p.is_fast() ? a.round.mended(v, p.scale, p.reciprocal) : __builtin_fabsf(v / p.scale);
+  return rounded_to<X>(with_sign(a.round.template operator()<Path::kRandom>(q, random) * p.scale, v));
 }
 
 // For any scale.
@@ -84,9 +91,9 @@ __device__ __forceinline__ X exact(const FlatArgs<X>& a, int64_t e, int64_t offs
     return fast<X, kPath>(a, a.x[e], a.grad[e], param_at<X, kPath>(a, offset), 0);
   } else {
     const float scale = a.scale != nullptr ? a.scale[offset] : 1.0f;
-    const bool random = kPath != Path::kPlain && a.round.format.rounding == Rounding::kStochastic;
-    const uint32_t word = random ? random_word_at(e, seed) : 0;
-    return rounded_to<X>(a.round.template operator()<Path::kOther>(widen(a.x[e]) / scale, word) * scale);
+    const uint32_t word = wants_words<kPath>(a.round.format) ? random_word_at(e, seed) : 0;
+    const float v = widen(a.x[e]), m = a.round.template operator()<kPath>(__builtin_fabsf(v / scale), word);
+    return rounded_to<X>(with_sign(m * scale, v));
   }
 }
 
@@ -98,11 +105,7 @@ __device__ __forceinline__ void store_result(const FlatArgs<X>& a, int64_t e, co
                                              const Params& param, uint64_t seed) {
   constexpr int V = kVector<X>;
   uint32_t words[V] = {};
-  if constexpr (kPath == Path::kRandom) {
-    random_words_at<V>(e, seed, words);
-  } else if constexpr (kPath == Path::kOther) {
-    if (a.round.format.rounding == Rounding::kStochastic) random_words_at<V>(e, seed, words);
-  }
+  if (wants_words<kPath>(a.round.format)) random_words_at<V>(e, seed, words);
   X out[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) out[i] = fast<X, kPath>(a, in[0].get(i), in[kPath == Path::kGradient].get(i), param(i), words[i]);
@@ -238,6 +241,82 @@ bool launch_flat(const QuantizeFloatParams& p, const Iteration& it, const Launch
   return true;
 }
 
+// ---- random words across the order of memory ------------------------------------------------------------------------
+
+// Channels-last tensors: the last dimension in memory, the channels, is not the last one of the index, which is the next one, the
+// pixels. A thread has a vector of channels of four neighbouring pixels, so that each channel takes one counter.
+template <class X>
+struct AcrossArgs {
+  static constexpr bool kBarriers = false;
+  FlatArgs<X> of;
+  FastDiv vectors, fours;  // of a row of channels; of the pixels of an outer index
+  Dims<2> outer;           // to the offsets of the scale and of the index
+  int64_t channels, pixels;
+  int64_t scale_stride;  // of channels; pixels share a scale
+  int64_t index_stride;  // of channels
+  int64_t tiles;
+};
+
+template <class X>
+__global__ void __launch_bounds__(kThreads) across_kernel(const QO_GRID_CONSTANT AcrossArgs<X> args) {
+  constexpr int V = kVector<X>;
+  const FlatArgs<X>& a = args.of;
+  const uint64_t seed = value_of(a.seed);
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x; t < args.tiles; t += step) {
+    const int64_t four = args.vectors.quotient(t), channel = (t - four * args.vectors.divisor) * V;
+    const int64_t outer = args.fours.quotient(four), pixel = (four - outer * args.fours.divisor) * 4;
+    const int64_t e = (outer * args.pixels + pixel) * args.channels + channel;
+    Vector<X, V> in[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) in[j] = load_vector<V>(a.x + e + j * args.channels);
+    int64_t offset[2];
+    args.outer.seek(outer, offset);
+    const int64_t index = offset[1] + pixel + channel * args.index_stride, scale = offset[0] + channel * args.scale_stride;
+    X out[4][V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Param p = param_at<X, Path::kRandom>(a, scale + i * args.scale_stride);
+      const Random4 words = philox(static_cast<uint64_t>(index + i * args.index_stride) / 4, seed);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[j][i] = any_scale(a, in[j].get(i), p, words.word[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_vector<V>(a.y + e + j * args.channels, out[j]);
+  }
+}
+
+// As launch_flat, for plain formats. `it` is sorted by the result and coalesced, and its last operand is the index.
+template <class X>
+bool launch_across(const QuantizeFloatParams& p, const Iteration& it, const Launch& at) {
+  constexpr int V = kVector<X>;
+  const int c = it.ndim - 1, pixel = it.ndim - 2;
+  if (path_of(p.format, p.grad != nullptr) != Path::kRandom || pixel < 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 16))
+    return false;
+  int64_t expected = 1;
+  for (int d = c; d >= 0; expected *= it.size[d--])
+    if (it.stride[0][d] != expected || it.stride[1][d] != expected || (d != pixel && it.stride[3][d] % 4 != 0)) return false;
+  if (it.size[c] % V != 0 || it.size[pixel] % 4 != 0 || it.stride[3][pixel] != 1 || it.stride[2][pixel] != 0) return false;
+  const int64_t tiles = numel(it) / (V * 4);
+  const AcrossArgs<X> a{.of = {.round = Rounder::of(p.format),
+                               .x = static_cast<const X*>(p.x),
+                               .grad = nullptr,
+                               .y = static_cast<X*>(p.y),
+                               .scale = static_cast<const float*>(p.scale),
+                               .seed = p.seed,
+                               .layout = {}},
+                        .vectors = FastDiv(it.size[c] / V),
+                        .fours = FastDiv(it.size[pixel] / 4),
+                        .outer = make_dims<2>(it, 2, pixel),
+                        .channels = it.size[c],
+                        .pixels = it.size[pixel],
+                        .scale_stride = it.stride[2][c],
+                        .index_stride = it.stride[3][c],
+                        .tiles = tiles};
+  launch(at, across_kernel<X>, blocks_for(tiles, kThreads, kMaxGrid), dim3(kThreads), a);
+  return true;
+}
+
 // ---- any strides, any dtype, any format -----------------------------------------------------------------------------
 
 template <class X>
@@ -295,6 +374,8 @@ void quantize_float_cuda(const QuantizeFloatParams& p, const Launch& at) {
     }
     Iteration it = p.it;
     sort_and_coalesce(&it, 1);
+    if constexpr (!std::is_same_v<X, double>)
+      if (launch_across<X>(p, it, at)) return;
     const StridedArgs<X> a{.dims = make_dims<4>(it, 0, it.ndim),
                            .n = numel(it),
                            .x = static_cast<const X*>(p.x),

@@ -60,6 +60,7 @@ QO_HD float round_by_integers(float x, const FloatFormat& f, uint32_t random) {
 // below u / 2^33 rounds to 0, even stochastically, and from there on
 //   scale * u / 2^34 >= 2^-100, so that remainders do not underflow;  u >= 2^-90, so that quotients are normal;
 //   scale * 2 limit <= 2^126, so that nothing overflows.
+// All quotients beyond the limit must become the same, which toward zero infinity and large numbers do not unless saturating.
 struct Rounder {
   FloatFormat format;
   FloatGrid grid;
@@ -75,7 +76,8 @@ struct Rounder {
     r.magic = r.grid.quantum * 8388608.0f;
     r.bound = 2.0f * r.grid.limit;
     r.least_scale = quantum < -90 ? INFINITY : power_of_two(std::max(-60, -66 - quantum));
-    r.most_scale = top > 90 ? 0.0f : power_of_two(std::min(60, 123 - top));
+    const bool same_beyond = f.rounding != Rounding::kTowardZero || f.overflow == f.largest;
+    r.most_scale = top > 90 || !same_beyond ? 0.0f : power_of_two(std::min(60, 123 - top));
     return r;
   }
 
@@ -109,6 +111,11 @@ struct Rounder {
 };
 
 // ---- random words ---------------------------------------------------------------------------------------------------
+
+template <Path kPath>
+QO_HD bool wants_words(const FloatFormat& f) {
+  return kPath == Path::kRandom || (kPath == Path::kOther && f.rounding == Rounding::kStochastic);
+}
 
 __device__ __forceinline__ uint64_t value_of(const Seed& seed) {
   return seed.memory != nullptr ? static_cast<uint64_t>(*seed.memory) : seed.value;

@@ -7,8 +7,8 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-// block_scale of float_format.h for vectors of blocks, and what the elements are scaled by: multiplied by the reciprocal of a power of
-// two, else divided by the scale.
+// block_scale of float_format.h for vectors of blocks, and what the elements are scaled by: multiplied by the reciprocal of a power
+// of two, else divided by the scale.
 struct BlockScales {
   using F = typename Simd::F;
   using I = typename Simd::I;
@@ -34,7 +34,8 @@ struct BlockScales {
     }
     F s = ratio(amax);
     s = format.rule == ScaleRule::kE4m3
-            ? Simd::mul(Simd::max(e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits), Simd::set(0x1p-6f)), Simd::set(tensor_scale))
+            ? Simd::mul(Simd::max(e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits), Simd::set(0x1p-6f)),
+                        Simd::set(tensor_scale))
             : Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
     *scale = *factor = Simd::if_less(amax, finite_below, s, nan);
   }
@@ -43,8 +44,8 @@ struct BlockScales {
   // 2^(field - 127); the field 0 stands for 2^-127, which is subnormal
   QO_INLINE static F power(I field) { return Simd::as_float(Simd::max(Simd::shift_left(field, 23), Simd::set_int(0x00400000))); }
 
-  // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent where
-  // the rule rounds it up. Where amax is subnormal the exponent is too large, but below -127 anyway.
+  // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent
+  // where the rule rounds it up. Where amax is subnormal the exponent is too large, but below -127 anyway.
   QO_INLINE I exponent_field(I amax_bits) const {
     if (format.rule == ScaleRule::kRoundUp) {
       const I bits = Simd::bits(Simd::div(Simd::as_float(amax_bits), Simd::set(format.element.largest)));

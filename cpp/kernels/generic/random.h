@@ -15,7 +15,8 @@ QO_INLINE void philox_vector(uint64_t counter, uint64_t seed, uint32_t* words) {
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   for (int round = 0; round < kPhiloxRounds; ++round) {
     typename Simd::I high_a, high_c;
-    const auto low_a = Simd::multiply_wide(a, kPhiloxMultiplier0, &high_a), low_c = Simd::multiply_wide(c, kPhiloxMultiplier1, &high_c);
+    const auto low_a = Simd::multiply_wide(a, kPhiloxMultiplier0, &high_a),
+               low_c = Simd::multiply_wide(c, kPhiloxMultiplier1, &high_c);
     a = Simd::xor_bits(Simd::xor_bits(high_c, b), Simd::set_int(static_cast<int32_t>(key[0])));
     c = Simd::xor_bits(Simd::xor_bits(high_a, d), Simd::set_int(static_cast<int32_t>(key[1])));
     b = low_c;
