@@ -13,10 +13,11 @@ BELOW = {
     "": {"ops"},  # info checks the operators
     "ops": {""},
     "nn": {"", "ops"},
-    "observers": {"", "ops"},
-    "convert": {"", "ops", "nn", "observers"},
+    "formats": {"", "ops"},
+    "observers": {"", "ops", "formats"},
+    "convert": {"", "ops", "nn", "formats", "observers"},
     "report": {"", "ops", "nn"},
-    "compat": {"", "ops", "nn", "observers", "convert", "report"},
+    "compat": {"", "ops", "nn", "formats", "observers", "convert", "report"},
     "cli": {"", "nn", "convert", "report"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line

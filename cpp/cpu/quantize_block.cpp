@@ -53,25 +53,20 @@ class Blocks {
     for_each_share(tasks, threads, p_.outer * p_.length * p_.inner, kElementsPerThread,
                    [&](int64_t worker, int64_t begin, int64_t end) {
                      uint32_t* memory = random ? scratch.at<uint32_t>(worker * words) : nullptr;
-                     if (p_.inner == 1 && memory == nullptr) return contiguous(begin, end);
+                     if (p_.inner == 1 && memory == nullptr) return contiguous(begin, end, nullptr);
                      for (int64_t task = begin; task < end; ++task) tile(task, memory);
                    });
   }
 
  private:
-  // Blocks [begin, end), counted over all lengths; those that follow one another without a gap in one call.
-  void contiguous(int64_t begin, int64_t end) const {
-    if (p_.length % p_.block == 0) return call(begin * p_.block, p_.block, end - begin, 1, nullptr);
-    for (int64_t task = begin; task < end;) {
-      const int64_t row = task / tiles_.blocks, block = task % tiles_.blocks, whole = p_.length / p_.block;
-      const int64_t first = row * p_.length + block * p_.block, count = std::min(end - task, whole - block);
-      if (count > 0) call(first, p_.block, count, 1, nullptr);
-      task += std::max<int64_t>(count, 0);
-      if (task < end && task % tiles_.blocks == whole) {
-        call(row * p_.length + whole * p_.block, p_.length - whole * p_.block, 1, 1, nullptr);
-        ++task;
-      }
-    }
+  // Contiguous blocks [begin, end), counted over all lengths.
+  void contiguous(int64_t begin, int64_t end, const uint32_t* words) const {
+    BlockRun run = at(begin / tiles_.blocks * p_.length + begin % tiles_.blocks * p_.block, words);
+    run.length = p_.length;
+    run.block = p_.block;
+    run.first = begin % tiles_.blocks;
+    run.blocks = end - begin;
+    table_.quantize_blocks(run);
   }
 
   void tile(int64_t task, uint32_t* words) const {
@@ -82,7 +77,12 @@ class Blocks {
     if (words != nullptr) {
       for (int64_t i = 0; i < rows; ++i) draw(first + i * p_.inner, columns, words + i * columns);
     }
-    call(first, rows, columns, p_.inner, words);
+    if (p_.inner == 1) return contiguous(task, task + 1, words);
+    BlockRun run = at(first, words);
+    run.length = rows;
+    run.columns = columns;
+    run.row = p_.inner;
+    table_.quantize_block_columns(run);
   }
 
   // The random words of n elements that follow one another in memory.
@@ -97,16 +97,13 @@ class Blocks {
     });
   }
 
-  void call(int64_t first, int64_t length, int64_t columns, int64_t row, const uint32_t* words) const {
+  BlockRun at(int64_t first, const uint32_t* words) const {
     BlockRun run = shared_;
     run.x = element(p_.x, p_.dtype, first);
     run.grad = p_.grad != nullptr ? element(p_.grad, p_.dtype, first) : nullptr;
     run.y = element(p_.y, p_.dtype, first);
-    run.length = length;
-    run.columns = columns;
-    run.row = row;
     run.random = words;
-    p_.inner == 1 ? table_.quantize_blocks(run) : table_.quantize_block_columns(run);
+    return run;
   }
 
   const QuantizeBlockParams& p_;

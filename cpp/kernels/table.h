@@ -204,14 +204,16 @@ struct FloatRun {
   FloatFormat format;
 };
 
-// The same for blocks of `length` x `columns` elements, each column of which has a scale of its own from its largest magnitude.
-// Rows are `row` elements apart, columns are neighbours; or, with row 1, a block is contiguous and the next one follows it.
+// The same for blocks of elements, each with a scale from its largest magnitude. Contiguous blocks follow one another: rows of
+// `length` elements are cut into blocks, the last of a row may be shorter; block `first` of a row is the first of `blocks`. Blocks
+// side by side (quantize_block_columns) are the columns of a matrix of `length` rows, `row` elements apart.
 struct BlockRun {
   const void* x;
   const void* grad = nullptr;
   void* y;
-  int64_t length, columns;
-  int64_t row;
+  int64_t length;
+  int64_t block = 0, first = 0, blocks = 0;
+  int64_t columns = 0, row = 0;
   DType dtype;
   BlockFormat format;
   float tensor_scale = 1.0f;

@@ -76,13 +76,35 @@ struct BlockElements {
   const Rounder<kPlain> round;
   const F largest, smallest;
   const bool multiply;
+  float least_folded = 1.0f, most_folded = 0.0f;  // no scale
 
   QO_INLINE explicit BlockElements(const BlockRun& run)
       : r(run),
         round(run.format.element),
         largest(Simd::set(run.format.element.largest)),
         smallest(Simd::set(-run.format.element.largest)),
-        multiply(is_power_of_two_rule(run.format.rule)) {}
+        multiply(is_power_of_two_rule(run.format.rule)) {
+    if (!kPlain || !multiply || run.grad) return;
+    const FloatFormat& f = run.format.element;
+    const int least = f.mantissa_bits - f.least_exponent - 125, most = 102 + f.mantissa_bits - exponent_of(f.largest);
+    least_folded = power_of_two(least < -126 ? -126 : least);
+    most_folded = power_of_two(most > 127 ? 127 : most);
+  }
+
+  // Whether rounding x to the format times the scale is the same: all numbers then are normal ones of float32. It is cheaper.
+  QO_INLINE bool folds(float scale) const { return scale >= least_folded && scale <= most_folded; }
+  QO_INLINE bool folds_all(F scale) const {
+    return !Simd::any_above(Simd::bits(Simd::set(least_folded)), Simd::bits(scale)) &&
+           !Simd::any_above(Simd::bits(scale), Simd::bits(Simd::set(most_folded)));
+  }
+
+  // n elements from `at` on, by limit and smallest normal number of the format times the scale.
+  QO_INLINE void folded(int64_t at, int64_t n, F limit, F smallest_normal) const {
+    const F rounded = round.plain(load_part(x() + at, n), limit, smallest_normal);
+    X* y = static_cast<X*>(r.y) + at;
+    if (std::is_same_v<X, BFloat16> && n == Simd::N && r.format.element.mantissa_bits <= 7) return Simd::store_exact(y, rounded);
+    store_part(y, rounded, n);
+  }
 
   QO_INLINE const X* x() const { return static_cast<const X*>(r.x); }
 
@@ -115,27 +137,50 @@ void quantize_blocks_typed(const BlockRun& r) {
   constexpr int64_t kBatch = 64, N = Simd::N;
   const BlockElements<X, kPlain> elements(r);
   const BlockScales scales_of(r.format, r.tensor_scale);
+  const int64_t of_row = (r.length + r.block - 1) / r.block, last = r.length - (of_row - 1) * r.block;
   int32_t amax[kBatch + N] = {};
   float scales[kBatch + N], factors[kBatch + N];
-  for (int64_t first = 0; first < r.columns; first += kBatch) {
-    const int64_t blocks = r.columns - first < kBatch ? r.columns - first : kBatch;
-    for (int64_t b = 0; b < blocks; ++b) {
+  int64_t at = 0, of_batch = r.first;  // the batch's first element, and its first block's number in the row
+  for (int64_t done = 0; done < r.blocks; done += kBatch) {
+    const int64_t blocks = r.blocks - done < kBatch ? r.blocks - done : kBatch;
+    // Calls body(block of the batch, first element, elements) for each.
+    const auto for_each_block = [&](const auto& body) QO_LAMBDA {
+      int64_t first = at, number = of_batch;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const bool ends = number == of_row - 1;
+        const int64_t n = ends ? last : r.block;
+        body(b, first, n);
+        first += n;
+        number = ends ? 0 : number + 1;
+      }
+    };
+    for_each_block([&](int64_t b, int64_t first, int64_t count) QO_LAMBDA {
       auto largest = Simd::set_int(0);
-      const X* x = elements.x() + (first + b) * r.length;
-      for_each_part_of(r.length, [&](int64_t i, int64_t n)
-                                     QO_LAMBDA { largest = Simd::max_unsigned(largest, Simd::abs_bits(load_part(x + i, n))); });
+      for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA {
+        largest = Simd::max_unsigned(largest, Simd::abs_bits(load_part(elements.x() + first + i, n)));
+      });
       amax[b] = static_cast<int32_t>(Simd::reduce_max_unsigned(largest));
-    }
+    });
     for (int64_t b = 0; b < blocks; b += N) {
       typename Simd::F scale, factor;
       scales_of(Simd::load_int(amax + b), &scale, &factor);
       Simd::store(scales + b, scale);
       Simd::store(factors + b, factor);
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t at = (first + b) * r.length;
+    for_each_block([&](int64_t b, int64_t first, int64_t count) QO_LAMBDA {
       const auto scale = Simd::set(scales[b]), factor = Simd::set(factors[b]);
-      for_each_part_of(r.length, [&](int64_t i, int64_t n) QO_LAMBDA { elements(at + i, at + i, n, scale, factor); });
+      if (elements.folds(scales[b])) {
+        const auto limit = Simd::mul(elements.round.limit, scale), least = Simd::mul(elements.round.smallest_normal, scale);
+        for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA { elements.folded(first + i, n, limit, least); });
+      } else {
+        for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA { elements(first + i, first + i, n, scale, factor); });
+      }
+    });
+    at += blocks / of_row * r.length;
+    for (int64_t b = 0; b < blocks % of_row; ++b) {
+      const bool ends = of_batch == of_row - 1;
+      at += ends ? last : r.block;
+      of_batch = ends ? 0 : of_batch + 1;
     }
   }
 }
@@ -154,6 +199,20 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
       largest[v.value] = Simd::max_unsigned(largest[v.value], Simd::abs_bits(x));
     });
   unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(largest[v.value], &scale[v.value], &factor[v.value]); });
+  bool folded = true;
+  unroll<kVectors>([&](auto v) QO_LAMBDA { folded = folded && elements.folds_all(scale[v.value]); });
+  if (folded) {
+    typename Simd::F limit[kVectors], least[kVectors];
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      limit[v.value] = Simd::mul(elements.round.limit, scale[v.value]);
+      least[v.value] = Simd::mul(elements.round.smallest_normal, scale[v.value]);
+    });
+    for (int64_t i = 0; i < r.length; ++i)
+      unroll<kVectors>([&](auto v) QO_LAMBDA {
+        elements.folded(i * r.row + column + v.value * N, n, limit[v.value], least[v.value]);
+      });
+    return;
+  }
   for (int64_t i = 0; i < r.length; ++i)
     unroll<kVectors>([&](auto v) QO_LAMBDA {
       const int64_t c = column + v.value * N;

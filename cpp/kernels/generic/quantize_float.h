@@ -34,24 +34,23 @@ struct Rounder {
 
   QO_INLINE F magnitude(F x) const { return Simd::as_float(Simd::and_bits(Simd::bits(x), magnitude_mask)); }
 
+  // Plain rounding to the format whose limit and smallest normal number are these: to a multiple of the format by a power of two.
+  QO_INLINE F plain(F x, F limit, F smallest_normal) const {
+    const F m = Simd::min(limit, magnitude(x));  // NaN stays
+    const F spread = Simd::mul(Simd::max(Simd::as_float(Simd::and_bits(Simd::bits(m), exponent_mask)), smallest_normal), magic);
+    const F rounded = Simd::sub(Simd::add(m, spread), spread);
+    return Simd::as_float(Simd::or_bits(Simd::bits(rounded), Simd::and_bits(Simd::bits(x), sign_mask)));
+  }
+
   QO_INLINE F operator()(F x, I random) const {
+    if constexpr (kPlain) return plain(x, limit, smallest_normal);
     const F whole = magnitude(x);
     const I sign = Simd::and_bits(Simd::bits(x), sign_mask);
-    F rounded;
-    if constexpr (kPlain) {
-      const F m = Simd::min(limit, whole);  // NaN stays
-      const F spread = Simd::mul(Simd::max(Simd::as_float(Simd::and_bits(Simd::bits(m), exponent_mask)), smallest_normal), magic);
-      rounded = Simd::sub(Simd::add(m, spread), spread);
-    } else {
-      rounded = format.method == RoundingMethod::kIntegers ? by_integers(whole, random) : by_floats(whole, random);
-      const F overflow = Simd::set(format.overflow), largest = Simd::set(format.largest);
-      if (format.rounding == Rounding::kTowardZero) {
-        const F beyond = Simd::if_less(whole, Simd::set(INFINITY), largest, overflow);
-        rounded = Simd::if_less(largest, rounded, beyond, rounded);
-      } else {
-        rounded = Simd::if_less(largest, rounded, overflow, rounded);
-      }
-    }
+    F rounded = format.method == RoundingMethod::kIntegers ? by_integers(whole, random) : by_floats(whole, random);
+    const F largest = Simd::set(format.largest);
+    F beyond = Simd::set(format.overflow);
+    if (format.rounding == Rounding::kTowardZero) beyond = Simd::if_less(whole, Simd::set(INFINITY), largest, beyond);
+    rounded = Simd::if_less(largest, rounded, beyond, rounded);
     return Simd::as_float(Simd::or_bits(Simd::bits(rounded), sign));
   }
 

@@ -1,33 +1,19 @@
 """How to quantize a model: one frozen dataclass per scheme, with a JSON round trip."""
 
 import dataclasses
-import json
-from typing import Any
 
+from .. import _description
 from ..observers import Observer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_description.Description):
     """What every scheme can do: be compared, hashed, and written as JSON."""
 
-    def to_json(self) -> str:
-        """The config as JSON, with its class's name."""
-        return json.dumps({"config": type(self).__name__, **dataclasses.asdict(self)})
-
-    def _expect(self, condition: bool, relation: str) -> None:
-        if not condition:
-            raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}")
-
-    def _expect_integer(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        integer = isinstance(value, int) and not isinstance(value, bool)
-        bound = f" <= {high}" if high is not None else ""
-        self._expect(integer and low <= value and (high is None or value <= high), f"{low} <= {name}{bound}, got {value}")
+    kind = "config"
 
     def _expect_observer(self, name: str) -> None:
-        known, value = sorted(Observer.kinds), getattr(self, name)
-        self._expect(value in known, f"{name} to be one of {known}, got {value!r}")
+        self._expect_choice(name, Observer.kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +71,10 @@ class Int8Static(Config):
 
 Scheme = Int8Dynamic | Int8Static
 
-_CONFIGS: dict[str, type[Scheme]] = {config.__name__: config for config in (Int8Dynamic, Int8Static)}
+_description.register(Int8Dynamic, Int8Static)
 
 
 def from_json(text: str) -> Scheme:
     """The config that :meth:`Config.to_json` wrote. Raises ValueError for another name or field."""
-    fields: dict[str, Any] = json.loads(text)
-    if not isinstance(fields, dict):
-        raise ValueError(f"quant_ops: expected a JSON object with a config, got {text}")
-    name = fields.pop("config", None)
-    if name not in _CONFIGS:
-        raise ValueError(f"quant_ops: expected a config named one of {sorted(_CONFIGS)}, got {name}")
-    known = {field.name for field in dataclasses.fields(_CONFIGS[name])}
-    if not set(fields) <= known:
-        raise ValueError(f"quant_ops.{name}: expected fields among {sorted(known)}, got {sorted(set(fields) - known)}")
-    return _CONFIGS[name](**fields)
+    config: Scheme = _description.from_json(Config.kind, text)
+    return config

@@ -5,14 +5,14 @@ When e grows by k, 2^k bins become one, exactly: the counts after any number of 
 are those of one histogram of all the data. The range doubles at most once too far, so at least H / 2 bins a side are in use.
 """
 
+import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops import quant_tensor_forward
-from .observer import Observer
+from .observer import Observer, ScalableFormat
 
 _HALF = 2048  # H: at least 8 bins for each of the 128 codes of a sign
 _CACHED = 1 << 18  # elements at a time, so that intermediate results stay in the cache
@@ -27,6 +27,8 @@ def _coarsen(counts: Tensor, octaves: Tensor) -> Tensor:
 
 class Distribution(Observer):
     """Base class: the dyadic histogram."""
+
+    widens: ClassVar[bool] = False  # the range of a format may be up to twice that of the data
 
     counts: Tensor
     exponent: Tensor
@@ -73,7 +75,11 @@ class Distribution(Observer):
             )
         ]
         lo, hi = (torch.cat(part).float().reshape(self.min.shape) for part in zip(*parts, strict=True))
-        return torch.minimum(torch.maximum(lo, self.min), self.max), torch.maximum(torch.minimum(hi, self.max), self.min)
+        lowest, highest = self.min, self.max
+        if self.format is not None and self.widens:
+            highest = 2 * torch.maximum(-lowest, highest)
+            lowest = -highest
+        return torch.minimum(torch.maximum(lo, lowest), highest), torch.maximum(torch.minimum(hi, highest), lowest)
 
     def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen lo and hi of some rows: counts (rows, 2H), width of a bin, lowest and highest value (rows,)."""
@@ -118,18 +124,31 @@ class MSE(Distribution):
 
     Candidates shrink the data's range by up to 2^8 in steps of a sixth of an octave; then, twice, sixteen steps around the best. An
     asymmetric range is searched one end after the other, twice.
+
+    For a format the range also grows by up to an octave, over which its relative precision varies, and the first steps are shorter:
+    the error of a few large values rises and falls with each mantissa. Formats of more than 8 bits are finer than the bins, so that
+    the search is no better than "minmax".
     """
 
     name = "mse"
+    widens = True
 
     def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt_().float() / width.unsqueeze(1)
-        centres = (torch.arange(-_HALF, _HALF, device=counts.device) + 0.5) * width.unsqueeze(1)
-        ladders = [[2.0 ** (-i / 6) for i in range(1, 49)], *([2.0 ** (i / fine) for i in range(-8, 9)] for fine in (48, 384))]
+        if self.format is None:
+            coarse = [-i / 6 for i in range(1, 49)]
+            centres = (torch.arange(-_HALF, _HALF, device=counts.device) + 0.5) * width.unsqueeze(1)
+        else:
+            coarse = [i / 48 for i in range(48, -49, -1)] + [-i / 12 for i in range(13, 97)]
+            # those of half bins, since near 0 a format is finer than the bins; beyond the data they would be infinite in a format
+            # that does not saturate, and 0 * Inf is NaN
+            centres = (torch.arange(-2 * _HALF, 2 * _HALF, device=counts.device) + 0.5) * (width / 2).unsqueeze(1)
+            centres = torch.minimum(torch.maximum(centres, lo.unsqueeze(1)), hi.unsqueeze(1))
+            share = share.repeat_interleave(2, 1)
+        ladders = [[2.0**x for x in coarse], *([2.0 ** (i / fine) for i in range(-8, 9)] for fine in (48, 384))]
 
         def error(lo: Tensor, hi: Tensor) -> Tensor:
-            scale, zero_point = self._choose(lo, hi)
-            simulated = quant_tensor_forward(centres, scale, zero_point, self.qmin, self.qmax, self.asymmetric)
+            simulated = self._simulate(centres, lo, hi)
             return simulated.sub_(centres).mul_(share).square_().sum(1)  # in units of bins: nothing overflows
 
         def shrink(lo: Tensor, hi: Tensor, ratios: list[float], low: bool, high: bool) -> tuple[Tensor, Tensor]:
@@ -160,17 +179,24 @@ class Histogram(Distribution):
     """The range with the least L2 error in closed form: ``scale^2 / 12`` for a value inside, its distance for one outside.
 
     The error of every pair of ends is read off prefix sums, so that the minimum is the global one: all bin edges if symmetric, 128
-    edges a side otherwise.
+    edges a side otherwise. For a format, whose values are equally far apart within an octave, a value inside has the mean squared
+    error of its octave.
     """
 
     name = "histogram"
+    widens = True
 
     def _search(self, counts: Tensor, width: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         if not self.asymmetric:
             clipped, total = self._clipped(_folded(counts))
             edges = torch.arange(1, _HALF + 1, device=counts.device, dtype=torch.float64)
-            inside = total[:, :1] - total[:, 1:]
-            best = (inside * (edges / self.qmax).square() / 12 + clipped[:, 1:]).argmin(1) + 1
+            if self.format is None:
+                rounding = (total[:, :1] - total[:, 1:]) * (edges / self.qmax).square() / 12
+            else:
+                rounding = self._rounding_error(self.format, total, edges)
+                if not _saturates(self.format):
+                    clipped = torch.where(total > 0, float("inf"), 0)
+            best = (rounding + clipped[:, 1:]).argmin(1) + 1
             return -best * width, best * width
         (above, count_above), (below, count_below) = (
             (t[:, ::16] for t in self._clipped(half)) for half in (counts[:, _HALF:], counts[:, :_HALF].flip(1))
@@ -182,6 +208,24 @@ class Histogram(Distribution):
         best = error.flatten(1).argmin(1)
         low, high = best // len(edges), best % len(edges)
         return -edges[low] * width, edges[high] * width
+
+    @staticmethod
+    def _rounding_error(format: ScalableFormat, total: Tensor, edges: Tensor) -> Tensor:
+        """For every edge, the summed error of what is inside, when the format's largest value lies on the edge."""
+        top = math.ceil(math.log2(format.largest))
+        bounds = [0.0, *(2.0**octave for octave in range(top - 12, top)), format.largest]  # what is lower is in bin 0
+        even = (torch.arange(4096, device=total.device) + 0.5) / 4096
+        sums = total[:, :1] - torch.nn.functional.pad(total, (0, 1))  # values below each edge
+        summed, below = torch.zeros_like(total[:, 1:]), torch.zeros_like(total[:, 1:])
+        for low, high in itertools.pairwise(bounds):
+            values = low + (high - low) * even
+            error = (format.simulate(values, torch.ones_like(values[:1]), seed=0) - values).double().square().mean()
+            end = edges * (high / format.largest)
+            at = end.long()
+            up_to = sums[:, at] + (sums[:, at + 1] - sums[:, at]) * (end - at)
+            summed += (up_to - below) * error
+            below = up_to
+        return summed * (edges / format.largest).square()
 
     @staticmethod
     def _clipped(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +243,13 @@ class Entropy(Distribution):
 
     Symmetric: over magnitudes, as TensorRT's calibrator. Asymmetric: one end after the other, twice. The bin of zero takes its
     neighbour's count: exact zeros, as after a ReLU, cost nothing and would hide the rest. The bins inside of a candidate's range
-    are spread over the codes, and each code's mass evenly over its occupied bins.
+    are spread over the codes, and each code's mass evenly over its occupied bins. The narrowest candidate has as many bins as
+    codes.
+
+    For a format, whose values are not equally far apart, a bin has the code to which the format rounds its centre. The narrowest
+    candidate has a bin for each code of the top octave, where codes are furthest apart. For a uniform grid that is the rule above,
+    which is that of TensorRT (S. Migacz, 8-bit Inference with TensorRT, GTC 2017); below the top octave, codes may share a bin. A
+    format that does not saturate keeps the whole range.
 
     The divergence is no error: it is 0 for a range so narrow that it holds a single occupied bin, and it prefers a clipped range
     for data with few distinct values. So a range counts only if its squared error is at most twice that of the whole range, and
@@ -222,6 +272,8 @@ class Entropy(Distribution):
             counts[:, 0] = counts[:, 1]
             counts = torch.nn.functional.pad(counts, (_HALF, 0))
             below, above, levels = torch.zeros_like(above), torch.maximum(below, above), self.qmax + 1
+        if self.format is not None:
+            levels = _levels(self.format)
         found = []
         for row, low, high, whole in zip(counts, below.tolist(), above.tolist(), discrete, strict=True):
             found.append((low, high) if whole else self._best(row, low, high, levels))
@@ -229,7 +281,7 @@ class Entropy(Distribution):
         return (-low_ends, high_ends) if self.asymmetric else (-high_ends, high_ends)
 
     def _best(self, row: Tensor, below: int, above: int, levels: int) -> tuple[int, int]:
-        """How many bins below and above zero to keep."""
+        """How many bins below and above zero to keep, together as many as ``levels`` at least."""
         kept = [below, above]
         longer = 1 if above >= below else 0  # first, for it has the outliers
         sides = (longer, 1 - longer) * 2 if below and above else (longer,)
@@ -241,12 +293,20 @@ class Entropy(Distribution):
                 continue
             trials = [least + (most - least) * (i + 1) // candidates for i in range(candidates)]
             ranges = [(kept[0], trial) if side else (trial, kept[1]) for trial in trials]
-            divergences = [_divergence(row, *kept_bins, levels) for kept_bins in ranges]
+            divergences = [_divergence(row, *kept_bins, self._codes(row, *kept_bins, levels)) for kept_bins in ranges]
             for i in sorted(range(candidates), key=divergences.__getitem__):
                 if self._error(row, *ranges[i]) <= allowed:
                     kept[side] = trials[i]
                     break
         return kept[0], kept[1]
+
+    def _codes(self, row: Tensor, low: int, high: int, levels: int) -> Tensor:
+        """The code of every bin from ``low`` below to ``high`` above zero, counted from 0."""
+        bins = torch.arange(low + high, device=row.device)
+        if self.format is None:
+            return bins * levels // (low + high)
+        end = torch.full((), high, dtype=torch.float32, device=row.device)
+        return torch.unique(self._simulate(bins + 0.5, -end, end), return_inverse=True)[1]
 
     def _error(self, row: Tensor, low: int, high: int) -> float:
         """The squared error of the quantizer in bins, when ``low`` below and ``high`` above zero are kept.
@@ -255,10 +315,9 @@ class Entropy(Distribution):
         centres would overstate the error of the whole range.
         """
         ends = torch.tensor([-low if self.asymmetric else -high, high], dtype=torch.float32, device=row.device)
-        scale, zero_point = self._choose(*ends)
         bins = torch.arange(-_HALF, _HALF, device=row.device)
         values = torch.where(bins < 0, bins + 1, bins).float()
-        simulated = quant_tensor_forward(values, scale, zero_point, self.qmin, self.qmax, self.asymmetric)
+        simulated = self._simulate(values, *ends)
         return float((row * simulated.sub_(values).square_()).sum())
 
 
@@ -269,14 +328,24 @@ def _discrete(counts: Tensor) -> Tensor:
     return (counts * alone).sum(1) > 0.5 * counts.sum(1)
 
 
-def _divergence(row: Tensor, low: int, high: int, levels: int) -> float:
+def _levels(format: ScalableFormat) -> int:
+    """How many magnitudes the format would have, were all as far apart as the largest two."""
+    values = format.simulate(torch.linspace(0, format.largest, 4097), torch.ones(1), seed=0).unique()
+    return round(format.largest / float(values[-1] - values[-2])) + 1
+
+
+def _saturates(format: ScalableFormat) -> bool:
+    """Whether values beyond the format's largest become that, and not infinite or NaN."""
+    return bool(format.simulate(torch.full((1,), 2.0), torch.full((1,), 1 / format.largest), seed=0).isfinite())
+
+
+def _divergence(row: Tensor, low: int, high: int, code: Tensor) -> float:
     """KL(P || Q) of the bins from ``low`` below to ``high`` above the middle; what is clipped counts at the ends of P."""
     inside = row[_HALF - low : _HALF + high]
     clipped = inside.clone()
     clipped[0] += row[: _HALF - low].sum()
     clipped[-1] += row[_HALF + high :].sum()
-    code = torch.arange(low + high, device=row.device) * levels // (low + high)
-    mass = torch.zeros(levels, dtype=row.dtype, device=row.device).index_add_(0, code, inside)
+    mass = torch.zeros(len(row), dtype=row.dtype, device=row.device).index_add_(0, code, inside)
     occupied = torch.zeros_like(mass).index_add_(0, code, (inside > 0).to(row.dtype))
     spread = torch.where(inside > 0, (mass / occupied.clamp(min=1))[code], 0)
     p, q = clipped / clipped.sum(), spread / spread.sum().clamp(min=1)  # nothing inside: all of it is lost

@@ -2,29 +2,43 @@
 
 An observer keeps one statistic per row, where a row is a step (``num_steps``) and a channel or group. All state is in buffers, on
 the model's device, and is updated by tensor operations alone: no batch waits for the host. Two observers merge into what one would
-have seen. A batch that holds NaN or Inf is left out and counted: it changes no statistic. This file has the observers that need
-extremes and means, histogram.py those that need the distribution.
+have seen. A batch that holds NaN or Inf is left out and counted: it changes no statistic. The scale is one for integer codes or for
+a floating format; the statistics are the same. This file has the observers that need extremes and means, histogram.py those that
+need the distribution.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import choose_qparams
+from ..ops import choose_qparams, quant_tensor_forward
 
 # Ranges beyond these are clipped, so that no scale, no zero point and no simulated value overflows in float32.
 _WIDEST = {False: 0.999 * torch.finfo(torch.float32).max, True: 0.499 * torch.finfo(torch.float32).max}
+
+
+class ScalableFormat(Protocol):
+    """What an observer needs of a format of :mod:`quant_ops.formats`: values that one scale stretches to a range."""
+
+    @property
+    def largest(self) -> float:
+        """The largest value at scale 1."""
+
+    def simulate(self, x: Tensor, scale: Tensor, seed: int) -> Tensor:
+        """x rounded to the format's values times the scale, in a new tensor; the seed is for formats that round at random."""
 
 
 class Observer(nn.Module):
     """Base class: the extremes, and the rules for rows, steps, merging and saving.
 
     Call it with the tensors to observe. ``qparams()`` is scale and zero point by the rules of :func:`choose_qparams`, from the
-    range that the subclass chooses; they broadcast to the tensor, or with ``group_size`` to its grid of blocks.
+    range that the subclass chooses; they broadcast to the tensor, or with ``group_size`` to its grid of blocks. ``amax()`` is the
+    end of a symmetric range, shaped as the scale.
 
     Args:
-        qmin, qmax: smallest and largest code.
+        format: the format to choose a scale for, in place of integer codes: ``amax / format.largest``, and zero point 0.
+        qmin, qmax: smallest and largest code, -128 and 127 by default; not with a format.
         asymmetric: the range is [lo, hi] with a zero point; otherwise [-max(-lo, hi), max(-lo, hi)].
         axis: the dimension that keeps a scale of its own for every index (per channel); None for one scale.
         group_size: the last dimension is split into groups of this size, each with a scale of its own.
@@ -35,6 +49,7 @@ class Observer(nn.Module):
     name: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()  # the subclass's own arguments, which are fields of the configs
     live: ClassVar[bool] = False  # cheap enough to choose the scale again in every step of training
+    takes_format: ClassVar[bool] = True
     observe = True  # set it to False on an observer to let tensors pass it by
 
     min: Tensor
@@ -49,8 +64,9 @@ class Observer(nn.Module):
     def __init__(
         self,
         *,
-        qmin: int = -128,
-        qmax: int = 127,
+        format: ScalableFormat | None = None,
+        qmin: int | None = None,
+        qmax: int | None = None,
         asymmetric: bool = False,
         axis: int | None = None,
         group_size: int | None = None,
@@ -58,11 +74,26 @@ class Observer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.qmin, self.qmax, self.asymmetric = qmin, qmax, asymmetric
+        if format is not None:
+            self._check_format(format, codes=qmin is not None or qmax is not None, asymmetric=asymmetric)
+        self.format, self.asymmetric = format, asymmetric
+        self.qmin, self.qmax = -128 if qmin is None else qmin, 127 if qmax is None else qmax
         self.axis, self.group_size, self.num_steps = axis, group_size, num_steps
         for name in ("count", "left_out"):  # batches observed, and batches that held NaN or Inf
             self.register_buffer(name, torch.zeros(num_steps, dtype=torch.int64, device=device))
         self._allocate((0,) if axis is not None or group_size is not None else (), device)
+
+    def _check_format(self, format: ScalableFormat, codes: bool, asymmetric: bool) -> None:
+        start = "quant_ops.observers: expected"
+        if not self.takes_format:
+            raise ValueError(f"{start} an observer with a rule for formats, such as mse, got {self.name} with {format}")
+        if codes or asymmetric:
+            given = "qmin or qmax" if codes else "asymmetric=True"
+            raise ValueError(f"{start} codes from qmin to qmax or a format, which is symmetric, got {given} with {format}")
+        try:
+            format.simulate(torch.zeros(1), torch.ones(1), seed=0)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as reason:
+            raise ValueError(f"{start} a format with one scale for all values, got {format}") from reason
 
     # ---- state -----------------------------------------------------------------------------------------------------------
 
@@ -203,21 +234,44 @@ class Observer(nn.Module):
         """lo and hi of every row, shaped as ``min``; rows without data may hold anything."""
         raise NotImplementedError
 
-    def live_qparams(self) -> tuple[Tensor, Tensor]:
-        """:meth:`qparams` without a look at the values: NaN where nothing finite has been observed."""
+    def _filled_range(self) -> tuple[Tensor, Tensor]:
+        """:meth:`_range`, where steps without data have the widest range of the others; shaped as the scale."""
         lo, hi = self._range()
         if self.num_steps > 1:
             seen = (self.count > 0).reshape(-1, *[1] * (lo.dim() - 1))
             lo = torch.where(seen, lo, torch.where(seen, lo, float("inf")).amin(0))
             hi = torch.where(seen, hi, torch.where(seen, hi, float("-inf")).amax(0))
+            return lo, hi
+        return lo[0], hi[0]
+
+    def live_qparams(self) -> tuple[Tensor, Tensor]:
+        """:meth:`qparams` without a look at the values: NaN where nothing finite has been observed."""
+        lo, hi = self._filled_range()
         scale, zero_point = self._choose(lo.flatten(), hi.flatten())
-        shape = lo.shape if self.num_steps > 1 else lo.shape[1:]
-        return scale.reshape(shape), zero_point.reshape(shape)
+        return scale.reshape(lo.shape), zero_point.reshape(lo.shape)
+
+    def _clipped_range(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        widest = _WIDEST[self.asymmetric]
+        return lo.clamp(min=-widest), hi.clamp(max=widest)
 
     def _choose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        widest = _WIDEST[self.asymmetric]
-        lo, hi = lo.clamp(min=-widest), hi.clamp(max=widest)
-        return choose_qparams(torch.stack([lo, hi], -1), [-1], self.qmin, self.qmax, self.asymmetric)
+        """Scale and zero point of every range, with a last dimension of 1."""
+        lo, hi = self._clipped_range(lo, hi)
+        if self.format is None:
+            return choose_qparams(torch.stack([lo, hi], -1), [-1], self.qmin, self.qmax, self.asymmetric)
+        finite = lo.isfinite() & hi.isfinite()
+        amax = torch.where(finite, torch.maximum(-lo, hi), float("nan")).unsqueeze(-1)
+        scale = amax / torch.full_like(amax, self.format.largest)  # CUDA multiplies by the reciprocal of a number
+        limits = torch.finfo(scale.dtype)
+        scale = torch.where(amax == 0, 1, scale.clamp(limits.tiny, limits.max))
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+    def _simulate(self, values: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """What the quantizer of the range [lo, hi] makes of the values; a range for each of their rows, or one for all."""
+        scale, zero_point = self._choose(lo, hi)
+        if self.format is None:
+            return quant_tensor_forward(values, scale, zero_point, self.qmin, self.qmax, self.asymmetric)
+        return self.format.simulate(values, scale, seed=0)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """float32 scale and int32 zero point, shaped ``grid``, or ``(num_steps, *grid)``; grid is () for one scale.
@@ -227,17 +281,32 @@ class Observer(nn.Module):
         Raises:
             ValueError: nothing has been observed, or nothing finite.
         """
+        self._expect_data("qparams")
+        return self.live_qparams()
+
+    def amax(self) -> Tensor:
+        """The end of the symmetric range [-amax, amax] that is chosen, in float32, shaped as the scale.
+
+        Raises:
+            ValueError: nothing has been observed, or nothing finite; or the range is asymmetric.
+        """
+        if self.asymmetric:
+            raise ValueError("quant_ops.observers: expected a symmetric range, which has an amax, got asymmetric=True")
+        self._expect_data("amax")
+        lo, hi = self._clipped_range(*self._filled_range())
+        return torch.maximum(-lo, hi)
+
+    def _expect_data(self, method: str) -> None:
         if self.empty:
             got = "batches with NaN or Inf alone" if self.batches_left_out else "none"
-            raise ValueError(f"quant_ops.observers: expected data before qparams, got {got} in the {self.name} observer")
-        return self.live_qparams()
+            raise ValueError(f"quant_ops.observers: expected data before {method}, got {got} in the {self.name} observer")
 
     # ---- merging ---------------------------------------------------------------------------------------------------------
 
     def merge_(self, other: "Observer") -> "Observer":
         """Takes in what another observer of the same kind has seen. Returns this one."""
-        settings = [(type(o), o.qmin, o.qmax, o.asymmetric, o.axis, o.group_size, o.num_steps) for o in (self, other)]
-        if settings[0] != settings[1]:
+        names = ("format", "qmin", "qmax", "asymmetric", "axis", "group_size", "num_steps")
+        if type(self) is not type(other) or any(getattr(self, name) != getattr(other, name) for name in names):
             raise ValueError(f"quant_ops.observers: expected an observer of the same settings to merge, got {self} and {other}")
         if other._grid == (0,):
             return self  # it has seen nothing
@@ -257,6 +326,8 @@ class Observer(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"qmin={self.qmin}, qmax={self.qmax}", "asymmetric" if self.asymmetric else "symmetric"]
+        if self.format is not None:
+            parts = [f"format={self.format}"]
         for name, default in (("axis", None), ("group_size", None), ("num_steps", 1)):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)}")
@@ -318,10 +389,11 @@ class EMA(Observer):
 class LSQ(Observer):
     """Where learned step sizes start (arXiv 1902.08153): ``scale = 2 * mean(|x|) / sqrt(qmax)``, never beyond the data's range.
 
-    An asymmetric range has no such rule and starts from the extremes.
+    An asymmetric range has no such rule and starts from the extremes; floating formats have none either, and are refused.
     """
 
     name = "lsq"
+    takes_format = False
 
     magnitude: Tensor
     elements: Tensor
