@@ -22,21 +22,37 @@ struct BlockScales {
 
   QO_INLINE bool is_power_of_two() const { return is_power_of_two_rule(format.rule); }
 
+  // Whether exponent_field is right, which it is for formats in use.
+  QO_INLINE bool by_vectors() const {
+    switch (format.rule) {
+      case ScaleRule::kFloor: return top >= 0;
+      case ScaleRule::kEven: return top >= 0 && format.element.mantissa_bits <= 22;
+      case ScaleRule::kCeil: return top >= 1;
+      default: return true;
+    }
+  }
+
   // Of magnitudes as integers, so that NaN and infinity show.
   QO_INLINE void operator()(I amax_bits, F* scale, F* factor) const {
+    if (!by_vectors()) return one_by_one(amax_bits, scale, factor);
     const F finite_below = Simd::set(INFINITY), nan = Simd::set(__builtin_nanf("")), amax = Simd::as_float(amax_bits);
     if (is_power_of_two()) {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
-      const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
-      *scale = Simd::if_less(amax, finite_below, beyond, nan);
-      *factor = Simd::mul(power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254)))), Simd::set(1.0f));
+      const F inverse = power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254))));
+      const auto or_nan = [&](F value) QO_LAMBDA {
+        return Simd::if_less(amax, finite_below, Simd::if_greater(field, Simd::set_int(254), nan, value), nan);
+      };
+      *scale = or_nan(power(field));
+      *factor = or_nan(inverse);
       return;
     }
     F s = ratio(amax);
-    s = format.rule == ScaleRule::kE4m3
-            ? Simd::mul(Simd::max(e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits), Simd::set(0x1p-6f)),
-                        Simd::set(tensor_scale))
-            : Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
+    if (format.rule == ScaleRule::kE4m3) {
+      const F rounded = e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits);
+      s = Simd::mul(Simd::max(Simd::set(0x1p-6f), rounded), Simd::set(tensor_scale));  // the second one if it is NaN
+    } else {
+      s = Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
+    }
     *scale = *factor = Simd::if_less(amax, finite_below, s, nan);
   }
 
@@ -44,8 +60,20 @@ struct BlockScales {
   // 2^(field - 127); the field 0 stands for 2^-127, which is subnormal
   QO_INLINE static F power(I field) { return Simd::as_float(Simd::max(Simd::shift_left(field, 23), Simd::set_int(0x00400000))); }
 
+  void one_by_one(I amax_bits, F* scale, F* factor) const {
+    int32_t bits[Simd::N];
+    float scales[Simd::N], factors[Simd::N];
+    Simd::store(bits, amax_bits);
+    for (int64_t i = 0; i < Simd::N; ++i) {
+      scales[i] = block_scale(static_cast<uint32_t>(bits[i]), format, tensor_scale);
+      factors[i] = 1.0f / scales[i];
+    }
+    *scale = Simd::load(scales);
+    *factor = Simd::load(factors);
+  }
+
   // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent
-  // where the rule rounds it up. Where amax is subnormal the exponent is too large, but below -127 anyway.
+  // where the rule rounds it up. Where amax is subnormal the exponent is too large, but that of the scale below -127 anyway.
   QO_INLINE I exponent_field(I amax_bits) const {
     if (format.rule == ScaleRule::kRoundUp) {
       const I bits = Simd::bits(Simd::div(Simd::as_float(amax_bits), Simd::set(format.element.largest)));
@@ -208,9 +236,8 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
       least[v.value] = Simd::mul(elements.round.smallest_normal, scale[v.value]);
     });
     for (int64_t i = 0; i < r.length; ++i)
-      unroll<kVectors>([&](auto v) QO_LAMBDA {
-        elements.folded(i * r.row + column + v.value * N, n, limit[v.value], least[v.value]);
-      });
+      unroll<kVectors>([&](auto v)
+                           QO_LAMBDA { elements.folded(i * r.row + column + v.value * N, n, limit[v.value], least[v.value]); });
     return;
   }
   for (int64_t i = 0; i < r.length; ++i)

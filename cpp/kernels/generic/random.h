@@ -13,7 +13,8 @@ QO_INLINE void philox_vectors(uint64_t counter, uint64_t seed, uint32_t* words) 
   using I = typename Simd::I;
   constexpr int N = Simd::N;
   int32_t counters[kChains * N];
-  for (int i = 0; i < kChains * N; ++i) counters[i] = static_cast<int32_t>(static_cast<uint32_t>(counter) + static_cast<uint32_t>(i));
+  for (int i = 0; i < kChains * N; ++i)
+    counters[i] = static_cast<int32_t>(static_cast<uint32_t>(counter) + static_cast<uint32_t>(i));
   I a[kChains], b[kChains], c[kChains], d[kChains];
   unroll<kChains>([&](auto v) QO_LAMBDA {
     a[v.value] = Simd::load_int(counters + v.value * N);
@@ -35,9 +36,8 @@ QO_INLINE void philox_vectors(uint64_t counter, uint64_t seed, uint32_t* words) 
     key[0] += kPhiloxWeyl0;
     key[1] += kPhiloxWeyl1;
   }
-  unroll<kChains>([&](auto v) QO_LAMBDA {
-    Simd::store_interleaved(words + v.value * 4 * N, a[v.value], b[v.value], c[v.value], d[v.value]);
-  });
+  unroll<kChains>(
+      [&](auto v) QO_LAMBDA { Simd::store_interleaved(words + v.value * 4 * N, a[v.value], b[v.value], c[v.value], d[v.value]); });
 }
 
 void random_words(uint64_t seed, uint64_t first, int64_t n, uint32_t* words) {
