@@ -565,6 +565,37 @@ class TestCuda(KernelCases):
             for r, e in zip(results, step(), strict=True):
                 assert_same(r, e.cpu())
 
+    def test_captured_graph_reads_seed_and_scales_anew(self, example):
+        x, scale, _ = example
+        seed, tensor_scale = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
+        long = torch.randn(2, 100_000, device="cuda")  # blocks of parts
+
+        def step():
+            return (
+                qo.quant_float_forward(x, 4, 3, scale, rounding="stochastic", seed=seed),
+                qo.quant_block_forward(x, 1, 16, 2, 1, tensor_scale, scale_rule="e4m3", rounding="stochastic", seed=seed),
+                qo.quant_block_forward(long, 1, 100_000, 4, 3),
+                qo.quant_float_backward(x, x, 4, 3, scale),
+            )
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        for _ in range(3):
+            x.normal_()
+            long.normal_()
+            scale.uniform_(0.1, 2.0)
+            seed.random_()
+            tensor_scale.uniform_(0.01, 0.1)
+            graph.replay()
+            for r, e in zip(results, step(), strict=True):
+                assert_same(r, e.cpu())
+
     def test_same_bits_every_time(self, example):
         x, scale, zero = example
         grad = torch.randn_like(x)
@@ -602,6 +633,23 @@ class TestCuda(KernelCases):
             assert_same(y[part], qo.quant_tensor_forward(x[part].cpu(), s.cpu(), None, -128, 127))
             ones = torch.ones_like(x[part]).cpu()
             assert_same(dx[part], qo.quant_tensor_backward(ones, x[part].cpu(), s.cpu(), None, -128, 127)[0])
+
+    @pytest.mark.slow
+    def test_floats_and_blocks_of_more_than_two_to_the_31_elements(self, subject):
+        rows, columns = 2**16 + 8, 2**15 + 32
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(0, 40)
+        results = [
+            (qo.quant_float_forward(x, 4, 3, special="nan"), lambda x: qo.quant_float_forward(x, 4, 3, special="nan")),
+            (qo.quant_block_forward(x, 1, 32, 2, 1), lambda x: qo.quant_block_forward(x, 1, 32, 2, 1)),
+            (qo.quant_block_forward(x, 0, 8, 2, 1), lambda x: qo.quant_block_forward(x, 0, 8, 2, 1)),
+        ]
+        for part in (slice(0, 8), slice(rows // 2 - 4, rows // 2 + 4), slice(rows - 8, rows)):
+            for actual, on_cpu in results:
+                assert_same(actual[part], on_cpu(x[part].cpu()))
+        random = qo.quant_float_forward(x, 4, 3, special="nan", rounding="stochastic", seed=3)
+        flat = qo.quant_float_forward(x.view(-1), 4, 3, special="nan", rounding="stochastic", seed=3)
+        assert torch.equal(random.view(-1), flat)
+        assert not torch.equal(random[-8:].cpu(), qo.quant_float_forward(x[-8:].cpu(), 4, 3, special="nan"))
 
     @pytest.mark.slow
     def test_ranges_and_rows_of_more_than_two_to_the_31_elements(self, subject):
