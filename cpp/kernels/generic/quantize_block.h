@@ -29,7 +29,7 @@ struct BlockScales {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
       const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
       *scale = Simd::if_less(amax, finite_below, beyond, nan);
-      *factor = Simd::mul(power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254)))), Simd::set(1.0f));
+      *factor = Simd::if_less(*scale, finite_below, power(Simd::sub(Simd::set_int(254), field)), nan);
       return;
     }
     F s = ratio(amax);
@@ -53,7 +53,7 @@ struct BlockScales {
       return Simd::bits(Simd::if_greater(bits, Simd::set_int(0x00400000), Simd::as_float(field), Simd::set(0.0f)));
     }
     const int32_t carry = format.rule == ScaleRule::kFloor  ? 0
-                          : format.rule == ScaleRule::kEven ? 1 << (22 - format.element.mantissa_bits)
+                          : format.rule == ScaleRule::kEven ? 1 << 22 >> format.element.mantissa_bits
                                                             : 0x007fffff;
     return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), Simd::set_int(top));
   }
