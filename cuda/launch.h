@@ -23,10 +23,11 @@ void dequantize_cuda(const DequantizeParams& p, const Launch& at);
 struct QuantizeBackwardPlan {
   bool same_layout = true;   // of x and dx: the kernel that sums over slices meets every element once, and writes dx as well
   bool same_slices = false;  // of scale and zero point: one kernel sums for both
-  Slot<double> scale_sum, zero_sum;  // of all levels of chunks
+  bool early = false;        // the kernel that adds chunks starts while they are being summed
+  Slot<double> scale_sum, zero_sum;  // of all levels of chunks, unless the first kernel finishes the slices
   int64_t bytes = 0;
 };
-QuantizeBackwardPlan plan_quantize_backward(const QuantizeBackwardParams& p);
+QuantizeBackwardPlan plan_quantize_backward(const QuantizeBackwardParams& p, const GpuLimits& gpu);
 void run_quantize_backward(const QuantizeBackwardPlan& plan, const QuantizeBackwardParams& p, const Launch& at);
 
 // n contiguous zero points to int32: floating ones by round_zero_point, integers saturating. is_int64: DType has no name for it.

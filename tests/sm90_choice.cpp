@@ -2,17 +2,19 @@
 //
 //   sm90_choice < rows                the choice's time over the best one's: mean, worst, and the part of rows within 5 %
 //   sm90_choice fit ROUNDS < rows     the constants of Costs that make these best
+//   sm90_choice steps < rows          how much longer a layer of the rows takes by the model for M + 1 rows than for M
 //
 // A row is: linear M N K, or conv2d N C H O k p s d, then pairs of a kernel's name (with ":3" for three splits) and microseconds,
-// then
-// ".". test_cuda_sm90.py and benchmarks/gpu/fit_choice.py write rows from a JSON of sweep.py.
+// then ".". test_cuda_sm90.py and benchmarks/gpu/fit_choice.py write rows from a JSON of sweep.py.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/sm90/igemm.h"
@@ -132,8 +134,37 @@ static double badness(const Quality& q) {
   return std::log(q.mean) * 20 + (1 - q.within) + std::max(0.0, q.worst - 1.15) + q.spread * q.spread * 2;
 }
 
+static std::string text_of(const KernelPlan& plan) {
+  return kTiles[plan.kernel].name + (plan.splits > 1 ? ":" + std::to_string(plan.splits) : "");
+}
+
+// Prints N, K, M and the ratio wherever one row more takes more than 1.1 times as long, and the largest ratio of each layer.
+static void show_steps(const std::vector<Row>& rows) {
+  std::set<std::pair<int64_t, int64_t>> layers;
+  for (const Row& row : rows)
+    if (!row.problem.gathers) layers.insert({row.problem.N, row.problem.K});
+  for (const auto& [N, K] : layers) {
+    double worst = 0;
+    KernelPlan before = choose(linear(1, N, K), 132, KernelChoice());
+    for (int64_t M = 2; M <= 513; ++M) {
+      const KernelPlan plan = choose(linear(M, N, K), 132, KernelChoice());
+      const double ratio = plan.time / before.time;
+      worst = std::max(worst, ratio);
+      if (ratio > 1.1)
+        std::printf("%lld x %lld, M %lld: %.3f, %s to %s\n", static_cast<long long>(N), static_cast<long long>(K),
+                    static_cast<long long>(M - 1), ratio, text_of(before).c_str(), text_of(plan).c_str());
+      before = plan;
+    }
+    std::printf("layer %lld %lld: %.3f\n", static_cast<long long>(N), static_cast<long long>(K), worst);
+  }
+}
+
 int main(int argc, char** argv) {
   const std::vector<Row> rows = read_rows();
+  if (argc > 1 && std::string(argv[1]) == "steps") {
+    show_steps(rows);
+    return 0;
+  }
   Costs costs = kH200;
   if (argc > 2 && std::string(argv[1]) == "fit") {
     std::mt19937 random(1);

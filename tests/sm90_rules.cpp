@@ -4,6 +4,8 @@
 //
 // emulated_product() walks over the blocks' work, performs each load as the driver's manual describes it for tiled and im2col mode,
 // multiplies the boxes that would lie in shared memory, and takes every sum to the element of y that a thread would write.
+#include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -100,17 +102,29 @@ static void load_image(const int8_t* base, const ImageMap& m, const ImageLoad& a
 }
 
 // sums[M][groups * N], each written once; a box of the tiles is not larger than the memory of a stage.
+// A box, and behind it anything, as the stage has it; of all of the tile's rows.
+static void add_rows(const std::vector<int8_t>& box, int rows, int load, std::vector<int8_t>* to) {
+  to->insert(to->end(), box.begin(), box.end());
+  to->resize(to->size() + static_cast<size_t>(rows * load) - box.size(), 77);
+}
+
 static std::vector<int32_t> emulated_product(const Problem& p, const KernelPlan& plan) {
   const Tile& t = kTiles[plan.kernel];
   const Schedule schedule = schedule_of(p, plan);
   const int64_t columns = p.N * p.groups;
   const int share = t.second / t.cluster;
-  const MatrixMap weight =
-      matrix_map(p.K, columns, p.b_stride, t.swapped ? Order::kPairs : Order::kFours, schedule.load, t.swapped ? t.first : share);
-  const MatrixMap rows = matrix_map(p.K, p.M, p.a_stride, Order::kPlain, schedule.load, t.swapped ? share : t.first);
-  const ImageMap image = p.gathers ? image_map(p.gather, p.groups * p.gather.group, p.samples, schedule.load, t.first) : ImageMap{};
+  const MatrixMap weight = matrix_map(p.K, columns, p.b_stride, weight_order(p, t), schedule.load,
+                                      t.swapped ? schedule.first_load : schedule.second_load);
+  const auto weight_row = [&](int64_t row) {
+    expect(!schedule.ordered || row % 16 == 0, "an ordered weight is loaded from a sixteenth row on", p, plan.kernel);
+    return schedule.ordered ? std::array<int64_t, 2>{0, row / 16} : std::array<int64_t, 2>{row, 0};
+  };
+  const MatrixMap rows =
+      matrix_map(p.K, p.M, p.a_stride, Order::kPlain, schedule.load, t.swapped ? schedule.second_load : schedule.first_load);
+  const ImageMap image =
+      p.gathers ? image_map(p.gather, p.groups * p.gather.group, p.samples, schedule.load, schedule.first_load) : ImageMap{};
   std::vector<int32_t> y(static_cast<size_t>(p.M * columns), 0);
-  std::vector<int8_t> written(y.size() * static_cast<size_t>(plan.splits), 0), first_box, second_box;
+  std::vector<int8_t> written(y.size() * static_cast<size_t>(plan.splits), 0), first_box;
 
   for (int64_t index = 0; index < clusters_of(schedule); ++index)
     for (int block = 0; block < cluster_blocks(schedule); ++block) {
@@ -118,7 +132,14 @@ static std::vector<int32_t> emulated_product(const Problem& p, const KernelPlan&
       Work w = work_of(schedule, static_cast<int32_t>(index));
       if (schedule.joined > 1) w.split = block;
       std::vector<int32_t> sums(static_cast<size_t>(t.first * t.second), 0);
-      const int first_row = (w.first + rank) * t.first, second_row = w.second * t.second;
+      const int first_row = tile_begin(w.first + rank, t.first, schedule.first_last);
+      const int second_row = tile_begin(w.second, t.second, schedule.second_last);
+      const auto inside = [&](int begin, int load, int count, bool is_weight) {
+        expect(begin + load <= count + (is_weight && !schedule.ordered ? 15 : 0), "a load reaches outside", p, plan.kernel);
+      };
+      inside(first_row, schedule.first_load, schedule.first_rows, t.swapped);
+      if (t.cluster == 1 || schedule.second_rows >= t.second)
+        inside(second_row, schedule.second_load * t.cluster, schedule.second_rows, !t.swapped);
       const int first = first_row + (t.swapped ? w.group * schedule.first_rows : 0);
       const int second = second_row + (t.swapped ? 0 : w.group * schedule.second_rows);
       ImageLoad at = p.gathers ? image_load(schedule, first_row) : ImageLoad{};
@@ -131,37 +152,39 @@ static std::vector<int32_t> emulated_product(const Problem& p, const KernelPlan&
           expect(at.tap_h >= 0 && at.tap_h <= 255 && at.tap_w >= 0 && at.tap_w <= 255, "offsets of a tap", p, plan.kernel);
           load_image(p.gather.codes, image, at, &first_box);
         } else if (t.swapped) {
-          load_matrix(p.b, weight, {position.k, 0, 0, 0, first / 16}, &first_box);
+          load_matrix(p.b, weight, {position.k, weight_row(first)[0], 0, 0, weight_row(first)[1]}, &first_box);
         } else {
           load_matrix(p.a, rows, {position.k, first, 0, 0, 0}, &first_box);
         }
-        std::vector<int8_t> part;
-        second_box.clear();
+        std::vector<int8_t> part, first_stage, second_stage;
         for (int other = 0; other < t.cluster; ++other) {
           const int row = second + other * share;
           if (t.swapped)
             load_matrix(p.a, rows, {position.k, row, 0, 0, 0}, &part);
           else
-            load_matrix(p.b, weight, {position.k, 0, 0, 0, row / 16}, &part);
-          second_box.insert(second_box.end(), part.begin(), part.end());
+            load_matrix(p.b, weight, {position.k, weight_row(row)[0], 0, 0, weight_row(row)[1]}, &part);
+          expect(part.size() == static_cast<size_t>(schedule.second_load * schedule.load), "bytes of a load", p, plan.kernel);
+          add_rows(part, share, schedule.load, &second_stage);
         }
-        expect(first_box.size() == static_cast<size_t>(t.first * schedule.load) &&
-                   second_box.size() == static_cast<size_t>(t.second * schedule.load),
-               "boxes fill their part of the stage", p, plan.kernel);
+        expect(first_box.size() == static_cast<size_t>(schedule.first_load * schedule.load), "bytes of a load", p, plan.kernel);
+        add_rows(first_box, t.first, schedule.load, &first_stage);
         for (int i = 0; i < t.first; ++i)
           for (int j = 0; j < t.second; ++j)
             for (int k = 0; k < schedule.load; ++k)
-              sums[static_cast<size_t>(i * t.second + j)] +=
-                  first_box[static_cast<size_t>(i * schedule.load + k)] * second_box[static_cast<size_t>(j * schedule.load + k)];
+              sums[static_cast<size_t>(i * t.second + j)] += first_stage[static_cast<size_t>(i * schedule.load + k)] *
+                                                             second_stage[static_cast<size_t>(j * schedule.load + k)];
       }
       // where the threads take them
       for (int i = 0; i < t.first; ++i)
         for (int j = 0; j < t.second; ++j) {
-          const int sixteen = (t.swapped ? i : j) / 16 * 16, within = (t.swapped ? i : j) % 16;
-          const int ordered =
-              t.swapped ? sixteen + within % 8 * 2 + within / 8 : sixteen + within % 8 / 2 * 4 + within / 8 * 2 + within % 2;
-          const int64_t m = t.swapped ? second_row + j : first_row + i, n = (t.swapped ? first_row : second_row) + ordered;
-          if (m >= p.M || n >= p.N) continue;
+          const int along = t.swapped ? i : j, within = along % 16;
+          const int lane = t.swapped ? within % 8 * 4 : within % 8 / 2;
+          const ThreadColumns of = thread_columns(t.swapped, schedule.ordered, lane);
+          const int column = along - within + of.first + within / 8 * of.next_eight + (t.swapped ? 0 : within % 2);
+          const int64_t m = t.swapped ? second_row + j : first_row + i, n = (t.swapped ? first_row : second_row) + column;
+          const int64_t own_first = int64_t{w.first + rank} * t.first, own_second = int64_t{w.second} * t.second;
+          if (m >= p.M || n >= p.N || m < (t.swapped ? own_second : own_first)) continue;
+          if (n / 16 * 16 < (t.swapped ? own_first : own_second)) continue;
           const auto place = static_cast<size_t>(m * columns + w.group * p.N + n);
           y[place] += sums[static_cast<size_t>(i * t.second + j)];
           int8_t& once = written[place + y.size() * static_cast<size_t>(w.split)];
@@ -205,7 +228,7 @@ static const int8_t* codes(int64_t count) {
 static Problem random_problem(bool gathers) {
   Problem p;
   p.gathers = gathers;
-  p.N = 16 * (1 + below(12));
+  p.N = below(2) == 0 ? 1 + below(200) : 16 * (1 + below(12));
   if (!gathers) {
     p.M = 1 + below(150);
     p.K = 16 * (1 + below(30));
@@ -261,6 +284,71 @@ static void check_products() {
   }
 }
 
+// ---- stores ---------------------------------------------------------------------------------------------------------
+
+// What the threads of a tile store for one row of y: results [n, n + count) at once, aligned if that is a vector.
+static void check_row_of_stores(const Problem& p, const KernelPlan& plan, int64_t row_address, int64_t result_bytes) {
+  const Tile& t = kTiles[plan.kernel];
+  const Schedule schedule = schedule_of(p, plan);
+  const bool vectors = stores_vectors(p);
+  std::vector<int8_t> written(static_cast<size_t>(p.N), 0);
+  const auto store = [&](int64_t n, int neighbours) {
+    if (vectors) {
+      expect(n + neighbours <= p.N, "a vector ends in its row", p, plan.kernel);
+      expect((row_address + n * result_bytes) % (neighbours * result_bytes) == 0, "a vector is aligned", p, plan.kernel);
+    }
+    for (int64_t i = n; i < std::min<int64_t>(n + neighbours, p.N); ++i) {
+      expect(written[static_cast<size_t>(i)] == 0, "a result is written twice", p, plan.kernel);
+      written[static_cast<size_t>(i)] = 1;
+    }
+  };
+  const int blocks = t.swapped ? schedule.first_blocks : schedule.second_blocks, size = t.swapped ? t.first : t.second;
+  for (int block = 0; block < blocks; ++block) {
+    const int begin = tile_begin(block, size, t.swapped ? schedule.first_last : schedule.second_last);
+    expect(begin % 16 == 0, "tiles begin at a sixteenth column", p, plan.kernel);
+    for (int64_t sixteen = int64_t{block} * size; sixteen < std::min<int64_t>(p.N, begin + size); sixteen += 16)
+      for (int lane = 0; lane < 32; lane += t.swapped ? 4 : 1) {  // the other lanes have other rows
+        if (!t.swapped && lane >= 4) break;
+        const ThreadColumns of = thread_columns(t.swapped, vectors || schedule.ordered, lane);
+        const int neighbours = vectors ? (t.swapped ? 2 : 4) : t.swapped ? 1 : 2;
+        for (int eight = 0; eight < (vectors ? 1 : 2); ++eight) store(sixteen + of.first + eight * of.next_eight, neighbours);
+      }
+  }
+  for (const int8_t w : written) expect(w == 1, "a result is not written", p, plan.kernel);
+}
+
+// Any number of columns, with each type of result, in memory that begins with y or a little later, and rows with or without a gap.
+static void check_columns() {
+  constexpr DType kResults[] = {DType::kInt32, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8, DType::kUInt8};
+  constexpr int64_t kCounts[] = {1, 7, 10, 16, 17, 20, 33, 48, 1000, 1001, 50257};
+  for (const int64_t n : kCounts)
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+      Problem p;
+      p.N = n;
+      p.M = 3;
+      p.K = n > 2000 ? 16 : 144;
+      p.a_stride = p.b_stride = p.K;
+      p.a = codes(p.M * p.K);
+      p.b = codes(p.N * p.K);
+      const auto plan_of = [&](int64_t splits) {
+        return choose(p, 132, KernelChoice(std::string(kTiles[kernel].name) + ":" + std::to_string(splits)));
+      };
+      expect(takes(p, kernel), "any number of columns", p, kernel);
+      if (n <= 2000 || kernel % 4 == 0)  // the large one takes seconds a kernel
+        for (int64_t splits = 1; splits <= (n <= 2000 ? 2 : 1); ++splits)
+          expect(emulated_product(p, plan_of(splits)) == product(p), "another product", p, kernel);
+      for (const DType dtype : kResults)
+        for (const int64_t offset : {0, 1, 4})
+          for (const int64_t gap : {0, 1, 8}) {
+            const int64_t bytes = dtype_bytes(dtype), stride = n + gap;
+            IgemmProblem dense{.M = p.M, .N = n, .K = p.K, .y_stride = stride, .y_dtype = dtype};
+            dense.y = reinterpret_cast<void*>(uintptr_t{4096} + static_cast<uintptr_t>(offset * bytes));
+            p.out = epilogue_of(dense);
+            for (int64_t m = 0; m < p.M; ++m) check_row_of_stores(p, plan_of(1), 4096 + (offset + m * stride) * bytes, bytes);
+          }
+    }
+}
+
 // ---- what is refused ------------------------------------------------------------------------------------------------
 
 static void check_refusals() {
@@ -275,7 +363,6 @@ static void check_refusals() {
     }
   };
   refused("rows that are not whole vectors", false, [](Problem& p) { p.K += 8; });
-  refused("columns that are not whole sixteens", false, [](Problem& p) { p.N += 8; });
   refused("a stride that TMA does not take", false, [](Problem& p) { p.a_stride += 8; });
   refused("a stride of the weight that TMA does not take", false, [](Problem& p) { p.b_stride += 8; });
   refused("an address that TMA does not take", false, [](Problem& p) { p.a += 8; });
@@ -297,6 +384,7 @@ static void check_refusals() {
 int main() {
   check_table();
   check_products();
+  check_columns();
   check_refusals();
   std::puts("ok");
   return 0;

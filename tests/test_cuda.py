@@ -493,6 +493,21 @@ class KernelCases:
         x, grad = torch.randn(2**20 + 1030), torch.randn(2**20 + 1030)
         subject.check("quant_tensor_backward", grad, x, torch.tensor(0.02), torch.tensor(3.0), -128, 127, True)
 
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_backward_over_few_and_many_chunks(self, subject, dtype):
+        """Slices that a kernel, or a block of it, finishes on its own, and slices just too long for that."""
+        for length in (1024, 1025, 16 * 1024, 16 * 1024 + 1, 33 * 1024 + 5):
+            for shape, scale, zero in [
+                ((length,), (), ()),
+                ((2, length), (2, 1), (2, 1)),
+                ((2, length), (2, 1), ()),
+                ((2, 3, length // 2), (3, 1), (3, 1)),
+            ]:
+                x, grad = tensor_of(shape, dtype).nan_to_num(0.25, 9.0, -9.0), torch.randn(shape).to(dtype)
+                for asymmetric in (False, True):
+                    args = torch.rand(scale) + 0.1, torch.randn(zero) * 9, -100, 90, asymmetric
+                    subject.check("quant_tensor_backward", grad, x, *args)
+
     @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
     def test_empty(self, subject, shape):
         x, scale, zero = torch.zeros(shape), torch.ones(()), torch.ones((), dtype=torch.int64)

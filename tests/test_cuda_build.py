@@ -307,7 +307,7 @@ int main() {
     f.overflow = f.largest;
     for (int rule = 0; rule < 7; ++rule) {
       const BlockFormat block{f, static_cast<ScaleRule>(rule), f.largest};
-      if (f.largest < 0x1p-126f || f.largest > 0x1p126f) continue;
+      if (f.largest < 0x1p-126f) continue;
       const BlockScales scales = BlockScales::of(block);
       for (int j = 0; j < 300; ++j) {
         uint32_t bits = draw() & 0x7fffffffu;
@@ -330,6 +330,82 @@ def test_rounding_and_scales_of_blocks():
     program = compiled_for_host("rounding", [source_file("rounding.cc", ROUNDING)], "-O2")
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+LAUNCHES = r"""
+#include <cstdio>
+#include <vector>
+#include "device/common.cuh"
+#include "launch.h"
+using namespace quant_ops;
+
+// The space of x [N, C, P], of which some dimensions are kept: operands x, grad, scale, zero point and, if any is kept, the result.
+static Iteration space(const std::vector<int64_t>& shape, const std::vector<bool>& varies, bool kept) {
+  Iteration it;
+  it.operands = kept ? 5 : 4;
+  int64_t stride = 1, parameter = 1;
+  for (int d = 0; d < 3; ++d) it.ndim += varies[d] == kept;
+  for (int d = 2, i = it.ndim - 1; d >= 0; --d) {
+    if (varies[d] == kept) {
+      it.size[i] = shape[d];
+      it.stride[0][i] = it.stride[1][i] = stride;
+      if (varies[d]) it.stride[2][i] = it.stride[3][i] = it.stride[4][i] = parameter;
+      --i;
+    }
+    stride *= shape[d];
+    if (varies[d]) parameter *= shape[d];
+  }
+  return it;
+}
+
+// Kernels of one call, with a gradient of the scale and perhaps of the zero point; both vary along the same dimensions.
+static int launches(const std::vector<int64_t>& shape, const std::vector<bool>& varies, bool zero_point) {
+  const auto n = static_cast<size_t>(shape[0] * shape[1] * shape[2]);
+  std::vector<float> x(n, 1.0f), grad(n, 1.0f), dx(n), scale(n, 0.1f), dscale(n), dzero(n);
+  std::vector<int32_t> zeros(n);
+  const Reduction sum{space(shape, varies, true), space(shape, varies, false)};
+  QuantizeBackwardParams p{};
+  p.x = x.data();
+  p.grad = grad.data();
+  p.dx = dx.data();
+  p.x_dtype = DType::kFloat32;
+  p.scale = scale.data();
+  p.zero_point = zero_point ? zeros.data() : nullptr;
+  p.exact_in_float32 = true;
+  p.qmin = -128;
+  p.qmax = 127;
+  p.scale_sum = sum;
+  p.zero_sum = zero_point ? sum : Reduction{};
+  p.dscale = dscale.data();
+  p.dzero = zero_point ? dzero.data() : nullptr;
+  const QuantizeBackwardPlan plan = plan_quantize_backward(p, GpuLimits{90, 132, 232448, 233472});
+  std::vector<double> memory(static_cast<size_t>(plan.bytes / 8 + 8));
+  const int64_t before = emulation::launches;
+  run_quantize_backward(plan, p, {"", memory.data(), nullptr});
+  return static_cast<int>(emulation::launches - before);
+}
+
+int main() {
+  for (bool zero_point : {false, true}) {
+    std::printf("%d", launches({1, 128, 56 * 56}, {false, false, false}, zero_point));  // a tensor
+    std::printf(" %d", launches({64, 64, 9}, {true, false, false}, zero_point));        // (C, 1, 1, 1), a weight
+    std::printf(" %d", launches({4, 32, 56 * 56}, {true, false, false}, zero_point));   // many chunks a slice
+    std::printf(" %d", launches({1, 128, 56 * 56}, {false, true, false}, zero_point));  // (1, C, 1, 1)
+    std::printf(" %d", launches({8, 16, 56 * 56}, {false, true, false}, zero_point));   // several runs a slice
+    std::printf(" %d", launches({1, 4096, 98}, {false, false, true}, zero_point));      // columns
+    std::printf(" %d\n", launches({1, 1000, 98}, {false, false, true}, zero_point));
+  }
+  std::printf("%d\n", launches({1, 1, 1 << 21}, {false, false, false}, true));
+}
+"""
+
+
+@needs_compiler
+def test_gradients_take_one_or_two_launches():
+    program = compiled_for_host("launches", [source_file("launches.cc", LAUNCHES), "cuda/quantize_backward.cu"])
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    one_sum = "2 1 2 1 2 2 1"
+    assert (done.returncode, done.stdout) == (0, f"{one_sum}\n{one_sum}\n3\n"), done.stdout
 
 
 ROWS = r"""

@@ -6,9 +6,11 @@
 import ctypes
 import itertools
 import random
+import re
 
 import pytest
 import torch
+from compiled import ROOT
 from test_conv2d import random_case
 from test_cuda import Subject, assert_same
 
@@ -19,6 +21,7 @@ TILES = ["16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x
 KERNELS = [f"igemm_s8s8_{tile}_mma" for tile in TILES]
 GEMV = "gemv_s8s8_16x8_mma"
 FUSED = [f"fused_s8s8_{tile}_mma" for tile in ("16x64", "32x128", "32x192")]
+HOPPER = re.findall(r'\{"(igemm_s8s8_\w+_wgmma)"', (ROOT / "cuda" / "engine" / "sm90" / "igemm.h").read_text())
 # M, N, K: one element, tails on every side, several tiles, K of whole and of broken chunks, no K at all
 PRODUCTS = [(1, 1, 1), (3, 5, 16), (17, 70, 200), (130, 66, 530), (33, 257, 64), (5, 4, 0)]
 OUTPUTS = [None, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8]
@@ -348,6 +351,38 @@ class TestCudaIgemm(IgemmCases):
     def test_sums_of_large_products(self, subject, m):
         for n, k in [(4096, 4096), (1000, 11008), (24, 65792)]:
             subject.check("int8_gemm", codes((m, k), torch.int8), codes((n, k), torch.int8))
+
+    @pytest.mark.parametrize("parts", ["", ":2", ":9"])
+    @pytest.mark.parametrize("kernel", HOPPER)
+    def test_any_number_of_columns_by_every_hopper_kernel(self, subject, kernel, parts):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("no Hopper GPU")
+        subject.set_kernel(kernel + parts)
+        try:
+            subject.check("int8_gemm", codes((5, 2304), torch.int8), codes((16, 2304), torch.int8))
+        except RuntimeError as error:
+            pytest.skip(f"built without the Hopper engine: {error}")
+        for m, n in [(1, 1), (70, 7), (130, 10), (3, 17), (33, 33), (200, 100), (260, 1000), (2, 1001), (150, 272), (9, 50257)]:
+            k = 2304 if n < 2000 else 528
+            subject.check("int8_gemm", codes((m, k), torch.int8), codes((n, k), torch.int8))
+            x, weight = activations((m, k), torch.bfloat16), codes((n, k), torch.int8)
+            scale, bias = torch.rand(n) * 0.01, torch.randn(n)
+            for out in OUTPUTS:
+                arguments = {"asymmetric": True, **output_arguments(out, x)}
+                subject.check("int8_linear", x, weight, scale, bias, **arguments)
+
+    @pytest.mark.parametrize("kernel", [name for name in HOPPER if "swapped" not in name])
+    def test_any_number_of_channels_by_every_hopper_kernel(self, subject, kernel):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("no Hopper GPU")
+        subject.set_kernel(kernel)
+        for o, groups in [(1, 1), (10, 1), (85, 1), (170, 2), (255, 1)]:
+            image, weight = torch.randn(2, 64 * groups, 9, 11), codes((o, 64, 3, 3), torch.int8)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = image.contiguous(memory_format=layout)
+                for asymmetric in (False, True):
+                    arguments = {"padding": [1], "groups": groups, "asymmetric": asymmetric}
+                    subject.check("int8_conv2d", x, weight, torch.rand(o) * 0.01, torch.randn(o), **arguments)
 
     @pytest.mark.parametrize("split", [False, True])
     def test_captured_graph_sees_new_inputs(self, subject, split):

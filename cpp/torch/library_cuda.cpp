@@ -62,7 +62,7 @@ struct Cuda {
 
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor& x) {
     const OnDeviceOf device("quant_tensor_backward", x);
-    const QuantizeBackwardPlan plan = plan_quantize_backward(p);
+    const QuantizeBackwardPlan plan = plan_quantize_backward(p, gpu_limits());
     Workspace workspace(plan.bytes, x);
     run_quantize_backward(plan, p, device.launch(workspace.memory()));
   }

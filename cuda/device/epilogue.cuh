@@ -100,22 +100,21 @@ __device__ __forceinline__ void finish(const Epilogue& e, const OutputRow& row, 
   store_columns(e, row.offset + n * e.y_column, count, values);
 }
 
-// The same for kCount columns that all exist, without a branch, so that the compiler interleaves several calls; writes if `wanted`.
-// kVectors: they are one aligned vector.
+// The same without a branch, so that the compiler interleaves several calls; `count` may be larger or negative. kVectors: either
+// all columns exist, which are one aligned vector, or none.
 template <class Y, bool kVectors, int kCount>
-__device__ __forceinline__ void finish_whole(const Epilogue& e, const OutputRow& row, bool wanted,
-                                             const OutputColumns<kCount>& columns, int64_t n, const OutputCodes& codes,
-                                             const int32_t (&sums)[kCount]) {
+__device__ __forceinline__ void finish_straight(const Epilogue& e, const OutputRow& row, const OutputColumns<kCount>& columns,
+                                                int64_t n, int count, const OutputCodes& codes, const int32_t (&sums)[kCount]) {
   Y values[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = result<Y>(e, row, columns.scale[i], columns.bias[i], columns.sum[i], codes, sums[i]);
   Y* const y = static_cast<Y*>(e.y) + row.offset + (kVectors ? n : n * e.y_column);
   if constexpr (kVectors) {
-    if (wanted) store_vector<kCount>(y, values);
+    if (count > 0) store_vector<kCount>(y, values);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (wanted) y[i * e.y_column] = values[i];
+      if (i < count) y[i * e.y_column] = values[i];
   }
 }
 

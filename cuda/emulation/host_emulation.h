@@ -114,9 +114,12 @@ inline void add_thread() {
   makecontext(&thread.start, fiber_main, 0);
 }
 
+inline int64_t launches = 0;  // so far
+
 // Without barriers the threads simply run one after the other.
 template <class Call>
 void run(const Call& call, int64_t blocks, dim3 threads, bool barriers, size_t shared_bytes) {
+  ++launches;
   const size_t count = size_t{threads.x} * threads.y;
   const auto be_thread = [&](size_t t) {
     threadIdx = dim3(static_cast<unsigned>(t % threads.x), static_cast<unsigned>(t / threads.x));

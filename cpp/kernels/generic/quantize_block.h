@@ -38,12 +38,9 @@ struct BlockScales {
     const F finite_below = Simd::set(INFINITY), nan = Simd::set(__builtin_nanf("")), amax = Simd::as_float(amax_bits);
     if (is_power_of_two()) {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
-      const F inverse = power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254))));
-      const auto or_nan = [&](F value) QO_LAMBDA {
-        return Simd::if_less(amax, finite_below, Simd::if_greater(field, Simd::set_int(254), nan, value), nan);
-      };
-      *scale = or_nan(power(field));
-      *factor = or_nan(inverse);
+      const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
+      *scale = Simd::if_less(amax, finite_below, beyond, nan);
+      *factor = Simd::if_less(*scale, finite_below, power(Simd::sub(Simd::set_int(254), field)), nan);
       return;
     }
     F s = ratio(amax);
@@ -81,7 +78,7 @@ struct BlockScales {
       return Simd::bits(Simd::if_greater(bits, Simd::set_int(0x00400000), Simd::as_float(field), Simd::set(0.0f)));
     }
     const int32_t carry = format.rule == ScaleRule::kFloor  ? 0
-                          : format.rule == ScaleRule::kEven ? 1 << (22 - format.element.mantissa_bits)
+                          : format.rule == ScaleRule::kEven ? 1 << 22 >> format.element.mantissa_bits
                                                             : 0x007fffff;
     return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), Simd::set_int(top));
   }
@@ -95,6 +92,54 @@ struct BlockScales {
     return Simd::div(amax, Simd::set(format.divisor));
   }
 };
+
+// The largest magnitude of elements, as integers in their own width: a vector has the more of them the narrower they are.
+template <class X>
+struct Magnitudes {
+  using Lane = uint16_t;
+  static constexpr int kLanes = Simd::kWords;
+  typename Simd::Words lanes;
+
+  QO_INLINE void clear() {
+    const Lane zeros[kLanes] = {};
+    lanes = Simd::load_magnitudes(zeros);
+  }
+  QO_INLINE void include(const X* x, int64_t n) {
+    Lane part[kLanes] = {};
+    if (n < kLanes) __builtin_memcpy(part, x, static_cast<size_t>(n) * sizeof(X));
+    lanes = Simd::max_magnitudes(lanes, Simd::load_magnitudes(n < kLanes ? part : reinterpret_cast<const Lane*>(x)));
+  }
+  QO_INLINE void store(Lane* to) const { Simd::store_magnitudes(to, lanes); }
+  QO_INLINE Lane largest() const { return Simd::largest_magnitude(lanes); }
+  QO_INLINE static typename Simd::I float_bits(const Lane* from) {
+    return Simd::bits(Simd::load(reinterpret_cast<const X*>(from)));
+  }
+};
+template <>
+struct Magnitudes<float> {
+  using Lane = int32_t;
+  static constexpr int kLanes = Simd::N;
+  typename Simd::I lanes;
+
+  QO_INLINE void clear() { lanes = Simd::set_int(0); }
+  QO_INLINE void include(const float* x, int64_t n) { lanes = Simd::max_unsigned(lanes, Simd::abs_bits(load_part(x, n))); }
+  QO_INLINE void store(Lane* to) const { Simd::store(to, lanes); }
+  QO_INLINE Lane largest() const { return static_cast<Lane>(Simd::reduce_max_unsigned(lanes)); }
+  QO_INLINE static typename Simd::I float_bits(const Lane* from) { return Simd::load_int(from); }
+};
+
+// Of n neighbours.
+template <class X>
+QO_INLINE typename Magnitudes<X>::Lane largest_magnitude(const X* x, int64_t n) {
+  constexpr int64_t kLanes = Magnitudes<X>::kLanes;
+  Magnitudes<X> all;
+  all.clear();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) all.include(x + i, kLanes);
+  if (i < n)
+    n >= kLanes ? all.include(x + n - kLanes, kLanes) : all.include(x, n);  // elements that are included twice change nothing
+  return all.largest();
+}
 
 // What happens to the elements of a block once its scale is known.
 template <class X, bool kPlain>
@@ -126,12 +171,12 @@ struct BlockElements {
            !Simd::any_above(Simd::bits(scale), Simd::bits(Simd::set(most_folded)));
   }
 
-  // n elements from `at` on, by limit and smallest normal number of the format times the scale.
-  QO_INLINE void folded(int64_t at, int64_t n, F limit, F smallest_normal) const {
-    const F rounded = round.plain(load_part(x() + at, n), limit, smallest_normal);
-    X* y = static_cast<X*>(r.y) + at;
-    if (std::is_same_v<X, BFloat16> && n == Simd::N && r.format.element.mantissa_bits <= 7) return Simd::store_exact(y, rounded);
-    store_part(y, rounded, n);
+  // Calls body(Int<1> if the results are numbers of X already, which are cheaper to store, else Int<0>).
+  template <class Body>
+  QO_INLINE void for_exactness(const Body& body) const {
+    if constexpr (std::is_same_v<X, BFloat16>)
+      if (r.format.element.mantissa_bits <= 7) return body(Int<1>{});
+    body(Int<0>{});
   }
 
   QO_INLINE const X* x() const { return static_cast<const X*>(r.x); }
@@ -159,6 +204,15 @@ struct BlockElements {
   }
 };
 
+// n elements, by limit and smallest normal number of the format times the scale.
+template <class X, bool kPlain, bool kExact>
+QO_INLINE void round_folded(const X* x, X* y, int64_t n, const Rounder<kPlain>& round, typename Simd::F limit,
+                            typename Simd::F smallest_normal) {
+  const auto rounded = round.plain(load_part(x, n), limit, smallest_normal);
+  if (kExact && n == Simd::N) return Simd::store_exact(y, rounded);
+  store_part(y, rounded, n);
+}
+
 // Many blocks in three sweeps, none of which waits for a result of its own: magnitudes, scales, elements.
 template <class X, bool kPlain>
 void quantize_blocks_typed(const BlockRun& r) {
@@ -166,7 +220,7 @@ void quantize_blocks_typed(const BlockRun& r) {
   const BlockElements<X, kPlain> elements(r);
   const BlockScales scales_of(r.format, r.tensor_scale);
   const int64_t of_row = (r.length + r.block - 1) / r.block, last = r.length - (of_row - 1) * r.block;
-  int32_t amax[kBatch + N] = {};
+  typename Magnitudes<X>::Lane amax[kBatch + N] = {};
   float scales[kBatch + N], factors[kBatch + N];
   int64_t at = 0, of_batch = r.first;  // the batch's first element, and its first block's number in the row
   for (int64_t done = 0; done < r.blocks; done += kBatch) {
@@ -182,16 +236,11 @@ void quantize_blocks_typed(const BlockRun& r) {
         number = ends ? 0 : number + 1;
       }
     };
-    for_each_block([&](int64_t b, int64_t first, int64_t count) QO_LAMBDA {
-      auto largest = Simd::set_int(0);
-      for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA {
-        largest = Simd::max_unsigned(largest, Simd::abs_bits(load_part(elements.x() + first + i, n)));
-      });
-      amax[b] = static_cast<int32_t>(Simd::reduce_max_unsigned(largest));
-    });
+    for_each_block([&](int64_t b, int64_t first, int64_t count)
+                       QO_LAMBDA { amax[b] = largest_magnitude(elements.x() + first, count); });
     for (int64_t b = 0; b < blocks; b += N) {
       typename Simd::F scale, factor;
-      scales_of(Simd::load_int(amax + b), &scale, &factor);
+      scales_of(Magnitudes<X>::float_bits(amax + b), &scale, &factor);
       Simd::store(scales + b, scale);
       Simd::store(factors + b, factor);
     }
@@ -199,7 +248,15 @@ void quantize_blocks_typed(const BlockRun& r) {
       const auto scale = Simd::set(scales[b]), factor = Simd::set(factors[b]);
       if (elements.folds(scales[b])) {
         const auto limit = Simd::mul(elements.round.limit, scale), least = Simd::mul(elements.round.smallest_normal, scale);
-        for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA { elements.folded(first + i, n, limit, least); });
+        const X* const x = elements.x() + first;
+        X* const y = static_cast<X*>(r.y) + first;
+        // of the next batch, whose magnitudes would wait for it
+        for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(X))) __builtin_prefetch(x + kBatch * r.block + i);
+        // constants by value: stores could change what lies behind a reference
+        elements.for_exactness([&, round = elements.round](auto exact) QO_LAMBDA {
+          for_each_part_of(count, [=](int64_t i, int64_t n)
+                                      QO_LAMBDA { round_folded<X, kPlain, exact.value>(x + i, y + i, n, round, limit, least); });
+        });
       } else {
         for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA { elements(first + i, first + i, n, scale, factor); });
       }
@@ -218,15 +275,18 @@ template <class X, bool kPlain, int kVectors>
 QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& elements, const BlockScales& scales_of,
                              int64_t column, int64_t n) {
   constexpr int64_t N = Simd::N;
-  typename Simd::I largest[kVectors];
+  using M = Magnitudes<X>;
+  constexpr int kParts = kVectors * N > M::kLanes ? kVectors * N / M::kLanes : 1;
+  M largest[kParts];
+  typename M::Lane amax[kParts * M::kLanes];
   typename Simd::F scale[kVectors], factor[kVectors];
-  unroll<kVectors>([&](auto v) QO_LAMBDA { largest[v.value] = Simd::set_int(0); });
+  unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].clear(); });
   for (int64_t i = 0; i < r.length; ++i)
-    unroll<kVectors>([&](auto v) QO_LAMBDA {
-      const auto x = load_part(elements.x() + i * r.row + column + v.value * N, n);
-      largest[v.value] = Simd::max_unsigned(largest[v.value], Simd::abs_bits(x));
+    unroll<kParts>([&](auto v) QO_LAMBDA {
+      largest[v.value].include(elements.x() + i * r.row + column + v.value * M::kLanes, kVectors > 1 ? M::kLanes : n);
     });
-  unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(largest[v.value], &scale[v.value], &factor[v.value]); });
+  unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].store(amax + v.value * M::kLanes); });
+  unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(M::float_bits(amax + v.value * N), &scale[v.value], &factor[v.value]); });
   bool folded = true;
   unroll<kVectors>([&](auto v) QO_LAMBDA { folded = folded && elements.folds_all(scale[v.value]); });
   if (folded) {
@@ -235,9 +295,15 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
       limit[v.value] = Simd::mul(elements.round.limit, scale[v.value]);
       least[v.value] = Simd::mul(elements.round.smallest_normal, scale[v.value]);
     });
-    for (int64_t i = 0; i < r.length; ++i)
-      unroll<kVectors>([&](auto v)
-                           QO_LAMBDA { elements.folded(i * r.row + column + v.value * N, n, limit[v.value], least[v.value]); });
+    const X* x = elements.x() + column;
+    X* y = static_cast<X*>(r.y) + column;
+    elements.for_exactness([&, round = elements.round, rows = r.length, row = r.row](auto exact) QO_LAMBDA {
+      for (int64_t i = 0; i < rows; ++i, x += row, y += row)
+        unroll<kVectors>([&](auto v) QO_LAMBDA {
+          constexpr int64_t at = v.value * N;
+          round_folded<X, kPlain, exact.value>(x + at, y + at, n, round, limit[v.value], least[v.value]);
+        });
+    });
     return;
   }
   for (int64_t i = 0; i < r.length; ++i)

@@ -126,6 +126,17 @@ struct Simd {
   static QO_INLINE F if_greater(I a, I b, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)));
   }
+  static constexpr int kWords = 16;
+  static QO_INLINE Words load_magnitudes(const uint16_t* p) {
+    return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi16(0x7fff));
+  }
+  static QO_INLINE Words max_magnitudes(Words a, Words b) { return _mm256_max_epi16(a, b); }
+  static QO_INLINE void store_magnitudes(uint16_t* p, Words v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static QO_INLINE uint16_t largest_magnitude(Words v) {
+    const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i ones = _mm_set1_epi16(-1);  // the smallest complement
+    return static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, ones))));
+  }
   static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
     const I by = _mm256_set1_epi32(static_cast<int>(m));
     const I even = _mm256_mul_epu32(a, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), by);

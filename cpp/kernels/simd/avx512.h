@@ -131,6 +131,18 @@ struct Simd {
   static QO_INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(a, b), no, yes); }
+  static constexpr int kWords = 32;
+  static QO_INLINE Words load_magnitudes(const uint16_t* p) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(0x7fff));
+  }
+  static QO_INLINE Words max_magnitudes(Words a, Words b) { return _mm512_max_epi16(a, b); }
+  static QO_INLINE void store_magnitudes(uint16_t* p, Words v) { _mm512_storeu_si512(p, v); }
+  static QO_INLINE uint16_t largest_magnitude(Words v) {
+    const __m256i sixteen = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(sixteen), _mm256_extracti128_si256(sixteen, 1));
+    const __m128i ones = _mm_set1_epi16(-1);  // the smallest complement
+    return static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, ones))));
+  }
   static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
     const I by = _mm512_set1_epi32(static_cast<int>(m));
     const I even = _mm512_mul_epu32(a, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), by);

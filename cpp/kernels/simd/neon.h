@@ -135,6 +135,13 @@ struct Simd {
   static QO_INLINE F as_float(I a) { return vreinterpretq_f32_s32(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return vbslq_f32(vcgtq_s32(a, b), yes, no); }
+  static constexpr int kWords = 8;
+  static QO_INLINE Words load_magnitudes(const uint16_t* p) {
+    return vandq_s16(vreinterpretq_s16_u16(vld1q_u16(p)), vdupq_n_s16(0x7fff));
+  }
+  static QO_INLINE Words max_magnitudes(Words a, Words b) { return vmaxq_s16(a, b); }
+  static QO_INLINE void store_magnitudes(uint16_t* p, Words v) { vst1q_u16(p, vreinterpretq_u16_s16(v)); }
+  static QO_INLINE uint16_t largest_magnitude(Words v) { return static_cast<uint16_t>(vmaxvq_s16(v)); }
   static QO_INLINE I multiply_wide(I a, uint32_t m, I* high) {
     const uint32x4_t u = vreinterpretq_u32_s32(a), by = vdupq_n_u32(m);
     const uint32x4_t low = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(u), vget_low_u32(by)));

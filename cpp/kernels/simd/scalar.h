@@ -95,6 +95,12 @@ struct Simd {
   static F as_float(I a) { return bits_float(static_cast<uint32_t>(a)); }
   static F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static F if_greater(I a, I b, F yes, F no) { return a > b ? yes : no; }  // signed
+  // kWords float16 or bfloat16 elements, as integers without their signs; their order is that of the magnitudes.
+  static constexpr int kWords = 1;
+  static Words load_magnitudes(const uint16_t* p) { return *p & 0x7fff; }
+  static Words max_magnitudes(Words a, Words b) { return a > b ? a : b; }
+  static void store_magnitudes(uint16_t* p, Words v) { *p = static_cast<uint16_t>(v); }
+  static uint16_t largest_magnitude(Words v) { return static_cast<uint16_t>(v); }
   // a * m: the low half, and the high one to *high
   static I multiply_wide(I a, uint32_t m, I* high) {
     const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;

@@ -44,6 +44,10 @@ Schedule schedule_of(const Problem& p, const KernelPlan& plan) {
   const int64_t first = t.swapped ? p.N : p.M, second = t.swapped ? p.M : p.N;
   const int64_t rows = ceil_div(first, t.first * t.cluster), second_blocks = ceil_div(second, t.second);
   const int64_t load = p.gathers ? load_bytes(g.group) : kStepBytes;
+  const auto last = [&](int64_t n, int64_t tile, bool is_weight) {
+    const int64_t begin = std::max<int64_t>(0, n - tile);
+    return size(is_weight ? ceil_div(begin, 16) * 16 : begin);
+  };
   return {.first_blocks = size(rows * t.cluster),
           .second_blocks = size(second_blocks),
           .groups = size(p.groups),
@@ -59,8 +63,13 @@ Schedule schedule_of(const Problem& p, const KernelPlan& plan) {
           .load = size(load),
           .first_rows = size(first),
           .second_rows = size(second),
+          .first_last = last(first, t.first, t.swapped),
+          .second_last = last(second, t.second, !t.swapped),
+          .first_load = size(std::min<int64_t>(t.first, first)),
+          .second_load = size(t.cluster > 1 ? t.second / t.cluster : std::min<int64_t>(t.second, second)),
           .k = size(p.K),
           .gathers = p.gathers,
+          .ordered = is_ordered(p),
           .tap = size(g.group),
           .tap_loads = size(p.gathers ? ceil_div(g.group, load) : 1),
           .kernel_columns = size(g.kernel_columns.divisor),
@@ -75,7 +84,7 @@ bool takes(const Problem& p, int kernel) {
   if (kernel < 0 || kernel >= kKernels) return false;
   const Tile& t = kTiles[kernel];
   if (p.M < 1 || p.N < 1 || p.K < 1 || p.M > kMostRows || p.N * p.groups > kMostRows || p.K > kMostRows) return false;
-  if (p.N % 16 != 0 || p.K % 16 != 0 || p.b_stride % 16 != 0 || p.b_stride >= kMostStride / 16) return false;
+  if (p.K % 16 != 0 || p.b_stride % 16 != 0 || p.b_stride >= kMostStride / 16) return false;
   if (!is_aligned(p.b, 16)) return false;
   if (!p.gathers) return is_aligned(p.a, 16) && p.a_stride % 16 == 0 && p.a_stride < kMostStride;
   if (t.swapped || !is_aligned(p.gather.codes, 16)) return false;

@@ -73,21 +73,22 @@ Args args_of(const Problem& p, const KernelPlan& plan, int32_t* sums, const Laun
   const Tile& t = kTiles[plan.kernel];
   const Gather& g = p.gather;
   const int load = p.gathers ? load_bytes(g.group) : kStepBytes;
-  const MatrixMap weight = matrix_map(p.K, p.N * p.groups, p.b_stride, t.swapped ? Order::kPairs : Order::kFours, load,
-                                      t.swapped ? t.first : t.second / t.cluster);
+  const Schedule schedule = schedule_of(p, plan);
+  const MatrixMap weight =
+      matrix_map(p.K, p.N * p.groups, p.b_stride, weight_order(p, t), load, t.swapped ? schedule.first_load : schedule.second_load);
   const CUtensorMap b = encode(p.b, weight, load, "weight", at);
   const CUtensorMap a =
-      p.gathers ? encode(g.codes, image_map(g, p.groups * g.group, p.samples, load, t.first), load, at)
-                : encode(p.a, matrix_map(p.K, p.M, p.a_stride, Order::kPlain, load, t.swapped ? t.second / t.cluster : t.first),
-                         load, "activations", at);
+      p.gathers
+          ? encode(g.codes, image_map(g, p.groups * g.group, p.samples, load, schedule.first_load), load, at)
+          : encode(p.a,
+                   matrix_map(p.K, p.M, p.a_stride, Order::kPlain, load, t.swapped ? schedule.second_load : schedule.first_load),
+                   load, "activations", at);
   const int64_t columns = p.N * p.groups;
-  Args args{.first = t.swapped ? b : a,
-            .second = t.swapped ? a : b,
-            .schedule = schedule_of(p, plan),
-            .out = p.out,
-            .split_stride = p.M * columns};
+  Args args{
+      .first = t.swapped ? b : a, .second = t.swapped ? a : b, .schedule = schedule, .out = p.out, .split_stride = p.M * columns};
+  args.out.vectors = stores_vectors(p);
   if (plan.sums > 0)  // every row is a sample
-    args.out = {.y = sums, .dtype = DType::kInt32, .y_sample = columns, .y_column = 1, .vectors = true};
+    args.out = {.y = sums, .dtype = DType::kInt32, .y_sample = columns, .y_column = 1, .vectors = is_ordered(p)};
   return args;
 }
 

@@ -70,13 +70,16 @@ __device__ __forceinline__ void load_tiles(const Args& a, const SharedOf<kKernel
   constexpr int kShare = kTile.second / kTile.cluster;  // rows of the second operand that this block loads for its cluster
   const uint32_t rank = kTile.cluster > 1 ? block_of_cluster() : 0;
   const Schedule& schedule = a.schedule;
+  // a weight whose rows are ordered is a tensor of sixteens of rows
+  const bool sixteens[2] = {kTile.swapped && schedule.ordered, !kTile.swapped && schedule.ordered};
   Turns<kKernel, kJoined> turns(schedule);
   const int loads = kStepBytes / schedule.load;
+  const int bytes = (schedule.first_load + schedule.second_load * kTile.cluster) * kStepBytes;
   RingPosition<kTile.stages> at;
   for (; turns.left(); turns.next()) {
     const Work w = turns.work(schedule);
-    const int32_t first_row = (w.first + static_cast<int32_t>(rank)) * kTile.first;
-    const int32_t second_row = w.second * kTile.second + static_cast<int32_t>(rank) * kShare;
+    const int32_t first_row = tile_begin(w.first + static_cast<int32_t>(rank), kTile.first, schedule.first_last);
+    const int32_t second_row = tile_begin(w.second, kTile.second, schedule.second_last) + static_cast<int32_t>(rank) * kShare;
     // the weight's rows of all groups follow each other
     const int32_t first = first_row + (kTile.swapped ? w.group * schedule.first_rows : 0);
     const int32_t second = second_row + (kTile.swapped ? 0 : w.group * schedule.second_rows);
@@ -86,7 +89,7 @@ __device__ __forceinline__ void load_tiles(const Args& a, const SharedOf<kKernel
     for (int step = begin; step < end; ++step, at.advance()) {
       const uint32_t full = shared.full(at.stage), to = shared.ring + at.stage * kTile.stage_bytes();
       barrier_wait(shared.empty(at.stage), at.phase ^ 1);
-      barrier_arrive_and_expect(full, kTile.stage_bytes());
+      barrier_arrive_and_expect(full, bytes);
       for (int i = 0; i < loads; ++i, position.advance(schedule)) {
         const uint32_t first_to = to + i * kTile.first * schedule.load;
         const uint32_t second_to = to + kTile.first * kStepBytes + i * kTile.second * schedule.load;
@@ -94,10 +97,10 @@ __device__ __forceinline__ void load_tiles(const Args& a, const SharedOf<kKernel
           move_to(schedule, w.group, position, &image);
           load_image(first_to, &a.first, full, image);
         } else {
-          load_matrix(first_to, &a.first, full, position.k, kTile.swapped ? 0 : first, kTile.swapped ? first / 16 : 0);
+          load_matrix(first_to, &a.first, full, position.k, sixteens[0] ? 0 : first, sixteens[0] ? first / 16 : 0);
         }
         constexpr uint16_t kAll = (1 << kTile.cluster) - 1;
-        const int row = kTile.swapped ? second : 0, sixteen = kTile.swapped ? 0 : second / 16;
+        const int row = sixteens[1] ? 0 : second, sixteen = sixteens[1] ? second / 16 : 0;
         if constexpr (kTile.cluster > 1)
           load_matrix_to(kAll, second_to + rank * kShare * schedule.load, &a.second, full, position.k, row, sixteen);
         else
@@ -172,7 +175,7 @@ template <int kKernel>
 struct Sides {
   static constexpr int kRows = kTiles[kKernel].swapped ? kTiles[kKernel].second : kTiles[kKernel].first;
   static constexpr int kColumns = kTiles[kKernel].swapped ? kTiles[kKernel].first : kTiles[kKernel].second;
-  OutputRow rows[kRows];  // a negative offset: beyond the last row
+  OutputRow rows[kRows];  // a negative offset: beyond the last row, or another tile's
   alignas(16) float scale[kColumns];
   alignas(16) float bias[kColumns];
   alignas(16) int32_t sum[kColumns];
@@ -190,13 +193,16 @@ __device__ __forceinline__ void load_sides(const Args& a, Sides<kKernel>* sides,
   RingPosition<2> at;
   for (; turns.left(); turns.next(), at.advance()) {
     const Work w = turns.work(a.schedule);
-    const int first = (w.first + static_cast<int>(rank)) * kTile.first, second = w.second * kTile.second;
+    const int first_tile = w.first + static_cast<int>(rank);
+    const int first = tile_begin(first_tile, kTile.first, a.schedule.first_last);
+    const int second = tile_begin(w.second, kTile.second, a.schedule.second_last);
     const int row = kTile.swapped ? second : first, rows = kTile.swapped ? a.schedule.second_rows : a.schedule.first_rows;
     const int column = kTile.swapped ? first : second, columns = kTile.swapped ? a.schedule.first_rows : a.schedule.second_rows;
+    const int own_row = kTile.swapped ? w.second * kTile.second : first_tile * kTile.first;  // those before are another tile's
     Both& to = sides[at.stage];
     barrier_wait(shared.sides_empty(at.stage), at.phase ^ 1);
     for (int i = thread; i < Both::kRows; i += kSideThreads)
-      to.rows[i] = row + i < rows ? output_row(a.out, row + i) : OutputRow{0.0f, 0, -1};
+      to.rows[i] = row + i >= own_row && row + i < rows ? output_row(a.out, row + i) : OutputRow{0.0f, 0, -1};
     for (int i = thread; i < Both::kColumns; i += kSideThreads) {
       const OutputColumns<1> one = output_columns<1>(a.out, int64_t{w.group} * columns + column + i, columns - column - i);
       to.scale[i] = one.scale[0];
@@ -283,56 +289,73 @@ __device__ __forceinline__ void take_sums(const SharedOf<kKernel>& shared, const
 // ---- from sums to y -------------------------------------------------------------------------------------------------
 
 // A thread's sums are of rows 16 warp + g and + 8 of every 64, and of two neighbours of every 8 columns, 2 t and 2 t + 1, where
-// g = lane / 4 and t = lane % 4. What these are of y depends on the order in which the operands lie. `part` is the warpgroup's
-// first 64 rows of the first operand.
+// g = lane / 4 and t = lane % 4. What these are of y depends on the order in which the operands lie (thread_columns). `part` is the
+// warpgroup's first 64 rows of the first operand.
 
-// Columns along the second operand: by Order::kFours a thread has four neighbours of every 16.
+// Columns along the second operand, 16 at a time: by Order::kFours a thread has four neighbours of them.
 template <class Y, bool kVectors, int kKernel, bool kJoined>
 __device__ __forceinline__ void store_tile(const Args& a, const Epilogue& e, const Work& w, const Sides<kKernel>& sides,
                                            const SharedOf<kKernel>& shared, int part, const Share<kKernel, kJoined>& share,
                                            const Sums<kKernel>& sums) {
   constexpr Tile kTile = kTiles[kKernel];
+  constexpr int kNeighbours = kVectors ? kFour : 2;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
   const OutputCodes codes = output_codes(e);
+  const ThreadColumns of = thread_columns(false, kVectors || a.schedule.ordered, lane);
   OutputRow rows[kParts<kKernel>][2];
 #pragma unroll
   for (int i = 0; i < kParts<kKernel>; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) rows[i][h] = sides.rows[(part + i) * 64 + warp * 16 + h * 8 + lane / 4];
+  const int begin = tile_begin(w.second, kTile.second, a.schedule.second_last);
 #pragma unroll
   for (int j = 0; j < kTile.second / 16; ++j) {
-    if (w.second * kTile.second + j * 16 >= a.schedule.second_rows) break;
-    if (!share.owns(j)) continue;
-    const int within = j * 16 + lane % 4 * kFour, n = w.group * a.schedule.second_rows + w.second * kTile.second + within;
-    const OutputColumns<kFour> columns = columns_of<kKernel, kFour>(sides, within);
+    const int left = a.schedule.second_rows - (begin + j * 16);  // columns from here on
+    if (left <= 0) break;
+    if (!share.owns(j) || begin + j * 16 < w.second * kTile.second) continue;
 #pragma unroll
-    for (int i = 0; i < kParts<kKernel>; ++i) {
-      int32_t left[4], right[4];
-      take_sums<kKernel, kJoined>(shared, share, i, j * 2, sums, left);
-      take_sums<kKernel, kJoined>(shared, share, i, j * 2 + 1, sums, right);
+    for (int eight = 0; eight < 2; eight += kNeighbours / 2) {
+      const int column = of.first + eight * of.next_eight, within = j * 16 + column;
+      const int n = w.group * a.schedule.second_rows + begin + within;
+      const OutputColumns<kNeighbours> columns = columns_of<kKernel, kNeighbours>(sides, within);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int32_t four[kFour] = {left[h * 2], left[h * 2 + 1], right[h * 2], right[h * 2 + 1]};
-        finish_whole<Y, kVectors>(e, rows[i][h], rows[i][h].offset >= 0, columns, n, codes, four);
+      for (int i = 0; i < kParts<kKernel>; ++i) {
+        int32_t taken[kNeighbours / 2][4];
+#pragma unroll
+        for (int k = 0; k < kNeighbours / 2; ++k) take_sums<kKernel, kJoined>(shared, share, i, j * 2 + eight + k, sums, taken[k]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          int32_t neighbours[kNeighbours];
+#pragma unroll
+          for (int k = 0; k < kNeighbours; ++k) neighbours[k] = taken[k / 2][h * 2 + k % 2];
+          const int count = rows[i][h].offset < 0 ? 0 : left - column;
+          finish_straight<Y, kVectors>(e, rows[i][h], columns, n, count, codes, neighbours);
+        }
       }
     }
   }
 }
 
-// Columns along the first operand: by Order::kPairs a thread has two neighbours, 2 g and 2 g + 1 of every 16.
+// Columns along the first operand, 16 at a time: by Order::kPairs a thread has two neighbours of them.
 template <class Y, bool kVectors, int kKernel, bool kJoined>
 __device__ __forceinline__ void store_swapped_tile(const Args& a, const Epilogue& e, const Work& w, const Sides<kKernel>& sides,
                                                    const SharedOf<kKernel>& shared, int part, const Share<kKernel, kJoined>& share,
                                                    const Sums<kKernel>& sums) {
   constexpr Tile kTile = kTiles[kKernel];
+  constexpr int kNeighbours = kVectors ? 2 : 1;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
   const OutputCodes codes = output_codes(e);
+  const ThreadColumns of = thread_columns(true, kVectors || a.schedule.ordered, lane);
+  const int begin = tile_begin(w.first, kTile.first, a.schedule.first_last);
 #pragma unroll
   for (int i = 0; i < kParts<kKernel>; ++i) {
-    const int sixteen = (part + i) * 64 + warp * 16, within = sixteen + lane / 4 * 2;
-    if (w.first * kTile.first + sixteen >= a.schedule.first_rows) continue;
-    const int n = w.group * a.schedule.first_rows + w.first * kTile.first + within;
-    const OutputColumns<2> columns = columns_of<kKernel, 2>(sides, within);
+    const int sixteen = (part + i) * 64 + warp * 16, left = a.schedule.first_rows - (begin + sixteen);
+    if (left <= 0 || begin + sixteen < w.first * kTile.first) continue;
+    const int n = w.group * a.schedule.first_rows + begin + sixteen;
+    OutputColumns<kNeighbours> columns[2 / kNeighbours];
+#pragma unroll
+    for (int c = 0; c < 2 / kNeighbours; ++c)
+      columns[c] = columns_of<kKernel, kNeighbours>(sides, sixteen + of.first + c * of.next_eight);
 #pragma unroll
     for (int j = 0; j < kTile.second / 8; ++j) {
       if (!share.owns(j)) continue;
@@ -341,8 +364,14 @@ __device__ __forceinline__ void store_swapped_tile(const Args& a, const Epilogue
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const OutputRow row = sides.rows[j * 8 + lane % 4 * 2 + k];
-        const int32_t two[2] = {four[k], four[2 + k]};
-        finish_whole<Y, kVectors>(e, row, row.offset >= 0, columns, n, codes, two);
+#pragma unroll
+        for (int c = 0; c < 2 / kNeighbours; ++c) {
+          const int column = of.first + c * of.next_eight, count = row.offset < 0 ? 0 : left - column;
+          int32_t neighbours[kNeighbours];
+#pragma unroll
+          for (int h = 0; h < kNeighbours; ++h) neighbours[h] = four[(c + h) * 2 + k];
+          finish_straight<Y, kVectors>(e, row, columns[c], n + column, count, codes, neighbours);
+        }
       }
     }
   }

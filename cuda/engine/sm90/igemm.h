@@ -45,7 +45,11 @@ constexpr Tile kTiles[] = {
     // name, first, second, stages, warpgroups, cluster, swapped, blocks_per_sm
     {"igemm_s8s8_64x16x128_swapped_wgmma", 64, 16, 10, 1, 1, true, 2},
     {"igemm_s8s8_64x32x128_swapped_wgmma", 64, 32, 8, 1, 1, true, 2},
+    {"igemm_s8s8_64x48x128_swapped_wgmma", 64, 48, 7, 1, 1, true, 2},
     {"igemm_s8s8_64x64x128_swapped_wgmma", 64, 64, 6, 1, 1, true, 2},
+    {"igemm_s8s8_64x96x128_swapped_wgmma", 64, 96, 5, 1, 1, true, 2},
+    {"igemm_s8s8_64x160x128_swapped_wgmma", 64, 160, 3, 1, 1, true, 2},
+    {"igemm_s8s8_64x192x128_swapped_wgmma", 64, 192, 3, 1, 1, true, 2},
     {"igemm_s8s8_64x64x128_wgmma", 64, 64, 4, 1, 1, false, 3},
     {"igemm_s8s8_64x128x128_wgmma", 64, 128, 4, 1, 1, false, 2},
     {"igemm_s8s8_64x160x128_wgmma", 64, 160, 3, 1, 1, false, 2},
@@ -66,12 +70,23 @@ constexpr int kernel_named(std::string_view name) {
 // ---- operands -------------------------------------------------------------------------------------------------------
 
 // In which order a box of rows lies in shared memory. A thread's sums belong to rows (8 apart) and columns (2 neighbours of every
-// 8); these orders of 16 rows make neighbours in y of what a thread has, so that its stores are vectors.
+// 8); these orders of 16 rows make neighbours in y of what a thread has, so that its stores are vectors. They take whole sixteens:
+// behind the last one TMA would read rows that do not exist. A weight of any other number of rows has the plain order.
 enum class Order : int32_t {
   kPlain,
   kFours,  // second operand: row 16 J + 4 t + 2 j + e lies at 16 J + 8 j + 2 t + e, e, j < 2, t < 4
   kPairs,  // first operand: row 16 W + 2 g + h lies at 16 W + 8 h + g, h < 2, g < 8
 };
+
+// Of every 16 columns of y, in the order of a weight: the first one of which a thread has sums, and how far the sums of the next 8
+// rows of the box are behind it. In a tile that is not swapped, the column after each is the thread's as well.
+struct ThreadColumns {
+  int first, next_eight;
+};
+QO_HD_MEMBER ThreadColumns thread_columns(bool swapped, bool ordered, int lane) {
+  if (swapped) return ordered ? ThreadColumns{lane / 4 * 2, 1} : ThreadColumns{lane / 4, 8};
+  return ordered ? ThreadColumns{lane % 4 * 4, 2} : ThreadColumns{lane % 4 * 2, 8};
+}
 
 // A matrix as a tensor of five dimensions for TMA, the contiguous one first: sizes, strides in bytes of all but the first, and the
 // box of one load.
@@ -128,6 +143,13 @@ struct Problem {
   Epilogue out;         // of N * groups columns
 };
 
+inline bool is_ordered(const Problem& p) { return p.N % 16 == 0; }
+inline Order weight_order(const Problem& p, const Tile& t) {
+  return !is_ordered(p) ? Order::kPlain : t.swapped ? Order::kPairs : Order::kFours;
+}
+// Whether stores are vectors of four neighbouring columns, or of two in a swapped tile.
+inline bool stores_vectors(const Problem& p) { return is_ordered(p) && p.out.vectors; }
+
 // Bytes of a load of a tap of that many bytes: what leaves the fewest bytes of the last one unused.
 inline int load_bytes(int64_t tap) {
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
@@ -144,6 +166,16 @@ inline int64_t steps_of(const Problem& p) {
 
 constexpr int32_t kBand = 8;
 
+// Loads stay within their operands, because TMA takes about nine clocks for each row of a box that is outside, and less than one
+// for a row inside (H200: 65 rows by 14336x4096 took 45 us where 128 rows took 27, by as many tiles). So the last tile of an
+// operand begins early enough to end with it, and leaves the results that the tile before has to that one; and an operand that is
+// smaller than a tile is loaded by smaller boxes, behind which the stage keeps anything, for sums that nobody stores. A weight's
+// tiles begin at multiples of 16 rows: up to 15 rows may be outside.
+QO_HD_MEMBER int32_t tile_begin(int32_t tile, int32_t rows, int32_t last) {
+  const int32_t begin = tile * rows;
+  return begin < last ? begin : last;
+}
+
 // How the blocks share a problem, and what they load for it; a kernel parameter.
 struct Schedule {
   int32_t first_blocks, second_blocks, groups, splits;  // tiles along each operand, of one group
@@ -153,8 +185,11 @@ struct Schedule {
   int32_t steps, split_steps;                           // of K, and of a split of it
   int32_t load;                                         // bytes of K of a load: 128 or 64
   int32_t first_rows, second_rows;                      // of one group
+  int32_t first_last, second_last;                      // where the last tile begins
+  int32_t first_load, second_load;                      // rows of a load of a block
   int32_t k;                                            // bytes of K of one group: what is behind is zeros
   bool gathers;
+  bool ordered;                            // the rows of the weight, by weight_order
   int32_t tap, tap_loads, kernel_columns;  // of a convolution: bytes of a tap, and loads that cover it
   FastDiv columns, pixels;                 // of the output, of a sample
   int32_t stride[2], pad[2], dilation[2];
