@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const QO_GRID_CONSTANT P
 
 // A thread a vector of columns of a part. V = 1 as above.
 template <class X, int V, Path kPath>
-__global__ void __launch_bounds__(kThreads) columns_kernel(const QO_GRID_CONSTANT PartArgs<X> args) {
+__global__ void __launch_bounds__(kThreads, 4) columns_kernel(const QO_GRID_CONSTANT PartArgs<X> args) {
   const BlockArgs<X>& a = args.of;
   const uint64_t seed = value_of(a.seed);
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -490,11 +490,15 @@ bool launch_tile(const QuantizeBlockParams& p, const BlockArgs<X>& a, const Laun
   return true;
 }
 
-// Calls f with the number of elements of a vector, V or 1, and the path; of single elements the path is not known.
+// Calls f with the number of elements of a vector, V or 1, and the path; of single elements the path is not known. Stochastic
+// rounding has no kernels of its own here.
 template <int64_t V, class F>
 void with_vector(const QuantizeBlockParams& p, bool vectors, const F& f) {
   if (!vectors) return f(std::integral_constant<int, 1>{}, std::integral_constant<Path, Path::kOther>{});
-  with_path(p, [&](auto path) { f(std::integral_constant<int, V>{}, path); });
+  with_path(p, [&](auto path) {
+    constexpr Path kPath = path.value == Path::kRandom ? Path::kOther : path.value;
+    f(std::integral_constant<int, V>{}, std::integral_constant<Path, kPath>{});
+  });
 }
 
 template <class X>

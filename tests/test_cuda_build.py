@@ -296,7 +296,10 @@ int main() {
     FloatFormat f;
     if (!draw_format(&f)) continue;
     float scale = bits_float((draw() & 0x7fffffu) | (87u + draw() % 80) << 23);
-    if (draw() % 4 == 0) scale = bits_float(float_bits(scale) & (draw() % 2 ? 0x7f800000u : 0xffff0000u) | (draw() % 2 ? 0 : 0x7fffffu));
+    if (draw() % 4 == 0) {  // short and long significands
+      const uint32_t kept = draw() % 2 ? 0x7f800000u : 0xffff0000u;
+      scale = bits_float((float_bits(scale) & kept) | (draw() % 2 ? 0 : 0x7fffffu));
+    }
     const Path path = path_of(f, false);
     const bool good = f.method == RoundingMethod::kElements ? true
                       : path == Path::kPlain                ? same_rounding<Path::kPlain>(f, scale)

@@ -20,6 +20,10 @@ _ENTRIES = {
     "dequant_tensor": ("dequantize",),
     "choose_qparams": ("range", "range_columns"),
     "quantize_rows": ("range", "quantize"),
+    "quant_float_forward": ("quantize_float", "random_words"),
+    "quant_float_backward": ("quantize_float",),
+    "quant_block_forward": ("quantize_blocks", "quantize_block_columns", "random_words"),
+    "quant_block_backward": ("quantize_blocks", "quantize_block_columns"),
 }
 
 
