@@ -179,6 +179,7 @@ void quantize_blocks_typed(const BlockRun& r) {
   constexpr int64_t kBatch = 64, N = Simd::N;
   const BlockElements<X, kPlain> elements(r);
   const BlockScales scales_of(r.format, r.tensor_scale);
+  const Rounder<kPlain> round = elements.round;  // a copy, which no store to y can change: it stays in registers
   const int64_t of_row = (r.length + r.block - 1) / r.block, last = r.length - (of_row - 1) * r.block;
   typename Magnitudes<X>::Lane amax[kBatch + N] = {};
   float scales[kBatch + N], factors[kBatch + N];
@@ -212,8 +213,7 @@ void quantize_blocks_typed(const BlockRun& r) {
         X* const y = static_cast<X*>(r.y) + first;
         // of the next batch, whose magnitudes would wait for it
         for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(X))) __builtin_prefetch(x + kBatch * r.block + i);
-        // constants by value: stores could change what lies behind a reference
-        const auto rounded = [=, round = elements.round](auto v) QO_LAMBDA { return round.plain(v, limit, least); };
+        const auto rounded = [&round, limit, least](auto v) QO_LAMBDA { return round.plain(v, limit, least); };
         if (elements.exact)
           round_exactly(x, y, count, rounded);
         else
@@ -276,10 +276,15 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
   typename M::Lane amax[kParts * M::kLanes];
   typename Simd::F scale[kVectors], factor[kVectors];
   unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].clear(); });
-  for (int64_t i = 0; i < r.length; ++i)
+  for (int64_t i = 0; i < r.length; ++i) {
+    // of the next columns: these are too many rows for the hardware prefetcher
+    if constexpr (kVectors > 1)
+      for (int64_t at = 0; at < kVectors * N; at += 64 / static_cast<int64_t>(sizeof(X)))
+        __builtin_prefetch(elements.x() + i * r.row + column + kVectors * N + at);
     unroll<kParts>([&](auto v) QO_LAMBDA {
       largest[v.value].include(elements.x() + i * r.row + column + v.value * M::kLanes, kVectors > 1 ? M::kLanes : n);
     });
+  }
   unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].store(amax + v.value * M::kLanes); });
   if constexpr (std::is_same_v<X, BFloat16> && kPlain && kVectors > 1)
     if (elements.exact) {
