@@ -64,6 +64,18 @@ void run_ranges(const QParamsPlan& plan, const ChooseQParams& p, const Launch& a
 // Rows of q are q_stride >= columns apart; what is behind the codes becomes zeros. A null zero_point is not written.
 void quantize_rows_cuda(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at);
 
+void quantize_float_cuda(const QuantizeFloatParams& p, const Launch& at);
+
+// How long blocks are cut into parts.
+struct QuantizeBlockPlan {
+  int64_t part = 0;   // elements along the length
+  int64_t parts = 1;  // of a block; more than one: their largest magnitudes come first
+  Slot<float> amax{};
+  int64_t bytes = 0;
+};
+QuantizeBlockPlan plan_quantize_block(const QuantizeBlockParams& p);
+void run_quantize_block(const QuantizeBlockPlan& plan, const QuantizeBlockParams& p, const Launch& at);
+
 // ---- operands of integer products -----------------------------------------------------------------------------------
 
 // The sums and rows of cuda_weights.h; null if not wanted.

@@ -87,7 +87,7 @@ def test_gpu_scripts_rehearse(tmp_path):
     machine = {"gpu": None, "torch": "any", "date": "today"}
     begun = {"kind": "gpu", "machine": machine, "stages": {}, "cut": [], "ceilings": [], "missing": {}, "results": []}
     out.write_text(json.dumps(begun))
-    sections = ("ceilings", "linear", "conv2d", "rows", "elementwise", "kernels")
+    sections = ("ceilings", "linear", "conv2d", "rows", "elementwise", "floats", "kernels")
     options = ("--rehearse", "--no-compile", "--seconds", "600")  # rows are left out when the time is up
     run("-m", "benchmarks.gpu.bench", "--out", str(out), "--section", *sections, *options)
     data = json.loads(out.read_text())
@@ -95,7 +95,7 @@ def test_gpu_scripts_rehearse(tmp_path):
     assert not [name for name in data["missing"] if name.startswith(("ours", "all", "bf16", "eager"))]
     assert {row["contender"] for row in data["results"]} >= {"ours", "ours dynamic", "ours static", "bf16", "fp16", "eager"}
     stems = {row["stem"] for row in data["results"]}
-    assert stems >= {"linear", "gemm", "conv2d", "quantize_rows", "choose_qparams", "quantize to int8", "backward"}
+    assert stems >= {"linear", "gemm", "conv2d", "quantize_rows", "choose_qparams", "quantize to int8", "backward", "floats"}
     assert all(row["floor_us"] > 0 and 0 < row["min_us"] <= row["median_us"] for row in data["results"])
     tables = shown(out)
     assert all(f"| {stem} |" in tables for stem in stems)

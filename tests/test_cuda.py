@@ -69,6 +69,53 @@ REDUCTIONS = [
 # Of quantize_rows: a part of a warp, a warp, a block, more than its registers hold.
 ROWS = [(1,), (3, 0), (5, 1), (7, 3), (600, 24), (40, 64), (2, 3, 70), (9, 1000), (9, 1031), (3, 4099), (5, 9000), (2, 33000)]
 
+# Formats as (exponent_bits, mantissa_bits, named arguments), at least one for each of the kernels' ways to round.
+FORMATS = {
+    "E4M3": (4, 3, {"special": 1}),
+    "E5M2": (5, 2, {"special": 2}),
+    "E2M1": (2, 1, {}),
+    "INT8": (1, 6, {"bias": 1}),
+    "E4M3 to NaN": (4, 3, {"special": 1, "saturate": False}),
+    "E5M2 to Inf": (5, 2, {"special": 2, "saturate": False}),
+    "E3M2 without subnormals": (3, 2, {"subnormals": False}),
+    "FP16": (5, 10, {"special": 2, "saturate": False}),
+    "BF16": (8, 7, {"special": 2, "saturate": False}),
+    "E8M1": (8, 1, {"special": 2}),  # rounded by integers
+    "E4M3 of tiny numbers": (4, 3, {"bias": 110}),
+    "E6M9 of huge numbers": (6, 9, {"bias": -60}),
+    "E5M23": (5, 23, {}),  # rounded element by element
+    "FP32": (8, 23, {"special": 2}),
+}
+STOCHASTIC = 3
+
+# Shapes, dimensions and sizes of blocks: whole lanes of a warp, any length, tails, parts; along rows, down columns.
+BLOCKS = [
+    ((64,), 0, 32),
+    ((4, 64), 1, 32),
+    ((3, 5, 96), -1, 16),
+    ((2, 8, 256), 2, 128),
+    ((2, 512), 1, 256),
+    ((40, 16), 1, 8),
+    ((5, 100), 1, 32),
+    ((7, 33), 1, 32),
+    ((3, 40), 1, 48),
+    ((3, 70), 1, 7),
+    ((11, 3), 1, 1),
+    ((2, 3000), 1, 3000),
+    ((2, 9600), 1, 9600),
+    ((3, 9001), 1, 4501),
+    ((64, 24), 0, 32),
+    ((70, 24), 0, 32),
+    ((40, 51), 0, 16),
+    ((24, 8), 0, 12),
+    ((3, 48, 10, 4), 1, 16),
+    ((2, 33, 7, 7), 1, 32),
+    ((2, 32, 4, 4), 1, 32),
+    ((300, 16), 0, 100),
+    ((2, 1000, 8), 1, 1000),
+    ((2000, 3), 0, 2000),
+]
+
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Same dtype, shape, strides and bits; any NaN equals any other."""
@@ -155,8 +202,153 @@ def layouts(x: torch.Tensor):
         yield x.contiguous(memory_format=torch.channels_last)
 
 
+def format_arguments(name: str, *, forward: bool = True, block: bool = False):
+    """The widths, and the named arguments that the operator has."""
+    exponent_bits, mantissa_bits, named = FORMATS[name]
+    known = {"bias", "special"} | ({"subnormals"} if not block else set()) | ({"saturate"} if forward and not block else set())
+    return exponent_bits, mantissa_bits, {key: value for key, value in named.items() if key in known}
+
+
+def rule_arguments(name: str, rule: int):
+    """The rule, with a divisor where the format's largest value is none."""
+    return {"scale_rule": rule} | ({"scale_divisor": 448.0} if rule >= 4 and FORMATS[name][0] == 8 else {})
+
+
+def largest_of(name: str) -> float:
+    e, m, named = format_arguments(name)
+    named["saturate"] = True
+    return torch.ops.quant_ops.quant_float_forward(torch.tensor(torch.inf), e, m, **named).item()
+
+
 class KernelCases:
     """Every case takes a fixture ``subject``."""
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("case", range(len(GRANULARITIES)))
+    def test_float_forward_and_backward(self, subject, dtype, case):
+        shape, parameter, block = GRANULARITIES[case]
+        x = tensor_of(shape, dtype)
+        grad = torch.randn(shape).to(dtype)
+        scale = torch.rand(parameter) * 2 + 0.05
+        names = itertools.cycle(FORMATS)
+        for view, factor in itertools.product(layouts(x), (None, scale)):
+            e, m, named = format_arguments(next(names), forward=False)
+            subject.check("quant_float_backward", grad, view, e, m, factor, **named, block_size=block)
+            for rounding in range(4):
+                e, m, named = format_arguments(next(names))
+                seeds = [torch.tensor([case - 9])] if rounding == STOCHASTIC else [None]
+                for seed in seeds:
+                    subject.check("quant_float_forward", view, e, m, factor, seed, **named, rounding=rounding, block_size=block)
+        e, m, named = format_arguments("E4M3", forward=False)
+        for view in layouts(grad):
+            subject.check("quant_float_backward", view, x, e, m, scale, **named, block_size=block)
+
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_float_formats(self, subject, name, dtype):
+        """All that is near the format's numbers, by scales of every kind of quotient."""
+        e, m, named = format_arguments(name)
+        largest = largest_of(name)
+        x = torch.randn(48, 64, dtype=torch.float64) * largest * torch.rand(48, 64, dtype=torch.float64) ** 8
+        x[0] = torch.tensor(SPECIAL * 5, dtype=torch.float64)[:64]
+        x[1] = torch.linspace(0.9, 1.2, 64, dtype=torch.float64) * largest
+        x[2] *= 2.0**-20
+        scales = torch.tensor([1.0, 0.25, 1 / 3, 0.011, 7.7])
+        for scale in [None, *scales, scales.repeat(10)[:48].view(48, 1), scales.repeat(13)[:64]]:
+            values = (x * (1 if scale is None else scale.double())).to(dtype)
+            grad = torch.randn(48, 64).to(dtype)
+            subject.check("quant_float_backward", grad, values, e, m, scale, **format_arguments(name, forward=False)[2])
+            for rounding in range(4):
+                subject.check("quant_float_forward", values, e, m, scale, torch.tensor([-5]), **named, rounding=rounding)
+
+    @pytest.mark.parametrize("dtype", FLOATS[1:3], ids=str)
+    def test_float_formats_of_every_short_element(self, subject, dtype):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        for name, rounding, scale in itertools.product(["E4M3", "E5M2", "E2M1", "BF16"], (0, STOCHASTIC), (None, 0.37)):
+            e, m, named = format_arguments(name)
+            scale = None if scale is None else torch.tensor(scale)
+            subject.check("quant_float_forward", x, e, m, scale, torch.tensor([3]), **named, rounding=rounding)
+            subject.check("quant_float_backward", torch.ones_like(x), x, e, m, scale, special=named.get("special", 0))
+
+    def test_float_scales_of_every_size(self, subject):
+        scales = [0.0, torch.nan, torch.inf, -0.5, 1e-45, 1e-38, 2.0**-58, 2.0**-57, 1e-10, 1 / 3, 3e10, 2.0**60, 2.0**61, 3e38]
+        scale = torch.tensor([*scales, -0.0, -torch.inf]).view(-1, 1)
+        x = (tensor_of((16, 64), torch.float32, 200.0) * scale.nan_to_num(1.0, 1.0, 1.0).clamp(-1e36, 1e36)).float()
+        for name, rounding in itertools.product(FORMATS, (0, 1, 2, STOCHASTIC)):
+            e, m, named = format_arguments(name)
+            named_backward = format_arguments(name, forward=False)[2]
+            for values, factor in ((x, scale), (x.t().contiguous(), scale.view(-1)), *((x, one) for one in scale)):
+                subject.check("quant_float_forward", values, e, m, factor, torch.tensor([3]), **named, rounding=rounding)
+                if rounding == 0:
+                    subject.check("quant_float_backward", torch.ones_like(values), values, e, m, factor, **named_backward)
+
+    @pytest.mark.parametrize("name", ["E4M3", "E2M1", "E4M3 to NaN", "FP16"])
+    def test_float_quotients_next_to_ties_and_limits(self, subject, name):
+        e, m, named = format_arguments(name)
+        largest = largest_of(name)
+        scale = torch.rand(64, 1) * 10 ** torch.linspace(-6, 6, 64).view(-1, 1)
+        steps = torch.randint(2**m, 2 ** (m + 1), (64, 512)) + torch.randint(0, 2, (64, 512)) * 0.5  # a number or a tie
+        steps *= largest / 2 ** (m + 1) * 2.0 ** torch.randint(-9, 2, (64, 512))
+        steps[:, ::5] = largest
+        x = (steps.double() * scale.double()).float()
+        x = (x.view(torch.int32) + torch.randint(-2, 3, x.shape, dtype=torch.int32)).view(torch.float32)
+        for values, factor in ((x, scale), (x.t().contiguous(), scale.view(1, -1))):
+            backward = format_arguments(name, forward=False)[2]
+            subject.check("quant_float_backward", torch.ones_like(values), values, e, m, factor, **backward)
+            for rounding in range(4):
+                subject.check("quant_float_forward", values, e, m, factor, torch.tensor([8]), **named, rounding=rounding)
+
+    @pytest.mark.parametrize("shape", [(4096,), (2, 8, 8, 8), (2, 24, 5, 7), (3, 5, 12)], ids=str)
+    def test_random_words_of_seeds_anywhere(self, subject, shape):
+        x = torch.randn(shape)
+        for view in layouts(x):
+            for seed in (torch.tensor(2**63 - 1), torch.tensor([-(2**63)])):
+                subject.check("quant_float_forward", view, 4, 3, None, seed, rounding=STOCHASTIC)
+                subject.check("quant_float_forward", view, 4, 3, seed=seed, rounding=STOCHASTIC)  # the seed stays on the CPU
+                subject.check("quant_block_forward", view, -1, 4, 4, 3, None, seed, rounding=STOCHASTIC)
+                subject.check("quant_block_forward", view, 0, 4, 4, 3, seed=seed, rounding=STOCHASTIC)
+
+    @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+    @pytest.mark.parametrize("case", range(len(BLOCKS)))
+    def test_blocks(self, subject, dtype, case):
+        shape, dim, block = BLOCKS[case]
+        x = tensor_of(shape, dtype, 9.0)
+        x.view(-1)[len(SPECIAL) + 30 : len(SPECIAL) + 60] = 0.0
+        grad = torch.randn(shape).to(dtype)
+        names, rules = itertools.cycle(FORMATS), itertools.cycle(range(7))
+        for view in layouts(x):
+            for rounding in range(4):
+                name = next(names)
+                e, m, named = format_arguments(name, block=True)
+                named |= rule_arguments(name, next(rules))
+                seed = torch.tensor([case]) if rounding == STOCHASTIC else None
+                subject.check("quant_block_forward", view, dim, block, e, m, None, seed, **named, rounding=rounding)
+                if rounding == 0:
+                    subject.check("quant_block_backward", grad, view, dim, block, e, m, **named)
+            for rule in (0, 4):
+                subject.check("quant_block_forward", view, dim, block, 4, 3, special=1, scale_rule=rule)
+                subject.check("quant_block_backward", grad, view, dim, block, 4, 3, special=1, scale_rule=rule)
+        for view in layouts(grad):
+            subject.check("quant_block_backward", view, x, dim, block, 2, 1, scale_rule=4)
+
+    @pytest.mark.parametrize("rule", range(7))
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_scales_of_blocks(self, subject, name, rule):
+        """Blocks of every magnitude, of zeros, of NaN and Inf."""
+        e, m, named = format_arguments(name, block=True)
+        x = torch.randn(320, 32) * 2.0 ** torch.arange(-160, 160).double().view(-1, 1)
+        x[::3] = x[::3].sign() * 2.0 ** x[::3].abs().log2().nan_to_num(0, 0, 0).floor()  # powers of two
+        x = x.float()
+        x[5, 3], x[6, 31], x[7, 0], x[8], x[9] = torch.nan, torch.inf, -torch.inf, 0.0, -0.0
+        divisors = [rule_arguments(name, rule).get("scale_divisor"), *([3.7] if rule >= 4 else [])]
+        factors = [None, *torch.tensor([0.02, 1e-30, 0.0, -2.0, torch.nan])] if rule == 4 else [None]
+        for dim, view in ((1, x), (0, x.t().contiguous()), (1, torch.cat([x, x[:, :1]], 1))):
+            for divisor, factor, rounding in itertools.product(divisors, factors, (0, 2, STOCHASTIC)):
+                options = {**named, "scale_rule": rule, "scale_divisor": divisor}
+                seed = torch.tensor([1])
+                subject.check("quant_block_forward", view, dim, 32, e, m, factor, seed, **options, rounding=rounding)
+                if rounding == 0:
+                    subject.check("quant_block_backward", torch.ones_like(view), view, dim, 32, e, m, factor, **options)
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("case", range(len(GRANULARITIES)))
@@ -322,6 +514,10 @@ class KernelCases:
         subject.check("quant_tensor_forward", x, scale, zero, -128, 127, True, False)
         subject.check("quant_tensor_backward", x, x, scale, zero, -128, 127, True)
         subject.check("dequant_tensor", x.to(torch.int8), scale, zero, torch.bfloat16)
+        subject.check("quant_float_forward", x, 4, 3, scale)
+        subject.check("quant_float_backward", x, x, 4, 3, scale)
+        subject.check("quant_block_forward", x, 0, 32, 4, 3)
+        subject.check("quant_block_backward", x, x, 0, 32, 4, 3)
 
 
 @pytest.mark.cuda
@@ -384,6 +580,37 @@ class TestCuda(KernelCases):
             for r, e in zip(results, step(), strict=True):
                 assert_same(r, e.cpu())
 
+    def test_captured_graph_reads_seed_and_scales_anew(self, example):
+        x, scale, _ = example
+        seed, tensor_scale = torch.tensor(1, device="cuda"), torch.tensor(0.01, device="cuda")
+        long = torch.randn(2, 100_000, device="cuda")  # blocks of parts
+
+        def step():
+            return (
+                qo.quant_float_forward(x, 4, 3, scale, rounding="stochastic", seed=seed),
+                qo.quant_block_forward(x, 1, 16, 2, 1, tensor_scale, scale_rule="e4m3", rounding="stochastic", seed=seed),
+                qo.quant_block_forward(long, 1, 100_000, 4, 3),
+                qo.quant_float_backward(x, x, 4, 3, scale),
+            )
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        for _ in range(3):
+            x.normal_()
+            long.normal_()
+            scale.uniform_(0.1, 2.0)
+            seed.random_()
+            tensor_scale.uniform_(0.01, 0.1)
+            graph.replay()
+            for r, e in zip(results, step(), strict=True):
+                assert_same(r, e.cpu())
+
     def test_same_bits_every_time(self, example):
         x, scale, zero = example
         grad = torch.randn_like(x)
@@ -421,6 +648,23 @@ class TestCuda(KernelCases):
             assert_same(y[part], qo.quant_tensor_forward(x[part].cpu(), s.cpu(), None, -128, 127))
             ones = torch.ones_like(x[part]).cpu()
             assert_same(dx[part], qo.quant_tensor_backward(ones, x[part].cpu(), s.cpu(), None, -128, 127)[0])
+
+    @pytest.mark.slow
+    def test_floats_and_blocks_of_more_than_two_to_the_31_elements(self, subject):
+        rows, columns = 2**16 + 8, 2**15 + 32
+        x = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(0, 40)
+        results = [
+            (qo.quant_float_forward(x, 4, 3, special="nan"), lambda x: qo.quant_float_forward(x, 4, 3, special="nan")),
+            (qo.quant_block_forward(x, 1, 32, 2, 1), lambda x: qo.quant_block_forward(x, 1, 32, 2, 1)),
+            (qo.quant_block_forward(x, 0, 8, 2, 1), lambda x: qo.quant_block_forward(x, 0, 8, 2, 1)),
+        ]
+        for part in (slice(0, 8), slice(rows // 2 - 4, rows // 2 + 4), slice(rows - 8, rows)):
+            for actual, on_cpu in results:
+                assert_same(actual[part], on_cpu(x[part].cpu()))
+        random = qo.quant_float_forward(x, 4, 3, special="nan", rounding="stochastic", seed=3)
+        flat = qo.quant_float_forward(x.view(-1), 4, 3, special="nan", rounding="stochastic", seed=3)
+        assert torch.equal(random.view(-1), flat)
+        assert not torch.equal(random[-8:].cpu(), qo.quant_float_forward(x[-8:].cpu(), 4, 3, special="nan"))
 
     @pytest.mark.slow
     def test_ranges_and_rows_of_more_than_two_to_the_31_elements(self, subject):

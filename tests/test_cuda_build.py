@@ -28,6 +28,10 @@ OPERATORS = [
     "dequant_tensor",
     "choose_qparams",
     "quantize_rows",
+    "quant_float_forward",
+    "quant_float_backward",
+    "quant_block_forward",
+    "quant_block_backward",
     "int8_gemm",
     "int8_linear",
     "int8_conv2d",
@@ -233,6 +237,100 @@ int main() {
 @needs_compiler
 def test_fast_division_and_mended_quotient():
     program = compiled_for_host("arithmetic", [source_file("arithmetic.cc", ARITHMETIC)], "-O2")
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+ROUNDING = r"""
+#include <cstdio>
+#include <random>
+#include "device/rounding.cuh"
+using namespace quant_ops;
+
+static std::mt19937_64 random_bits(1);
+static uint32_t draw() { return static_cast<uint32_t>(random_bits()); }
+static bool same(float a, float b) { return float_bits(a) == float_bits(b) || (a != a && b != b); }
+
+// A format of every width and bias that float32 holds.
+static bool draw_format(FloatFormat* f) {
+  const int e = 1 + draw() % 8, m = draw() % 24, bias = static_cast<int>(draw() % 254) - 126;
+  const auto special = static_cast<SpecialCodes>(draw() % 3);
+  const int reserved = special == SpecialCodes::kIeee ? 1 << m : special == SpecialCodes::kNan ? 1 : 0;
+  const int last = (1 << (e + m)) - 1 - reserved;
+  const bool saturate = special == SpecialCodes::kNone || draw() % 4 > 0, subnormals = draw() % 4 > 0;
+  if (last <= 0 || (!subnormals && last >> m == 0) || bias < (last >> m) - 127) return false;
+  *f = float_format(e, m, bias, special, saturate, subnormals, static_cast<Rounding>(draw() % 4));
+  return true;
+}
+
+// Any number, or one next to a tie or a number of the format, times the scale.
+static float draw_element(const FloatFormat& f, float scale) {
+  if (draw() % 8 == 0) return bits_float(draw());
+  const float range = std::ldexp(f.largest, -static_cast<int>(draw() % 40));
+  const float number = round_to_format(range * static_cast<float>(draw()) * 0x1p-31f, f, draw());
+  float x = number * scale;
+  if (draw() % 2) x = (number + 0.5f * std::ldexp(1.0f, std::max(f.least_exponent, exponent_of(number)) - f.mantissa_bits)) * scale;
+  x = bits_float(float_bits(x) + draw() % 7 - 3);
+  return draw() % 2 ? x : -x;
+}
+
+template <Path kPath>
+static bool same_rounding(const FloatFormat& f, float scale) {
+  const Rounder round = Rounder::of(f);
+  const float reciprocal = round.reciprocal(scale);
+  for (int i = 0; i < 300; ++i) {
+    const float x = draw_element(f, scale), quotient = x / scale;
+    const uint32_t word = draw();
+    const float expected = round_to_format(quotient, f, word);
+    if (!same(with_sign(round.template operator()<kPath>(__builtin_fabsf(quotient), word), x), expected)) return false;
+    if (kPath == Path::kOther || reciprocal == 0.0f) continue;
+    const float mended = round.mended(x, scale, reciprocal);
+    if (!same(with_sign(round.template operator()<kPath>(mended, word), x), expected)) return false;
+    if ((mended <= f.largest) != in_range(quotient, f)) return false;
+  }
+  return true;
+}
+
+int main() {
+  for (int i = 0; i < 20000; ++i) {
+    FloatFormat f;
+    if (!draw_format(&f)) continue;
+    float scale = bits_float((draw() & 0x7fffffu) | (87u + draw() % 80) << 23);
+    if (draw() % 4 == 0) {  // short and long significands
+      const uint32_t kept = draw() % 2 ? 0x7f800000u : 0xffff0000u;
+      scale = bits_float((float_bits(scale) & kept) | (draw() % 2 ? 0 : 0x7fffffu));
+    }
+    const Path path = path_of(f, false);
+    const bool good = f.method == RoundingMethod::kElements ? true
+                      : path == Path::kPlain                ? same_rounding<Path::kPlain>(f, scale)
+                      : path == Path::kRandom               ? same_rounding<Path::kRandom>(f, scale)
+                                                            : same_rounding<Path::kOther>(f, scale);
+    if (!good) return std::printf("rounding to %d bits from 2^%d to %g, rounding %d, scale %a\n", f.mantissa_bits, f.least_exponent,
+                                  f.largest, static_cast<int>(f.rounding), scale), 1;
+    f.overflow = f.largest;
+    for (int rule = 0; rule < 7; ++rule) {
+      const BlockFormat block{f, static_cast<ScaleRule>(rule), f.largest};
+      if (f.largest < 0x1p-126f) continue;
+      const BlockScales scales = BlockScales::of(block);
+      for (int j = 0; j < 300; ++j) {
+        uint32_t bits = draw() & 0x7fffffffu;
+        if (j % 2) bits &= 0x7f800000u | draw();
+        if (j % 3 == 0) bits = (bits & 0x7f800000u) | (((float_bits(f.largest) & 0x7fffffu) + draw() % 5 - 2) & 0x7fffffu);
+        if (j % 5 == 0) bits = (bits & 0x7f800000u) | ((0u - (1u << (draw() % 23))) + draw() % 5 - 2 & 0x7fffffu);
+        if (!same(scales.scale(bits_float(bits), 1.0f), block_scale(bits, block, 1.0f)))
+          return std::printf("rule %d of %d bits from 2^%d to %g, amax %a\n", rule, f.mantissa_bits, f.least_exponent, f.largest,
+                             bits_float(bits)), 1;
+      }
+    }
+  }
+  return 0;
+}
+"""
+
+
+@needs_compiler
+def test_rounding_and_scales_of_blocks():
+    program = compiled_for_host("rounding", [source_file("rounding.cc", ROUNDING)], "-O2")
     done = subprocess.run([program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

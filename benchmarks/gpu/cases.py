@@ -343,10 +343,100 @@ def elementwise_cases(device: str, small: bool):
                 yield Case("backward", label, text, name, make, backward, 3 * n * size, "eager")
 
 
+# ---- floating formats --------------------------------------------------------------------------------------------------
+
+FLOATS = [(32, 128, 56, 56), (4096, 4096)]
+SMALL_FLOATS = [(2, 32, 4, 4)]
+FLOAT8 = {"E4M3": (4, 3, "nan", torch.float8_e4m3fn), "E5M2": (5, 2, "ieee", torch.float8_e5m2)}
+COMPILED_FLOATS = {FLOATS[0], SMALL_FLOATS[0]}
+
+
+def eager_float8(x, scale, dtype):
+    return (x / scale).clamp(-448, 448).to(dtype).to(x.dtype) * scale
+
+
+def eager_e2m1(x, scale):
+    m = (x.float().abs() / scale).clamp(max=6.0)
+    quantum = torch.exp2(torch.floor(torch.log2(m)).clamp(min=0.0) - 1)
+    return ((m / quantum).round() * quantum * scale).copysign(x).to(x.dtype)
+
+
+def in_blocks(x, dim: int, block: int):
+    return x.unflatten(dim, (-1, block)), dim if dim < 0 else dim + 1
+
+
+def eager_mxfp8(x, dim: int):
+    blocks, dim = in_blocks(x.float(), dim, 32)
+    scale = torch.exp2(torch.floor(torch.log2(blocks.abs().amax(dim, keepdim=True))) - 8)
+    return ((blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).view_as(x).to(x.dtype)
+
+
+def eager_nvfp4(x, dim: int):
+    blocks, dim = in_blocks(x.float(), dim, 16)
+    scale = (blocks.abs().amax(dim, keepdim=True) / 6).to(torch.float8_e4m3fn).float().clamp(min=2.0**-6)
+    return eager_e2m1(blocks, scale).view_as(x).to(x.dtype)
+
+
+def float_contenders(shape, dtype):
+    """(name, tensors read or written, reference, contenders) of operators on a problem's x, scale and grad."""
+    for name, (e, m, special, float8) in FLOAT8.items():
+        ours = functools.partial(qo.quant_float_forward, exponent_bits=e, mantissa_bits=m, special=special)
+        cast = {
+            "ours": lambda p, ours=ours: functools.partial(ours, p.x),
+            ".to(float8)": lambda p, float8=float8: lambda: p.x.to(float8).to(p.x.dtype),
+        }
+        yield name, 2, ".to(float8)", cast
+    e4m3 = functools.partial(qo.quant_float_forward, exponent_bits=4, mantissa_bits=3, special="nan")
+    scaled = {
+        "ours": lambda p: functools.partial(e4m3, p.x, scale=p.scale),
+        "eager": lambda p: functools.partial(eager_float8, p.x, p.scale, torch.float8_e4m3fn),
+        "torch.compile": lambda p: functools.partial(compiled(eager_float8), p.x, p.scale, torch.float8_e4m3fn),
+    }
+    yield "E4M3 scaled", 2, "eager", scaled
+    e2m1 = {
+        "ours": lambda p: functools.partial(qo.quant_float_forward, p.x, 2, 1),
+        "eager": lambda p: functools.partial(eager_e2m1, p.x, 1.0),
+    }
+    yield "E2M1", 2, "eager", e2m1
+    seed = torch.tensor(0)
+    yield "E4M3 stochastic", 2, "ours", {"ours": lambda p: functools.partial(e4m3, p.x, rounding="stochastic", seed=seed)}
+    backward = {
+        "ours": lambda p: functools.partial(qo.quant_float_backward, p.grad, p.x, 4, 3, special="nan"),
+        "eager": lambda p: lambda: torch.where(p.x.abs() <= 448, p.grad, 0),
+    }
+    yield "E4M3 gradient", 3, "eager", backward
+    for dim in (1, -1):
+        if shape[dim] % 32:
+            continue
+        mx = functools.partial(qo.quant_block_forward, dim=dim, block_size=32, exponent_bits=4, mantissa_bits=3, special="nan")
+        nv = functools.partial(qo.quant_block_forward, dim=dim, block_size=16, exponent_bits=2, mantissa_bits=1, scale_rule="e4m3")
+        for name, block, formula in (("MXFP8", mx, eager_mxfp8), ("NVFP4", nv, eager_nvfp4)):
+            blocks = {
+                "ours": lambda p, block=block: functools.partial(block, p.x),
+                "eager": lambda p, formula=formula, dim=dim: functools.partial(formula, p.x, dim),
+                "torch.compile": lambda p, formula=formula, dim=dim: functools.partial(compiled(formula), p.x, dim),
+            }
+            yield f"{name} along {dim}", 2, "eager", blocks
+
+
+def float_cases(device: str, small: bool):
+    for shape in SMALL_FLOATS if small else FLOATS:
+        for dtype in (BF16, torch.float32):
+            make = functools.partial(ElementwiseProblem, shape, dtype, (), 0, device)
+            n, text = torch.Size(shape).numel(), "x".join(map(str, shape))
+            for name, tensors, reference, contenders in float_contenders(shape, dtype):
+                slow = {"torch.compile"} & set(contenders)
+                if shape not in COMPILED_FLOATS and slow:
+                    del contenders["torch.compile"]
+                size = tensors * n * dtype.itemsize
+                yield Case("floats", name, text, name_of(dtype), make, contenders, size, reference, 0, slow)
+
+
 SECTIONS = {
     "linear": linear_cases,
     "conv2d": conv_cases,
     "rows": row_cases,
     "elementwise": elementwise_cases,
+    "floats": float_cases,
     "kernels": kernel_cases,
 }

@@ -31,6 +31,22 @@ def elementwise(device: str, few: bool) -> None:
             qo.quant_tensor_backward(view, view, scale, zero, -128, 127, True)
 
 
+def floats(device: str, few: bool) -> None:
+    cases = [((7, 16, 8, 8), (16, 1, 1)), ((1000,), ()), ((130, 24), (24,)), ((33, 50), (33, 1)), ((2, 9001), (2, 1))]
+    dtypes = (torch.bfloat16, torch.float32)
+    for (shape, parameter), dtype in itertools.islice(itertools.product(cases, dtypes), 1 if few else None):
+        x, scale = torch.randn(shape, device=device).to(dtype), torch.rand(parameter, device=device) + 0.1
+        seed = torch.tensor(5, device=device)
+        for view in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            qo.quant_float_backward(view, view, 4, 3, scale)
+            for rounding in ("nearest_even", "toward_zero", "stochastic"):
+                qo.quant_float_forward(view, 4, 3, scale, rounding=rounding, seed=seed)
+                for dim, block in itertools.product(range(x.dim()), (8, 32, 10**6)):
+                    qo.quant_block_forward(view, dim, block, 2, 1, rounding=rounding, seed=seed)
+            for dim, block in itertools.product(range(x.dim()), (8, 32, 10**6)):
+                qo.quant_block_backward(view, view, dim, block, 2, 1, scale_rule="e4m3")
+
+
 def ranges(device: str, few: bool) -> None:
     shapes = [(5, 1031), (300, 40), (3, 20000), (2, 40000), (7, 5)]
     for shape, dtype in itertools.islice(itertools.product(shapes, (torch.bfloat16, torch.float32)), 2 if few else None):
@@ -67,6 +83,7 @@ def convolutions(device: str, few: bool) -> None:
 
 GROUPS = {
     elementwise: ("quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"),
+    floats: ("quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward"),
     ranges: ("choose_qparams", "quantize_rows"),
     products: ("int8_gemm", "int8_linear", "pack_weight"),
     convolutions: ("int8_conv2d",),

@@ -9,6 +9,7 @@
 // same by fewer instructions for all formats in use (FloatFormat::method). Read next: kernels/generic/quantize_float.h.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "contract/arithmetic.h"
@@ -255,7 +256,9 @@ inline FloatFormat float_format(int exponent_bits, int mantissa_bits, int bias, 
   f.rounding = rounding;
   const bool widest = f.least_exponent == -126;
   const int top = std::ilogb(f.largest);
-  if (mantissa_bits <= 22 && top + 24 - mantissa_bits <= 126 && f.least_exponent - mantissa_bits - 1 >= -126)
+  // 2^23 times the greatest quantum is finite; below the smallest normal number it is that number where there are no subnormal ones
+  const int greatest_quantum = std::max(top + 1 - mantissa_bits, subnormals ? f.least_exponent - mantissa_bits : f.least_exponent);
+  if (mantissa_bits <= 22 && greatest_quantum + 23 <= 126 && f.least_exponent - mantissa_bits - 1 >= -126)
     f.method = RoundingMethod::kFloats;
   else if (mantissa_bits >= 1 && mantissa_bits <= 22 && widest && subnormals)
     f.method = RoundingMethod::kIntegers;

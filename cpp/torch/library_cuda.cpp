@@ -84,6 +84,30 @@ struct Cuda {
     quantize_rows_cuda(p, p.columns, device.launch());
   }
 
+  static void quantize_float(const char* op, const QuantizeFloatParams& p, const Tensor& x) {
+    const OnDeviceOf device(op, x);
+    quantize_float_cuda(p, device.launch());
+  }
+
+  static void quantize_block(const char* op, const QuantizeBlockParams& p, const Tensor& x) {
+    const OnDeviceOf device(op, x);
+    const QuantizeBlockPlan plan = plan_quantize_block(p);
+    Workspace workspace(plan.bytes, x);
+    run_quantize_block(plan, p, device.launch(workspace.memory()));
+  }
+
+  // A seed on the device stays there, so that nothing waits for it, and a captured graph reads it anew.
+  static Seed seed(const Tensor& t) {
+    const int64_t* const memory = t.const_data_ptr<int64_t>();
+#if defined(QUANT_OPS_EMULATION)
+    const bool on_device = t.dim() > 0;  // so that the tests have both
+#else
+    const bool on_device = !t.is_cpu();
+#endif
+    if (on_device) return {.value = 0, .memory = memory};
+    return {.value = static_cast<uint64_t>(*memory), .memory = nullptr};
+  }
+
   static const int32_t* no_zero_point() { return nullptr; }
 
   // Values stay on the device, so that nothing waits for it; whether they are small is known from the dtype alone.

@@ -32,9 +32,11 @@ inline FloatFormat expect_format(const char* op, const FormatArguments& a) {
   const int64_t last = (int64_t{1} << (e + m)) - 1 - reserved;
   QO_EXPECT(last > 0 && (a.subnormals || last >> m > 0), op, "a format with a finite value other than 0, got exponent_bits ", e,
             ", mantissa_bits ", m, ", special ", a.special, a.subnormals ? "" : " without subnormals", ". Use special 0 (none).");
-  const int64_t least = (last >> m) - 127;  // of a bias: the largest exponent, last >> m less the bias, is at most 127
-  QO_EXPECT(bias >= std::max<int64_t>(least, -126) && bias <= 127, op, "numbers within float32's normal range, so a bias in [",
-            std::max<int64_t>(least, -126), ", 127], got ", bias, e == 8 ? ". With 8 exponent bits use special 2 (ieee)." : "");
+  QO_EXPECT(e < 8 || special == SpecialCodes::kIeee, op,
+            "special 2 (ieee) with 8 exponent bits, whose last exponent float32 lacks, got ", a.special);
+  const int64_t least = std::max<int64_t>((last >> m) - 127, -126);  // float32's exponents are -126 to 127
+  QO_EXPECT(bias >= least && bias <= 127, op, "a bias in [", least, ", 127], so that float32 has the numbers, got ", bias,
+            ". Use a scale for others.");
   return float_format(static_cast<int>(e), static_cast<int>(m), static_cast<int>(bias), special, a.saturate, a.subnormals,
                       static_cast<Rounding>(a.rounding));
 }
@@ -164,7 +166,8 @@ Tensor quantize_block(const char* op, const Tensor* grad, const Tensor& tensor, 
             "scale_rule in 0 (floor), 1 (even), 2 (ceil), 3 (round_up), 4 (e4m3), 5 (bfloat16), 6 (float32), got ", scale_rule);
   const ScaleRule rule = static_cast<ScaleRule>(scale_rule);
   const double divisor = scale_divisor.value_or(static_cast<double>(format.largest));
-  QO_EXPECT(divisor >= 0x1p-126 && divisor <= 0x1p126, op, "scale_divisor in [2^-126, 2^126], got ", divisor);
+  QO_EXPECT(is_power_of_two_rule(rule) || (divisor >= 0x1p-126 && divisor < 0x1p128), op, "scale_divisor in [2^-126, 2^128), got ",
+            divisor);
   QO_EXPECT(!scale_divisor || !is_power_of_two_rule(rule), op,
             "no scale_divisor with a scale that is a power of two, got one with scale_rule ", scale_rule, ".");
   if (tensor_scale) {

@@ -22,22 +22,34 @@ struct BlockScales {
 
   QO_INLINE bool is_power_of_two() const { return is_power_of_two_rule(format.rule); }
 
+  // Whether exponent_field is right, which it is for formats in use.
+  QO_INLINE bool by_vectors() const {
+    switch (format.rule) {
+      case ScaleRule::kFloor: return top >= 0;
+      case ScaleRule::kEven: return top >= 0 && format.element.mantissa_bits <= 22;
+      case ScaleRule::kCeil: return top >= 1;
+      default: return true;
+    }
+  }
+
   // Of magnitudes as integers, so that NaN and infinity show.
   QO_INLINE void operator()(I amax_bits, F* scale, F* factor) const {
+    if (!by_vectors()) return one_by_one(amax_bits, scale, factor);
     const F finite_below = Simd::set(INFINITY), nan = Simd::set(__builtin_nanf("")), amax = Simd::as_float(amax_bits);
     if (is_power_of_two()) {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
       const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
       *scale = Simd::if_less(amax, finite_below, beyond, nan);
-      const F reciprocal = power(Simd::sub(Simd::set_int(254), Simd::min(field, Simd::set_int(254))));
-      *factor = Simd::if_less(*scale, finite_below, reciprocal, nan);
+      *factor = Simd::if_less(*scale, finite_below, power(Simd::sub(Simd::set_int(254), field)), nan);
       return;
     }
     F s = ratio(amax);
-    s = format.rule == ScaleRule::kE4m3
-            ? Simd::mul(Simd::max(e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits), Simd::set(0x1p-6f)),
-                        Simd::set(tensor_scale))
-            : Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
+    if (format.rule == ScaleRule::kE4m3) {
+      const F rounded = e4m3(Simd::div(s, Simd::set(tensor_scale)), amax_bits);
+      s = Simd::mul(Simd::max(Simd::set(0x1p-6f), rounded), Simd::set(tensor_scale));  // the second one if it is NaN
+    } else {
+      s = Simd::if_less(Simd::set(0.0f), amax, Simd::max(s, Simd::set(0x1p-126f)), Simd::set(1.0f));
+    }
     *scale = *factor = Simd::if_less(amax, finite_below, s, nan);
   }
 
@@ -45,8 +57,20 @@ struct BlockScales {
   // 2^(field - 127); the field 0 stands for 2^-127, which is subnormal
   QO_INLINE static F power(I field) { return Simd::as_float(Simd::max(Simd::shift_left(field, 23), Simd::set_int(0x00400000))); }
 
+  void one_by_one(I amax_bits, F* scale, F* factor) const {
+    int32_t bits[Simd::N];
+    float scales[Simd::N], factors[Simd::N];
+    Simd::store(bits, amax_bits);
+    for (int64_t i = 0; i < Simd::N; ++i) {
+      scales[i] = block_scale(static_cast<uint32_t>(bits[i]), format, tensor_scale);
+      factors[i] = 1.0f / scales[i];
+    }
+    *scale = Simd::load(scales);
+    *factor = Simd::load(factors);
+  }
+
   // The exponent of the scale + 127, from the bits of amax or of amax / largest. What is added first carries into the exponent
-  // where the rule rounds it up. With a positive `top` a subnormal amax gives less than -127, whatever its exponent is taken for.
+  // where the rule rounds it up. Where amax is subnormal the exponent is too large, but that of the scale below -127 anyway.
   QO_INLINE I exponent_field(I amax_bits) const {
     if (format.rule == ScaleRule::kRoundUp) {
       const I bits = Simd::bits(Simd::div(Simd::as_float(amax_bits), Simd::set(format.element.largest)));
@@ -54,15 +78,9 @@ struct BlockScales {
       return Simd::bits(Simd::if_greater(bits, Simd::set_int(0x00400000), Simd::as_float(field), Simd::set(0.0f)));
     }
     const int32_t carry = format.rule == ScaleRule::kFloor  ? 0
-                          : format.rule == ScaleRule::kEven ? (1 << 22) >> format.element.mantissa_bits
+                          : format.rule == ScaleRule::kEven ? 1 << 22 >> format.element.mantissa_bits
                                                             : 0x007fffff;
-    I less = Simd::set_int(top);
-    if (top <= 0) {  // 2^64 amax has an exponent in its bits
-      const F amax = Simd::as_float(amax_bits), smallest_normal = Simd::set(0x1p-126f);
-      amax_bits = Simd::bits(Simd::if_less(amax, smallest_normal, Simd::mul(amax, Simd::set(0x1p64f)), amax));
-      less = Simd::bits(Simd::if_less(amax, smallest_normal, Simd::as_float(Simd::set_int(top + 64)), Simd::as_float(less)));
-    }
-    return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), less);
+    return Simd::sub(Simd::shift_right(Simd::add(amax_bits, Simd::set_int(carry)), 23), Simd::set_int(top));
   }
 
   QO_INLINE F ratio(F amax) const {
@@ -131,6 +149,7 @@ struct BlockElements {
   const Rounder<kPlain> round;
   const F largest, smallest;
   const bool multiply;
+  const bool exact;                               // the results of folded rounding are numbers of X
   float least_folded = 1.0f, most_folded = 0.0f;  // no scale
 
   QO_INLINE explicit BlockElements(const BlockRun& run)
@@ -138,7 +157,8 @@ struct BlockElements {
         round(run.format.element),
         largest(Simd::set(run.format.element.largest)),
         smallest(Simd::set(-run.format.element.largest)),
-        multiply(is_power_of_two_rule(run.format.rule)) {
+        multiply(is_power_of_two_rule(run.format.rule)),
+        exact(holds<X>(run.format.element)) {
     if (!kPlain || !multiply || run.grad) return;
     const FloatFormat& f = run.format.element;
     const int least = f.mantissa_bits - f.least_exponent - 125, most = 102 + f.mantissa_bits - exponent_of(f.largest);
@@ -151,14 +171,6 @@ struct BlockElements {
   QO_INLINE bool folds_all(F scale) const {
     return !Simd::any_above(Simd::bits(Simd::set(least_folded)), Simd::bits(scale)) &&
            !Simd::any_above(Simd::bits(scale), Simd::bits(Simd::set(most_folded)));
-  }
-
-  // Calls body(Int<1> if the results are numbers of X already, which are cheaper to store, else Int<0>).
-  template <class Body>
-  QO_INLINE void for_exactness(const Body& body) const {
-    if constexpr (std::is_same_v<X, BFloat16>)
-      if (r.format.element.mantissa_bits <= 7) return body(Int<1>{});
-    body(Int<0>{});
   }
 
   QO_INLINE const X* x() const { return static_cast<const X*>(r.x); }
@@ -186,21 +198,13 @@ struct BlockElements {
   }
 };
 
-// n elements, by limit and smallest normal number of the format times the scale.
-template <class X, bool kPlain, bool kExact>
-QO_INLINE void round_folded(const X* x, X* y, int64_t n, const Rounder<kPlain>& round, typename Simd::F limit,
-                            typename Simd::F smallest_normal) {
-  const auto rounded = round.plain(load_part(x, n), limit, smallest_normal);
-  if (kExact && n == Simd::N) return Simd::store_exact(y, rounded);
-  store_part(y, rounded, n);
-}
-
 // Many blocks in three sweeps, none of which waits for a result of its own: magnitudes, scales, elements.
 template <class X, bool kPlain>
 void quantize_blocks_typed(const BlockRun& r) {
   constexpr int64_t kBatch = 64, N = Simd::N;
   const BlockElements<X, kPlain> elements(r);
   const BlockScales scales_of(r.format, r.tensor_scale);
+  const Rounder<kPlain> round = elements.round;  // a copy, which no store to y can change: it stays in registers
   const int64_t of_row = (r.length + r.block - 1) / r.block, last = r.length - (of_row - 1) * r.block;
   typename Magnitudes<X>::Lane amax[kBatch + N] = {};
   float scales[kBatch + N], factors[kBatch + N];
@@ -234,11 +238,11 @@ void quantize_blocks_typed(const BlockRun& r) {
         X* const y = static_cast<X*>(r.y) + first;
         // of the next batch, whose magnitudes would wait for it
         for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(X))) __builtin_prefetch(x + kBatch * r.block + i);
-        // constants by value: stores could change what lies behind a reference
-        elements.for_exactness([&, round = elements.round](auto exact) QO_LAMBDA {
-          for_each_part_of(count, [=](int64_t i, int64_t n)
-                                      QO_LAMBDA { round_folded<X, kPlain, exact.value>(x + i, y + i, n, round, limit, least); });
-        });
+        const auto rounded = [&round, limit, least](auto v) QO_LAMBDA { return round.plain(v, limit, least); };
+        if (elements.exact)
+          round_exactly(x, y, count, rounded);
+        else
+          for_each_part_of(count, [=](int64_t i, int64_t n) QO_LAMBDA { store_part(y + i, rounded(load_part(x + i, n)), n); });
       } else {
         for_each_part_of(count, [&](int64_t i, int64_t n) QO_LAMBDA { elements(first + i, first + i, n, scale, factor); });
       }
@@ -252,6 +256,40 @@ void quantize_blocks_typed(const BlockRun& r) {
   }
 }
 
+// Rounds to the format times the scales, or returns false where that is not the same. `scale` are those of kVectors vectors of
+// columns, of which n elements exist; with kPairs of twice as many columns, of those with even numbers and with odd ones in turn.
+template <class X, bool kPlain, int kVectors, bool kPairs = false>
+QO_INLINE bool fold_columns(const BlockRun& r, const BlockElements<X, kPlain>& elements, const typename Simd::F (&scale)[kVectors],
+                            int64_t column, int64_t n) {
+  typename Simd::F limit[kVectors], least[kVectors];
+  bool folds = true;
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    folds = folds && elements.folds_all(scale[v.value]);
+    limit[v.value] = Simd::mul(elements.round.limit, scale[v.value]);
+    least[v.value] = Simd::mul(elements.round.smallest_normal, scale[v.value]);
+  });
+  if (!folds) return false;
+  const X* x = elements.x() + column;
+  X* y = static_cast<X*>(r.y) + column;
+  const auto round = elements.round;  // by value: stores could change what lies behind a reference
+  const int64_t rows = r.length, row = r.row;
+  for (int64_t i = 0; i < rows; ++i, x += row, y += row) {
+    if constexpr (kPairs)
+      unroll<kVectors / 2>([&](auto v) QO_LAMBDA {
+        constexpr int e = 2 * v.value, o = e + 1, at = e * Simd::N;
+        typename Simd::F even, odd;
+        Simd::load_pair(x + at, &even, &odd);
+        Simd::store_pair(y + at, round.plain(even, limit[e], least[e]), round.plain(odd, limit[o], least[o]));
+      });
+    else
+      unroll<kVectors>([&](auto v) QO_LAMBDA {
+        constexpr int at = v.value * Simd::N;
+        store_part(y + at, round.plain(load_part(x + at, n), limit[v.value], least[v.value]), n);
+      });
+  }
+  return true;
+}
+
 // kVectors vectors of columns side by side, of which n elements exist.
 template <class X, bool kPlain, int kVectors>
 QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& elements, const BlockScales& scales_of,
@@ -263,31 +301,29 @@ QO_INLINE void block_columns(const BlockRun& r, const BlockElements<X, kPlain>& 
   typename M::Lane amax[kParts * M::kLanes];
   typename Simd::F scale[kVectors], factor[kVectors];
   unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].clear(); });
-  for (int64_t i = 0; i < r.length; ++i)
+  for (int64_t i = 0; i < r.length; ++i) {
+    // of the next columns: these are too many rows for the hardware prefetcher
+    if constexpr (kVectors > 1)
+      for (int64_t at = 0; at < kVectors * N; at += 64 / static_cast<int64_t>(sizeof(X)))
+        __builtin_prefetch(elements.x() + i * r.row + column + kVectors * N + at);
     unroll<kParts>([&](auto v) QO_LAMBDA {
       largest[v.value].include(elements.x() + i * r.row + column + v.value * M::kLanes, kVectors > 1 ? M::kLanes : n);
     });
-  unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].store(amax + v.value * M::kLanes); });
-  unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(M::float_bits(amax + v.value * N), &scale[v.value], &factor[v.value]); });
-  bool folded = true;
-  unroll<kVectors>([&](auto v) QO_LAMBDA { folded = folded && elements.folds_all(scale[v.value]); });
-  if (folded) {
-    typename Simd::F limit[kVectors], least[kVectors];
-    unroll<kVectors>([&](auto v) QO_LAMBDA {
-      limit[v.value] = Simd::mul(elements.round.limit, scale[v.value]);
-      least[v.value] = Simd::mul(elements.round.smallest_normal, scale[v.value]);
-    });
-    const X* x = elements.x() + column;
-    X* y = static_cast<X*>(r.y) + column;
-    elements.for_exactness([&, round = elements.round, rows = r.length, row = r.row](auto exact) QO_LAMBDA {
-      for (int64_t i = 0; i < rows; ++i, x += row, y += row)
-        unroll<kVectors>([&](auto v) QO_LAMBDA {
-          constexpr int64_t at = v.value * N;
-          round_folded<X, kPlain, exact.value>(x + at, y + at, n, round, limit[v.value], least[v.value]);
-        });
-    });
-    return;
   }
+  unroll<kParts>([&](auto v) QO_LAMBDA { largest[v.value].store(amax + v.value * M::kLanes); });
+  if constexpr (std::is_same_v<X, BFloat16> && kPlain && kVectors > 1)
+    if (elements.exact) {
+      unroll<kVectors / 2>([&](auto v) QO_LAMBDA {
+        constexpr int e = 2 * v.value, o = e + 1;
+        typename Simd::F even, odd;
+        Simd::load_pair(reinterpret_cast<const X*>(amax + e * N), &even, &odd);
+        scales_of(Simd::bits(even), &scale[e], &factor[e]);
+        scales_of(Simd::bits(odd), &scale[o], &factor[o]);
+      });
+      if (fold_columns<X, kPlain, kVectors, true>(r, elements, scale, column, n)) return;
+    }
+  unroll<kVectors>([&](auto v) QO_LAMBDA { scales_of(M::float_bits(amax + v.value * N), &scale[v.value], &factor[v.value]); });
+  if (fold_columns<X, kPlain, kVectors>(r, elements, scale, column, n)) return;
   for (int64_t i = 0; i < r.length; ++i)
     unroll<kVectors>([&](auto v) QO_LAMBDA {
       const int64_t c = column + v.value * N;

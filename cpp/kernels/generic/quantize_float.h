@@ -122,6 +122,26 @@ QO_INLINE void for_each_part_of(int64_t n, const Body& body) {
   for (; i < n; i += N) body(i, n - i < N ? n - i : N);
 }
 
+// y = round(x) for n neighbours, whose results are numbers of X already.
+template <class X, class Round>
+QO_INLINE void round_exactly(const X* x, X* y, int64_t n, const Round& round) {
+  constexpr int64_t N = Simd::N;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    const auto pair = [=](int64_t at) QO_LAMBDA {
+      typename Simd::F even, odd;
+      Simd::load_pair(x + at, &even, &odd);
+      Simd::store_pair(y + at, round(even), round(odd));
+    };
+    for (; i + 4 * N <= n; i += 4 * N) unroll<2>([=](auto v) QO_LAMBDA { pair(i + v.value * 2 * N); });
+  }
+  for_each_part_of(n - i, [=](int64_t j, int64_t part) QO_LAMBDA {
+    const auto rounded = round(load_part(x + i + j, part));
+    if (part == N) return Simd::store_exact(y + i + j, rounded);
+    store_part(y + i + j, rounded, part);
+  });
+}
+
 // Whether every number of a format is one of X as well.
 template <class X>
 bool holds(const FloatFormat& f) {
@@ -131,8 +151,7 @@ bool holds(const FloatFormat& f) {
     return std::is_same_v<X, float>;
 }
 
-// kExact: the results are numbers of X already.
-template <class X, bool kPlain, bool kScaled, bool kExact>
+template <class X, bool kPlain, bool kScaled>
 void quantize_float_typed(const FloatRun& r) {
   const Rounder<kPlain> round(r.format);
   const X* x = static_cast<const X*>(r.x);
@@ -150,8 +169,6 @@ void quantize_float_typed(const FloatRun& r) {
       if (r.random) bits = load_int_part(reinterpret_cast<const int32_t*>(r.random) + i, n);
     v = round(v, bits);
     if constexpr (kScaled) v = Simd::mul(v, scale);
-    if constexpr (kExact)
-      if (n == Simd::N) return Simd::store_exact(y + i, v);
     store_part(y + i, v, n);
   });
 }
@@ -175,9 +192,12 @@ void quantize_float_of(const FloatRun& r) {
   if (r.grad) return pass_gradient<X>(r);
   if (r.format.method == RoundingMethod::kElements) return round_elements<X>(r);
   if (!Rounder<true>::takes(r.format))
-    return r.scale ? quantize_float_typed<X, false, true, false>(r) : quantize_float_typed<X, false, false, false>(r);
-  if (r.scale) return quantize_float_typed<X, true, true, false>(r);
-  holds<X>(r.format) ? quantize_float_typed<X, true, false, true>(r) : quantize_float_typed<X, true, false, false>(r);
+    return r.scale ? quantize_float_typed<X, false, true>(r) : quantize_float_typed<X, false, false>(r);
+  if (r.scale) return quantize_float_typed<X, true, true>(r);
+  if (!holds<X>(r.format)) return quantize_float_typed<X, true, false>(r);
+  const Rounder<true> round(r.format);
+  round_exactly(static_cast<const X*>(r.x), static_cast<X*>(r.y), r.n,
+                [=](auto v) QO_LAMBDA { return round.plain(v, round.limit, round.smallest_normal); });
 }
 
 void quantize_float(const FloatRun& r) {

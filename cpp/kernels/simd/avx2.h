@@ -154,6 +154,15 @@ struct Simd {
     _mm256_storeu_si256(to + 2, _mm256_permute2x128_si256(q[0], q[1], 0x31));
     _mm256_storeu_si256(to + 3, _mm256_permute2x128_si256(q[2], q[3], 0x31));
   }
+  static QO_INLINE void load_pair(const BFloat16* p, F* even, F* odd) {
+    const I both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static QO_INLINE void store_pair(BFloat16* p, F even, F odd) {
+    const I low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa));
+  }
   template <class T>
   static QO_INLINE void store_exact(T* p, F v) {
     store(p, v);

@@ -161,6 +161,15 @@ struct Simd {
     _mm512_storeu_si512(p + 32, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
     _mm512_storeu_si512(p + 48, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
   }
+  static QO_INLINE void load_pair(const BFloat16* p, F* even, F* odd) {
+    const I both = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static QO_INLINE void store_pair(BFloat16* p, F even, F odd) {
+    const I low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd)));
+  }
   template <class T>
   static QO_INLINE void store_exact(T* p, F v) {
     store(p, v);

@@ -153,6 +153,15 @@ struct Simd {
     const int32x4x4_t all = {{a, b, c, d}};
     vst4q_s32(reinterpret_cast<int32_t*>(p), all);
   }
+  static QO_INLINE void load_pair(const BFloat16* p, F* even, F* odd) {
+    const uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000u)));
+  }
+  static QO_INLINE void store_pair(BFloat16* p, F even, F odd) {
+    const uint32x4_t both = vsriq_n_u32(vreinterpretq_u32_f32(odd), vreinterpretq_u32_f32(even), 16);
+    vst1q_u16(reinterpret_cast<uint16_t*>(p), vreinterpretq_u16_u32(both));
+  }
   template <class T>
   static QO_INLINE void store_exact(T* p, F v) {
     store(p, v);

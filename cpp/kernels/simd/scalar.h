@@ -112,6 +112,9 @@ struct Simd {
     const I all[4] = {a, b, c, d};
     std::memcpy(p, all, sizeof(all));
   }
+  // 2 N elements, those with even numbers and those with odd ones, which needs no shuffling. Those stored are exact, or NaN.
+  static void load_pair(const BFloat16* p, F* even, F* odd) { *even = to_compute(p[0]), *odd = to_compute(p[1]); }
+  static void store_pair(BFloat16* p, F even, F odd) { store(p, even), store(p + 1, odd); }
   // Of values that the type holds exactly, or NaN.
   template <class T>
   static void store_exact(T* p, F v) {
