@@ -289,6 +289,24 @@ def test_contiguous_blocks(isa, dtype, name):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_scales_at_their_thresholds(isa, name):
+    """Blocks of one element, at and around the powers of two and what the rules round to them, the smallest and largest too."""
+    format = Format(*FORMATS[name])
+    significands = np.array([1, 1 + 2**-23, 1.2, *(2 - 2.0**-drop for drop in range(1, 25))])
+    exponents = np.array([*range(-149, -119, 2), *range(-130, -122), -7, 0, 5, 8, *range(121, 128)])
+    x = np.ldexp(significands, exponents[:, None]).ravel()
+    x = x[x < 3.4e38].astype(np.float32)
+    for rule, divisor, tensor_scale in RULES:
+        divisor = np.float32(format.largest if divisor is None else divisor)
+        y = np.empty_like(x)
+        kernels.quantize_block(isa, x, y, "float32", format.made, rule, divisor, tensor_scale, 1, 1, 0, len(x))
+        arguments = (format, rule, divisor, tensor_scale, np.zeros(1, np.uint32), None, "float32")
+        expected = np.concatenate([one_block(x[i : i + 1], *arguments) for i in range(len(x))])
+        assert same(y, expected, "float32"), (rule, x[y != expected][:3])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TORCH_NAMES)
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_blocks_down_the_columns(isa, dtype, name):

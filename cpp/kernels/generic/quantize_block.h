@@ -26,7 +26,7 @@ struct BlockScales {
   QO_INLINE bool by_vectors() const {
     switch (format.rule) {
       case ScaleRule::kFloor: return top >= 0;
-      case ScaleRule::kEven: return top >= 0 && format.element.mantissa_bits <= 22;
+      case ScaleRule::kEven: return top >= 1 && format.element.mantissa_bits <= 22;
       case ScaleRule::kCeil: return top >= 1;
       default: return true;
     }
