@@ -89,8 +89,15 @@ def format_bias(exponent_bits: int) -> int:
     return 2 ** (exponent_bits - 1) - 1
 
 
-def largest_of(exponent_bits: int, mantissa_bits: int, bias: int | None = None, special: str = "none") -> float:
+def special_of(exponent_bits: int, mantissa_bits: int, bias: int | None, special: str | None) -> str:
+    """What is given, or else what the standard with these widths has."""
+    standard = {(4, 3): "nan", (5, 2): "ieee", (5, 10): "ieee"} if bias in (None, format_bias(exponent_bits)) else {}
+    return special or standard.get((exponent_bits, mantissa_bits), "ieee" if exponent_bits == 8 else "none")
+
+
+def largest_of(exponent_bits: int, mantissa_bits: int, bias: int | None = None, special: str | None = None) -> float:
     """The value of the last code that is a number, decoded as IEEE 754 does."""
+    special = special_of(exponent_bits, mantissa_bits, bias, special)
     bias = format_bias(exponent_bits) if bias is None else bias
     last = 2 ** (exponent_bits + mantissa_bits) - 1 - {"none": 0, "nan": 1, "ieee": 2**mantissa_bits}[special]
     field, mantissa = last >> mantissa_bits, last & (2**mantissa_bits - 1)
@@ -102,13 +109,14 @@ def round_to_format(
     exponent_bits: int,
     mantissa_bits: int,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     saturate: bool = True,
     subnormals: bool = True,
     rounding: str = "nearest_even",
     words: np.ndarray | None = None,
 ) -> np.ndarray:
     """Each value by the quantum of its binade, in float64, where every step is exact. `words` are the random ones."""
+    special = special_of(exponent_bits, mantissa_bits, bias, special)
     bias = format_bias(exponent_bits) if bias is None else bias
     with np.errstate(invalid="ignore"):  # of a signalling NaN
         x = np.asarray(x, np.float64)
@@ -192,7 +200,7 @@ def quantize_blocks(
     tensor_scale: float = 1.0,
     *,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     scale_rule: str = "floor",
     scale_divisor: float | None = None,
     rounding: str = "nearest_even",

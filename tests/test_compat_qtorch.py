@@ -65,7 +65,8 @@ def test_document():
     found = run(CUSTOM_FORMAT, replace_layers=lambda model, **quantizers: seen.update(quantizers), model=None)
     assert set(seen) == {"input_quantizer", "weight_quantizer", "output_quantizer"}
     assert str(found["quant_func"]) == (
-        "with_gradient(FloatFormat(3, 4, rounding='nearest_away'), FloatFormat(5, 2, rounding='nearest_away'), everywhere=True)"
+        "with_gradient(FloatFormat(3, 4, rounding='nearest_away'), "
+        "FloatFormat(5, 2, special='none', rounding='nearest_away'), everywhere=True)"
     )
     x, weight = values().requires_grad_(), torch.randn(len(values()))
     y = seen["input_quantizer"](x)

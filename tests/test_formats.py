@@ -112,12 +112,21 @@ def test_random_float32_values(format):
 
 def test_parameters_reach_the_formats_of_int_fp_qsim():
     """Its E4M3 has numbers for all codes, and rounds half away from zero."""
-    format = qo.FloatFormat(4, 3, rounding="nearest_away")
+    format = qo.FloatFormat(4, 3, special="none", rounding="nearest_away")
     assert format.largest == 480
     x = torch.tensor([470.0, 1e9, 1.0625, -1.0625, 1.1875])
     assert format(x).tolist() == [480, 480, 1.125, -1.125, 1.25]
-    assert qo.FloatFormat(4, 3)(x).tolist() == [480, 480, 1, -1, 1.25]
-    assert qo.FloatFormat(5, 10).largest == 131008
+    assert qo.FloatFormat(4, 3, special="none")(x).tolist() == [480, 480, 1, -1, 1.25]
+    assert qo.FloatFormat(5, 10, special="none").largest == 131008
+
+
+def test_widths_of_a_standard_have_its_special_codes():
+    assert qo.FloatFormat(4, 3) == qo.E4M3
+    assert qo.FloatFormat(5, 2) == qo.E5M2
+    assert qo.FloatFormat(8, 7).special == "ieee"
+    assert qo.FloatFormat(4, 3, bias=8).largest == 240  # of no standard: all codes are numbers
+    assert qo.E4M3.with_(bias=8).largest == 224  # an E4M3 stays one
+    assert str(qo.FloatFormat(4, 3, special="none")) == "FloatFormat(4, 3, special='none')"
 
 
 def test_bias_and_subnormals():
@@ -430,7 +439,7 @@ def test_axes_that_are_not_there():
 
 def test_refused_amax():
     x = torch.randn(3, 4)
-    message = r"^quant_ops\.E4M3: expected no amax, got one for .*\. Use FloatFormat\(4, 3, special='nan', scaled=True\)\.$"
+    message = r"^quant_ops\.E4M3: expected no amax, got one for .*\. Use FloatFormat\(4, 3, scaled=True\)\.$"
     with pytest.raises(ValueError, match=message):
         qo.E4M3(x, amax=1.0)
     with pytest.raises(
@@ -798,11 +807,11 @@ def test_refused_json(text, message):
         (lambda: qo.FloatFormat(4, 3, special="inf"), r"FloatFormat: expected special to be one of .*, got 'inf'"),
         (lambda: qo.FloatFormat(4, 3, rounding="up"), r"FloatFormat: expected rounding to be one of .*, got 'up'"),
         (
-            lambda: qo.FloatFormat(4, 3, saturate=False),
+            lambda: qo.FloatFormat(4, 2, saturate=False),
             r"FloatFormat: expected saturate == True with special == 'none', got False\. .*",
         ),
         (
-            lambda: qo.FloatFormat(8, 3),
+            lambda: qo.FloatFormat(8, 3, special="none"),
             r"FloatFormat: expected float32's own exponents with 8 bits, .*, got 127 and 'none'",
         ),
         (
@@ -836,9 +845,9 @@ def test_refused_json(text, message):
         (lambda: qo.MX(qo.INT8), r"MX: expected element to be a FloatFormat, got INT8\. MXINT8's is FloatFormat\(1, 6, bias=1\)\."),
         (
             lambda: qo.MX(SCALED_E4M3),
-            r"MX: expected an element like FloatFormat\(4, 3\), got FloatFormat\(4, 3, scaled=True\)\. .*",
+            r"MX: expected an element like E4M3, got FloatFormat\(4, 3, scaled=True\)\. .*",
         ),
-        (lambda: qo.MX(qo.FP16), r"MX: expected an element like FloatFormat\(5, 10, special='ieee'\), got FP16\. .*"),
+        (lambda: qo.MX(qo.FP16), r"MX: expected an element like FloatFormat\(5, 10\), got FP16\. .*"),
         (lambda: qo.MXFP4.with_(block_size=0), r"MX: expected 1 <= block_size, got 0"),
         (lambda: qo.MXFP4.with_(scale_rule="e4m3"), r"MX: expected scale_rule to be one of \['ceil', 'even', .*\], got 'e4m3'"),
         (lambda: qo.MXFP4.along("k"), r"MX: expected dim to be an integer, got 'k'"),

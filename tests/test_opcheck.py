@@ -299,7 +299,7 @@ def test_the_signature_of_the_wrapper_is_the_schema(op):
     """
 
     def default(parameter):
-        if parameter.name in _NAMES:
+        if parameter.name in _NAMES and parameter.default is not None:
             return _NAMES[parameter.name].index(parameter.default)
         if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
             return [parameter.default] * 2

@@ -252,13 +252,13 @@ REFUSED = [
     (lambda: qo.quant_float_forward(X, 4, 3, special="inf"), r"special to be one of .*got 'inf'"),
     (lambda: qo.quant_float_forward(X, 4, 3, rounding="up"), r"rounding to be one of .*got 'up'"),
     (
-        lambda: qo.quant_float_forward(X, 4, 3, saturate=False),
+        lambda: qo.quant_float_forward(X, 4, 2, saturate=False),
         r"a format with codes for infinity or NaN .* for saturate=False.*saturate=True",
     ),
     (lambda: qo.quant_float_forward(X, 1, 0, special="ieee"), r"a format with a finite value other than 0"),
     (lambda: qo.quant_float_forward(X, 1, 0, special="nan"), r"a format with a finite value other than 0"),
     (lambda: qo.quant_float_forward(X, 1, 3, special="ieee", subnormals=False), r"a format with a finite value other than 0"),
-    (lambda: qo.quant_float_forward(X, 8, 7), r"special 2 \(ieee\) with 8 exponent bits.*got 0"),
+    (lambda: qo.quant_float_forward(X, 8, 7, special="none"), r"special 2 \(ieee\) with 8 exponent bits.*got 0"),
     (lambda: qo.quant_float_forward(X, 8, 7, special="ieee", bias=126), r"a bias in \[127, 127\].*got 126"),
     (lambda: qo.quant_float_forward(X, 4, 3, bias=128), r"a bias in \[-112, 127\], so that float32 has the numbers, got 128"),
     (lambda: qo.quant_float_forward(X, 4, 3, bias=-113), r"a bias in \[-112, 127\], so that float32 has the numbers, got -113"),
@@ -292,3 +292,12 @@ def test_bad_dtypes_are_refused(call, sentence):
 def test_stochastic_rounding_without_a_seed_is_refused():
     with pytest.raises(RuntimeError, match="expected a seed with stochastic rounding, got None"):
         torch.ops.quant_ops.quant_float_forward(X, 4, 3, rounding=3)
+
+
+def test_widths_of_a_standard_have_its_special_codes():
+    x = random_bits(10_000)
+    for e, m, special, _, _ in STANDARDS.values():
+        assert_same(qo.quant_float_forward(x, e, m), qo.quant_float_forward(x, e, m, special=special))
+        assert_same(torch.ops.quant_ops.quant_float_forward(x, e, m), qo.quant_float_forward(x, e, m, special=special))
+    assert qo.quant_float_forward(x, 4, 3, special="none").nan_to_num(0.0).max() == 480
+    assert qo.quant_float_forward(x, 4, 3, bias=8).nan_to_num(0.0).max() == 240  # of no standard

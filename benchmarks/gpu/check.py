@@ -52,7 +52,17 @@ PROGRAMS = ("digest", "sweep", "models")  # modules of this folder
 RESERVED = 150.0  # for the benchmark, out of the stages before it
 CORRECTNESS = ("build", "test", "memcheck", "racecheck", "cpu")  # unfinished, they are the script's failure, as any failed stage is
 SASS = ("IGMMA", "IMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
-_STEMS = ("quantize", "quantize_backward", "qparams", "quantize_rows", "linear", "conv2d", "conv2d_depthwise")
+_STEMS = (
+    "quantize",
+    "quantize_backward",
+    "quantize_float",
+    "quantize_block",
+    "qparams",
+    "quantize_rows",
+    "linear",
+    "conv2d",
+    "conv2d_depthwise",
+)
 CPU_TESTS = [f"tests/test_{name}.py" for name in ("kernels", "isa", *_STEMS)]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 PARALLEL = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []

@@ -31,17 +31,17 @@ void define_operators(Library& m) {
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
   m.def(
       "quant_float_forward(Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, Tensor? seed=None, *, "
-      "int? bias=None, int special=0, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> Tensor");
+      "int? bias=None, int? special=None, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> Tensor");
   m.def(
       "quant_float_backward(Tensor grad, Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, *, "
-      "int? bias=None, int special=0, bool subnormals=True, int[]? block_size=None) -> Tensor");
+      "int? bias=None, int? special=None, bool subnormals=True, int[]? block_size=None) -> Tensor");
   m.def(
       "quant_block_forward(Tensor tensor, int dim, int block_size, int exponent_bits, int mantissa_bits, "
-      "Tensor? tensor_scale=None, Tensor? seed=None, *, int? bias=None, int special=0, int rounding=0, int scale_rule=0, "
+      "Tensor? tensor_scale=None, Tensor? seed=None, *, int? bias=None, int? special=None, int rounding=0, int scale_rule=0, "
       "float? scale_divisor=None) -> Tensor");
   m.def(
       "quant_block_backward(Tensor grad, Tensor tensor, int dim, int block_size, int exponent_bits, int mantissa_bits, "
-      "Tensor? tensor_scale=None, *, int? bias=None, int special=0, int scale_rule=0, float? scale_divisor=None) -> Tensor");
+      "Tensor? tensor_scale=None, *, int? bias=None, int? special=None, int scale_rule=0, float? scale_divisor=None) -> Tensor");
   m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "

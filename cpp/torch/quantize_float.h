@@ -12,28 +12,38 @@ namespace quant_ops {
 struct FormatArguments {
   int64_t exponent_bits, mantissa_bits;
   std::optional<int64_t> bias;
-  int64_t special;
+  std::optional<int64_t> special;
   bool saturate = true, subnormals = true;
   int64_t rounding = 0;
 };
+
+// The special codes of the published standard with these widths: OCP FP8, IEEE 754 binary16, bfloat16. With 8 exponent bits float32
+// lacks the last exponent.
+inline SpecialCodes standard_special(int64_t exponent_bits, int64_t mantissa_bits) {
+  if (exponent_bits == 4 && mantissa_bits == 3) return SpecialCodes::kNan;
+  const bool ieee = exponent_bits == 8 || (exponent_bits == 5 && (mantissa_bits == 2 || mantissa_bits == 10));
+  return ieee ? SpecialCodes::kIeee : SpecialCodes::kNone;
+}
 
 inline FloatFormat expect_format(const char* op, const FormatArguments& a) {
   const int64_t e = a.exponent_bits, m = a.mantissa_bits;
   QO_EXPECT(e >= 1 && e <= 8, op, "exponent_bits in [1, 8], got ", e, ". For integer grids of n steps a side use 1 exponent bit.");
   QO_EXPECT(m >= 0 && m <= 23, op, "mantissa_bits in [0, 23], got ", m);
-  QO_EXPECT(a.special >= 0 && a.special <= 2, op, "special in 0 (none), 1 (nan), 2 (ieee), got ", a.special);
+  const int64_t standard_bias = (int64_t{1} << (e - 1)) - 1, bias = a.bias.value_or(standard_bias);
+  const int64_t kind = a.special.value_or(
+      static_cast<int64_t>(bias == standard_bias || e == 8 ? standard_special(e, m) : SpecialCodes::kNone));
+  QO_EXPECT(kind >= 0 && kind <= 2, op, "special in 0 (none), 1 (nan), 2 (ieee), got ", kind);
   QO_EXPECT(a.rounding >= 0 && a.rounding <= 3, op,
             "rounding in 0 (nearest_even), 1 (nearest_away), 2 (toward_zero), 3 (stochastic), got ", a.rounding);
-  QO_EXPECT(a.saturate || a.special != 0, op,
+  QO_EXPECT(a.saturate || kind != 0, op,
             "a format with codes for infinity or NaN (special 1 or 2) for saturate=False, got special 0. Use saturate=True.");
-  const SpecialCodes special = static_cast<SpecialCodes>(a.special);
-  const int64_t bias = a.bias.value_or((int64_t{1} << (e - 1)) - 1);
+  const SpecialCodes special = static_cast<SpecialCodes>(kind);
   const int64_t reserved = special == SpecialCodes::kIeee ? int64_t{1} << m : special == SpecialCodes::kNan ? 1 : 0;
   const int64_t last = (int64_t{1} << (e + m)) - 1 - reserved;
   QO_EXPECT(last > 0 && (a.subnormals || last >> m > 0), op, "a format with a finite value other than 0, got exponent_bits ", e,
-            ", mantissa_bits ", m, ", special ", a.special, a.subnormals ? "" : " without subnormals", ". Use special 0 (none).");
+            ", mantissa_bits ", m, ", special ", kind, a.subnormals ? "" : " without subnormals", ". Use special 0 (none).");
   QO_EXPECT(e < 8 || special == SpecialCodes::kIeee, op,
-            "special 2 (ieee) with 8 exponent bits, whose last exponent float32 lacks, got ", a.special);
+            "special 2 (ieee) with 8 exponent bits, whose last exponent float32 lacks, got ", kind);
   const int64_t least = std::max<int64_t>((last >> m) - 127, -126);  // float32's exponents are -126 to 127
   QO_EXPECT(bias >= least && bias <= 127, op, "a bias in [", least, ", 127], so that float32 has the numbers, got ", bias,
             ". Use a scale for others.");
@@ -99,7 +109,7 @@ Tensor quantize_float(const char* op, const Tensor* grad, const Tensor& tensor, 
 
 template <class Backend>
 Tensor quant_float_forward(const Tensor& tensor, int64_t exponent_bits, int64_t mantissa_bits, const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& seed, const std::optional<int64_t>& bias, int64_t special, bool saturate,
+                           const std::optional<Tensor>& seed, const std::optional<int64_t>& bias, const std::optional<int64_t>& special, bool saturate,
                            bool subnormals, int64_t rounding, const std::optional<Ints>& block_size) {
   return quantize_float<Backend>("quant_float_forward", nullptr, tensor,
                                  {.exponent_bits = exponent_bits,
@@ -114,7 +124,7 @@ Tensor quant_float_forward(const Tensor& tensor, int64_t exponent_bits, int64_t 
 
 template <class Backend>
 Tensor quant_float_backward(const Tensor& grad, const Tensor& tensor, int64_t exponent_bits, int64_t mantissa_bits,
-                            const std::optional<Tensor>& scale, const std::optional<int64_t>& bias, int64_t special,
+                            const std::optional<Tensor>& scale, const std::optional<int64_t>& bias, const std::optional<int64_t>& special,
                             bool subnormals, const std::optional<Ints>& block_size) {
   return quantize_float<Backend>(
       "quant_float_backward", &grad, tensor,
@@ -211,7 +221,7 @@ Tensor quantize_block(const char* op, const Tensor* grad, const Tensor& tensor, 
 template <class Backend>
 Tensor quant_block_forward(const Tensor& tensor, int64_t dim, int64_t block_size, int64_t exponent_bits, int64_t mantissa_bits,
                            const std::optional<Tensor>& tensor_scale, const std::optional<Tensor>& seed,
-                           const std::optional<int64_t>& bias, int64_t special, int64_t rounding, int64_t scale_rule,
+                           const std::optional<int64_t>& bias, const std::optional<int64_t>& special, int64_t rounding, int64_t scale_rule,
                            const std::optional<double>& scale_divisor) {
   return quantize_block<Backend>(
       "quant_block_forward", nullptr, tensor, dim, block_size,
@@ -222,7 +232,7 @@ Tensor quant_block_forward(const Tensor& tensor, int64_t dim, int64_t block_size
 template <class Backend>
 Tensor quant_block_backward(const Tensor& grad, const Tensor& tensor, int64_t dim, int64_t block_size, int64_t exponent_bits,
                             int64_t mantissa_bits, const std::optional<Tensor>& tensor_scale, const std::optional<int64_t>& bias,
-                            int64_t special, int64_t scale_rule, const std::optional<double>& scale_divisor) {
+                            const std::optional<int64_t>& special, int64_t scale_rule, const std::optional<double>& scale_divisor) {
   return quantize_block<Backend>("quant_block_backward", &grad, tensor, dim, block_size,
                                  {.exponent_bits = exponent_bits, .mantissa_bits = mantissa_bits, .bias = bias, .special = special},
                                  tensor_scale, std::nullopt, scale_rule, scale_divisor);

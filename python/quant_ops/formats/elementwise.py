@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from .format import Format
 from .scaling import compute_dtype
 
 SPECIAL = ("none", "nan", "ieee")
+# by exponent and mantissa bits: OCP FP8, IEEE 754 binary16
+_STANDARD_SPECIAL = {(4, 3): "nan", (5, 2): "ieee", (5, 10): "ieee"}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -76,7 +79,8 @@ class FloatFormat(Format):
         mantissa_bits: 0 to 23.
         bias: of the exponent; by default ``2^(exponent_bits - 1) - 1``, and None if it is that.
         special: what the codes with the largest exponent are: numbers ("none"), numbers but for the last, which is NaN ("nan", as
-            E4M3 of OCP FP8 has it), or infinity and NaN ("ieee"). It sets the largest value, also of a saturating format.
+            E4M3 of OCP FP8 has it), or infinity and NaN ("ieee"). It sets the largest value, also of a saturating format. By
+            default what the published standard with these widths has, or "none".
         saturate: values beyond the largest, and infinities, become the largest one. Otherwise they become infinity ("ieee") or NaN
             ("nan").
         subnormals: whether there are values between 0 and the smallest normal number.
@@ -91,7 +95,7 @@ class FloatFormat(Format):
     exponent_bits: int
     mantissa_bits: int
     bias: int | None = None
-    special: str = "none"
+    special: str | None = None
     saturate: bool = True
     subnormals: bool = True
     rounding: str = "nearest_even"
@@ -102,11 +106,13 @@ class FloatFormat(Format):
         self._expect_integer("mantissa_bits", 0, 23)
         integer = isinstance(self.bias, int) and not isinstance(self.bias, bool)
         self._expect(self.bias is None or integer, f"bias to be an integer or None, got {self.bias!r}")
+        if self.bias == _default_bias(self.exponent_bits):
+            object.__setattr__(self, "bias", None)  # so that equal formats compare equal
+        if self.special is None:
+            object.__setattr__(self, "special", self._standard_special())
         self._expect_choice("special", SPECIAL)
         self._expect_bool("saturate", "subnormals", "scaled")
         self._expect_rounding()
-        if self.bias == _default_bias(self.exponent_bits):
-            object.__setattr__(self, "bias", None)  # so that equal formats compare equal
         self._expect(
             self.exponent_bits < 8 or (self.bias is None and self.special == "ieee"),
             f"float32's own exponents with 8 bits, bias=127 and special='ieee', got {self.exponent_bias} and {self.special!r}",
@@ -124,6 +130,14 @@ class FloatFormat(Format):
         least, bias = max((self._last_code >> self.mantissa_bits) - 127, -126), self.exponent_bias
         self._expect(least <= bias <= 127, f"{least} <= bias <= 127, so that float32 has its normal numbers, got {bias}")
 
+    def _standard_special(self) -> str:
+        """That of the published standard with these widths, and its bias; float32 lacks the last exponent of 8 bits."""
+        standard = _STANDARD_SPECIAL.get((self.exponent_bits, self.mantissa_bits), "none") if self.bias is None else "none"
+        return "ieee" if self.exponent_bits == 8 else standard
+
+    def _default(self, field: "dataclasses.Field[Any]") -> Any:
+        return self._standard_special() if field.name == "special" else super()._default(field)
+
     @property
     def exponent_bias(self) -> int:
         """The bias, the default one too."""
@@ -132,7 +146,7 @@ class FloatFormat(Format):
     @property
     def _last_code(self) -> int:
         """That of the largest number: exponent and mantissa without the sign."""
-        reserved = {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[self.special]
+        reserved = {"none": 0, "nan": 1, "ieee": 2**self.mantissa_bits}[str(self.special)]
         return 2 ** (self.exponent_bits + self.mantissa_bits) - 1 - reserved
 
     @property

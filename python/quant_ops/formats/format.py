@@ -128,9 +128,13 @@ class Format(_description.Description):
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING:
                 arguments.append(repr(value))
-            elif value != field.default:
+            elif value != self._default(field):
                 arguments.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _default(self, field: "dataclasses.Field[Any]") -> Any:
+        """The value of a field that need not be written."""
+        return field.default
 
     def _apply(self, x: Tensor, scale: Tensor | None, seed: Tensor | int | None, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError

@@ -13,14 +13,14 @@ from .gradient import WithGradient
 INT8 = IntFormat(8)
 INT4 = IntFormat(4)
 
-E4M3 = FloatFormat(4, 3, special="nan")
-E5M2 = FloatFormat(5, 2, special="ieee")
+E4M3 = FloatFormat(4, 3)
+E5M2 = FloatFormat(5, 2)
 E3M2 = FloatFormat(3, 2)
 E2M3 = FloatFormat(2, 3)
 E2M1 = FloatFormat(2, 1)
 E1M2 = FloatFormat(1, 2)
-FP16 = FloatFormat(5, 10, special="ieee", saturate=False)
-BF16 = FloatFormat(8, 7, special="ieee", saturate=False)
+FP16 = FloatFormat(5, 10, saturate=False)
+BF16 = FloatFormat(8, 7, saturate=False)
 
 MXFP8_E4M3 = MX(E4M3)
 MXFP8_E5M2 = MX(E5M2)

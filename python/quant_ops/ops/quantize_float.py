@@ -39,6 +39,10 @@ def _number(name: str, argument: str, value: str, known: Sequence[str]) -> int:
     return known.index(value)
 
 
+def _special(name: str, special: str | None) -> int | None:
+    return None if special is None else _number(name, "special", special, SPECIALS)
+
+
 def seed_tensor(name: str, rounding: str, seed: Seed, generator: torch.Generator | None) -> Tensor | None:
     """The seed of stochastic rounding as an int64 tensor of one element; None for other roundings, which use none."""
     if rounding != "stochastic":
@@ -87,7 +91,7 @@ def quant_float_forward(
     scale: Tensor | None = None,
     *,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     saturate: bool = True,
     subnormals: bool = True,
     rounding: str = "nearest_even",
@@ -108,6 +112,8 @@ def quant_float_forward(
         bias: of the exponent, ``2 ** (exponent_bits - 1) - 1`` by default. The numbers must be normal ones of float32.
         special: what the codes with the highest exponent are: "none", numbers (OCP FP4 E2M1, FP6); "nan", numbers but for the
             last, which is NaN (OCP FP8 E4M3); "ieee", infinity and NaN (IEEE 754, OCP FP8 E5M2). With 8 exponent bits only "ieee".
+            By default what the published standard with these widths and its bias has: "nan" for 4 and 3 bits, "ieee" for 5 and 2,
+            5 and 10, and 8 exponent bits; "none" for others.
         saturate: what rounds beyond the largest value, infinities too, becomes that value; otherwise infinity ("ieee") or NaN
             ("nan").
         subnormals: without them the value next to 0 is the smallest normal one.
@@ -131,7 +137,7 @@ def quant_float_forward(
     widths = (exponent_bits, mantissa_bits)
     options = {
         "bias": bias,
-        "special": _number(name, "special", special, SPECIALS),
+        "special": _special(name, special),
         "saturate": saturate,
         "subnormals": subnormals,
         "rounding": _number(name, "rounding", rounding, ROUNDINGS),
@@ -221,7 +227,7 @@ def quant_float_backward(
     scale: Tensor | None = None,
     *,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     subnormals: bool = True,
     block_size: Sequence[int] | None = None,
 ) -> Tensor:
@@ -242,7 +248,7 @@ def quant_float_backward(
     """
     options = {
         "bias": bias,
-        "special": _number("quant_float_backward", "special", special, SPECIALS),
+        "special": _special("quant_float_backward", special),
         "subnormals": subnormals,
         "block_size": block_size,
     }
@@ -323,7 +329,7 @@ def quant_block_forward(
     tensor_scale: Tensor | None = None,
     *,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     scale_rule: str = "floor",
     scale_divisor: float | None = None,
     rounding: str = "nearest_even",
@@ -362,7 +368,7 @@ def quant_block_forward(
     widths = (dim, block_size, exponent_bits, mantissa_bits)
     options = {
         "bias": bias,
-        "special": _number(name, "special", special, SPECIALS),
+        "special": _special(name, special),
         "rounding": _number(name, "rounding", rounding, ROUNDINGS),
         "scale_rule": _number(name, "scale_rule", scale_rule, SCALE_RULES),
         "scale_divisor": scale_divisor,
@@ -412,7 +418,7 @@ def quant_block_backward(
     tensor_scale: Tensor | None = None,
     *,
     bias: int | None = None,
-    special: str = "none",
+    special: str | None = None,
     scale_rule: str = "floor",
     scale_divisor: float | None = None,
 ) -> Tensor:
@@ -427,7 +433,7 @@ def quant_block_backward(
     name = "quant_block_backward"
     options = {
         "bias": bias,
-        "special": _number(name, "special", special, SPECIALS),
+        "special": _special(name, special),
         "scale_rule": _number(name, "scale_rule", scale_rule, SCALE_RULES),
         "scale_divisor": scale_divisor,
     }

@@ -30,8 +30,8 @@ class FloatingPoint(Number):
     def format(self, rounding: str) -> qo.FloatFormat:
         name = "nearest_away" if rounding == "nearest" else rounding
         if self.exp == 8:
-            return qo.FloatFormat(8, self.man, special="ieee", saturate=False, rounding=name)
-        return qo.FloatFormat(self.exp, self.man, rounding=name)
+            return qo.FloatFormat(8, self.man, saturate=False, rounding=name)
+        return qo.FloatFormat(self.exp, self.man, special="none", rounding=name)
 
     def __repr__(self) -> str:
         return f"FloatingPoint (exponent={self.exp}, mantissa={self.man})"
