@@ -31,7 +31,8 @@ void define_operators(Library& m) {
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
   m.def(
       "quant_float_forward(Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, Tensor? seed=None, *, "
-      "int? bias=None, int? special=None, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> Tensor");
+      "int? bias=None, int? special=None, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> "
+      "Tensor");
   m.def(
       "quant_float_backward(Tensor grad, Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, *, "
       "int? bias=None, int? special=None, bool subnormals=True, int[]? block_size=None) -> Tensor");

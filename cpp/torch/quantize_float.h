@@ -30,8 +30,8 @@ inline FloatFormat expect_format(const char* op, const FormatArguments& a) {
   QO_EXPECT(e >= 1 && e <= 8, op, "exponent_bits in [1, 8], got ", e, ". For integer grids of n steps a side use 1 exponent bit.");
   QO_EXPECT(m >= 0 && m <= 23, op, "mantissa_bits in [0, 23], got ", m);
   const int64_t standard_bias = (int64_t{1} << (e - 1)) - 1, bias = a.bias.value_or(standard_bias);
-  const int64_t kind = a.special.value_or(
-      static_cast<int64_t>(bias == standard_bias || e == 8 ? standard_special(e, m) : SpecialCodes::kNone));
+  const int64_t kind =
+      a.special.value_or(static_cast<int64_t>(bias == standard_bias || e == 8 ? standard_special(e, m) : SpecialCodes::kNone));
   QO_EXPECT(kind >= 0 && kind <= 2, op, "special in 0 (none), 1 (nan), 2 (ieee), got ", kind);
   QO_EXPECT(a.rounding >= 0 && a.rounding <= 3, op,
             "rounding in 0 (nearest_even), 1 (nearest_away), 2 (toward_zero), 3 (stochastic), got ", a.rounding);
@@ -109,8 +109,9 @@ Tensor quantize_float(const char* op, const Tensor* grad, const Tensor& tensor, 
 
 template <class Backend>
 Tensor quant_float_forward(const Tensor& tensor, int64_t exponent_bits, int64_t mantissa_bits, const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& seed, const std::optional<int64_t>& bias, const std::optional<int64_t>& special, bool saturate,
-                           bool subnormals, int64_t rounding, const std::optional<Ints>& block_size) {
+                           const std::optional<Tensor>& seed, const std::optional<int64_t>& bias,
+                           const std::optional<int64_t>& special, bool saturate, bool subnormals, int64_t rounding,
+                           const std::optional<Ints>& block_size) {
   return quantize_float<Backend>("quant_float_forward", nullptr, tensor,
                                  {.exponent_bits = exponent_bits,
                                   .mantissa_bits = mantissa_bits,
@@ -124,8 +125,8 @@ Tensor quant_float_forward(const Tensor& tensor, int64_t exponent_bits, int64_t 
 
 template <class Backend>
 Tensor quant_float_backward(const Tensor& grad, const Tensor& tensor, int64_t exponent_bits, int64_t mantissa_bits,
-                            const std::optional<Tensor>& scale, const std::optional<int64_t>& bias, const std::optional<int64_t>& special,
-                            bool subnormals, const std::optional<Ints>& block_size) {
+                            const std::optional<Tensor>& scale, const std::optional<int64_t>& bias,
+                            const std::optional<int64_t>& special, bool subnormals, const std::optional<Ints>& block_size) {
   return quantize_float<Backend>(
       "quant_float_backward", &grad, tensor,
       {.exponent_bits = exponent_bits, .mantissa_bits = mantissa_bits, .bias = bias, .special = special, .subnormals = subnormals},
@@ -221,8 +222,8 @@ Tensor quantize_block(const char* op, const Tensor* grad, const Tensor& tensor, 
 template <class Backend>
 Tensor quant_block_forward(const Tensor& tensor, int64_t dim, int64_t block_size, int64_t exponent_bits, int64_t mantissa_bits,
                            const std::optional<Tensor>& tensor_scale, const std::optional<Tensor>& seed,
-                           const std::optional<int64_t>& bias, const std::optional<int64_t>& special, int64_t rounding, int64_t scale_rule,
-                           const std::optional<double>& scale_divisor) {
+                           const std::optional<int64_t>& bias, const std::optional<int64_t>& special, int64_t rounding,
+                           int64_t scale_rule, const std::optional<double>& scale_divisor) {
   return quantize_block<Backend>(
       "quant_block_forward", nullptr, tensor, dim, block_size,
       {.exponent_bits = exponent_bits, .mantissa_bits = mantissa_bits, .bias = bias, .special = special, .rounding = rounding},
