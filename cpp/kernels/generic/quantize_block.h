@@ -202,6 +202,7 @@ struct BlockElements {
 template <class X, bool kPlain>
 void quantize_blocks_typed(const BlockRun& r) {
   constexpr int64_t kBatch = 64, N = Simd::N;
+  constexpr int64_t kUsual = 32;  // elements of a block of OCP's formats: a constant, so that loops over them are unrolled
   const BlockElements<X, kPlain> elements(r);
   const BlockScales scales_of(r.format, r.tensor_scale);
   const Rounder<kPlain> round = elements.round;  // a copy, which no store to y can change: it stays in registers
@@ -222,8 +223,10 @@ void quantize_blocks_typed(const BlockRun& r) {
         number = ends ? 0 : number + 1;
       }
     };
-    for_each_block([&](int64_t b, int64_t first, int64_t count)
-                       QO_LAMBDA { amax[b] = largest_magnitude(elements.x() + first, count); });
+    for_each_block([&](int64_t b, int64_t first, int64_t count) QO_LAMBDA {
+      const X* const x = elements.x() + first;
+      amax[b] = count == kUsual ? largest_magnitude(x, kUsual) : largest_magnitude(x, count);
+    });
     for (int64_t b = 0; b < blocks; b += N) {
       typename Simd::F scale, factor;
       scales_of(Magnitudes<X>::float_bits(amax + b), &scale, &factor);
@@ -240,7 +243,7 @@ void quantize_blocks_typed(const BlockRun& r) {
         for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(X))) __builtin_prefetch(x + kBatch * r.block + i);
         const auto rounded = [&round, limit, least](auto v) QO_LAMBDA { return round.plain(v, limit, least); };
         if (elements.exact)
-          round_exactly(x, y, count, rounded);
+          count == kUsual ? round_exactly(x, y, kUsual, rounded) : round_exactly(x, y, count, rounded);
         else
           for_each_part_of(count, [=](int64_t i, int64_t n) QO_LAMBDA { store_part(y + i, rounded(load_part(x + i, n)), n); });
       } else {
