@@ -283,6 +283,18 @@ def test_fake_strides(op, sample):
         ]
 
 
+@pytest.mark.parametrize("op", SAMPLES)
+def test_a_tensor_without_data_among_others_is_refused(op):
+    """Otherwise the fake kernel would answer with memory that nobody has written."""
+    schema = [argument.name for argument in getattr(ops, op).default._schema.arguments]
+    for args, kwargs in SAMPLES[op].values():
+        named = dict(zip(schema, args, strict=False)) | kwargs
+        tensors = [name for name, value in named.items() if isinstance(value, Tensor) and name != "seed"]
+        for name in tensors if len(tensors) > 1 else ():
+            with pytest.raises(RuntimeError, match=rf"quant_ops\.{op}: expected all tensors on one device, got .*'{name}': 'meta'"):
+                getattr(ops, op)(**named | {name: named[name].detach().to("meta")})
+
+
 def test_every_operator_is_checked():
     names = {name.removeprefix("quant_ops::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("quant_ops::")}
     assert {name for name in names if not name.startswith("_")} == set(SAMPLES)

@@ -71,6 +71,15 @@ def _without_data(value: Any) -> Any:
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
 
 
+def _expect_one_device(name: str, named: dict[str, Any]) -> None:
+    """A tensor of device meta among others brings their call here: the result would be memory that nobody wrote."""
+    devices = {key: value.device.type for key, value in named.items() if isinstance(value, Tensor) and key != "seed"}
+    if "meta" in devices.values() and len(set(devices.values())) > 1:
+        raise RuntimeError(
+            f"quant_ops.{name}: expected all tensors on one device, got {devices}. Move the tensors or the module to one device."
+        )
+
+
 def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
     """Registers the fake kernel of an operator; decorates the function that makes its results.
 
@@ -85,9 +94,11 @@ def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
 
     def register(results: Callable[..., Any]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
+            named = dict(zip(names, args, strict=False)) | kwargs
+            _expect_one_device(name, named)
             with torch._C._DisableTorchDispatch():
-                checked = check(*map(_without_data, args), **{k: _without_data(v) for k, v in kwargs.items()})
-            return results(checked=checked, **defaults | dict(zip(names, args, strict=False)) | kwargs)
+                checked = check(**{k: _without_data(v) for k, v in named.items()})
+            return results(checked=checked, **defaults | named)
 
         torch.library.register_fake(f"quant_ops::{name}", kernel)
 
