@@ -123,6 +123,15 @@ def wants_derivative(tensors: Sequence[Any]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in floating)
 
 
+def expect_no_transform(name: str) -> None:
+    """torch.func meets a Function before the dispatcher or not at all."""
+    if in_transform() is not None:
+        raise DerivativeError(
+            f"quant_ops.{name}: expected a call of quant_ops.{name} inside torch.func.grad, vjp or jvp, got one of "
+            f"torch.ops.quant_ops.{name}, which torch.func cannot differentiate."
+        )
+
+
 def register_kernel(name: str, kernel: Callable[..., Any], key: str, **settings: Any) -> None:
     """Registers what runs for an operator before its device's kernel."""
     _IMPLEMENTATION.impl(name, kernel, key, **settings)

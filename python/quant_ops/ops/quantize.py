@@ -15,6 +15,7 @@ from quant_ops.ops._register import (
     call,
     call_fast,
     constant,
+    expect_no_transform,
     fake_kernel,
     in_transform,
     inference_only,
@@ -133,22 +134,13 @@ def _forward_kernel(
     block_size: Sequence[int] | None = None,
 ) -> Any:
     if simulate and wants_derivative((tensor, scale, zero_point)):
-        _expect_no_transform("quant_tensor_forward")
+        expect_no_transform("quant_tensor_forward")
         return _Simulate.apply(tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
     with _below_autograd():
         return _ops.quant_tensor_forward.default(tensor, scale, zero_point, qmin, qmax, asymmetric, simulate, block_size=block_size)
 
 
 register_kernel("quant_tensor_forward", _forward_kernel, "Autograd")
-
-
-def _expect_no_transform(name: str) -> None:
-    """torch.func meets a Function before the dispatcher or not at all."""
-    if in_transform() is not None:
-        raise DerivativeError(
-            f"quant_ops.{name}: expected a call of quant_ops.{name} inside torch.func.grad, vjp or jvp, got one of "
-            f"torch.ops.quant_ops.{name}, which torch.func cannot differentiate."
-        )
 
 
 # ---- quant_tensor_backward -------------------------------------------------------------------------------------------
@@ -330,7 +322,7 @@ def _backward_kernel(
     block_size: Sequence[int] | None = None,
 ) -> Any:
     if wants_derivative((grad, tensor, scale, zero_point)):
-        _expect_no_transform("quant_tensor_backward")
+        expect_no_transform("quant_tensor_backward")
         return _Gradient.apply(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size)  # type: ignore[no-untyped-call]
     with _below_autograd():
         return _ops.quant_tensor_backward.default(grad, tensor, scale, zero_point, qmin, qmax, asymmetric, block_size=block_size)

@@ -16,6 +16,7 @@ from quant_ops.ops._register import (
     DerivativeError,
     call,
     call_fast,
+    expect_no_transform,
     fake_kernel,
     in_transform,
     register_kernel,
@@ -197,7 +198,7 @@ def _float_forward_kernel(
     tensor: Tensor, exponent_bits: int, mantissa_bits: int, scale: Tensor | None = None, seed: Tensor | None = None, **named: Any
 ) -> Any:
     if wants_derivative((tensor, scale)):
-        _expect_no_transform("quant_float_forward")
+        expect_no_transform("quant_float_forward")
         arguments = _Arguments("quant_float_forward", (exponent_bits, mantissa_bits), named)
         return _Simulate.apply(tensor, scale, seed, arguments)  # type: ignore[no-untyped-call]
     with _below_autograd():
@@ -205,15 +206,6 @@ def _float_forward_kernel(
 
 
 register_kernel("quant_float_forward", _float_forward_kernel, "Autograd")
-
-
-def _expect_no_transform(name: str) -> None:
-    """torch.func meets a Function before the dispatcher or not at all."""
-    if in_transform() is not None:
-        raise DerivativeError(
-            f"quant_ops.{name}: expected a call of quant_ops.{name} inside torch.func.grad, vjp or jvp, got one of "
-            f"torch.ops.quant_ops.{name}, which torch.func cannot differentiate."
-        )
 
 
 # ---- quant_float_backward --------------------------------------------------------------------------------------------
@@ -307,7 +299,7 @@ def _pass_kernel(name: str, widths: int) -> Any:
     def kernel(grad: Tensor, tensor: Tensor, *args: Any, **named: Any) -> Any:
         scale = args[widths] if len(args) > widths else named.pop("scale", named.pop("tensor_scale", None))
         if wants_derivative((grad, tensor, scale)):
-            _expect_no_transform(name)
+            expect_no_transform(name)
             return _Pass.apply(grad, tensor, scale, _Arguments(name, args[:widths], named))  # type: ignore[no-untyped-call]
         with _below_autograd():
             return getattr(_ops, name).default(grad, tensor, *args[:widths], scale, **named)
@@ -396,7 +388,7 @@ def _block_forward_kernel(
 ) -> Any:
     widths = (dim, block_size, exponent_bits, mantissa_bits)
     if wants_derivative((tensor, tensor_scale)):
-        _expect_no_transform("quant_block_forward")
+        expect_no_transform("quant_block_forward")
         arguments = _Arguments("quant_block_forward", widths, named)
         return _Simulate.apply(tensor, tensor_scale, seed, arguments)  # type: ignore[no-untyped-call]
     with _below_autograd():
