@@ -24,6 +24,12 @@ inline void expect_codes(const char* op, int64_t qmin, int64_t qmax) {
   QO_EXPECT(qmin >= INT32_MIN && qmax <= INT32_MAX, op, "qmin and qmax to fit int32, got ", qmin, " and ", qmax);
 }
 
+inline void expect_like(const char* op, const Tensor& grad, const Tensor& tensor) {
+  QO_EXPECT(sizes_of(grad) == sizes_of(tensor), op, "grad.shape == tensor.shape, got ", shape_text(grad), " and ",
+            shape_text(tensor));
+  expect_device(op, "grad", grad, tensor);
+}
+
 inline ScalarType compute_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // The narrowest integer dtype that holds [qmin, qmax].
@@ -117,9 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> quant_tensor_backward(const Tensor& grad, con
   const char* op = "quant_tensor_backward";
   expect_floating(op, "tensor", tensor);
   expect_codes(op, qmin, qmax);
-  QO_EXPECT(sizes_of(grad) == sizes_of(tensor), op, "grad.shape == tensor.shape, got ", shape_text(grad), " and ",
-            shape_text(tensor));
-  expect_device(op, "grad", grad, tensor);
+  expect_like(op, grad, tensor);
   expect_elements(op, "tensor", tensor.sizes());
   const ScalarType type = tensor.scalar_type(), compute = compute_type(type);
   const Tensor g = to_type(grad, type);

@@ -62,12 +62,6 @@ Seed expect_seed(const char* op, const std::optional<Tensor>& seed, const FloatF
   return Backend::seed(*seed);
 }
 
-inline void expect_like(const char* op, const Tensor& grad, const Tensor& tensor) {
-  QO_EXPECT(sizes_of(grad) == sizes_of(tensor), op, "grad.shape == tensor.shape, got ", shape_text(grad), " and ",
-            shape_text(tensor));
-  expect_device(op, "grad", grad, tensor);
-}
-
 // ---- one scale, or scales that broadcast ----------------------------------------------------------------------------
 
 template <class Backend>

@@ -20,8 +20,6 @@ struct BlockScales {
   QO_INLINE BlockScales(const BlockFormat& f, float of_tensor)
       : format(f), tensor_scale(of_tensor), top(exponent_of(f.element.largest)), e4m3(e4m3_format()) {}
 
-  QO_INLINE bool is_power_of_two() const { return is_power_of_two_rule(format.rule); }
-
   // Whether exponent_field is right, which it is for formats in use.
   QO_INLINE bool by_vectors() const {
     switch (format.rule) {
@@ -36,7 +34,7 @@ struct BlockScales {
   QO_INLINE void operator()(I amax_bits, F* scale, F* factor) const {
     if (!by_vectors()) return one_by_one(amax_bits, scale, factor);
     const F finite_below = Simd::set(INFINITY), nan = Simd::set(__builtin_nanf("")), amax = Simd::as_float(amax_bits);
-    if (is_power_of_two()) {
+    if (is_power_of_two_rule(format.rule)) {
       const I field = Simd::max(exponent_field(amax_bits), Simd::set_int(0));
       const F beyond = Simd::if_greater(field, Simd::set_int(254), nan, power(field));
       *scale = Simd::if_less(amax, finite_below, beyond, nan);

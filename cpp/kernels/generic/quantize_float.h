@@ -99,18 +99,15 @@ struct Rounder {
   }
 };
 
-// One element of a format that no vector method is for.
-QO_INLINE float round_element(float x, float scale, const FloatFormat& f, uint32_t random) {
-  return round_to_format(x / scale, f, random) * scale;
-}
-
+// For formats that no vector method is for.
 template <class X>
 void round_elements(const FloatRun& r) {
   const X* x = static_cast<const X*>(r.x);
   X* y = static_cast<X*>(r.y);
-  for (int64_t i = 0; i < r.n; ++i)
-    from_compute(round_element(to_compute(x[i]), r.scale ? r.scale[i * r.scale_step] : 1.0f, r.format, r.random ? r.random[i] : 0),
-                 &y[i]);
+  for (int64_t i = 0; i < r.n; ++i) {
+    const float scale = r.scale ? r.scale[i * r.scale_step] : 1.0f;
+    from_compute(round_to_format(to_compute(x[i]) / scale, r.format, r.random ? r.random[i] : 0) * scale, &y[i]);
+  }
 }
 
 // Calls vectors(i, Int<k>, n) for k vectors from element i on; n < Simd::N elements are left at the end.
