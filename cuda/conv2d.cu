@@ -20,6 +20,21 @@
 namespace quant_ops {
 namespace {
 
+// A pointwise convolution with strides reads some of the pixels: it is one of these alone, without strides. Scales of samples still
+// are those of all pixels. Only where channels are contiguous, since codes are made from vectors of x.
+Int8Conv2dParams of_read_pixels(const Int8Conv2dParams& p) {
+  Int8Conv2dParams read = p;
+  const bool within = p.OH > 0 && p.OW > 0 && (p.OH - 1) * p.stride[0] < p.H && (p.OW - 1) * p.stride[1] < p.W;
+  if (p.R * p.S != 1 || p.pad[0] != 0 || p.pad[1] != 0 || p.x_stride[1] != 1 || !within) return read;
+  read.H = p.OH;
+  read.W = p.OW;
+  for (int d = 0; d < 2; ++d) {
+    read.x_stride[2 + d] *= p.stride[d];
+    read.stride[d] = 1;
+  }
+  return read;
+}
+
 bool has_pixels(const Int8Conv2dParams& p) { return p.H * p.W > 0; }
 
 // Whether results of neighbouring output channels are neighbours in memory.
@@ -51,8 +66,9 @@ int64_t reach_beside(const Int8Conv2dParams& p, int d) {
 }
 #endif
 
-// Takes the Hopper engine's fastest kernel if it is faster than the one that the plan has, or wanted.
-void offer_hopper(const Int8Conv2dParams& p, const CudaWeights& w, bool in_place, const GpuLimits& gpu, const KernelChoice& wanted,
+// Takes the Hopper engine's fastest kernel, or the wanted one, if that engine takes the convolution. It was the faster engine
+// wherever both were timed.
+void choose_hopper(const Int8Conv2dParams& p, const CudaWeights& w, bool in_place, const GpuLimits& gpu, const KernelChoice& wanted,
                   Conv2dPlan* plan) {
 #if defined(QUANT_OPS_SM90)
   const bool names_hopper = sm90::kernel_named(wanted.name) < sm90::kKernels;
@@ -77,7 +93,7 @@ void offer_hopper(const Int8Conv2dParams& p, const CudaWeights& w, bool in_place
   problem.out.dtype = p.out.dtype;
   const KernelPlan kernel =
       names_hopper ? sm90::choose(problem, gpu.multiprocessors, wanted) : sm90::choose(problem, gpu.multiprocessors);
-  if (kernel.engine == Engine::kNone || (!names_hopper && kernel.time >= plan->kernel.time)) return;
+  if (kernel.engine == Engine::kNone) return;
   plan->kernel = kernel;
   plan->gather = gather;
   std::copy(border, border + 2, plan->border);
@@ -144,15 +160,15 @@ Gather gather_of(const Int8Conv2dParams& p, bool in_place, int64_t tap, int64_t 
   return gather;
 }
 
-// Codes, and arrays of the samples' scales, zero points and padding where the plan has them. Returns the input with scales and zero
-// points by which it is quantized.
-InputParams encode_samples(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at) {
+// Codes, and arrays of the samples' scales, zero points and padding where the plan has them; scales of dynamic samples are those of
+// `all` pixels. Returns the input with scales and zero points by which it is quantized.
+InputParams encode_samples(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Int8Conv2dParams& all, const Launch& at) {
   float* scale = plan.scale.in(at.memory);
   int32_t* zero_point = plan.zero_point.in(at.memory);
   InputParams in = p.in;
   SampleRanges ranges{};
   if (plan.range) {
-    const ChooseQParams samples = range_of_samples(p, scale, zero_point);
+    const ChooseQParams samples = range_of_samples(all, scale, zero_point);
     const Launch range_at{at.op, plan.range_memory.in(at.memory), at.stream};
     if (plan.encoder == Encoder::kRange) {  // write_codes chooses the scales
       run_ranges(*plan.range, samples, range_at);
@@ -350,7 +366,7 @@ Conv2dPlan plan_patches(const Int8Conv2dParams& p, const GpuLimits& gpu, const K
 }
 
 void run_patches(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at) {
-  const InputParams samples = encode_samples(plan, p, at), rows = rows_of_patches(plan, samples, at.memory);
+  const InputParams samples = encode_samples(plan, p, p, at), rows = rows_of_patches(plan, samples, at.memory);
   const Int8LinearParams linear = linear_of_patches(p, rows);
   write_patches_cuda(p, samples,
                      {.q = plan.codes.in(at.memory),
@@ -363,7 +379,8 @@ void run_patches(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch
 
 }  // namespace
 
-Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const KernelChoice& wanted) {
+Conv2dPlan plan_conv2d(const Int8Conv2dParams& all, const GpuLimits& gpu, const KernelChoice& wanted) {
+  const Int8Conv2dParams p = of_read_pixels(all);
   if (is_patches(p) && channels_are_contiguous(p) && has_pixels(p) && p.N > 0) return plan_patches(p, gpu, wanted);
   Conv2dPlan plan{};
   WorkspaceLayout workspace;
@@ -388,9 +405,9 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const Ke
     plan.product = product_of(p, w, plan.gather);
     plan.kernel = choose_kernel(plan.product, gpu, wanted);
   } else {
-    plan.kernel =
-        choose_conv_tile({p.N * p.OH * p.OW, w.n, w.k, w.groups, tap % kVectorBytes == 0 ? kVectorBytes : 4}, gpu, wanted);
-    if (!quantizes) offer_hopper(p, w, in_place, gpu, wanted, &plan);
+    choose_hopper(p, w, in_place, gpu, wanted, &plan);
+    const IgemmShape shape{p.N * p.OH * p.OW, w.n, w.k, w.groups, tap % kVectorBytes == 0 ? kVectorBytes : 4};
+    if (plan.kernel.engine == Engine::kNone) plan.kernel = choose_conv_tile(shape, gpu, wanted);
     in_place = in_place && !has_border(plan);
   }
 
@@ -401,7 +418,7 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const Ke
   const bool reads_padding = plan.kernel.engine != Engine::kSm90 && !(quantizes && p.in.mode != Activation::kQuantized);
   if (corrected && reads_padding) plan.padding = workspace.add<int8_t>(p.N * kVectorBytes);
   if (is_dynamic(p.in) && has_pixels(p)) {  // a sample without pixels has scale 1, as one of zeros
-    plan.range = plan_choose_qparams(range_of_samples(p, nullptr, nullptr), gpu.multiprocessors);
+    plan.range = plan_choose_qparams(range_of_samples(all, nullptr, nullptr), gpu.multiprocessors);
     plan.range_memory = workspace.add<char>(plan.encoder == Encoder::kRange ? ranges_bytes(*plan.range) : plan.range->bytes);
   }
   if (plan.kernel.sums > 0) plan.sums = workspace.add<int32_t>(plan.kernel.sums);
@@ -409,10 +426,11 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const GpuLimits& gpu, const Ke
   return plan;
 }
 
-void run_conv2d(const Conv2dPlan& plan, const Int8Conv2dParams& p, const Launch& at) {
+void run_conv2d(const Conv2dPlan& plan, const Int8Conv2dParams& all, const Launch& at) {
+  const Int8Conv2dParams p = of_read_pixels(all);
   if (plan.patches) return run_patches(plan, p, at);
   const WeightOnDevice weight = run_weight(plan.weight, p.weight, p.packed, at);
-  const InputParams in = encode_samples(plan, p, at);
+  const InputParams in = encode_samples(plan, p, all, at);
   Gather gather = plan.gather;
   gather.codes = plan.encoder == Encoder::kNone ? static_cast<const int8_t*>(p.in.x) : plan.codes.in(at.memory);
   gather.padding = plan.padding.in(at.memory);

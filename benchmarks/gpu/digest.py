@@ -69,7 +69,7 @@ def kernels_of(call: Call, device: str) -> Iterator[tuple[str, str]]:
         _library.set_cuda_kernel(kernel)
         try:
             yield kernel, sha(call(device))
-        except RuntimeError:  # it does not take the shape
+        except (RuntimeError, ValueError):  # it does not take the shape, or the operator
             continue
         finally:
             _library.set_cuda_kernel(None)

@@ -15,10 +15,10 @@ auto remembered(const std::array<int64_t, kCount>& key, const Make& make) {
     std::array<int64_t, kCount> key{};
     decltype(make()) value{};
   };
-  thread_local Entry entries[64];
+  thread_local Entry entries[256];
   uint64_t hash = 0;
   for (const int64_t part : key) hash = (hash ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15ULL;
-  Entry& entry = entries[hash >> 58];
+  Entry& entry = entries[hash >> 56];
   if (entry.key != key) entry = {key, make()};
   return entry.value;
 }
