@@ -9,7 +9,7 @@ from . import _library
 _library.load()
 
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
-from .convert.config import Int8Dynamic, Int8Static  # noqa: E402
+from .convert.config import Int8Dynamic, Int8Static, Simulated  # noqa: E402
 from .convert.config import from_json as config_from_json  # noqa: E402
 from .convert.files import load_, save  # noqa: E402
 from .convert.fold import FoldResult, fold_batchnorm_  # noqa: E402
@@ -108,6 +108,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "Report",
+    "Simulated",
     "WithGradient",
     "__version__",
     "calibrate",

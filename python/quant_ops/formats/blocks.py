@@ -28,7 +28,6 @@ class BlockFormat(Format):
     dim: int
 
     def along(self: Self, dim: int) -> Self:
-        """The same format with its blocks along another dimension."""
         return self.with_(dim=dim)
 
     def _expect_dim(self) -> None:

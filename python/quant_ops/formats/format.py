@@ -112,6 +112,10 @@ class Format(_description.Description):
         self._expect_floating(x)
         return self._apply(x, scale, seed, None)
 
+    def along(self: Self, dim: int) -> Self:
+        """The same format with its blocks along another dimension. One whose elements share no scale of a block stays as it is."""
+        return self
+
     def with_(self: Self, **changes: Any) -> Self:
         """The format with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -45,6 +45,11 @@ class WithGradient(Format):
     def is_stochastic(self) -> bool:
         return any(inner is not None and inner.is_stochastic for inner in (self.forward, self.backward))
 
+    def along(self, dim: int) -> "WithGradient":
+        """Both formats with their blocks along another dimension."""
+        turned = {name: inner and inner.along(dim) for name, inner in (("forward", self.forward), ("backward", self.backward))}
+        return self.with_(**turned)
+
     @property
     def _takes_scale(self) -> bool:
         return self.forward is not None and self.forward._takes_scale

@@ -1,0 +1,102 @@
+"""How an operand of a layer or product is rounded to a format: which elements share a scale, and along which dimension blocks lie.
+
+``per`` says which elements share the scale of a format that takes an amax:
+
+    "tensor"    all of them
+    "channel"   those of a channel: of an output channel for a weight, of an input channel or feature for an input
+    "row"       those of a token of a linear layer or of a sample of a convolution
+    32          blocks of so many elements along the dimension that the product sums over; the last one may be shorter
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import Format
+
+Rounding = Format | Callable[..., Tensor]  # a format, or any function of a tensor; None leaves the tensor as it is
+Per = str | int
+
+PER = ("tensor", "channel", "row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the dimensions of an operand are, counted from the last one, so that inputs with and without a batch are alike.
+
+    Attributes:
+        summed: the dimension that the product sums over; blocks lie along it.
+        channel: whose indices are channels.
+        row: the dimensions of a row: a token or a sample.
+    """
+
+    summed: int
+    channel: int
+    row: tuple[int, ...]
+
+
+def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "tensor", amax: Tensor | None = None) -> Tensor:
+    """x rounded, in its own shape and dtype; differentiable as the format is. What is not floating is returned as it is.
+
+    Args:
+        amax: calibrated largest magnitudes, shaped as :func:`amax_of` gives them; by default those of x. What takes no amax ignores
+            them.
+    """
+    if rounding is None or not x.is_floating_point() or x.numel() == 0:
+        return x
+    if not isinstance(rounding, Format):
+        return rounding(x, amax=amax) if amax is not None and takes_amax(rounding) else rounding(x)
+    format = rounding.along(layout.summed)
+    if not format.takes_amax:
+        return format(x)
+    if isinstance(per, int):
+        blocks = _blocks(x, layout.summed, per)
+        y = format(blocks, amax=blocks.detach().abs().amax(-1, keepdim=True) if amax is None else amax)
+        return _joined(y, layout.summed, x.shape[layout.summed])
+    if per == "channel":
+        return format(x, amax=amax, axis=layout.channel)
+    if per == "row" and amax is None:
+        amax = x.detach().abs().amax(layout.row, keepdim=True)
+    return format(x, amax=amax)
+
+
+def amax_of(x: Tensor, layout: Layout, per: Per) -> Tensor:
+    """Largest magnitudes of x: a scalar per tensor, ``(C,)`` per channel, one with kept dimensions per row or block."""
+    x = x.detach().abs()
+    if isinstance(per, int):
+        return _blocks(x, layout.summed, per).amax(-1, keepdim=True)
+    if per == "channel":
+        channel = layout.channel % x.dim()
+        return x.amax([d for d in range(x.dim()) if d != channel])
+    return x.amax(layout.row, keepdim=True) if per == "row" else x.amax()
+
+
+def takes_amax(rounding: Rounding | None) -> bool:
+    """Whether calibrated amax are of use: to a format with a scale from them, and to a function with a parameter ``amax``."""
+    if isinstance(rounding, Format):
+        return rounding.takes_amax
+    return rounding is not None and _has_amax(rounding)
+
+
+@functools.lru_cache(maxsize=256)
+def _has_amax(function: Callable[..., Tensor]) -> bool:
+    try:
+        return "amax" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some functions that are not written in Python
+        return False
+
+
+def _blocks(x: Tensor, dim: int, size: int) -> Tensor:
+    """Blocks along ``dim`` as a new last dimension, where ``dim`` comes last; the last block is filled up with zeros."""
+    x = x.movedim(dim, -1)
+    rest = -x.shape[-1] % size
+    return (F.pad(x, (0, rest)) if rest else x).unflatten(-1, (-1, size))
+
+
+def _joined(blocks: Tensor, dim: int, size: int) -> Tensor:
+    return blocks.flatten(-2)[..., :size].movedim(-1, dim)
