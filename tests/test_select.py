@@ -86,8 +86,8 @@ def test_one_layer_two_configs():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"config": "int8"}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got str$"),
-        ({"config": {"head": 8}}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got int$"),
+        ({"config": "int8"}, TypeError, "expected config to be Int8Static, Int8Dynamic or Simulated, got str$"),
+        ({"config": {"head": 8}}, TypeError, "expected config to be Int8Static, Int8Dynamic or Simulated, got int$"),
         (
             {"config": {"tail": qo.Int8Static()}},
             ValueError,

@@ -1,7 +1,6 @@
 """How to quantize a model: one frozen dataclass per scheme, with a JSON round trip."""
 
 import dataclasses
-
 from typing import Any
 
 from .. import _description
@@ -85,9 +84,9 @@ class Simulated(Config):
             None leaves the operand as it is. The output is rounded with the bias added. A function with a parameter ``amax`` is
             given the calibrated one.
         backward: format of the gradient of the output, which is an operand of both products of the backward pass.
-        input_per, weight_per, output_per: which elements share the scale of a format that takes an amax: those of the "tensor", of a
-            "channel", of a "row" (a token of a linear layer, a sample of a convolution; not calibrated), or of a block of as many
-            elements along the dimension that the product sums over, such as 32.
+        input_per, weight_per, output_per: which elements share the scale of a format that takes an amax: those of the "tensor", of
+            a "channel", of a "row" (a token of a linear layer, a sample of a convolution; not calibrated), or of a block of as
+            many elements along the dimension that the product sums over, such as 32.
         observer: how ``calibrate`` chooses amax of inputs and outputs: "minmax", "ema", "percentile", "mse", "entropy" or
             "histogram".
         weight_observer: likewise of weights, which are looked at when the layer is converted.
@@ -118,7 +117,9 @@ class Simulated(Config):
                 raise TypeError(f"{what}, got {given!r}")
             if isinstance(given, type):
                 raise TypeError(f"{what}, got the class {given.__name__}")
-        self._expect(any(given is not None for given in formats.values()), "a format for input, weight, output or backward, got none")
+        self._expect(
+            any(given is not None for given in formats.values()), "a format for input, weight, output or backward, got none"
+        )
         for name in ("input_per", "weight_per", "output_per"):
             per = getattr(self, name)
             block = isinstance(per, int) and not isinstance(per, bool) and per >= 1
@@ -148,7 +149,8 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str | int | float | Format) else getattr(value, "__name__", repr(value))
 
 
-Scheme = Int8Dynamic | Int8Static | Simulated
+Int8Scheme = Int8Dynamic | Int8Static
+Scheme = Int8Scheme | Simulated
 
 _description.register(Int8Dynamic, Int8Static, Simulated)
 

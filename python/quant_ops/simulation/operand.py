@@ -13,7 +13,6 @@ import functools
 import inspect
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,7 +54,7 @@ def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "te
     if not format.takes_amax:
         return format(x)
     if isinstance(per, int):
-        blocks = _blocks(x, layout.summed, per)
+        blocks = blocks_of(x, layout.summed, per)
         y = format(blocks, amax=blocks.detach().abs().amax(-1, keepdim=True) if amax is None else amax)
         return _joined(y, layout.summed, x.shape[layout.summed])
     if per == "channel":
@@ -69,7 +68,7 @@ def amax_of(x: Tensor, layout: Layout, per: Per) -> Tensor:
     """Largest magnitudes of x: a scalar per tensor, ``(C,)`` per channel, one with kept dimensions per row or block."""
     x = x.detach().abs()
     if isinstance(per, int):
-        return _blocks(x, layout.summed, per).amax(-1, keepdim=True)
+        return blocks_of(x, layout.summed, per).amax(-1, keepdim=True)
     if per == "channel":
         channel = layout.channel % x.dim()
         return x.amax([d for d in range(x.dim()) if d != channel])
@@ -91,7 +90,7 @@ def _has_amax(function: Callable[..., Tensor]) -> bool:
         return False
 
 
-def _blocks(x: Tensor, dim: int, size: int) -> Tensor:
+def blocks_of(x: Tensor, dim: int, size: int) -> Tensor:
     """Blocks along ``dim`` as a new last dimension, where ``dim`` comes last; the last block is filled up with zeros."""
     x = x.movedim(dim, -1)
     rest = -x.shape[-1] % size
