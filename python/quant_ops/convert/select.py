@@ -198,8 +198,8 @@ def _share(model: nn.Module, done: Any) -> float:
 # What makes up the share of the weights that a call reports, by its kind.
 _DONE: dict[str, tuple[type[nn.Module], ...]] = {
     "int8": (Int8Layer,),
-    "prepared": (Int8Layer, Prepared),
-    "qat": (Int8Layer, Prepared),
+    "prepared": (Int8Layer, Recast),
+    "qat": (Int8Layer, Recast),
     "simulated": (SimulatedLayer,),
 }
 
