@@ -6,14 +6,16 @@ in products.py.
 """
 
 import functools
+import inspect
 import sys
 import weakref
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -21,12 +23,16 @@ from ..convert.config import Simulated
 from .products import Products
 
 # Methods of Products by the names of functions: those of torch, and of tensors where they have them.
-_NAMES = """matmul mm bmm mv dot vdot inner addmm addmv baddbmm addbmm addmm_ addmv_ baddbmm_ addbmm_ tensordot einsum chain_matmul
-bilinear""".split()
+_NAMES = (
+    *("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "chain_matmul", "tensordot", "einsum", "bilinear"),
+    *("addmm", "addmm_", "addmv", "addmv_", "addbmm", "addbmm_", "baddbmm", "baddbmm_"),
+)
 
 
 def _methods() -> dict[Any, Any]:
-    methods = {getattr(owner, name): getattr(Products, name) for name in _NAMES for owner in (torch, Tensor) if hasattr(owner, name)}
+    methods = {
+        getattr(owner, name): getattr(Products, name) for name in _NAMES for owner in (torch, Tensor) if hasattr(owner, name)
+    }
     others = {
         torch.linalg.matmul: Products.matmul,
         torch.linalg.multi_dot: Products.multi_dot,
@@ -65,6 +71,9 @@ class ProductMode(TorchFunctionMode):
         self.spares_layers = spares_layers
         self.spared: frozenset[int] = frozenset()
 
+    def __deepcopy__(self, memo: Any) -> "ProductMode":
+        return ProductMode(self.products, self.spares_layers)  # of a copy of the model; a config never changes
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         method = _METHODS.get(func)
@@ -75,6 +84,8 @@ class ProductMode(TorchFunctionMode):
                 )
             if func is Tensor.unflatten and torch.compiler.is_compiling():
                 func = torch.unflatten  # Dynamo cannot trace the method, which calls super()
+            if isinstance(func, HigherOrderOperator):  # a checkpointed function or branch, which torch.compile traces now
+                args = tuple(_in_mode(arg, self) if callable(arg) and not isinstance(arg, Tensor) else arg for arg in args)
             return func(*args, **kwargs)
         if self.spares_layers and self._is_layers(func, args):
             return func(*args, **kwargs)
@@ -104,14 +115,24 @@ def _is_transposed(module: Any) -> bool:
 
 def _weights_of_layers(model: nn.Module) -> frozenset[int]:
     layers = (module for module in model.modules() if isinstance(module, nn.Linear) or _is_transposed(module))
-    return frozenset([id(layer.weight) for layer in layers])
+    return frozenset([id(layer._parameters.get("weight")) for layer in layers])
 
 
-# ---- gradient checkpointing ----------------------------------------------------------------------------------------------
+# ---- functions that are called later, or elsewhere -------------------------------------------------------------------------
 
 
-class _InMode:
-    """A function that is called in a mode."""
+def _in_mode(function: Any, mode: ProductMode) -> Any:
+    """A function that runs in the mode: what a higher order operator traces is otherwise traced without."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    return inside
+
+
+class _Recomputed:
+    """A function that runs in the mode, and can be told from others."""
 
     def __init__(self, function: Any, mode: ProductMode) -> None:
         self.function, self.mode = function, mode
@@ -121,44 +142,89 @@ class _InMode:
             return self.function(*args, **kwargs)
 
 
-def _simulate_recomputation(mode: ProductMode, frame: FrameType | None) -> None:
-    """Lets what gradient checkpointing recomputes be computed in the mode, too: the backward pass runs outside of it.
+_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
+_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 
-    ``frame`` is that of a product. It is looked at whether torch.utils.checkpoint has called it.
+
+def _simulate_recomputation(mode: ProductMode, frame: FrameType | None) -> None:
+    """Lets gradient checkpointing recompute in the mode, too, since the backward pass runs outside of it.
+
+    ``frame`` is that of the caller of a product. If torch.utils.checkpoint is among the callers, what it will call in the backward
+    pass is replaced by the same in the mode. No public interface does that for checkpoints that a model makes itself.
     """
     while frame is not None:
-        code = frame.f_code
-        if code is _REENTRANT:
-            _replace(frame.f_locals["ctx"], "run_function", mode)
-        elif code is _CHECKPOINT and (region := frame.f_locals.get("gen")) is not None:
-            _replace(region.gi_frame.f_locals["new_frame"], "recompute_fn", mode)
+        if frame.f_code is _REENTRANT:
+            _replace(frame.f_locals.get("ctx"), "run_function", mode)
+        elif frame.f_code is _CHECKPOINT and not frame.f_locals.get("use_reentrant"):
+            generator = frame.f_locals.get("gen")
+            _replace(generator and generator.gi_frame.f_locals.get("new_frame"), "recompute_fn", mode)
         frame = frame.f_back
 
 
 def _replace(owner: Any, name: str, mode: ProductMode) -> None:
-    function = getattr(owner, name)
-    if not (isinstance(function, _InMode) and function.mode is mode):
-        setattr(owner, name, _InMode(function, mode))
-
-
-_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
-_CHECKPOINT = checkpoint.checkpoint.__wrapped__.__code__
+    function = getattr(owner, name, None)
+    if function is None:
+        raise RuntimeError(
+            "quant_ops.simulated_products: expected gradient checkpointing as of torch 2.13, got another, which would recompute "
+            "products without rounding. Turn it off."
+        )
+    if not (isinstance(function, _Recomputed) and function.mode is mode):
+        setattr(owner, name, _Recomputed(function, mode))
 
 
 # ---- where products are simulated ----------------------------------------------------------------------------------------
 
+_MODE = "_product_mode"  # in the __dict__ of a model
+
 
 def simulated_products(config: Simulated) -> ProductMode:
+    """A context in which the products that functions compute have rounded operands.
+
+    These are ``@``, ``torch.matmul``, ``mm``, ``bmm``, ``mv``, ``dot``, ``inner``, ``addmm``, ``baddbmm`` and their like,
+    ``einsum`` and ``tensordot`` where they sum, ``torch.nn.functional.linear``, ``bilinear``, ``scaled_dot_product_attention`` and
+    ``multi_head_attention_forward``, which nn.MultiheadAttention calls. Simulated layers round by themselves and are left alone,
+    as are other operands than floating ones and outer products, a column times a row.
+
+    Operands are rounded by ``config.input``, parameters and the weight of ``linear`` by ``config.weight``, results by
+    ``config.output`` and their gradients by ``config.backward``. Blocks lie along the dimension that is summed. What is added to
+    a product, such as a mask, is not rounded; attention is taken apart, in the order that simulation/attention.py says.
+    What gradient checkpointing recomputes is simulated like the first time. Where contexts are nested, the innermost counts.
+
+    Example::
+
+        with quant_ops.simulated_products(quant_ops.Simulated(input=quant_ops.E4M3)):
+            y = model(x)
+
+    Raises:
+        TypeError: the config is no :class:`Simulated`.
+        RuntimeError: inside, where a fused function is called that cannot be taken apart, such as flex_attention.
+    """
     return ProductMode(Products(_expected("simulated_products", config)))
 
 
-def _expected(op: str, config: Any) -> Simulated:
-    if not isinstance(config, Simulated):
-        raise TypeError(f"quant_ops.{op}: expected config to be quant_ops.Simulated, got {config!r}")
-    return config
+def simulate_products_(model: nn.Module, config: Simulated) -> "SimulatedProducts":
+    """Simulates the products of functions, as :func:`simulated_products` does, whenever the model is called, in copies of it too.
 
+    Products of nn.Linear layers, and of transformers' Conv1D, are left as they are, for ``quantize_`` says which of them are
+    simulated. The model gets a class of the same name, derived from its own; its parameters and its state_dict do not change.
 
-_MODE = "_product_mode"
+    Returns:
+        A handle whose method ``remove()`` makes the model what it was.
+
+    Raises:
+        TypeError: the model is no module, or the config no :class:`Simulated`.
+        ValueError: the model's products are simulated already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quant_ops.simulate_products_: expected model to be a module, got {type(model).__name__}")
+    products = Products(_expected("simulate_products_", config))
+    if _MODE in model.__dict__:
+        raise ValueError("quant_ops.simulate_products_: expected ordinary products, got simulated ones. Call remove() first.")
+    model.__dict__[_MODE] = ProductMode(products, spares_layers=True)
+    if not hasattr(model, "_simulates_products"):
+        own: Any = type(model)
+        model.__class__ = _simulating(own)
+    return SimulatedProducts(model)
 
 
 class SimulatedProducts:
@@ -168,28 +234,39 @@ class SimulatedProducts:
         self._model = weakref.ref(model)
 
     def remove(self) -> None:
-        """Makes the model's products ordinary ones again. A copy of the model stays as it is."""
+        """Makes the model's products ordinary ones again; copies of the model stay as they are. Once more does nothing."""
         model = self._model()
-        if model is not None and _MODE in model.__dict__:
+        if model is None or model.__dict__.pop(_MODE, None) is None:
+            return
+        if "_simulates_products" in type(model).__dict__:  # another class may have been derived since, which needs this one
             model.__class__ = type(model).__bases__[0]
-            del model.__dict__[_MODE]
 
 
-def simulate_products_(model: nn.Module, config: Simulated) -> SimulatedProducts:
-    _expected("simulate_products_", config)
-    model.__dict__[_MODE] = ProductMode(Products(config), spares_layers=True)
-    model.__class__ = _simulating(type(model))
-    return SimulatedProducts(model)
+def _expected(op: str, config: Any) -> Simulated:
+    if not isinstance(config, Simulated):
+        raise TypeError(f"quant_ops.{op}: expected config to be quant_ops.Simulated, got {config!r}")
+    return config
 
 
-@functools.lru_cache(maxsize=None)
-def _simulating(cls: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mode = self.__dict__[_MODE]
+@functools.cache
+def _simulating(cls: Any) -> Any:
+    """The class of a model whose products are simulated. Forward stays as it is: its signature is looked at, and it is replaced."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = self.__dict__.get(_MODE)
+        if mode is None:
+            return cls.__call__(self, *args, **kwargs)
         mode.spared = _weights_of_layers(self)
         with mode:
-            return cls.forward(self, *args, **kwargs)
+            return cls.__call__(self, *args, **kwargs)
 
-    body = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), body)
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _new, (cls,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    body = {"__call__": call, "__reduce_ex__": reduce, "_simulates_products": True}
+    return type(cls.__name__, (cls,), body | {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")})
+
+
+def _new(cls: Any) -> Any:
+    simulating = _simulating(cls)
+    return simulating.__new__(simulating)

@@ -129,7 +129,14 @@ class Products:
         return _added_(input, self.mv(mat, vec), beta, alpha)
 
     def baddbmm(
-        self, input: Tensor, batch1: Tensor, batch2: Tensor, out_dtype: torch.dtype | None = None, *, beta: float = 1, alpha: float = 1
+        self,
+        input: Tensor,
+        batch1: Tensor,
+        batch2: Tensor,
+        out_dtype: torch.dtype | None = None,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
     ) -> Tensor:
         return _added(input, self.bmm(batch1, batch2, out_dtype), beta, alpha)
 
@@ -184,9 +191,7 @@ class Products:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        return attention.scaled_dot_product_attention(
-            self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        )
+        return attention.scaled_dot_product_attention(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     def multi_head_attention_forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return attention.multi_head_attention(self, *args, **kwargs)
