@@ -32,7 +32,8 @@ class Graphormer(nn.Module):
         self.degree = nn.Embedding(8, features)
         self.distance = nn.Embedding(8, heads)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(features, features) for name in ("q", "k", "v", "out", "up", "down")}) for _ in range(layers)
+            nn.ModuleDict({name: nn.Linear(features, features) for name in ("q", "k", "v", "out", "up", "down")})
+            for _ in range(layers)
         )
 
     def forward(self, x, degree, distance, padding):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -49,12 +50,25 @@ def _methods() -> dict[Any, Any]:
 
 _METHODS = _methods()
 
-# Fused functions that cannot be taken apart here. Torch's modules do not call them while a mode is active.
+# Fused functions, which read the weights of several layers and cannot be taken apart here. Torch's modules do not call the fast
+# paths while a mode is active, unless they are compiled.
+_FAST_PATH = "{}'s fast path. Call torch.backends.mha.set_fastpath_enabled(False)"
 _REFUSED = {
-    torch._native_multi_head_attention: "nn.MultiheadAttention's fast path",
-    torch._transformer_encoder_layer_fwd: "nn.TransformerEncoderLayer's fast path",
-    torch.ops.higher_order.flex_attention: "flex_attention",
+    torch._native_multi_head_attention: _FAST_PATH.format("nn.MultiheadAttention"),
+    torch._transformer_encoder_layer_fwd: _FAST_PATH.format("nn.TransformerEncoderLayer"),
+    torch.ops.higher_order.flex_attention: "flex_attention. Use scaled_dot_product_attention",
 }
+
+
+def _let_dynamo_see(functions: Any) -> None:
+    """Dynamo hands a mode the functions that torch.overrides lists, which leaves out those with a name that begins with "_"."""
+    listed = torch.overrides.get_overridable_functions()[torch]
+    listed.extend(function for function in functions if function not in listed)
+    if (dynamo := sys.modules.get("torch._dynamo.variables.torch")) is not None:  # it has read the list, or soon will
+        dynamo.get_overridable_functions().update(functions)
+
+
+_let_dynamo_see((torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd, torch._grouped_mm))
 
 
 class ProductMode(TorchFunctionMode):
@@ -80,7 +94,7 @@ class ProductMode(TorchFunctionMode):
         if method is None:
             if func in _REFUSED:
                 raise RuntimeError(
-                    f"quant_ops.simulated_products: expected products that can be taken apart, got {_REFUSED[func]}. Turn it off."
+                    f"quant_ops.simulated_products: expected products that can be taken apart, got {_REFUSED[func]}."
                 )
             if func is Tensor.unflatten and torch.compiler.is_compiling():
                 func = torch.unflatten  # Dynamo cannot trace the method, which calls super()
@@ -257,8 +271,14 @@ def _simulating(cls: Any) -> Any:
         if mode is None:
             return cls.__call__(self, *args, **kwargs)
         mode.spared = _weights_of_layers(self)
-        with mode:
-            return cls.__call__(self, *args, **kwargs)
+        fast = mha._is_fastpath_enabled
+        mha._is_fastpath_enabled = False  # compiled modules ask for this, but not for modes
+        try:
+            with mode:
+                return cls.__call__(self, *args, **kwargs)
+        finally:
+            if fast:
+                mha._is_fastpath_enabled = True
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _new, (cls,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
