@@ -139,6 +139,11 @@ replace_layers(
 """
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)  # the tensors are small: threads would mostly wait for each other
+
+
 class Block(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -242,7 +247,8 @@ def test_document_custom_format():
     found = run(CUSTOM_FORMAT, model=model)
     assert found["FloatingPoint"] is qtorch.FloatingPoint
     assert_layers(model, x, *2 * [lambda _, given: floating(given, 3, 4)], lambda y: floating(y, 3, 4))
-    assert 8 < snr(float_model(x), model(x)) < 35
+    with torch.no_grad():
+        assert 8 < snr(float_model(x), model(x)) < 35
 
     weight = torch.randn(4, 10)
     seen = []
@@ -313,7 +319,7 @@ def test_document_training():
 
 
 def snr(reference, got):
-    return float(10 * (reference.square().sum() / (reference - got).square().sum()).log10())
+    return float(10 * (reference.square().sum() / (reference - got).square().sum()).log10().detach())
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------
@@ -337,7 +343,7 @@ def test_formats():
     x = torch.cat([torch.randn(1000) * 200, torch.tensor([1e9, -1e9, 1.0625, 65504.0, 65520.0])])
     for format, exp, man in ((formats.E4M3, 4, 3), (formats.E3M4, 3, 4), (formats.E5M2, 5, 2), (formats.FP16, 5, 10)):
         assert torch.equal(format(x), floating(x, exp, man))
-    assert formats.E4M3 == qo.FloatFormat(4, 3, special="none", rounding="nearest_away")
+    assert repr(formats.E4M3) == "FloatFormat(4, 3, special='none', rounding='nearest_away')"
     assert (formats.E4M3.largest, formats.FP16.largest) == (480, 131008)
     assert torch.equal(formats.BF16(x), x.bfloat16().float())
     x = torch.randn(64, 8)
@@ -407,7 +413,8 @@ def test_quantize_to_fp(exp, man):
 
 
 @pytest.mark.parametrize(
-    "quantize", [functools.partial(quantize_to_int, num_bits=8), functools.partial(quantize_to_fp, mantissa_bits=3, exponent_bits=4)]
+    "quantize",
+    [functools.partial(quantize_to_int, num_bits=8), functools.partial(quantize_to_fp, mantissa_bits=3, exponent_bits=4)],
 )
 def test_gradients_are_piecewise_linear(quantize):
     x, weight = (torch.randn(1000) * 3).requires_grad_(), torch.randn(1000)
@@ -417,11 +424,15 @@ def test_gradients_are_piecewise_linear(quantize):
     assert not x.grad[outside].any()
     x.grad = None
     (quantize(x) * weight).sum().backward()
-    assert torch.equal(x.grad, weight)
+    inside = x.detach().abs() < x.detach().abs().max()
+    assert torch.equal(x.grad[inside], weight[inside])
 
 
 def test_dtypes_and_nothing():
-    for quantize in (functools.partial(quantize_to_int, num_bits=4), functools.partial(quantize_to_fp, mantissa_bits=1, exponent_bits=2)):
+    for quantize in (
+        functools.partial(quantize_to_int, num_bits=4),
+        functools.partial(quantize_to_fp, mantissa_bits=1, exponent_bits=2),
+    ):
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
             x = torch.randn(8, 8).to(dtype)
             assert quantize(x).dtype == quantize(x, calibration="percentile").dtype == dtype
@@ -446,7 +457,7 @@ class Words(nn.Module):
         return self.second(x if attention_mask is None else x * attention_mask.unsqueeze(-1))
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", "mse", "entropy", "MSE"])
+@pytest.mark.parametrize("method", ["max", "percentile", "MSE", "entropy"])
 def test_methods_are_the_observers(method):
     model = resnet50(pretrained=True)
     seen = traffic(model, torch.cat(images()))
@@ -527,7 +538,7 @@ def test_what_calibration_warns_of():
             return self.used(x) + self.zero(0 * x.nan_to_num())
 
     model = Branches()
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="calibrate_inputs") as warned:
         calibrate_inputs(model, 8, [torch.ones(1, 2), torch.tensor([[5.0, torch.inf]])])
     assert [str(w.message) for w in warned] == [
         "quant_ops.calibrate_inputs: expected data at the input of every layer, got none, so that no amax is attached, at unused",
@@ -548,10 +559,10 @@ def test_weights():
         dims = [d for d in range(layer.weight.dim()) if d != axis]
         assert torch.equal(layer.amax_weight, layer.weight.detach().abs().amax(dims, keepdim=True))
     wide = nn.Sequential(nn.Linear(4, 2100))
-    calibrate_weights(wide, 4, False, "mse", True)
+    calibrate_weights(wide, 4, False, "entropy", True)
     parts = nn.Sequential(nn.Linear(4, 100))
     parts[0].weight = nn.Parameter(wide[0].weight.detach()[1000:1100])
-    calibrate_weights(parts, 4, False, "mse", True)
+    calibrate_weights(parts, 4, False, "entropy", True)
     assert torch.equal(wide[0].amax_weight[1000:1100], parts[0].amax_weight)
 
 
@@ -742,7 +753,11 @@ X = torch.ones(2, 4)
             ValueError,
             r"quantize_to_int: expected calibration to be 'max' or 'percentile', got 'entropy'\. Pass static_scale .*",
         ),
-        (lambda: quantize_to_int(X, 8, "percentile", 101), ValueError, r"quantize_to_int: expected 0 <= percentile <= 100, got 101"),
+        (
+            lambda: quantize_to_int(X, 8, "percentile", 101),
+            ValueError,
+            r"quantize_to_int: expected 0 <= percentile <= 100, got 101",
+        ),
         (
             lambda: quantize_to_fp(X, 2, 1, static_scale=1.0, amax=1.0),
             TypeError,
@@ -773,7 +788,11 @@ X = torch.ones(2, 4)
             r"calibrate_weights: expected method to be one of .*, got None",
         ),
         (lambda: calibrate_inputs(MODEL, 8, [X], num_samples=0), ValueError, r"calibrate_inputs: expected num_samples >= 1, got 0"),
-        (lambda: calibrate_inputs(MODEL, 8, [X], percentile=5), ValueError, r"calibrate_inputs: expected 50 < percentile <= 100, got 5"),
+        (
+            lambda: calibrate_inputs(MODEL, 8, [X], percentile=5),
+            ValueError,
+            r"calibrate_inputs: expected 50 < percentile <= 100, got 5",
+        ),
         (
             lambda: calibrate_inputs(MODEL, 8, X),
             TypeError,
@@ -784,7 +803,11 @@ X = torch.ones(2, 4)
             TypeError,
             r"calibrate_inputs: expected an iterable of batches, got one dict\. Write \[batch\]\.",
         ),
-        (lambda: calibrate_inputs(MODEL, 8, []), ValueError, r"calibrate_inputs: expected calibration data, got no batch\. An iter.*"),
+        (
+            lambda: calibrate_inputs(MODEL, 8, []),
+            ValueError,
+            r"calibrate_inputs: expected calibration data, got no batch\. An iter.*",
+        ),
         (
             lambda: calibrate_inputs(MODEL, 8, [X * torch.nan]),
             ValueError,
