@@ -44,7 +44,7 @@ def test_formats(tmp_path):
 SIMULATED = {
     "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
     "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),
-    "maskformer": ("transformers", ["--size", "32", "--images", "1"]),
+    "maskformer": ("transformers", ["--images", "1"]),
     "stable_diffusion": ("diffusers", ["--size", "8", "--steps", "2"]),
     "graphormer": (None, ["--graphs", "16"]),
     "imagebind": (None, ["--images", "16"]),

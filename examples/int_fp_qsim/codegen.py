@@ -1,6 +1,6 @@
-"""CodeGen, a small one with random weights, trained on Python for a few seconds: perplexity and what it writes in simulated formats.
+"""CodeGen, a small one with random weights, trained on Python for a few seconds: perplexity, and what it writes, by format.
 
-    python examples/int_fp_qsim/codegen.py          needs transformers; less than half a minute
+python examples/int_fp_qsim/codegen.py          needs transformers; less than half a minute
 """
 
 import torch

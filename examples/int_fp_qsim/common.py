@@ -36,12 +36,13 @@ def package(name: str) -> ModuleType:
 
 
 def arguments(doc: str, **defaults: int) -> argparse.Namespace:
-    """The command line: an option for each of the numbers, and a seed."""
+    """The command line: an option for each of the numbers, a seed, and threads, of which a small model needs one."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, value in {**defaults, "seed": 0}.items():
+    for name, value in {**defaults, "seed": 0, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=" ")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     return args
 
 

@@ -1,6 +1,6 @@
 """MaskFormer on a Swin transformer, a small one with random weights: masks and classes in simulated formats.
 
-    python examples/int_fp_qsim/maskformer.py       needs transformers; a few seconds
+python examples/int_fp_qsim/maskformer.py       needs transformers; a few seconds
 """
 
 import torch

@@ -1,7 +1,7 @@
 """OPT, a small one with random weights, trained for a few seconds: perplexity of simulated formats, dynamic and calibrated.
 
-    python examples/int_fp_qsim/opt.py              needs transformers; less than half a minute
-    python examples/int_fp_qsim/opt.py --layers 12 --width 768
+python examples/int_fp_qsim/opt.py              needs transformers; less than half a minute
+python examples/int_fp_qsim/opt.py --layers 12 --width 768 --heads 12 --threads 16
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The U-Net of Stable Diffusion, a small one with random weights: its prediction and a short run of DDIM in simulated formats.
 
-    python examples/int_fp_qsim/stable_diffusion.py         needs diffusers and transformers; less than half a minute
+python examples/int_fp_qsim/stable_diffusion.py         needs diffusers and transformers; less than half a minute
 """
 
 import torch
