@@ -19,7 +19,7 @@ from quant_ops.compat import int_fp_qsim, qtorch
 from quant_ops.compat.int_fp_qsim import formats, layers, quantizer, static_calib
 from quant_ops.compat.int_fp_qsim.attention import MultiheadAttention
 from quant_ops.compat.int_fp_qsim.quantizer import quantize_to_fp, quantize_to_int
-from quant_ops.compat.int_fp_qsim.replace import DEFAULT_MAPPING, replace_layers
+from quant_ops.compat.int_fp_qsim.replace import DEFAULT_MAPPING, products, replace_layers
 from quant_ops.compat.int_fp_qsim.static_calib import calibrate_inputs, calibrate_weights
 
 # The document's code blocks. Import lines are changed; what else is mended is said above each of them.
@@ -549,6 +549,17 @@ def test_what_calibration_warns_of():
     assert not hasattr(model.unused, "amax_input")
 
 
+def test_encoders_of_torch():
+    """Their fused path calls no layer, and makes nested tensors of masked batches."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padded = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) > 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate_inputs(model, 8, [x], batch_process_func=lambda model, x: model(x, src_key_padding_mask=padded))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert [name for name, _ in model.named_buffers()] == [f"layers.{i}.linear{j}.amax_input" for i in (0, 1) for j in (1, 2)]
+
+
 def test_weights():
     model = nn.Sequential(nn.Linear(6, 5), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 3, 2))
     calibrate_weights(model, 8, False)
@@ -721,8 +732,12 @@ def test_attention_is_simulated():
         got = model(x)
     assert (got == expected).float().mean() > 0.9
     torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
+    other = copy.deepcopy(model)
+    products[model].remove()
+    assert not torch.equal(model(x), got)
+    assert torch.equal(other(x), got)
     only_layers = replace_layers(copy.deepcopy(reference), formats.E4M3, formats.E4M3, formats.FP16, {nn.Linear: layers.Linear})
-    assert not torch.equal(only_layers(x), got)
+    assert torch.equal(only_layers(x), model(x))
 
 
 def test_multihead_attention():
@@ -827,6 +842,16 @@ X = torch.ones(2, 4)
             lambda: calibrate_weights(nn.Sequential(nn.Linear(2, 2, device="meta")), 8, False),
             ValueError,
             r"calibrate_weights: expected weights with data, got one without, in layer '0'",
+        ),
+        (
+            lambda: layers.simulated(nn.ReLU(), formats.INT8, None, None),
+            ValueError,
+            r"int_fp_qsim: expected a layer that can be simulated, got ReLU: it has no simulated form",
+        ),
+        (
+            lambda: replace_layers(nn.Bilinear(2, 2, 2), formats.INT8, None, None, {nn.Bilinear: layers.simulated}),
+            ValueError,
+            r"int_fp_qsim: expected a layer that can be simulated, got Bilinear: .*",
         ),
         (
             lambda: calibrate_weights(not_finite(), 8, False),

@@ -35,6 +35,8 @@ is better off with ``quant_ops.Simulated``, which has scales per channel, row an
 from ..qtorch import BlockFloatingPoint, FixedPoint, FloatingPoint, FloatingPointNumber, Number
 from ..qtorch.quant import Quantizer, block_quantize, fixed_point_quantize, float_quantize
 from . import attention, formats, layers, quantizer, replace, static_calib
+from .replace import replace_layers
+from .static_calib import calibrate_inputs, calibrate_weights
 
 __all__ = [
     "BlockFloatingPoint",
@@ -45,11 +47,14 @@ __all__ = [
     "Quantizer",
     "attention",
     "block_quantize",
+    "calibrate_inputs",
+    "calibrate_weights",
     "fixed_point_quantize",
     "float_quantize",
     "formats",
     "layers",
     "quantizer",
     "replace",
+    "replace_layers",
     "static_calib",
 ]

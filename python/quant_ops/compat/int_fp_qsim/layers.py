@@ -86,7 +86,8 @@ def simulated(
         warnings.simplefilter("ignore")  # of a conversion of nothing, which is an error here
         result = qo.quantize_(holder, config_of(input_quantizer, weight_quantizer, output_quantizer))
     if not result.converted:
-        raise ValueError(f"quant_ops.int_fp_qsim: expected a layer that can be simulated, got a {type(layer).__name__}: {result}")
+        reason = dict(result.skipped).get("0", "it has no simulated form")
+        raise ValueError(f"quant_ops.int_fp_qsim: expected a layer that can be simulated, got {type(layer).__name__}: {reason}")
     return holder[0]
 
 

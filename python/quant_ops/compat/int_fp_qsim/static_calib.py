@@ -72,15 +72,17 @@ def calibrate_inputs(
 
     def watch(name: str) -> Callable[..., None]:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if name not in observers:
-                observers[name] = _observer(settings, x.device)
-            observers[name](x)
+            for x in (*args, *kwargs.values())[:1]:
+                if name not in observers:
+                    observers[name] = _observer(settings, x.device)
+                observers[name](x)
 
         return observe
 
     handles = [layer.register_forward_pre_hook(watch(name), prepend=True, with_kwargs=True) for name, layer in layers.items()]
     batches = 0
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's encoders would call no layer
     try:
         with torch.inference_mode(False), evaluating(model):
             for batch in dataloader:
@@ -89,6 +91,7 @@ def calibrate_inputs(
                 if batches == num_samples:
                     break
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     if batches == 0:
