@@ -1,18 +1,16 @@
 """Attention. There are no classes for single models: ``replace_layers`` simulates the products of functions in any model.
 
-These are torch.matmul, bmm, baddbmm, einsum, scaled_dot_product_attention and nn.MultiheadAttention, whichever code calls them:
-that of OPT, BERT, CodeGen, DETR, MaskFormer, Graphormer, ImageBind and diffusers, or the user's own. Queries and keys are rounded
-by the input quantizer, their product by the output quantizer, and then scaled and masked in float; likewise the probabilities and
-the values. Their scales, where a format has one, follow from the data of each call.
+These are torch.matmul, bmm, baddbmm, einsum, scaled_dot_product_attention and their like, whichever code calls them: that of OPT,
+BERT, CodeGen, DETR, MaskFormer, Graphormer, ImageBind and diffusers, or the user's own. Queries and keys are rounded by the input
+quantizer, their product by the output quantizer, and then scaled and masked in float; likewise the probabilities and the values.
+Their scales, where a format has one, follow from the data of each call.
 """
 
 from typing import Any
 
 from torch import nn
 
-import quant_ops as qo
-
-from .layers import Quantizer, config_of
+from .layers import Quantizer, simulated
 
 __all__ = ["MultiheadAttention"]
 
@@ -28,5 +26,4 @@ def MultiheadAttention(
 ) -> nn.Module:
     """An nn.MultiheadAttention with rounded operands; further arguments are nn.MultiheadAttention's."""
     layer = nn.MultiheadAttention(embed_dim, num_heads, *args, **kwargs)
-    qo.simulate_products_(layer, config_of(input_quantizer, weight_quantizer, output_quantizer))
-    return layer
+    return simulated(layer, input_quantizer, weight_quantizer, output_quantizer)

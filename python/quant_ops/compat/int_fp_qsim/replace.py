@@ -58,21 +58,22 @@ def replace_layers(
     others = {kind: made for kind, made in mapping.items() if made not in _OWN}
     if type(module) in others:
         return _from_float(module, others[type(module)], config)
-    layers = tuple(kind for kind in own if not issubclass(kind, nn.MultiheadAttention))
-    if isinstance(module, layers):
+    if isinstance(module, own):
         return simulated(module, input_quantizer, weight_quantizer, output_quantizer)
     left: set[str] = set()
-    for name, layer in list(module.named_modules()):
+    made: dict[nn.Module, nn.Module] = {}  # a layer in several places stays one
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
         if type(layer) in others and not _is_within(name, left):
-            module.set_submodule(name, _from_float(layer, others[type(layer)], config))
+            if layer not in made:
+                made[layer] = _from_float(layer, others[type(layer)], config)
+            module.set_submodule(name, made[layer])
             left.add(name)
 
     def mapping_has_it(name: str, layer: nn.Module) -> bool:
-        return isinstance(layer, layers) and not _is_within(name, left)
+        return isinstance(layer, own) and not _is_within(name, left)
 
-    if not isinstance(module, own):  # an nn.MultiheadAttention computes by functions alone
-        qo.quantize_(module, config, include=[mapping_has_it])
-    if nn.MultiheadAttention in own and module not in products:
+    qo.quantize_(module, config, include=[mapping_has_it])
+    if nn.MultiheadAttention in own and not hasattr(module, "_simulates_products"):
         products[module] = qo.simulate_products_(module, config)
     return module
 
