@@ -43,7 +43,7 @@ def main() -> None:
         outputs = model(pixel_values=images)
         return {"masks": outputs.masks_queries_logits, "classes": outputs.class_queries_logits}
 
-    compare(model, run, lambda outputs: outputs["masks"] > 0, "mask pixels")
+    compare(model, run, lambda outputs: outputs["masks"] > 0, "pixels")
 
 
 if __name__ == "__main__":
