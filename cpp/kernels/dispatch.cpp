@@ -185,7 +185,9 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"quantize_float", &KernelTable::quantize_float},
                                     Entry{"quantize_blocks", &KernelTable::quantize_blocks},
                                     Entry{"quantize_block_columns", &KernelTable::quantize_block_columns},
-                                    Entry{"random_words", &KernelTable::random_words}};
+                                    Entry{"random_words", &KernelTable::random_words},
+                                    Entry{"quantize_affine", &KernelTable::quantize_affine},
+                                    Entry{"dequantize_affine", &KernelTable::dequantize_affine}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");
 

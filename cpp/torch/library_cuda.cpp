@@ -96,6 +96,13 @@ struct Cuda {
     run_quantize_block(plan, p, device.launch(workspace.memory()));
   }
 
+  [[noreturn]] static void not_on_cuda(const char* op) {
+    fail(Refusal::kValue, op, "tensors on the CPU, got them on CUDA, which does not have it yet. Move them with .cpu() first.");
+  }
+  static void choose_qparams_affine(const ChooseAffineParams&, const Tensor&) { not_on_cuda("choose_qparams_affine"); }
+  static void quantize_affine(const AffineParams&, const Tensor&) { not_on_cuda("quantize_affine"); }
+  static void dequantize_affine(const AffineParams&, const Tensor&) { not_on_cuda("dequantize_affine"); }
+
   // A seed on the device stays there, so that nothing waits for it, and a captured graph reads it anew.
   static Seed seed(const Tensor& t) {
     const int64_t* const memory = t.const_data_ptr<int64_t>();
