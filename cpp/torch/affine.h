@@ -9,6 +9,10 @@
 #include "contract/affine.h"
 #include "torch/space.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace quant_ops {
 
 // ---- block_size -----------------------------------------------------------------------------------------------------
@@ -107,7 +111,10 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
   QO_EXPECT(!asymmetric || domain != ZeroPointDomain::kNone, op,
             "a symmetric mapping_type with zero_point_domain NONE, got ASYMMETRIC");
   expect_affine_codes(op, qmin, qmax);
-  if (asymmetric && !is_float) expect_bounds_in(op, to_dtype(type), qmin, qmax);
+  if (!is_float) {
+    const int64_t middle = (qmin + qmax + 1) / 2;
+    asymmetric ? expect_bounds_in(op, to_dtype(type), qmin, qmax) : expect_bounds_in(op, to_dtype(type), middle, middle);
+  }
   const ScalarType scale_type = scale_dtype.value_or(type);
   QO_EXPECT_DTYPE(is_floating(scale_type), op, "scale_dtype in (float32, float16, bfloat16, float64), got ", dtype_name(scale_type));
   const ScalarType zero_type = zero_point_dtype.value_or(asymmetric && !is_float ? ScalarType::Int : type);
@@ -209,10 +216,24 @@ inline AffineOperands expect_affine_operands(const char* op, const Tensor& input
   return {.blocks = blocks, .scale = factors, .zero_point = zero, .params = p};
 }
 
+// A result this large is fresh memory of the system each time, which then is cleared at its first touch: by 4 KiB that takes several
+// times as long as the operator. A hint only; large pages are used where the system's setting is madvise, as usual.
+inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  constexpr int64_t kFresh = int64_t{32} << 20;  // glibc maps and unmaps what is larger
+  if (bytes < kFresh) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // The result, and the walk over it, into the struct.
 inline Tensor affine_result(const char* op, const Tensor& input, ScalarType to, AffineOperands* operands) {
   Tensor y = empty_like(input, to);
   if (y.numel() == 0) return y;
+  if (y.is_cpu()) prefer_huge_pages(y.mutable_data_ptr(), bytes_of(y.numel(), to));
   Space space(op, input, operands->blocks.block);
   space.add(input);
   space.add(y);
