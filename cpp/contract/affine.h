@@ -1,5 +1,5 @@
-// The arithmetic of torchao's affine primitives, for host and device. torch rounds the result of every operation to a dtype, that of
-// the operands or the wider one, and these functions round where it does, so that all bits are torchao's on a CPU.
+// The arithmetic of torchao's affine primitives, for host and device. torch rounds the result of every operation to a dtype, that
+// of the operands or the wider one, and these functions round where it does, so that all bits are torchao's on a CPU.
 //
 // What torch casts to integers without a definition is defined here, as x86 does it: a code that its dtype does not hold keeps its
 // low bits, and NaN is the smallest integer of 64 bits (of 32 for int32), whose low bits are 0. Read next: cpu/affine.cpp.
@@ -9,8 +9,8 @@
 
 namespace quant_ops {
 
-// The nearest number of a dtype. `v` is the result of one operation on numbers of float32, or narrower, that was computed in double:
-// rounding it twice is rounding it once, as a double has more than twice the bits.
+// The nearest number of a dtype. `v` is the result of one operation on numbers of float32, or narrower, that was computed in
+// double: rounding it twice is rounding it once, as a double has more than twice the bits.
 QO_HD double rounded(double v, DType dtype) {
   if (dtype == DType::kFloat64) return v;
   const float f = static_cast<float>(v);
@@ -90,7 +90,7 @@ struct AffineQParams {
 
 // From the smallest and the largest element of a block (both NaN if it holds NaN), each operation rounded to X.
 template <class X>
-QO_HD AffineQParams affine_qparams_of(float min, float max, const ChooseAffineParams& p) {
+QO_HD AffineQParams affine_qparams_of(float min, float max, const AffineChoice& p) {
   const float steps = static_cast<float>(static_cast<double>(static_cast<int64_t>(p.qmax) - p.qmin));
   const float half_steps = static_cast<float>(static_cast<double>(static_cast<int64_t>(p.qmax) - p.qmin) / 2);
   const float lo = p.preserve_zero && min > 0.0f ? 0.0f : min, hi = p.preserve_zero && max < 0.0f ? 0.0f : max;
@@ -116,7 +116,7 @@ QO_HD AffineQParams affine_qparams_of(float min, float max, const ChooseAffinePa
 }
 
 template <class X>
-QO_HD void store_affine_qparams(float min, float max, const ChooseAffineParams& p, int64_t block) {
+QO_HD void store_affine_qparams(float min, float max, const AffineChoice& p, int64_t block) {
   const AffineQParams q = affine_qparams_of<X>(min, max, p);
   store_rounded(p.scale, block, p.scale_dtype, q.scale);
   if (p.zero_is_floating)

@@ -172,12 +172,9 @@ struct QuantizeBlockParams {
 enum class Mapping : int32_t { kSymmetric, kSymmetricNoClipping, kAsymmetric };
 enum class ZeroPointDomain : int32_t { kInt, kFloat, kNone };
 
-// choose_qparams_affine: the scale and the zero point of every block, from its smallest and largest element
-struct ChooseAffineParams {
-  Reduction range;  // operands of both: x;  kept also: the number of the block
-  const void* x;
-  DType x_dtype;  // float32, float16 or bfloat16
-  void* scale;    // a floating dtype
+// Where scales and zero points of blocks go, and how they are chosen.
+struct AffineChoice {
+  void* scale;  // a floating dtype
   DType scale_dtype;
   void* zero_point;
   DType zero_dtype;
@@ -187,6 +184,14 @@ struct ChooseAffineParams {
   ZeroPointDomain domain;
   bool preserve_zero;
   float eps;  // a number of x_dtype
+};
+
+// choose_qparams_affine: the scale and the zero point of every block, from its smallest and largest element
+struct ChooseAffineParams {
+  Reduction range;  // operands of both: x;  kept also: the number of the block
+  const void* x;
+  DType x_dtype;  // float32, float16 or bfloat16
+  AffineChoice choice;
 };
 
 // quantize_affine and dequantize_affine: from floating elements to codes and back

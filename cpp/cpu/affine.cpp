@@ -2,7 +2,7 @@
 //
 // What every element of a block needs, a factor and an offset, is computed once for all blocks. Contiguous runs of dtypes up to
 // float32 go to the vector kernels (kernels/generic/affine.h), strided ones are gathered first. Scales of float64, zero points that
-// are wider than the rest, and codes at the end of what their dtype holds go element by element through double.
+// are wider than the rest or have fractions, and codes at the end of what their dtype holds go element by element through double.
 #include <type_traits>
 
 #include "contract/affine.h"
@@ -35,11 +35,21 @@ bool holds_codes(const AffineParams& p, DType computed_in) {
   }
 }
 
+// Whether codes are whole numbers before they are cast: a cast does not round them as the kernels do.
+bool has_whole_codes(const AffineParams& p) {
+  if (p.zero_is_integer || p.domain == ZeroPointDomain::kFloat) return true;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const double zero = load_number(p.zero_point, b, p.zero_dtype);
+    if (zero != round_even(zero)) return false;
+  }
+  return true;
+}
+
 template <bool kQuantize>
 bool takes_vectors(const AffineParams& p) {
   if (p.scale_dtype == DType::kFloat64 || (p.zero_point != nullptr && p.zero_dtype == DType::kFloat64)) return false;
   const AffineDTypes t = dtypes_of<kQuantize>(p);
-  return !kQuantize || (t.product == t.sum && holds_codes(p, t.sum));
+  return !kQuantize || (t.product == t.sum && holds_codes(p, t.sum) && has_whole_codes(p));
 }
 
 // ---- vector kernels -------------------------------------------------------------------------------------------------
@@ -53,8 +63,8 @@ class AffineVectors {
     parallel_for(p.blocks, kBlocksPerThread, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const AffineBlock block = block_of<kQuantize>(p, b);
-        factor[b] = static_cast<float>(block.factor);
-        offset[b] = static_cast<float>(block.offset);
+        factor[b] = block.factor == block.factor ? static_cast<float>(block.factor) : NAN;
+        offset[b] = block.offset == block.offset ? static_cast<float>(block.offset) : NAN;
       }
     });
     factor_ = factor;
@@ -70,7 +80,8 @@ class AffineVectors {
   }
 
   void run() const {
-    const bool in_place = it_.ndim == 0 || (inner_stride(it_, 0) == 1 && inner_stride(it_, 1) == 1 && is_step(inner_stride(it_, 2)));
+    const bool in_place =
+        it_.ndim == 0 || (inner_stride(it_, 0) == 1 && inner_stride(it_, 1) == 1 && is_step(inner_stride(it_, 2)));
     parallel_for(numel(it_), kElementsPerThread,
                  [&](int64_t begin, int64_t end) { in_place ? rows(begin, end) : strided(begin, end); });
   }
@@ -179,7 +190,7 @@ void choose_qparams_affine_cpu(const ChooseAffineParams& p) {
     using X = std::remove_pointer_t<decltype(x)>;
     if constexpr (!std::is_same_v<X, double>)
       for_each_range<X>(p.x, p.x_dtype, p.range, [&](int64_t block, const MinMax<float>& r) {
-        store_affine_qparams<X>(r.nan ? NAN : r.min, r.nan ? NAN : r.max, p, block);
+        store_affine_qparams<X>(r.nan ? NAN : r.min, r.nan ? NAN : r.max, p.choice, block);
       });
   });
 }

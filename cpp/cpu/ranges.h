@@ -1,6 +1,6 @@
-// The range of every slice of a tensor: its smallest and largest element, and whether it holds NaN or infinities. They do not depend
-// on the order they are taken in, so any split over threads gives the same. Ranges are taken along a slice where its elements are
-// neighbours in memory, down the rows of a matrix where the slices are. For qparams.cpp and affine.cpp.
+// The range of every slice of a tensor: its smallest and largest element, and whether it holds NaN or infinities. They do not
+// depend on the order they are taken in, so any split over threads gives the same. Ranges are taken along a slice where its
+// elements are neighbours in memory, down the rows of a matrix where the slices are. For qparams.cpp and affine.cpp.
 #pragma once
 
 #include <algorithm>
@@ -161,8 +161,7 @@ void ranges_down_columns(const X* x, DType dtype, const Reduction& r, const Writ
                    run.min = min + at;
                    run.max = max + at;
                    run.abs_bits = abs_bits + at;
-                   find_column_ranges(r, part * length / parts, (part + 1) * length / parts,
-                                      x + walk.offset[0] + column, &run);
+                   find_column_ranges(r, part * length / parts, (part + 1) * length / parts, x + walk.offset[0] + column, &run);
                  }
                });
   Walk walk;
@@ -174,8 +173,8 @@ void ranges_down_columns(const X* x, DType dtype, const Reduction& r, const Writ
   }
 }
 
-// Calls write(where the slice's result is, range), from any thread, for the slices of a Reduction whose operands are x and (kept) the
-// result.
+// Calls write(where the slice's result is, range), from any thread, for the slices of a Reduction whose operands are x and (kept)
+// the result.
 template <class X, class Write>
 void for_each_range(const void* x, DType dtype, Reduction r, const Write& write) {
   coalesce(&r.kept);

@@ -220,8 +220,8 @@ struct BlockRun {
   const uint32_t* random = nullptr;  // laid out as the elements, without gaps
 };
 
-// Rows of n contiguous elements by the arithmetic of contract/affine.h. The factor and the offset of row i start at i * block_row and
-// step by 0 or 1 along it. All operations have one dtype: float32, or with `narrow` that of the floating elements.
+// Rows of n contiguous elements by the arithmetic of contract/affine.h. The factor and the offset of row i start at i * block_row
+// and step by 0 or 1 along it. All operations have one dtype: float32, or with `narrow` that of the floating elements.
 struct AffineRun {
   const void* from;
   void* to;
@@ -229,7 +229,7 @@ struct AffineRun {
   int64_t n;
   int64_t rows = 1;
   int64_t from_row = 0, to_row = 0;
-  const float* factor;
+  const float* factor;  // one that is NaN is the usual NaN, likewise an offset
   const float* offset;
   int step;
   int64_t block_row = 0;

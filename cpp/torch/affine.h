@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
   const char* op = "choose_qparams_affine";
   const ScalarType type = input.scalar_type();
   expect_affine_floating(op, "input.dtype", type);
-  QO_EXPECT(mapping >= 0 && mapping <= 2, op,
-            "mapping_type in 0 (SYMMETRIC), 1 (SYMMETRIC_NO_CLIPPING_ERR), 2 (ASYMMETRIC), got ", mapping);
+  QO_EXPECT(mapping >= 0 && mapping <= 2, op, "mapping_type in 0 (SYMMETRIC), 1 (SYMMETRIC_NO_CLIPPING_ERR), 2 (ASYMMETRIC), got ",
+            mapping);
   const ZeroPointDomain domain = expect_domain(op, zero_point_domain);
   const bool asymmetric = static_cast<Mapping>(mapping) == Mapping::kAsymmetric, is_float = domain == ZeroPointDomain::kFloat;
   QO_EXPECT(asymmetric || (preserve_zero && !is_float), op,
@@ -116,7 +116,8 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
     asymmetric ? expect_bounds_in(op, to_dtype(type), qmin, qmax) : expect_bounds_in(op, to_dtype(type), middle, middle);
   }
   const ScalarType scale_type = scale_dtype.value_or(type);
-  QO_EXPECT_DTYPE(is_floating(scale_type), op, "scale_dtype in (float32, float16, bfloat16, float64), got ", dtype_name(scale_type));
+  QO_EXPECT_DTYPE(is_floating(scale_type), op, "scale_dtype in (float32, float16, bfloat16, float64), got ",
+                  dtype_name(scale_type));
   const ScalarType zero_type = zero_point_dtype.value_or(asymmetric && !is_float ? ScalarType::Int : type);
   QO_EXPECT_DTYPE(is_floating(zero_type) || (!is_float && (is_affine_integer(zero_type) || zero_type == ScalarType::Long)), op,
                   is_float ? "a floating zero_point_dtype with zero_point_domain FLOAT" : "zero_point_dtype integer or floating",
@@ -127,8 +128,8 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
   // torch's amin takes no dimensions for all of them, so that blocks of one element become one block here
   bool all = true;
   for (int64_t b : block_size) all = all && b == 1;
-  QO_EXPECT(!all || !keepdim || input.numel() == 1, op,
-            "a block of more than one element with keepdim=True, got block_size ", shape_text(block_size));
+  QO_EXPECT(!all || !keepdim || input.numel() == 1, op, "a block of more than one element with keepdim=True, got block_size ",
+            shape_text(block_size));
   if (all) {
     blocks.block = sizes_of(input);
     blocks.grid = Ints(blocks.block.size(), 1);
@@ -136,8 +137,8 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
   }
   Ints shape;
   for (size_t d = 0; d < blocks.grid.size(); ++d) {
-    QO_EXPECT(!blocks.whole[d] || input.size(static_cast<int64_t>(d)) > 0, op,
-              "a block of at least one element, got block_size ", shape_text(block_size), " and input.shape ", shape_text(input));
+    QO_EXPECT(!blocks.whole[d] || input.size(static_cast<int64_t>(d)) > 0, op, "a block of at least one element, got block_size ",
+              shape_text(block_size), " and input.shape ", shape_text(input));
     if (keepdim || !blocks.whole[d]) shape.push_back(blocks.grid[d]);
   }
   Tensor scale = empty(shape, scale_type, input), zero_point = empty(shape, zero_type, input);
@@ -152,18 +153,21 @@ std::tuple<Tensor, Tensor> choose_qparams_affine(const Tensor& input, int64_t ma
       .range = range,
       .x = input.const_data_ptr(),
       .x_dtype = to_dtype(type),
-      .scale = scale.mutable_data_ptr(),
-      .scale_dtype = to_dtype(scale_type),
-      .zero_point = zero_point.mutable_data_ptr(),
-      .zero_dtype = to_dtype(zero_type),
-      .zero_is_floating = is_floating(zero_type),
-      .zero_is_int64 = zero_type == ScalarType::Long,
-      .qmin = static_cast<int32_t>(qmin),
-      .qmax = static_cast<int32_t>(qmax),
-      .mapping = static_cast<Mapping>(mapping),
-      .domain = domain,
-      .preserve_zero = preserve_zero,
-      .eps = least_scale,
+      .choice =
+          {
+              .scale = scale.mutable_data_ptr(),
+              .scale_dtype = to_dtype(scale_type),
+              .zero_point = zero_point.mutable_data_ptr(),
+              .zero_dtype = to_dtype(zero_type),
+              .zero_is_floating = is_floating(zero_type),
+              .zero_is_int64 = zero_type == ScalarType::Long,
+              .qmin = static_cast<int32_t>(qmin),
+              .qmax = static_cast<int32_t>(qmax),
+              .mapping = static_cast<Mapping>(mapping),
+              .domain = domain,
+              .preserve_zero = preserve_zero,
+              .eps = least_scale,
+          },
   };
   Backend::choose_qparams_affine(p, input);
   return {scale, zero_point};
@@ -216,8 +220,8 @@ inline AffineOperands expect_affine_operands(const char* op, const Tensor& input
   return {.blocks = blocks, .scale = factors, .zero_point = zero, .params = p};
 }
 
-// A result this large is fresh memory of the system each time, which then is cleared at its first touch: by 4 KiB that takes several
-// times as long as the operator. A hint only; large pages are used where the system's setting is madvise, as usual.
+// A result this large is fresh memory of the system each time, which then is cleared at its first touch: by 4 KiB that takes
+// several times as long as the operator. A hint only; large pages are used where the system's setting is madvise, as usual.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
@@ -258,8 +262,8 @@ Tensor quantize_affine(const Tensor& input, const Ints& block_size, const Tensor
             "a zero_point with zero_point_domain FLOAT, got None");
   const int64_t bits = 8 * dtype_bytes(p.to_dtype), least = p.to_dtype == DType::kUInt8 ? 0 : -(int64_t{1} << (bits - 1));
   const int64_t most = p.to_dtype == DType::kUInt8 ? 255 : -(least + 1);
-  QO_EXPECT(qmin >= least && qmax <= most, op, "quant_min and quant_max in [", least, ", ", most, "] for ", dtype_name(output_dtype),
-            ", got ", qmin, " and ", qmax);
+  QO_EXPECT(qmin >= least && qmax <= most, op, "quant_min and quant_max in [", least, ", ", most, "] for ",
+            dtype_name(output_dtype), ", got ", qmin, " and ", qmax);
   expect_bounds_in(op, quantize_affine_dtypes(p).sum, qmin, qmax);
   Tensor y = affine_result(op, input, output_dtype, &operands);
   if (y.numel() > 0) Backend::quantize_affine(operands.params, input);

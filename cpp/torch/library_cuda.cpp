@@ -96,12 +96,18 @@ struct Cuda {
     run_quantize_block(plan, p, device.launch(workspace.memory()));
   }
 
-  [[noreturn]] static void not_on_cuda(const char* op) {
-    fail(Refusal::kValue, op, "tensors on the CPU, got them on CUDA, which does not have it yet. Move them with .cpu() first.");
+  static void choose_qparams_affine(const ChooseAffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("choose_qparams_affine", x);
+    choose_qparams_affine_cuda(p, device.launch());
   }
-  static void choose_qparams_affine(const ChooseAffineParams&, const Tensor&) { not_on_cuda("choose_qparams_affine"); }
-  static void quantize_affine(const AffineParams&, const Tensor&) { not_on_cuda("quantize_affine"); }
-  static void dequantize_affine(const AffineParams&, const Tensor&) { not_on_cuda("dequantize_affine"); }
+  static void quantize_affine(const AffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("quantize_affine", x);
+    quantize_affine_cuda(p, device.launch());
+  }
+  static void dequantize_affine(const AffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("dequantize_affine", x);
+    dequantize_affine_cuda(p, device.launch());
+  }
 
   // A seed on the device stays there, so that nothing waits for it, and a captured graph reads it anew.
   static Seed seed(const Tensor& t) {

@@ -7,13 +7,20 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-// Through memory in T, which rounds.
+// The nearest number of T. A NaN of these kernels has zeros in its low half (AffineRun), so that adding to its bits leaves it NaN.
 template <class T>
 QO_INLINE typename Simd::F rounded_to(typename Simd::F v) {
-  if constexpr (std::is_same_v<T, float>) return v;
-  T narrow[Simd::N];
-  Simd::store(narrow, v);
-  return Simd::load(narrow);
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = Simd::bits(v), odd = Simd::and_bits(Simd::shift_right(bits, 16), Simd::set_int(1));
+    const auto sum = Simd::add(bits, Simd::add(odd, Simd::set_int(0x7fff)));
+    return Simd::as_float(Simd::and_bits(sum, Simd::set_int(static_cast<int32_t>(0xffff0000u))));
+  } else {
+    T narrow[Simd::N];
+    Simd::store(narrow, v);
+    return Simd::load(narrow);
+  }
 }
 
 // The factors and offsets of a row's elements: one for all, or (kVary) one each.

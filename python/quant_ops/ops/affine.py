@@ -90,9 +90,9 @@ def choose_qparams_affine(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point of every block, as torchao's ``choose_qparams_affine``.
 
-    The scale is computed in ``input.dtype``, bfloat16 and float16 too, and converted to ``scale_dtype`` afterwards. A block that holds
-    NaN has the scale NaN, and an integer zero point that torch's cast makes of NaN on x86: the smallest integer, or 0 if it is
-    narrower than 32 bits.
+    The scale is computed in ``input.dtype``, bfloat16 and float16 too, and converted to ``scale_dtype`` afterwards. A block that
+    holds NaN has the scale NaN, and an integer zero point that torch's cast makes of NaN on x86: the smallest integer, or 0 if it
+    is narrower than 32 bits.
 
     Args:
         input: float32, float16 or bfloat16, any shape and strides.
@@ -103,8 +103,8 @@ def choose_qparams_affine(
         quant_min, quant_max: another range within it.
         eps: smallest scale; the smallest normal number of ``input.dtype`` unless given.
         scale_dtype: dtype of the scale, ``input.dtype`` unless given.
-        zero_point_dtype: integer or floating; None: int32 if asymmetric, else ``input.dtype``. In the domain FLOAT an integer dtype,
-            as the default is, stands for ``input.dtype``.
+        zero_point_dtype: integer or floating; None: int32 if asymmetric, else ``input.dtype``. In the domain FLOAT an integer
+            dtype, as the default is, stands for ``input.dtype``.
         keepdim: keep a dimension of size 1 for each that is one block; otherwise it is dropped.
         preserve_zero: widen the range to contain 0. False, for asymmetric mappings only, is torchao's
             ``_choose_qparams_affine_dont_preserve_zero``.
@@ -169,8 +169,8 @@ def quantize_affine(
     """Floating elements to codes, as torchao's ``quantize_affine``: ``clamp(rne(input * (1 / scale)) + zero_point)``.
 
     In the domain FLOAT, as ``_quantize_affine_tinygemm``: ``clamp(rne((input - (zero_point - scale * mid_point)) / scale))`` with
-    ``mid_point = (quant_max + quant_min + 1) / 2``. Each operation is rounded to the dtype that torch promotes its operands to. Note
-    that other operators of quant_ops divide by the scale instead. A code of NaN is what torch's cast makes of it on x86: 0, or the
+    ``mid_point = (quant_max + quant_min + 1) / 2``. Each operation is rounded to the dtype that torch promotes its operands to.
+    Other operators of quant_ops divide by the scale instead. A code of NaN is what torch's cast makes of it on x86: 0, or the
     smallest int32.
 
     Args:
@@ -219,8 +219,8 @@ def dequantize_affine(
 ) -> Tensor:
     """Codes to floating elements, as torchao's ``dequantize_affine``: ``(input - zero_point) * scale``.
 
-    In the domain FLOAT, as ``_dequantize_affine_tinygemm``: ``(input - mid_point) * scale + zero_point``. The difference, the product
-    and the sum are each rounded to ``output_dtype``.
+    In the domain FLOAT, as ``_dequantize_affine_tinygemm``: ``(input - mid_point) * scale + zero_point``. The difference, the
+    product and the sum are each rounded to ``output_dtype``.
 
     Args:
         input: codes in uint8, int8, int16 or int32, any shape and strides.
