@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "engine/sm90/igemm.h"
+#include "engine/sm90/choose.h"
 
 using namespace quant_ops;
 using namespace quant_ops::sm90;
@@ -131,7 +131,7 @@ static Quality quality(const std::vector<Row>& rows, const Costs& costs, bool sh
 
 // Lower is better.
 static double badness(const Quality& q) {
-  return std::log(q.mean) * 20 + (1 - q.within) + std::max(0.0, q.worst - 1.15) + q.spread * q.spread * 2;
+  return std::log(q.mean) * 20 + (1 - q.within) + std::max(0.0, q.worst - 1.15) + q.spread * q.spread * 10;
 }
 
 static std::string text_of(const KernelPlan& plan) {
