@@ -417,6 +417,27 @@ def test_a_simulated_model_is_compiled(kind):
     torch.testing.assert_close(passes(parts, x), plain)
 
 
+def test_a_simulated_model_is_exported():
+    model, x = Block(), torch.randn(2, 5, 8)
+    plain = model(x)
+    qo.simulate_products_(model, CONFIG)
+    with torch.inference_mode():
+        want = model(x)
+    assert not torch.equal(want, plain)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), want)
+    torch.testing.assert_close(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), want)
+    with pytest.raises(Exception, match=r"expected torch.export with strict=False") as error:
+        torch.export.export(model, (x,), strict=True)
+    assert "quant_ops" in str(error.value)
+
+
+def test_a_layer_with_a_computed_weight_is_a_layer():
+    model, spy = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), Spy()
+    qo.simulate_products_(model, qo.Simulated(input=spy))
+    model(torch.randn(2, 8))
+    assert not spy.seen
+
+
 def test_the_encoder_is_compiled():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

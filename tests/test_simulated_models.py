@@ -58,7 +58,9 @@ DETR_SIZES = {"layers": LAYERS, "attention_heads": 2, "ffn_dim": 32}
 
 
 def detr(transformers):
-    resnet = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"])
+    resnet = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
     return transformers.DetrForObjectDetection, detr_config(transformers, backbone_config=resnet)
 
 
