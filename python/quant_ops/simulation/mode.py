@@ -104,6 +104,8 @@ class ProductMode(TorchFunctionMode):
                 args = tuple(_in_mode(arg, self) if callable(arg) and not isinstance(arg, Tensor) else arg for arg in args)
             return func(*args, **kwargs)
         if self.spares_layers and self._is_layers(func, args):
+            if torch.compiler.is_compiling():  # a graph that runs as it is, in the mode, must not call the function again
+                func = torch.ops.aten.linear.default if func is F.linear else torch.ops.aten.addmm.default
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _simulate_recomputation(self, sys._getframe(1))
