@@ -417,6 +417,25 @@ def test_a_simulated_model_is_compiled(kind):
     torch.testing.assert_close(passes(parts, x), plain)
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_graph_is_simulated_once_however_it_is_run(backend):
+    """Where a graph breaks, what is compiled runs in the mode, and calls torch's functions again."""
+
+    class Breaking(Block):
+        def forward(self, x):
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(self.mix(y))
+
+    model, x = Breaking(), torch.randn(2, 5, 8)
+    config = qo.Simulated(input=lambda x: x * 2)
+    with _during(model, config), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    torch._dynamo.reset()
+    with qo.simulated_products(config), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
 def test_a_simulated_model_is_exported():
     model, x = Block(), torch.randn(2, 5, 8)
     plain = model(x)

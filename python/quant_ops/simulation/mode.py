@@ -108,6 +108,8 @@ class ProductMode(TorchFunctionMode):
                 func = torch.ops.aten.linear.default if func is F.linear else torch.ops.aten.addmm.default
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
+            if _is_generated(sys._getframe(1)):
+                return func(*args, **kwargs)
             _simulate_recomputation(self, sys._getframe(1))
         if "out" in kwargs:
             out = kwargs.pop("out")
@@ -132,6 +134,11 @@ class ProductMode(TorchFunctionMode):
 _frames = torch._C._dynamo.eval_frame
 _skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
 _frames.set_code_exec_strategy(ProductMode.__torch_function__.__code__, _skip)
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Whether Inductor's code calls, which runs products that were simulated when they were traced as torch.mm and the like."""
+    return "extern_kernels" in frame.f_globals or str(frame.f_globals.get("__name__")).startswith("torch._inductor")
 
 
 def _is_transposed(module: Any) -> bool:
