@@ -86,8 +86,8 @@ def test_one_layer_two_configs():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"config": "int8"}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got str$"),
-        ({"config": {"head": 8}}, TypeError, "expected config to be an Int8Static or an Int8Dynamic, got int$"),
+        ({"config": "int8"}, TypeError, "expected config to be Int8Static, Int8Dynamic or Simulated, got str$"),
+        ({"config": {"head": 8}}, TypeError, "expected config to be Int8Static, Int8Dynamic or Simulated, got int$"),
         (
             {"config": {"tail": qo.Int8Static()}},
             ValueError,
@@ -103,7 +103,7 @@ def test_wrong_arguments(arguments, kind, message):
 
 
 def test_a_static_config_is_not_for_quantize():
-    with pytest.raises(TypeError, match=r"Int8Dynamic, got Int8Static\. Use prepare_, calibrate and convert_\.$"):
+    with pytest.raises(TypeError, match=r"Int8Dynamic or Simulated, got Int8Static\. Use prepare_, calibrate and convert_\.$"):
         qo.quantize_(Net(), qo.Int8Static())
 
 

@@ -477,7 +477,7 @@ def test_a_pattern_without_a_match(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": "int8"}, "expected config to be an Int8Dynamic, got str"),
+        ({"config": "int8"}, "expected config to be Int8Dynamic or Simulated, got str"),
         ({"include": "head"}, r"expected include to be a list of patterns, got one str\. Write \['head'\]\."),
         ({"exclude": "head"}, r"expected exclude to be a list of patterns, got one str\. Write \['head'\]\."),
     ],

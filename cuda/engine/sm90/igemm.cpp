@@ -25,6 +25,10 @@ bool walks(const Gather& g) {
 
 }  // namespace
 
+// Fitted to benchmarks/gpu/h200_sweep.json.
+const Costs kH200 = {4649.68, 1.43318,  52.1636, 0.295418, 2.0057,  120.996, 1847.91, 79.3623,
+                     25.6293, 0.983451, 27.0895, 11028,    17.8756, 3417.61, 59.2841};
+
 Problem problem_of(const IgemmProblem& p) {
   return {.M = p.M,
           .N = p.N,
@@ -114,8 +118,9 @@ double clocks(const Problem& p, int kernel, int64_t multiprocessors, int64_t spl
   const int64_t last = per_sm - (rounds - 1) * t.blocks_per_sm;  // blocks of the last round
 
   const double products = static_cast<double>(t.first) * t.second * kStepBytes / 4096 * c.product;
-  const double bytes = (t.first + t.second) * kStepBytes / c.ingest;
-  const double rows = static_cast<double>((t.first + t.second) * (kStepBytes / load)) * (p.gathers ? c.image_row : c.row);
+  const auto loaded = static_cast<double>(std::min<int64_t>(t.first, first) + std::min<int64_t>(t.second, second));
+  const double bytes = loaded * kStepBytes / c.ingest;
+  const double rows = loaded * static_cast<double>(kStepBytes / load) * (p.gathers ? c.image_row : c.row);
   const double alone = std::max(c.step, c.latency / (t.stages - 1)), shared = std::max({products, bytes, rows});
   const auto round = [&](int64_t blocks) {
     return static_cast<double>(steps) * std::max(shared * static_cast<double>(blocks), alone);

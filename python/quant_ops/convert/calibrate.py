@@ -22,12 +22,16 @@ def _observed(op: str, model: nn.Module) -> dict[str, Prepared]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Prepared)}
     if not layers:
         raise ValueError(f"quant_ops.{op}: expected a prepared model, got one without prepared layers. Call prepare_ first.")
-    return {name: layer for name, layer in layers.items() if layer.observer is not None}
+    return {name: layer for name, layer in layers.items() if layer.observers}
 
 
 def _left_out(layers: Mapping[str, Prepared]) -> dict[str, int]:
-    """How many batches held NaN or Inf at the input of each layer."""
-    return {name: layer.observer.batches_left_out for name, layer in layers.items() if layer.observer is not None}
+    """How many batches held NaN or Inf at the input of each layer, and at outputs that are observed."""
+    return {
+        name if operand == "input" else f"{name} ({operand})": observer.batches_left_out
+        for name, layer in layers.items()
+        for operand, observer in layer.observers.items()
+    }
 
 
 @contextlib.contextmanager
@@ -113,8 +117,8 @@ def calibrate(
     if any(left_out.values()):
         shown = ", ".join(f"{name} ({count})" for name, count in left_out.items() if count)
         warnings.warn(
-            f"quant_ops.calibrate: expected finite activations, got batches with NaN or Inf, which were left out, at the inputs of "
-            f"{shown}",
+            f"quant_ops.calibrate: expected finite activations, got batches with NaN or Inf, which were left out, at the inputs "
+            f"of {shown}",
             stacklevel=2,
         )
     return batches
@@ -130,7 +134,7 @@ def synchronize_(model: nn.Module, group: Any = None) -> None:
         ValueError: the model is not prepared, or the processes' models differ.
     """
     layers = _observed("synchronize_", model)
-    observers = {name: layer.observer for name, layer in layers.items() if layer.observer is not None}
+    observers = {f"{name}.{operand}": seen for name, layer in layers.items() for operand, seen in layer.observers.items()}
     mine = {name: {key: value.cpu() for key, value in observer.state_dict().items()} for name, observer in observers.items()}
     everyones: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(everyones, mine, group)
@@ -144,7 +148,8 @@ def synchronize_(model: nn.Module, group: Any = None) -> None:
         observer.load_state_dict(everyones[0][name])  # in the order of ranks, so that all get the same bits
         for state in everyones[1:]:
             observer.merge_(_restore(observer, state[name]))
-        layers[name].end_calibration()
+    for layer in layers.values():
+        layer.end_calibration()
 
 
 def _restore(like: Observer, state: Mapping[str, Tensor]) -> Observer:

@@ -35,6 +35,7 @@ from .._models import has_hooks, patched
 from ..nn import INT8_LAYERS, Int8Layer, as_linear, exact_class
 from ..nn.loading import check_loads
 from ..nn.saving import DTYPES, is_channels_last
+from ..simulation.recast import Recast
 from . import config
 from .prepared import Prepared
 from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
@@ -73,10 +74,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "replace in place. Wrap it in an nn.Sequential."
         )
     for name, module in model.named_modules():
-        if isinstance(module, Prepared):
+        if isinstance(module, Recast):
+            first = "Call convert_ first, or keep" if isinstance(module, Prepared) else "Keep"
             raise ValueError(
-                f"quant_ops.save: expected a float or int8 model, got the {module.kind} layer {name!r}. "
-                "Call convert_ first, or keep the state_dict."
+                f"quant_ops.save: expected a float or int8 model, got the {module.kind} layer {name!r}. {first} the state_dict."
             )
     state, rest = _state(model), _not_in_state_dict(model)
     tensors, shared = _distinct(state | rest)

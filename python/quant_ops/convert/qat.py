@@ -7,14 +7,14 @@ use; its gradient is the straight-through estimator for values and that of LSQ (
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import Int8Layer
 from ..observers import Observer
 from ..ops import choose_qparams, quant_tensor_forward
-from .config import Int8Static, Scheme
-from .prepared import Prepared, Transposed, choose_weight_scale, to_int8, whole
+from ..simulation.recast import Conv, Linear, Transposed
+from .config import Int8Scheme, Int8Static
+from .prepared import Prepared, choose_weight_scale, to_int8, whole
 
 _TINY = torch.finfo(torch.float32).tiny
 _NOT_STARTED = 1.0  # an input scale before the first data
@@ -60,12 +60,12 @@ class Qat(Prepared):
         "input_zero_point",
     )
 
-    weight: Tensor
+    config: Int8Scheme
     weight_scale: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def _prepare(self, config: Scheme) -> None:
+    def _prepare(self, config: Any) -> None:
         before = self._modules.get("observer")  # of a prepared layer
         for name in Prepared.own:
             if hasattr(self, name):
@@ -194,29 +194,26 @@ class Qat(Prepared):
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output with quantized weights and input; the float layer's while calibrating."""
         if self.until_seen:
             if self._is_first():
                 self.begin_calibration()
             elif self.observing:
                 self.end_calibration()
-        if self.observing:
-            return super().forward(x)
-        return self._compute(self._simulate_input(x), self._simulate_weight())
+        return super().forward(*args, **kwargs)
 
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _input(self, x: Tensor) -> Tensor:
+        return super()._input(x) if self.observing else self._simulate_input(x)
 
-    def _dynamic_dims(self, x: Tensor) -> list[int]:
-        """The dimensions over which dynamic quantization takes one scale."""
-        raise NotImplementedError
+    def _weight(self) -> Tensor:
+        return self.weight if self.observing else self._simulate_weight().movedim(0, self.weight_layout.channel)
 
     def _simulate_input(self, x: Tensor) -> Tensor:
         if self.observer is None:
             asymmetric = self.config.asymmetric
             qmin = -128 if asymmetric else -127
-            scale, zero_point = choose_qparams(x.detach(), self._dynamic_dims(x), qmin, 127, asymmetric)
+            scale, zero_point = choose_qparams(x.detach(), list(self.input_layout.row), qmin, 127, asymmetric)
             return quant_tensor_forward(x, scale, zero_point, qmin, 127, asymmetric)
         qmin, qmax, asymmetric = self.observer.qmin, self.observer.qmax, self.observer.asymmetric
         if self.input_scale is None:
@@ -281,46 +278,23 @@ class Qat(Prepared):
         return to_int8(self, self.config, scale, **self.input_qparams())
 
 
-class _QatLinear(Qat):
-    """What the trainable linear layers share; dynamic quantization is per row."""
-
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        bias: Any = self.bias
-        return F.linear(x, weight, bias)
-
-    def _dynamic_dims(self, x: Tensor) -> list[int]:
-        return [-1]
-
-
-class QatLinear(_QatLinear, nn.Linear):
+class QatLinear(Linear, Qat, nn.Linear):
     """nn.Linear that trains with quantized weights and inputs."""
 
-    float_class = nn.Linear
 
-
-class QatTransposedLinear(_QatLinear, Transposed):
+class QatTransposedLinear(Transposed, Qat):
     """transformers' Conv1D that trains with quantized weights and inputs."""
 
-
-class _QatConv(Qat):
-    """What the trainable convolutions share; dynamic quantization is per sample."""
-
-    bias: Tensor | None
-
-    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
-
-    def _dynamic_dims(self, x: Tensor) -> list[int]:
-        return list(range(1 - self.weight.dim(), 0))
+    own = (*Qat.own, "made_from")
 
 
-class QatConv1d(_QatConv, nn.Conv1d):
+class QatConv1d(Conv, Qat, nn.Conv1d):
     """nn.Conv1d that trains with quantized weights and inputs."""
 
     float_class = nn.Conv1d
 
 
-class QatConv2d(_QatConv, nn.Conv2d):
+class QatConv2d(Conv, Qat, nn.Conv2d):
     """nn.Conv2d that trains with quantized weights and inputs."""
 
     float_class = nn.Conv2d

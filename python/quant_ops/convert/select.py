@@ -12,18 +12,22 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._description import Config
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
-from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, exact_class, float_class
+from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, exact_class
 from ..nn.loading import check_loads
 from ..observers import Observer
-from .config import Config, Scheme
+from ..simulation.config import Simulated
+from ..simulation.layers import SIMULATED, SimulatedLayer
+from ..simulation.recast import Recast
+from .config import Scheme
 from .prepared import Prepared, is_sharded
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Configs = Scheme | Mapping[Filter, Scheme | None]
 FLOAT = tuple(INT8_LAYERS)  # the float layers that have an int8 one
 FLOAT_OR_INT8: tuple[type[nn.Module], ...] = (*FLOAT, Int8Layer)
-KINDS = "Linear, Conv1d or Conv2d"  # the same, for messages
+SIMULABLE = tuple(SIMULATED)  # the float layers that have a simulated one
 
 _INT8_ALREADY = "int8 already"
 _REASON = "_quant_ops_reason"  # attribute of a layer that prepare_ skipped: why, for convert_
@@ -36,10 +40,10 @@ class ConversionResult(Result):
 
     Attributes:
         converted: names of the layers that are now of the kind that the call makes.
-        skipped: name and reason of every Linear, Conv1d or Conv2d that stayed as it was, and of every other module that owns a
-            float parameter of two or more dimensions, such as an Embedding or an LSTM.
+        skipped: name and reason of every layer of the kinds that the call converts that stayed as it was, and of every other module
+            that owns a float parameter of two or more dimensions, such as an LSTM.
         notes: name of a converted layer and what had to be assumed for it, or what its conversion could not do.
-        kind: what the call makes: "int8", "prepared" or "qat".
+        kind: what the call makes: "int8", "prepared", "qat" or "simulated".
         share: fraction of the model's weights (parameters of two or more dimensions) that are in layers of this kind now.
         bytes_before, bytes_after: memory that the whole model's tensors hold, packed copies included, what is shared once.
     """
@@ -71,8 +75,9 @@ class ConversionResult(Result):
 class Survey:
     """What a converting call says about the whole model: begun before the first layer is replaced, finished after the last."""
 
-    def __init__(self, op: str, model: nn.Module) -> None:
-        self._op, self._model = op, model
+    def __init__(self, op: str, model: nn.Module, simulated: bool = False) -> None:
+        self._op, self._model, self._classes = op, model, classes_for(simulated)
+        self._kinds = kinds_for(simulated)
         self._before = _size(model)
         owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules():
@@ -81,14 +86,17 @@ class Survey:
                     owners.setdefault(id(parameter), []).append((name, module))
         self._tied = {  # each layer's weight and the other modules that have the same one
             name: [other for other, owner in owners.get(id(module._parameters.get("weight")), ()) if owner is not module]
-            for name, module, *_ in all_layers(model)
+            for name, module, *_ in all_layers(model, self._classes)
         }
 
     def finish(self, result: ConversionResult) -> ConversionResult:
         """Adds what stayed float beside the layers, tied weights, and sizes; warns if nothing was converted, and logs."""
-        model, done = self._model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared)
-        _remember(model, result)
-        result.skipped += [(name, _no_int8(module, weights)) for name, module, weights in _other_weights(model)]
+        model, done = self._model, _DONE[result.kind]
+        _remember(model, result, self._classes)
+        form = "int8" if self._classes == FLOAT_OR_INT8 else "simulated"
+        result.skipped += [
+            (name, _no_form(module, weights, form)) for name, module, weights in _other_weights(model, self._classes)
+        ]
         order = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
         result.skipped.sort(key=lambda entry: order.get(entry[0], len(order)))
         for name in result.converted:
@@ -106,24 +114,24 @@ class Survey:
         if not result.converted:
             found = "; ".join(reasons(result.skipped)[:3]) + ("; ..." if len(result.skipped) > 3 else "")
             warnings.warn(
-                f"quant_ops.{self._op}: expected at least one {KINDS} to convert, got none: the model stays as it was"
+                f"quant_ops.{self._op}: expected at least one {self._kinds} to convert, got none: the model stays as it was"
                 f"{f' ({found})' if found else ''}.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return result
 
 
 def measure(model: nn.Module, result: ConversionResult) -> None:
     """Share and memory of the model as it is now."""
-    result.share = _share(model, Int8Layer if result.kind == "int8" else (Int8Layer, Prepared))
+    result.share = _share(model, _DONE[result.kind])
     result.bytes_after = _size(model)
 
 
-def _remember(model: nn.Module, result: ConversionResult) -> None:
+def _remember(model: nn.Module, result: ConversionResult, classes: tuple[type[nn.Module], ...]) -> None:
     """Leaves with each layer that prepare_ skips why, so that convert_ can say so; copies of the model keep it until then."""
-    for _, layer, *_ in all_layers(model):
+    for _, layer, *_ in all_layers(model, classes):
         vars(layer).pop(_REASON, None)
-    if result.kind != "int8":
+    if result.kind in ("prepared", "qat"):
         for name, reason in result.skipped:
             layer = model.get_submodule(name)
             if not isinstance(layer, Prepared | Int8Layer):
@@ -140,11 +148,11 @@ def _size(model: nn.Module) -> int:
     return held_bytes(model) - held_bytes(*(module for module in model.modules() if isinstance(module, Observer)))
 
 
-def _other_weights(model: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
+def _other_weights(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module, list[str]]]:
     """Every module but the layers of these kinds that owns float parameters of two or more dimensions; with their names."""
     found = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FLOAT_OR_INT8):
+        if isinstance(module, (*classes, SimulatedLayer)):
             continue
         if isinstance(module, parametrize.ParametrizationList):
             continue  # named with the module whose weight it computes
@@ -164,9 +172,9 @@ def _is_weight(parameter: nn.Parameter | None) -> bool:
     return nn.parameter.is_lazy(parameter) or parameter.dim() >= 2
 
 
-def _no_int8(module: nn.Module, weights: list[str]) -> str:
+def _no_form(module: nn.Module, weights: list[str], form: str) -> str:
     named = ", ".join(weights[:4]) + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
-    return f"{type(module).__name__} has no int8 form: {named}"
+    return f"{type(module).__name__} has no {form} form: {named}"
 
 
 def _share(model: nn.Module, done: Any) -> float:
@@ -175,7 +183,10 @@ def _share(model: nn.Module, done: Any) -> float:
     weights: dict[int, torch.Size] = {}  # a float weight that several of them share counts once
     for layer in layers:
         parameter = layer._parameters.get("weight")
-        weights[id(layer if parameter is None else parameter)] = layer.weight.shape
+        if parameter is None and not isinstance(layer, Int8Layer):
+            weights.update({id(p): p.shape for p in layer.parameters() if _is_weight(p)})
+        else:
+            weights[id(layer if parameter is None else parameter)] = layer.weight.shape
     taken = sum(map(math.prod, weights.values()))
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = sum(
@@ -186,6 +197,15 @@ def _share(model: nn.Module, done: Any) -> float:
     return taken / (taken + rest) if taken else 0.0
 
 
+# What makes up the share of the weights that a call reports, by its kind.
+_DONE: dict[str, tuple[type[nn.Module], ...]] = {
+    "int8": (Int8Layer,),
+    "prepared": (Int8Layer, Recast),
+    "qat": (Int8Layer, Recast),
+    "simulated": (SimulatedLayer,),
+}
+
+
 @dataclasses.dataclass
 class Places:
     """A layer's name, and every parent and attribute where it has to be replaced; with its config."""
@@ -193,6 +213,17 @@ class Places:
     name: str
     config: Scheme
     parents: list[tuple[nn.Module, str]]
+
+
+def is_simulated(op: str, config: Configs) -> bool:
+    """Whether the configs are those of simulated layers."""
+    configs = config.values() if isinstance(config, Mapping) else [config]
+    found = {isinstance(one, Simulated) for one in configs if one is not None}
+    if len(found) > 1:
+        raise TypeError(
+            f"quant_ops.{op}: expected configs of int8 layers or of simulated ones, got both. Call it once for each, with include="
+        )
+    return True in found
 
 
 def _matches(name: str, module: nn.Module, filter: Filter, names: Container[str]) -> bool:
@@ -218,7 +249,7 @@ _SYMMETRIC_NOTE = f"symmetric: with a zero point its sums are exact up to {_MOST
 
 def fitting(layer: Any, config: Scheme) -> Scheme | str:
     """The config with which the layer's sums are exact: the given one or, if that is enough, a symmetric one; or why none is."""
-    if nn.parameter.is_lazy(layer.weight):
+    if isinstance(config, Simulated) or nn.parameter.is_lazy(layer.weight):
         return config
     weight: Any = as_linear(layer).weight
     if (products := weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
@@ -236,7 +267,7 @@ def _show_all(filters: Iterable[Filter]) -> str:
     return "[" + ", ".join(_show(f) for f in filters) + "]"
 
 
-def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.Module], ...]) -> str | None:
+def _skip_reason(module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.Module], ...], simulated: bool) -> str | None:
     if isinstance(module, Int8Layer):
         return _INT8_ALREADY
     if isinstance(parent, nn.MultiheadAttention):
@@ -245,37 +276,73 @@ def _skip_reason(name: str, module: nn.Module, parent: nn.Module, accepted: tupl
         return "its weight is parametrized. Remove the parametrization first"
     if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
         return "fully_shard was applied to the layer itself. Quantize before it"
-    if exact_class(module) not in accepted:
-        if isinstance(module, Prepared):
-            return f"{module.kind} already. convert_ makes it int8"
-        return f"{type(module).__name__} is a subclass whose forward may differ"
+    if isinstance(module, SimulatedLayer):
+        return "simulated already. Its to_float() is the float layer"
+    if isinstance(module, Prepared) and type(module) not in accepted:
+        return f"{module.kind} already. convert_ makes it {'simulated' if isinstance(module.config, Simulated) else 'int8'}"
+    if not isinstance(module, Recast):
+        if simulated and not _is_unchanged(module):
+            return f"{type(module).__name__} is a subclass with a forward of its own"
+        if not simulated and exact_class(module) not in accepted:
+            return f"{type(module).__name__} is a subclass whose forward may differ"
     if "weight" in vars(module):  # no parameter or buffer: old weight_norm, spectral_norm and prune set it before every call
         return (
             "its weight is computed by a hook. Remove it first, e.g. with remove_weight_norm, remove_spectral_norm or prune.remove"
         )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.max_norm is not None or module.sparse):
+        what = "max_norm changes its weight in every call" if module.max_norm is not None else "its gradients are sparse"
+        return f"{what}, which a rounded weight does not allow"
     if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     return patched(module)
 
 
-def check_model(op: str, model: nn.Module) -> None:
+def _is_unchanged(module: nn.Module) -> bool:
+    """Whether the layer computes what its class of torch does, be it of a subclass."""
+    if exact_class(module) in SIMULATED:
+        return True
+    kind = simulable_class(module)
+    names = ("forward", "_conv_forward", "_output_padding")
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in names)
+
+
+def simulable_class(module: nn.Module) -> type[nn.Module]:
+    """Which key of SIMULATED a float layer belongs to."""
+    return next(kind for kind in SIMULATED if isinstance(module, kind))
+
+
+def classes_for(simulated: bool) -> tuple[type[nn.Module], ...]:
+    """The layers that a call is about: those that it can convert, and int8 ones."""
+    return (*SIMULABLE, Int8Layer) if simulated else FLOAT_OR_INT8
+
+
+def kinds_for(simulated: bool) -> str:
+    """The same, for messages."""
+    return "layer that can be simulated" if simulated else "Linear, Conv1d or Conv2d"
+
+
+def check_model(op: str, model: nn.Module, simulated: bool = False) -> None:
     """A layer cannot be replaced in place in itself."""
-    if isinstance(model, FLOAT):
-        kind = float_class(model)
+    kinds = SIMULABLE if simulated else FLOAT
+    if isinstance(model, kinds):
+        kind = next(kind for kind in kinds if isinstance(model, kind))
         shown = type(model) if kind is TransposedLinear else kind
+        remedy = "Wrap it" if simulated else f"Use {INT8_LAYERS[kind].__name__}.from_float, or wrap it"
         raise ValueError(
             f"quant_ops.{op}: expected a model that contains layers, got a bare {shown.__name__}, which cannot be replaced in "
-            f"place. Use {INT8_LAYERS[kind].__name__}.from_float, or wrap it in an nn.Sequential."
+            f"place. {remedy} in an nn.Sequential."
         )
 
 
-def all_layers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, str]]:
-    """Name, layer, parent and attribute of every float or int8 layer, in the model's order, under every name that it has."""
+def all_layers(
+    model: nn.Module, classes: tuple[type[nn.Module], ...] = FLOAT_OR_INT8
+) -> list[tuple[str, nn.Module, nn.Module, str]]:
+    """Name, layer, parent and attribute of every layer of the classes, in the model's order, under every name that it has."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return [
         (name, module, modules[name.rpartition(".")[0]], name.rpartition(".")[2])
         for name, module in modules.items()
-        if name and isinstance(module, FLOAT_OR_INT8)
+        if name and isinstance(module, classes)
     ]
 
 
@@ -296,21 +363,22 @@ def select(
     configs: Mapping[Filter, Scheme | None] = config if isinstance(config, Mapping) else {"*": config}
     for one in configs.values():
         if one is not None and not isinstance(one, kinds):
-            kinds_named = " or an ".join(kind.__name__ for kind in kinds)
+            named = " or ".join([", ".join(kind.__name__ for kind in kinds[:-1]), kinds[-1].__name__])
             remedy = ". Use prepare_, calibrate and convert_." if isinstance(one, Config) else ""
-            raise TypeError(f"quant_ops.{op}: expected config to be an {kinds_named}, got {type(one).__name__}{remedy}")
+            raise TypeError(f"quant_ops.{op}: expected config to be {named}, got {type(one).__name__}{remedy}")
+    simulated = is_simulated(op, config)
     for argument, filters in (("include", include), ("exclude", exclude)):
         if isinstance(filters, str):
             raise TypeError(f"quant_ops.{op}: expected {argument} to be a list of patterns, got one str. Write [{filters!r}].")
-    check_model(op, model)
-    layers = all_layers(model)
+    check_model(op, model, simulated)
+    layers = all_layers(model, classes_for(simulated))
     names = {name for name, *_ in layers}
     for filter in (*include, *exclude, *configs):
         exact = isinstance(filter, str | type) and filter != "*"
         if exact and not any(_matches(name, module, filter, names) for name, module, *_ in layers):
             what = "pattern" if isinstance(filter, str) else "class"
             raise ValueError(
-                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {KINDS}, got none of "
+                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {kinds_for(simulated)}, got none of "
                 f"{[name for name, *_ in layers]}"
             )
 
@@ -319,6 +387,8 @@ def select(
     for name, module, parent, attribute in layers:
         chosen: Scheme | None = None
         found: Filter | None
+        if isinstance(parent, nn.MultiheadAttention) and (parent in places or isinstance(parent, SimulatedLayer)):
+            continue  # a part of that layer
         reason = _INT8_ALREADY if isinstance(module, Int8Layer) else None
         if reason is None and (found := _first(exclude, name, module, names)) is not None:
             reason = f"excluded by {_show(found)}"
@@ -327,7 +397,7 @@ def select(
         elif reason is None:
             found = _first(tuple(configs), name, module, names)
             chosen = configs[found] if found is not None else None
-            reason = _skip_reason(name, module, parent, accepted)
+            reason = _skip_reason(module, parent, accepted, simulated)
             if reason is None and chosen is None:
                 reason = f"no config for it among {_show_all(configs)}" if found is None else f"{_show(found)} has no config"
             if reason is None and chosen is not None:
@@ -339,12 +409,12 @@ def select(
             result.skipped.append((name, reason))
             continue
         assert chosen is not None
-        weight: Any = module.weight
-        if module not in places and not (weight.is_meta or torch.isfinite(weight).all()):
+        weights = [p for p in module._parameters.values() if _is_weight(p) and p is not None and not nn.parameter.is_lazy(p)]
+        if module not in places and not all(weight.is_meta or torch.isfinite(weight).all() for weight in weights):
             raise ValueError(
                 f"quant_ops.{op}: expected finite weights, got NaN or Inf, in layer {name!r}. Exclude it, or mend it first."
             )
-        if result_kind != "int8" and is_sharded(weight):
+        if result_kind != "int8" and any(map(is_sharded, weights)):
             raise ValueError(
                 f"quant_ops.{op}: expected whole weights, got a sharded one (DTensor) in layer {name!r}. Call {op}, and calibrate, "
                 "before the model is sharded."
@@ -377,7 +447,7 @@ def leave_fused_paths(model: nn.Module) -> None:
     """Turns off the fused inference paths of torch's encoders, which read float weights and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, Int8Layer | Prepared) for part in module.modules()
+            isinstance(part, Int8Layer | Recast) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # nested tensors are for the fused path

@@ -1,12 +1,16 @@
 """Whole models: replace float layers by int8 ones, at once or by way of layers that calibrate or train, and say what was done."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._models import count_batches, patched
 from ..nn import Int8Layer, float_class
+from ..simulation.config import Simulated
+from ..simulation.layers import SIMULATED, SimulatedLayer
+from ..simulation.operand import takes_amax
 from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
 from .qat import QAT
@@ -19,10 +23,13 @@ from .select import (
     Survey,
     all_layers,
     check_model,
+    classes_for,
     fitting,
+    is_simulated,
     remembered,
     replace_,
     select,
+    simulable_class,
 )
 from .steps import connect_
 
@@ -59,9 +66,40 @@ def quantize_(
             with two names gets two configs.
     """
     config = Int8Dynamic() if config is None else config
-    places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic,))
-    survey = Survey("quantize_", model)
-    replace_(model, places, lambda module, place: to_int8(module, place.config))
+    simulated = is_simulated("quantize_", config)
+    kind = "simulated" if simulated else "int8"
+    places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic, Simulated), result_kind=kind)
+
+    def make(module: nn.Module, config: Any) -> nn.Module:
+        return simulated_layer(module, config) if isinstance(config, Simulated) else to_int8(module, config)
+
+    return _replaced("quantize_", model, simulated, places, result, make)
+
+
+def simulated_layer(module: nn.Module, config: Simulated) -> SimulatedLayer:
+    """The simulated layer of a float one."""
+    return SIMULATED[simulable_class(module)].from_float(module, config)
+
+
+def _replaced(
+    op: str,
+    model: nn.Module,
+    simulated: bool,
+    places: dict[nn.Module, Places],
+    result: ConversionResult,
+    make: Callable[[nn.Module, Any], nn.Module],
+) -> ConversionResult:
+    """Replaces the selected layers by what ``make`` makes of each and its config."""
+    survey = Survey(op, model, simulated)
+
+    def replacement(module: nn.Module, place: Places) -> nn.Module:
+        layer = make(module, place.config)
+        if isinstance(layer, SimulatedLayer):
+            result.notes.extend((place.name, note) for note in layer.notes())
+        return layer
+
+    replace_(model, places, replacement)
+    connect_(model)
     return survey.finish(result)
 
 
@@ -82,15 +120,34 @@ def prepare_(
             errors as in :func:`quantize_`.
     """
     config = Int8Static() if config is None else config
-    places, result = select("prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic), result_kind="prepared")
-    survey = Survey("prepare_", model)
+    places, result = select(
+        "prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic, Simulated), result_kind="prepared"
+    )
+    for place in places.values():
+        _expect_calibrated("prepare_", place)
 
-    def make(module: nn.Module, place: Places) -> nn.Module:
-        return PREPARED[float_class(module)].from_float(module, place.config)
+    def make(module: nn.Module, config: Any) -> nn.Module:
+        if not isinstance(config, Simulated):
+            return PREPARED[float_class(module)].from_float(module, config)
+        if (kind := PREPARED.get(simulable_class(module))) is not None:
+            return kind.from_float(module, config)
+        layer = simulated_layer(module, config)
+        layer.is_uncalibrated = True
+        return layer
 
-    replace_(model, places, make)
-    connect_(model)
-    return survey.finish(result)
+    return _replaced("prepare_", model, is_simulated("prepare_", config), places, result, make)
+
+
+def _expect_calibrated(op: str, place: Places) -> None:
+    """Scales of rows follow from the data of each call."""
+    config = place.config
+    if isinstance(config, Simulated):
+        for name in ("input", "output"):
+            if getattr(config, f"{name}_per") == "row" and takes_amax(getattr(config, name)):
+                raise ValueError(
+                    f"quant_ops.{op}: expected {name}_per to be 'tensor', 'channel' or the size of a block, got 'row' for layer "
+                    f"{place.name!r}: rows have no scales that could be calibrated. Use quantize_ without calibration."
+                )
 
 
 def prepare_qat_(
@@ -113,18 +170,26 @@ def prepare_qat_(
             Mappings, include, exclude, result and errors as in :func:`quantize_`.
     """
     accepted = (*FLOAT, *PREPARED.values())
-    kinds: tuple[type[Scheme], ...] = (Int8Static, Int8Dynamic)
-    chosen = Int8Static() if config is None else config
-    places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind="qat")
-    survey = Survey("prepare_qat_", model)
+    kinds: tuple[type[Scheme], ...] = (Int8Static, Int8Dynamic, Simulated)
+    if config is None:
+        found = [module.config for module in model.modules() if isinstance(module, Prepared)]
+        chosen: Configs = found[0] if found else Int8Static()
+    else:
+        chosen = config
+    simulated = is_simulated("prepare_qat_", chosen)
+    kind = "simulated" if simulated else "qat"
+    places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind=kind)
 
-    def make(module: nn.Module, place: Places) -> nn.Module:
-        wanted = module.config if config is None and isinstance(module, Prepared) else place.config
-        return QAT[float_class(module)].from_float(module, wanted)
+    def make(module: nn.Module, given: Any) -> nn.Module:
+        wanted = module.config if config is None and isinstance(module, Prepared) else given
+        if not isinstance(wanted, Simulated):
+            return QAT[float_class(module)].from_float(module, wanted)
+        if not isinstance(module, Prepared):
+            return simulated_layer(module, wanted)
+        layer = module.to_float() if module.unreached() else module.to_simulated()
+        return SIMULATED[module.float_class].from_float(layer, wanted)
 
-    replace_(model, places, make)
-    connect_(model)
-    return survey.finish(result)
+    return _replaced("prepare_qat_", model, simulated, places, result, make)
 
 
 def convert_(model: nn.Module) -> ConversionResult:
@@ -140,10 +205,11 @@ def convert_(model: nn.Module) -> ConversionResult:
     Raises:
         ValueError: the model is not prepared, no layer has seen data, or a weight holds NaN or Inf. The model is then as it was.
     """
-    check_model("convert_", model)
-    result = ConversionResult()
+    simulated = any(isinstance(module, Prepared) and isinstance(module.config, Simulated) for module in model.modules())
+    check_model("convert_", model, simulated)
+    result = ConversionResult(kind="simulated" if simulated else "int8")
     places: dict[nn.Module, Places] = {}
-    layers = all_layers(model)
+    layers = all_layers(model, classes_for(simulated))
     for name, module, parent, attribute in layers:
         if isinstance(module, Prepared):
             places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
@@ -176,32 +242,29 @@ def convert_(model: nn.Module) -> ConversionResult:
 
     def make(module: nn.Module) -> nn.Module:
         assert isinstance(module, Prepared)
-        return module.to_float() if module in unreached or module in unfit else module.to_int8()
+        return module.to_float() if module in unreached or module in unfit else module.finished()
 
     with torch.inference_mode(False):
         made = {module: make(module) for module in places}  # all of them before the first is replaced: one may fail
     for name, module, *_ in layers:
         if isinstance(module, Int8Layer):
             result.skipped.append((name, "int8 already"))
+        elif isinstance(module, SimulatedLayer):
+            result.skipped.append((name, "simulated already, with scales from the data of each call"))
         elif not isinstance(module, Prepared):
             result.skipped.append((name, remembered(module)))
-    survey = Survey("convert_", model)
-    replace_(model, places, lambda module, _: made.pop(module))
-    connect_(model)
-    return survey.finish(result)
+    return _replaced("convert_", model, simulated, places, result, lambda module, _: made.pop(module))
 
 
 def _assumptions(layer: Prepared) -> list[str]:
     """The assumptions that replace missing data."""
-    observer = layer.observer
-    if observer is None:
-        return []
     notes = []
-    if unseen := observer.unseen_steps():
-        verb = "started from" if getattr(layer, "learned", False) else "take"
-        notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
-    if left_out := observer.batches_left_out:
-        notes.append(f"NaN or Inf at its input: {count_batches(left_out)} left out")
-    if observer.only_zeros:
-        notes.append("its input was always zero: scale 1")
+    for operand, observer in layer.observers.items():
+        if unseen := observer.unseen_steps():
+            verb = "started from" if getattr(layer, "learned", False) else "take"
+            notes.append(f"steps {unseen} had no calibration data and {verb} the widest range of the others")
+        if left_out := observer.batches_left_out:
+            notes.append(f"NaN or Inf at its {operand}: {count_batches(left_out)} left out")
+        if observer.only_zeros:
+            notes.append(f"its {operand} was always zero: scale 1")
     return notes

@@ -8,17 +8,14 @@ nothing is rounded twice. Attention is in attention.py, how one operand is round
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format, with_gradient
 from . import attention
-from .operand import Layout, Rounding, rounded
-
-if TYPE_CHECKING:
-    from ..convert.config import Simulated
+from .config import Simulated
+from .operand import Layout, round_gradient, rounded
 
 aten = torch.ops.aten
 _RESULT = Layout(summed=-1, channel=-1, row=(-1,))  # its last dimension is, as a rule, what the next product sums over
@@ -218,31 +215,6 @@ class Products:
             sides = (self.side(f"operand{i}", x, dims) for i, (x, dims) in enumerate(zip(operands, summed, strict=True)))
             return self.result("product", aten.einsum.default(equation, list(sides)))
         return aten.einsum.default(equation, list(operands))
-
-
-# ---- gradients -----------------------------------------------------------------------------------------------------------
-
-
-class _Gradient(torch.autograd.Function):
-    """x, with a gradient that a function of the user has rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounding: Callable[..., Tensor]) -> Tensor:
-        ctx.rounding = rounding
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.rounding(grad), None
-
-
-def round_gradient(x: Tensor, rounding: Rounding | None, layout: Layout) -> Tensor:
-    """x itself, with its gradient rounded; blocks lie along the dimension that the gradient is summed over."""
-    if rounding is None or not x.is_floating_point() or not torch.is_grad_enabled():
-        return x
-    if isinstance(rounding, Format):
-        return with_gradient(None, rounding.along(layout.summed))(x)
-    return _Gradient.apply(x, rounding)  # type: ignore[no-untyped-call]
 
 
 # ---- what is a product, and over what it sums ----------------------------------------------------------------------------
