@@ -68,6 +68,7 @@ from .ops import (  # noqa: E402
 from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
 from .report.report import LayerReport, Report  # noqa: E402
+from .simulation.layers import keep_weights_  # noqa: E402
 
 __version__ = _library.VERSION
 
@@ -124,6 +125,7 @@ __all__ = [
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
+    "keep_weights_",
     "kernel_for",
     "load_",
     "pack_weight",

@@ -43,13 +43,11 @@ struct Tile {
 
 constexpr Tile kTiles[] = {
     // name, first, second, stages, warpgroups, cluster, swapped, blocks_per_sm
-    {"igemm_s8s8_64x16x128_swapped_wgmma", 64, 16, 10, 1, 1, true, 2},
+    {"igemm_s8s8_64x16x128_swapped_wgmma", 64, 16, 8, 1, 1, true, 2},
     {"igemm_s8s8_64x32x128_swapped_wgmma", 64, 32, 8, 1, 1, true, 2},
     {"igemm_s8s8_64x48x128_swapped_wgmma", 64, 48, 7, 1, 1, true, 2},
     {"igemm_s8s8_64x64x128_swapped_wgmma", 64, 64, 6, 1, 1, true, 2},
     {"igemm_s8s8_64x96x128_swapped_wgmma", 64, 96, 5, 1, 1, true, 2},
-    {"igemm_s8s8_64x160x128_swapped_wgmma", 64, 160, 3, 1, 1, true, 2},
-    {"igemm_s8s8_64x192x128_swapped_wgmma", 64, 192, 3, 1, 1, true, 2},
     {"igemm_s8s8_64x64x128_wgmma", 64, 64, 4, 1, 1, false, 3},
     {"igemm_s8s8_64x128x128_wgmma", 64, 128, 4, 1, 1, false, 2},
     {"igemm_s8s8_64x160x128_wgmma", 64, 160, 3, 1, 1, false, 2},

@@ -123,7 +123,7 @@ class Prepared(Recast):
     @staticmethod
     def _see(observer: Observer, x: Tensor, layout: Layout, per: Per) -> None:
         if isinstance(per, int):
-            x = blocks_of(x, layout.summed, per).flatten(0, -3)
+            x = blocks_of(x, layout.summed, per)
         observer(x)
 
     def begin_calibration(self) -> None:
@@ -173,7 +173,9 @@ class Prepared(Recast):
         for name, observer in self.observers.items():
             per = config.input_per if name == "input" else config.output_per
             amax = observer.amax().detach().clone()
-            setattr(layer, f"amax_{name}", amax.reshape(-1, 1) if isinstance(per, int) else amax.flatten() if amax.dim() else amax)
+            layout = self.input_layout if name == "input" else self.output_layout
+            blocks = (-1, *[1] * -layout.summed)  # broadcasts to what blocks_of gives
+            setattr(layer, f"amax_{name}", amax.reshape(blocks) if isinstance(per, int) else amax.flatten() if amax.dim() else amax)
         return layer
 
 
@@ -193,7 +195,7 @@ def amax_observer(
     if isinstance(rounding, WithGradient):
         rounding = rounding.forward
     grid: dict[str, Any] = {"format": rounding} if isinstance(rounding, Format) else {"qmin": -127, "qmax": 127}
-    axis = layout.channel if per == "channel" else 1 if isinstance(per, int) else None
+    axis = layout.channel if per == "channel" else layout.summed - 1 if isinstance(per, int) else None
     return Observer.kinds[name](axis=axis, device=device, **grid, **_settings(name, config))
 
 
@@ -204,16 +206,16 @@ def amax_of_weight(weight: Tensor, config: Simulated, layout: Layout) -> Tensor 
         return None
     if config.weight_observer == "minmax":
         return amax_of(weight, layout, per)
-    shape: tuple[int, ...] | None = None
+    shape, summed = (), 0
     if isinstance(per, int):
-        blocks = blocks_of(weight, layout.summed, per)
+        blocks = blocks_of(weight, layout.summed, per).movedim(layout.summed, -1)
         shape, weight = (*blocks.shape[:-1], 1), blocks.flatten(0, -2)
-        layout, per = Layout(summed=-1, channel=-2, row=(-1,)), "channel"
+        summed, layout, per = layout.summed, Layout(summed=-1, channel=-2, row=(-1,)), "channel"
     observer = amax_observer(config.weight, layout, per, name=config.weight_observer, config=config, device=weight.device)
     assert observer is not None
     observer(weight)
     amax = observer.amax()
-    return amax.reshape(shape) if shape else amax.flatten() if per == "channel" else amax
+    return amax.reshape(shape).movedim(-1, summed) if shape else amax.flatten() if per == "channel" else amax
 
 
 class PreparedLinear(Linear, Prepared, nn.Linear):

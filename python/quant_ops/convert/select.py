@@ -213,9 +213,10 @@ class Places:
     parents: list[tuple[nn.Module, str]]
 
 
-def is_simulated(op: str, configs: Mapping[Filter, Scheme | None]) -> bool:
+def is_simulated(op: str, config: Configs) -> bool:
     """Whether the configs are those of simulated layers."""
-    found = {isinstance(one, Simulated) for one in configs.values() if one is not None}
+    configs = config.values() if isinstance(config, Mapping) else [config]
+    found = {isinstance(one, Simulated) for one in configs if one is not None}
     if len(found) > 1:
         raise TypeError(
             f"quant_ops.{op}: expected configs of int8 layers or of simulated ones, got both. Call it once for each, with include="
@@ -363,7 +364,7 @@ def select(
             named = " or ".join([", ".join(kind.__name__ for kind in kinds[:-1]), kinds[-1].__name__])
             remedy = ". Use prepare_, calibrate and convert_." if isinstance(one, Config) else ""
             raise TypeError(f"quant_ops.{op}: expected config to be {named}, got {type(one).__name__}{remedy}")
-    simulated = is_simulated(op, configs)
+    simulated = is_simulated(op, config)
     for argument, filters in (("include", include), ("exclude", exclude)):
         if isinstance(filters, str):
             raise TypeError(f"quant_ops.{op}: expected {argument} to be a list of patterns, got one str. Write [{filters!r}].")

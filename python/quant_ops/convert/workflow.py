@@ -1,6 +1,6 @@
 """Whole models: replace float layers by int8 ones, at once or by way of layers that calibrate or train, and say what was done."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,18 +65,14 @@ def quantize_(
             with two names gets two configs.
     """
     config = Int8Dynamic() if config is None else config
-    kind = _kind("quantize_", config, "int8")
+    simulated = is_simulated("quantize_", config)
+    kind = "simulated" if simulated else "int8"
     places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic, Simulated), result_kind=kind)
 
     def make(module: nn.Module, config: Any) -> nn.Module:
         return simulated_layer(module, config) if isinstance(config, Simulated) else to_int8(module, config)
 
-    return _replaced("quantize_", model, places, result, make)
-
-
-def _kind(op: str, config: Configs, int8: str) -> str:
-    """What a call with these configs makes, where it makes ``int8`` of int8 ones."""
-    return "simulated" if is_simulated(op, config if isinstance(config, Mapping) else {"*": config}) else int8
+    return _replaced("quantize_", model, simulated, places, result, make)
 
 
 def simulated_layer(module: nn.Module, config: Simulated) -> SimulatedLayer:
@@ -87,12 +83,13 @@ def simulated_layer(module: nn.Module, config: Simulated) -> SimulatedLayer:
 def _replaced(
     op: str,
     model: nn.Module,
+    simulated: bool,
     places: dict[nn.Module, Places],
     result: ConversionResult,
     make: Callable[[nn.Module, Any], nn.Module],
 ) -> ConversionResult:
     """Replaces the selected layers by what ``make`` makes of each and its config."""
-    survey = Survey(op, model, any(isinstance(place.config, Simulated) for place in places.values()))
+    survey = Survey(op, model, simulated)
 
     def replacement(module: nn.Module, place: Places) -> nn.Module:
         layer = make(module, place.config)
@@ -137,7 +134,7 @@ def prepare_(
         layer.is_uncalibrated = True
         return layer
 
-    return _replaced("prepare_", model, places, result, make)
+    return _replaced("prepare_", model, is_simulated("prepare_", config), places, result, make)
 
 
 def _expect_calibrated(op: str, place: Places) -> None:
@@ -178,7 +175,8 @@ def prepare_qat_(
         chosen: Configs = found[0] if found else Int8Static()
     else:
         chosen = config
-    kind = _kind("prepare_qat_", chosen, "qat")
+    simulated = is_simulated("prepare_qat_", chosen)
+    kind = "simulated" if simulated else "qat"
     places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind=kind)
 
     def make(module: nn.Module, given: Any) -> nn.Module:
@@ -190,7 +188,7 @@ def prepare_qat_(
         layer = module.to_float() if module.unreached() else module.to_simulated()
         return SIMULATED[module.float_class].from_float(layer, wanted)
 
-    return _replaced("prepare_qat_", model, places, result, make)
+    return _replaced("prepare_qat_", model, simulated, places, result, make)
 
 
 def convert_(model: nn.Module) -> ConversionResult:
@@ -254,7 +252,7 @@ def convert_(model: nn.Module) -> ConversionResult:
             result.skipped.append((name, "simulated already, with scales from the data of each call"))
         elif not isinstance(module, Prepared):
             result.skipped.append((name, remembered(module)))
-    return _replaced("convert_", model, places, result, lambda module, _: made.pop(module))
+    return _replaced("convert_", model, simulated, places, result, lambda module, _: made.pop(module))
 
 
 def _assumptions(layer: Prepared) -> list[str]:

@@ -54,9 +54,9 @@ def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "te
     if not format.takes_amax:
         return format(x)
     if isinstance(per, int):
-        blocks = blocks_of(x, layout.summed, per)
-        y = format(blocks, amax=blocks.detach().abs().amax(-1, keepdim=True) if amax is None else amax)
-        return _joined(y, layout.summed, x.shape[layout.summed])
+        blocks, dim = blocks_of(x, layout.summed, per), layout.summed % x.dim()
+        y = format(blocks, amax=amax_of(x, layout, per) if amax is None else amax)
+        return y.flatten(dim, dim + 1).narrow(dim, 0, x.shape[dim])
     if per == "channel":
         return format(x, amax=amax, axis=layout.channel)
     if per == "row" and amax is None:
@@ -65,10 +65,10 @@ def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "te
 
 
 def amax_of(x: Tensor, layout: Layout, per: Per) -> Tensor:
-    """Largest magnitudes of x: a scalar per tensor, ``(C,)`` per channel, one with kept dimensions per row or block."""
+    """Largest magnitudes of x: a scalar per tensor, ``(C,)`` per channel, what broadcasts to x or its blocks per row or block."""
     x = x.detach().abs()
     if isinstance(per, int):
-        return blocks_of(x, layout.summed, per).amax(-1, keepdim=True)
+        return blocks_of(x, layout.summed, per).amax(layout.summed, keepdim=True)
     if per == "channel":
         channel = layout.channel % x.dim()
         return x.amax([d for d in range(x.dim()) if d != channel])
@@ -91,11 +91,11 @@ def _has_amax(function: Callable[..., Tensor]) -> bool:
 
 
 def blocks_of(x: Tensor, dim: int, size: int) -> Tensor:
-    """Blocks along ``dim`` as a new last dimension, where ``dim`` comes last; the last block is filled up with zeros."""
-    x = x.movedim(dim, -1)
-    rest = -x.shape[-1] % size
-    return (F.pad(x, (0, rest)) if rest else x).unflatten(-1, (-1, size))
+    """x with a dimension, counted from the last one, as two: blocks, and elements of a block, at ``dim`` again.
 
-
-def _joined(blocks: Tensor, dim: int, size: int) -> Tensor:
-    return blocks.flatten(-2)[..., :size].movedim(-1, dim)
+    The last block is filled up with zeros.
+    """
+    rest = -x.shape[dim] % size
+    if rest:
+        x = F.pad(x, (*(0, 0) * (-dim - 1), 0, rest))
+    return x.unflatten(dim, (-1, size))
