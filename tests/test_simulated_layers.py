@@ -440,3 +440,63 @@ def test_prepared_layers_are_trained_with_their_amax():
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_multihead_attention(batch_first, separate):
+    """By hand: inputs of the projections, q, k, probabilities and v are inputs; scores and attention are outputs, masks are not."""
+    dims = {"kdim": 10, "vdim": 14} if separate else {}
+    layer = nn.MultiheadAttention(12, 3, batch_first=batch_first, **dims).eval()
+    nn.init.normal_(layer.in_proj_bias)
+    nn.init.normal_(layer.out_proj.bias)
+    model = nn.ModuleList([copy.deepcopy(layer)])
+    result = qo.quantize_(model, qo.Simulated(input=qo.INT8, weight=qo.INT4, output=qo.E4M3))
+    assert (result.converted, result.skipped, result.share) == (["0"], [], 1.0)
+    query, key, value = torch.randn(2, 5, 12), torch.randn(2, 6, dims.get("kdim", 12)), torch.randn(2, 6, dims.get("vdim", 12))
+    mask = torch.rand(5, 6) < 0.3
+    mask[:, 0] = False
+
+    def linear(x, weight, bias):
+        return qo.E4M3(F.linear(qo.INT8(x), qo.INT4(weight, axis=0), bias))
+
+    with torch.no_grad():
+        weights = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight] if separate else layer.in_proj_weight.chunk(3)
+        parts = zip((query, key, value), weights, layer.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (linear(x, w, b).unflatten(-1, (3, 4)).transpose(1, 2) for x, w, b in parts)
+        scores = qo.E4M3(qo.INT8(q) @ qo.INT8(k).transpose(-2, -1)) / 2
+        p = scores.masked_fill(mask, -torch.inf).softmax(-1)
+        y = qo.E4M3(qo.INT8(p) @ qo.INT8(v)).transpose(1, 2).flatten(2)
+        y = linear(y, layer.out_proj.weight, layer.out_proj.bias)
+        turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+        got, probabilities = model[0](*map(turn, (query, key, value)), attn_mask=mask)
+    torch.testing.assert_close(turn(got), y, rtol=0, atol=0.07)  # one step of E4M3, where sums round differently
+    assert (turn(got) == y).float().mean() > 0.95
+    torch.testing.assert_close(probabilities, p.mean(1))
+
+
+def test_an_encoder_has_its_attention_simulated_once():
+    """The fused path of torch's encoder is left, and no operand of a replaced layer is rounded twice by the products' mode."""
+    inputs, weights = [], []
+
+    def spy(seen):
+        def rounding(x):
+            seen.append(tuple(x.shape))
+            return x
+
+        return rounding
+
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    expected, x = copy.deepcopy(model), torch.randn(2, 5, 16)
+    config = qo.Simulated(input=spy(inputs), weight=spy(weights))
+    assert qo.quantize_(model, config).converted == [f"layers.0.{name}" for name in ("self_attn", "linear1", "linear2")]
+    qo.simulate_products_(model, config)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x))
+        model(x)
+    one = [(5, 2, 16), *[(2, 2, 5, 8)] * 3, (2, 2, 5, 5), (5, 2, 16), (2, 5, 16), (2, 5, 32)]
+    assert sorted(inputs) == sorted(one * 2)
+    assert weights == [(48, 16), (16, 16), (32, 16), (16, 32)]  # kept between the calls

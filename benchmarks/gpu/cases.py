@@ -125,7 +125,7 @@ def linear_cases(device: str, small: bool):
 PORTABLE = ("16x64x128", "32x64x128", "64x64x128", "64x128x64", "128x128x64", "128x256x64")
 HOPPER = (
     *("64x16x128_swapped", "64x32x128_swapped", "64x48x128_swapped", "64x64x128_swapped"),
-    "64x96x128_swapped",
+    *("64x96x128_swapped", "64x192x128_swapped"),
     *("64x64x128", "64x128x128", "64x160x128", "64x256x128", "128x128x128", "128x160x128", "128x256x128"),
 )
 FUSED = ("16x64", "32x128", "32x192")

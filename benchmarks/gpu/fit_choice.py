@@ -1,4 +1,4 @@
-"""Fits the constants of the Hopper engine's choice of a kernel to a file of sweep.py; prints them for ``kH200`` in sm90/igemm.h.
+"""Fits the constants of the Hopper engine's choice of a kernel to a file of sweep.py; prints them for ``kH200`` in sm90/igemm.cpp.
 
 python -m benchmarks.gpu.fit_choice benchmarks/gpu/h200_sweep.json --rounds 3000
 """

@@ -69,6 +69,7 @@ from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
 from .report.report import LayerReport, Report  # noqa: E402
 from .simulation.layers import keep_weights_  # noqa: E402
+from .simulation.mode import simulate_products_, simulated_products  # noqa: E402
 
 __version__ = _library.VERSION
 
@@ -140,6 +141,8 @@ __all__ = [
     "quantize_",
     "quantize_rows",
     "save",
+    "simulate_products_",
+    "simulated_products",
     "synchronize_",
     "timestep",
     "unpack_weight",

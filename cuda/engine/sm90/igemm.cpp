@@ -25,6 +25,10 @@ bool walks(const Gather& g) {
 
 }  // namespace
 
+// Fitted to benchmarks/gpu/h200_sweep.json.
+const Costs kH200 = {4906.96, 1.45647, 53.8248, 0.374349, 2.20545, 126.404, 1816.03, 123.82,
+                         34.1582, 0.967783, 21.4137, 10125.8, 18.3334, 4011.05, 31.2942};
+
 Problem problem_of(const IgemmProblem& p) {
   return {.M = p.M,
           .N = p.N,
@@ -114,8 +118,9 @@ double clocks(const Problem& p, int kernel, int64_t multiprocessors, int64_t spl
   const int64_t last = per_sm - (rounds - 1) * t.blocks_per_sm;  // blocks of the last round
 
   const double products = static_cast<double>(t.first) * t.second * kStepBytes / 4096 * c.product;
-  const double bytes = (t.first + t.second) * kStepBytes / c.ingest;
-  const double rows = static_cast<double>((t.first + t.second) * (kStepBytes / load)) * (p.gathers ? c.image_row : c.row);
+  const auto loaded = static_cast<double>(std::min<int64_t>(t.first, first) + std::min<int64_t>(t.second, second));
+  const double bytes = loaded * kStepBytes / c.ingest;
+  const double rows = loaded * static_cast<double>(kStepBytes / load) * (p.gathers ? c.image_row : c.row);
   const double alone = std::max(c.step, c.latency / (t.stages - 1)), shared = std::max({products, bytes, rows});
   const auto round = [&](int64_t blocks) {
     return static_cast<double>(steps) * std::max(shared * static_cast<double>(blocks), alone);

@@ -182,7 +182,7 @@ def _share(model: nn.Module, done: Any) -> float:
     for layer in layers:
         parameter = layer._parameters.get("weight")
         if parameter is None and not isinstance(layer, Int8Layer):
-            weights.update({id(p): p.shape for p in layer._parameters.values() if _is_weight(p) and p is not None})
+            weights.update({id(p): p.shape for p in layer.parameters() if _is_weight(p)})
         else:
             weights[id(layer if parameter is None else parameter)] = layer.weight.shape
     taken = sum(map(math.prod, weights.values()))
@@ -198,8 +198,8 @@ def _share(model: nn.Module, done: Any) -> float:
 # What makes up the share of the weights that a call reports, by its kind.
 _DONE: dict[str, tuple[type[nn.Module], ...]] = {
     "int8": (Int8Layer,),
-    "prepared": (Int8Layer, Prepared),
-    "qat": (Int8Layer, Prepared),
+    "prepared": (Int8Layer, Recast),
+    "qat": (Int8Layer, Recast),
     "simulated": (SimulatedLayer,),
 }
 
@@ -385,6 +385,8 @@ def select(
     for name, module, parent, attribute in layers:
         chosen: Scheme | None = None
         found: Filter | None
+        if isinstance(parent, nn.MultiheadAttention) and (parent in places or isinstance(parent, SimulatedLayer)):
+            continue  # a part of that layer
         reason = _INT8_ALREADY if isinstance(module, Int8Layer) else None
         if reason is None and (found := _first(exclude, name, module, names)) is not None:
             reason = f"excluded by {_show(found)}"

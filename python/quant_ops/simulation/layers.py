@@ -5,42 +5,21 @@
 They share the float layer's parameters, and train: gradients are those of the formats. Read first: recast.py, operand.py.
 """
 
+import operator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format, with_gradient
-from .operand import Layout, Rounding, rounded, takes_amax
+from .attention import multi_head_attention
+from .operand import Layout, round_gradient, rounded, takes_amax
+from .products import Products
 from .recast import Conv, ConvTranspose, Embedding, EmbeddingBag, Linear, Recast, Transposed, linear
 
 if TYPE_CHECKING:
     from ..convert.config import Simulated
 
 AMAX = ("amax_input", "amax_weight", "amax_output")
-_WEIGHTS = ("weight", "weight_ih", "weight_hh")
-
-
-class _Gradient(torch.autograd.Function):
-    """x, with a gradient that a function of the user has rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounding: Rounding) -> Tensor:
-        ctx.rounding = rounding
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.rounding(grad), None
-
-
-def round_gradient(x: Tensor, rounding: Rounding | None, layout: Layout) -> Tensor:
-    """x itself, with its gradient rounded; blocks lie along the dimension that the gradient is summed over."""
-    if rounding is None or not x.is_floating_point():
-        return x
-    if isinstance(rounding, Format):
-        return with_gradient(None, rounding.along(layout.summed))(x)
-    return _Gradient.apply(x, rounding)  # type: ignore[no-untyped-call]
 
 
 class SimulatedLayer(Recast):
@@ -58,7 +37,6 @@ class SimulatedLayer(Recast):
     own: ClassVar[tuple[str, ...]] = (
         *Recast.own,
         *AMAX,
-        *(f"rounded_{name}" for name in _WEIGHTS),
         "_rounded",
         "kept_weights",
         "is_uncalibrated",
@@ -85,8 +63,8 @@ class SimulatedLayer(Recast):
 
     def _weight(self, name: str = "weight") -> Tensor:
         if self.kept_weights and not self.training:
-            return self._buffers[f"rounded_{name}"]  # type: ignore[return-value]
-        weight: Tensor = getattr(self, name)
+            return self._buffers[_rounded_name(name)]  # type: ignore[return-value]
+        weight: Tensor = operator.attrgetter(name)(self)
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
             return self._round_weight(weight)
         made_of = _state_of(weight)
@@ -110,14 +88,21 @@ class SimulatedLayer(Recast):
         self._rounded.clear()
         self.kept_weights = keep
         for name in self.weights:
-            if (weight := getattr(self, name)) is None:
+            if (weight := operator.attrgetter(name)(self)) is None:
                 continue
             if keep:
                 with torch.no_grad():
-                    self.register_buffer(f"rounded_{name}", self._round_weight(weight.detach()), persistent=False)
-            else:
-                self._buffers.pop(f"rounded_{name}", None)
-                self._non_persistent_buffers_set.discard(f"rounded_{name}")
+                    self.register_buffer(_rounded_name(name), self._round_weight(weight.detach()), persistent=False)
+            elif _rounded_name(name) in self._buffers:
+                delattr(self, _rounded_name(name))
+
+    def to_float(self) -> nn.Module:
+        """The float layer with this layer's parameters."""
+        layer = super().to_float()
+        for name in map(_rounded_name, self.weights):
+            if name in layer._buffers:
+                delattr(layer, name)
+        return layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SimulatedLayer":
         self._rounded.clear()
@@ -160,6 +145,11 @@ def _show(amax: Tensor) -> str:
     if amax.numel() == 1:
         return f"{float(amax):.4g}"
     return f"{tuple(amax.shape)} in [{float(amax.min()):.4g}, {float(amax.max()):.4g}]"
+
+
+def _rounded_name(weight: str) -> str:
+    """Of the buffer that keeps a weight."""
+    return "rounded_" + weight.replace(".", "_")
 
 
 def _state_of(weight: Tensor) -> Any:
@@ -249,7 +239,7 @@ class SimulatedEmbeddingBag(EmbeddingBag, SimulatedLayer, nn.EmbeddingBag):
 class _Cell(SimulatedLayer):
     """What recurrent cells share: two products of a step, of the input and of the state, which are rounded each for itself."""
 
-    weights = _WEIGHTS[1:]
+    weights = ("weight_ih", "weight_hh")
     input_layout = Linear.input_layout
     weight_layout = Linear.weight_layout
 
@@ -294,6 +284,82 @@ class SimulatedGRUCell(_Cell, nn.GRUCell):
         return n + z * (h - n)
 
 
+class _OfLayer(Products):
+    """The products of a MultiheadAttention, whose weights the layer rounds, once while they do not change."""
+
+    def __init__(self, layer: "SimulatedMultiheadAttention") -> None:
+        super().__init__(layer.config)
+        self.layer = layer
+
+    def operand(self, site: str, slot: str, x: Tensor, layout: Layout) -> Tensor:
+        """As :meth:`Products.operand`."""
+        return self.layer._weight(_WEIGHT_OF[site]) if slot == "weight" else super().operand(site, slot, x, layout)
+
+
+# By the name that attention.py gives the operand.
+_WEIGHT_OF = {
+    "in_proj": "in_proj_weight",
+    "in_proj.query": "q_proj_weight",
+    "in_proj.key": "k_proj_weight",
+    "in_proj.value": "v_proj_weight",
+    "out_proj": "out_proj.weight",
+}
+
+
+class SimulatedMultiheadAttention(SimulatedLayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention with rounded operands of its projections and of attention; see attention.py for the order."""
+
+    float_class = nn.MultiheadAttention
+    weights = tuple(_WEIGHT_OF.values())
+    input_layout = Linear.input_layout
+    weight_layout = Linear.weight_layout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention: ``(N, L, E)`` if batch_first, else ``(L, N, E)``, or ``(L, E)``; and the probabilities."""
+        turned = self.batch_first and query.dim() == 3
+        if turned:
+            q = query.transpose(0, 1)
+            k = q if key is query else key.transpose(0, 1)
+            query, key, value = q, k, k if value is key else q if value is query else value.transpose(0, 1)
+        y, probabilities = multi_head_attention(
+            _OfLayer(self),
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (y.transpose(0, 1) if turned else y), probabilities
+
+
 SIMULATED: dict[type[nn.Module], type[SimulatedLayer]] = {
     kind.float_class: kind
     for kind in (
@@ -309,5 +375,6 @@ SIMULATED: dict[type[nn.Module], type[SimulatedLayer]] = {
         SimulatedEmbeddingBag,
         SimulatedLSTMCell,
         SimulatedGRUCell,
+        SimulatedMultiheadAttention,
     )
 }

@@ -12,11 +12,13 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, with_gradient
 
 Rounding = Format | Callable[..., Tensor]  # a format, or any function of a tensor; None leaves the tensor as it is
 Per = str | int
@@ -62,6 +64,28 @@ def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "te
     if per == "row" and amax is None:
         amax = x.detach().abs().amax(layout.row, keepdim=True)
     return format(x, amax=amax)
+
+
+def round_gradient(x: Tensor, rounding: Rounding | None, layout: Layout) -> Tensor:
+    """x itself, with its gradient rounded; blocks lie along the dimension that the gradient is summed over."""
+    if rounding is None or not x.is_floating_point():
+        return x
+    if isinstance(rounding, Format):
+        return with_gradient(None, rounding.along(layout.summed))(x)
+    return _Gradient.apply(x, rounding)  # type: ignore[no-untyped-call]
+
+
+class _Gradient(torch.autograd.Function):
+    """x, with a gradient that a function of the user has rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounding: Rounding) -> Tensor:
+        ctx.rounding = rounding
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.rounding(grad), None
 
 
 def amax_of(x: Tensor, layout: Layout, per: Per) -> Tensor:
