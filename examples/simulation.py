@@ -4,7 +4,7 @@
     python examples/simulation.py --quick    less training, for the test
 
 Trains a CNN on handwritten digits and a small character language model on the part of Python's manual that comes with Python. Then
-the inputs and weights of all their layers are rounded to each format. Scales come from the data: integers and floating formats have
+the inputs and weights of all their layers and of attention are rounded to each format. Scales come from the data: integers and floating formats have
 one for the inputs and one for each channel of the weights; MX and NVFP4 have one for each block, which bits count.
 """
 
@@ -38,9 +38,10 @@ Measure = Callable[[nn.Module], float]
 
 
 def in_format(model: nn.Module, format: qo.Format) -> nn.Module:
-    """A copy whose layers round their inputs and weights."""
-    simulated = copy.deepcopy(model)
-    qo.quantize_(simulated, qo.Simulated(input=format, weight=format))
+    """A copy whose layers, and whose products in attention, round their inputs and weights."""
+    simulated, config = copy.deepcopy(model), qo.Simulated(input=format, weight=format)
+    qo.quantize_(simulated, config)
+    qo.simulate_products_(simulated, config)
     return simulated
 
 
@@ -142,7 +143,7 @@ def table(figures: dict[str, list[float]]) -> str:
 
 def plot(figures: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(16, 5.5), layout="constrained")
-    figure.suptitle("Inputs and weights of all layers in a number format")
+    figure.suptitle("Inputs and weights of all layers, and of attention, in a number format")
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     for i, (axes, title) in enumerate(zip(panels, MEASURES, strict=True)):
         for number, (line, formats) in enumerate(LINES.items()):

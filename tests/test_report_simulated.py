@@ -183,13 +183,47 @@ def test_int8_layers_beside_simulated_ones():
     assert {type(layer) for layer in quantized} == {nn.Linear}
 
 
+@pytest.mark.parametrize("keywords", [{}, {"kdim": 8, "vdim": 24}], ids=["packed", "separate"])
+@torch.no_grad()
+def test_attention_is_one_layer(keywords):
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True, **keywords)
+
+        def forward(self, query, key, value, mask=None):
+            return self.attention(query, value=value, key=key, attn_mask=mask)[0]
+
+    model, quantized = both(qo.Simulated(input=qo.E4M3, weight=qo.E2M1.with_(scaled=True)), Attention())
+    sizes = (16, keywords.get("kdim", 16), keywords.get("vdim", 16))
+    batch = [torch.randn(3, 5, size) for size in sizes] + [torch.full((5, 5), -math.inf).triu(1)]
+    report = qo.compare(model, quantized, batch)
+    (layer,) = report.layers
+    assert (layer.name, layer.kind) == ("attention", "SimulatedMultiheadAttention")
+    y = [m.attention(*batch[:3], attn_mask=batch[3]) for m in (model, quantized)]
+    assert layer.sqnr == pytest.approx(sqnr(list(zip(*y, strict=True))), rel=1e-9)
+    weights = 16 * (sum(sizes) + 16)
+    assert report.bytes == layer.bytes == weights / 2 + 4 * 4 * 16 + 4 * 4 * 16  # scales and biases of four projections
+    qo.keep_weights_(quantized)
+    assert qo.compare(model, quantized, batch).bytes == report.bytes
+    assert qo.fallback_(quantized, report, num=1).returned == ["attention"]
+    assert type(quantized.attention) is nn.MultiheadAttention
+
+
 def test_encoder_layers_are_reached():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-    report = qo.compare(*both(qo.Simulated(qo.E4M3, qo.E4M3), model), torch.randn(3, 5, 16))
+    config = qo.Simulated(qo.E4M3, qo.E4M3)
+    model, quantized = both(config, model)
+    batch = {"src": torch.randn(3, 5, 16), "src_key_padding_mask": torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])}
+    report = qo.compare(model, quantized, batch)
     assert report.unreached == []
-    assert {"layers.0.linear1", "layers.1.linear2"} <= set(by_name(report))
+    assert set(by_name(report)) == {f"layers.{i}.{name}" for i in range(2) for name in ("self_attn", "linear1", "linear2")}
     assert 10 < report.sqnr < 40
+    qo.simulate_products_(quantized, config)  # all products are in layers already
+    assert qo.compare(model, quantized, batch) == report
 
 
 def test_compare_refuses():

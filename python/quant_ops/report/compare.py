@@ -7,6 +7,7 @@ Read next: report.py, fallback.py.
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -295,16 +296,21 @@ def format_bytes(model: nn.Module) -> int:
     """
     weights: dict[Any, float] = {}  # a weight that several layers share counts once for each of its formats
     others: list[Tensor] = []
+    parts: set[nn.Module] = set()  # of simulated layers, such as the last projection of attention
     for module in model.modules():
+        if module in parts:
+            continue
         left_out: set[int] = set()
         if isinstance(module, SimulatedLayer):
-            kept = {f"rounded_{name}" for name in module.weights}
-            left_out = {id(buffer) for name, buffer in module._buffers.items() if name in kept or name == "amax_weight"}
-            for weight in (getattr(module, name) for name in module.weights):
+            parts.update(module.modules())
+            rounded = [name for name in module._buffers if name.startswith("rounded_") or name == "amax_weight"]
+            left_out = {id(module._buffers[name]) for name in rounded}
+            for weight in (operator.attrgetter(name)(module) for name in module.weights):
                 if isinstance(module.config.weight, Format) and weight is not None:
                     weights[id(weight), module.config.weight, module.config.weight_per] = _weight_bytes(module, weight)
                     left_out.add(id(weight))
-        own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        whole = module in parts
+        own = itertools.chain(module.parameters(recurse=whole), module.buffers(recurse=whole))
         others += [tensor for tensor in own if id(tensor) not in left_out]
     return bytes_of(others) + round(sum(weights.values()))
 
