@@ -4,8 +4,8 @@
     python examples/simulation.py --quick    less training, for the test
 
 Trains a CNN on handwritten digits and a small character language model on the part of Python's manual that comes with Python. Then
-the inputs and weights of all their layers and of attention are rounded to each format. Scales come from the data: integers and floating formats have
-one for the inputs and one for each channel of the weights; MX and NVFP4 have one for each block, which bits count.
+the inputs and weights of all layers and of attention are rounded to each format. Scales come from the data: integers and floating
+formats have one for the inputs and one for each channel of the weights; MX and NVFP4 have one for each block, which bits count.
 """
 
 import argparse
