@@ -28,7 +28,7 @@ import quant_ops as qo
 LINES: dict[str, dict[str, qo.Format]] = {
     "integers": {f"INT{bits}": qo.IntFormat(bits) for bits in (8, 6, 4, 3, 2)},
     "E5M2, scaled": {"E5M2": qo.E5M2.with_(scaled=True)},
-    "scaled floating formats": {str(format): format.with_(scaled=True) for format in (qo.E4M3, qo.E3M2, qo.E2M1)},
+    "E4M3, E3M2, E2M1, scaled": {str(format): format.with_(scaled=True) for format in (qo.E4M3, qo.E3M2, qo.E2M1)},
     "MX, blocks of 32": {"MXFP8 (E4M3)": qo.MXFP8_E4M3, "MXFP6 (E2M3)": qo.MXFP6_E2M3, "MXFP4 (E2M1)": qo.MXFP4},
     "NVFP4, blocks of 16": {"NVFP4": qo.NVFP4},
 }
