@@ -138,44 +138,60 @@ static std::string text_of(const KernelPlan& plan) {
   return kTiles[plan.kernel].name + (plan.splits > 1 ? ":" + std::to_string(plan.splits) : "");
 }
 
-// Prints N, K, M and the ratio wherever one row more takes more than 1.1 times as long, and the largest ratio of each layer.
-static void show_steps(const std::vector<Row>& rows) {
-  std::set<std::pair<int64_t, int64_t>> layers;
+using Layers = std::set<std::pair<int64_t, int64_t>>;
+
+static Layers layers_of(const std::vector<Row>& rows) {
+  Layers layers;
   for (const Row& row : rows)
     if (!row.problem.gathers) layers.insert({row.problem.N, row.problem.K});
-  for (const auto& [N, K] : layers) {
-    double worst = 0;
-    KernelPlan before = choose(linear(1, N, K), 132, KernelChoice());
-    for (int64_t M = 2; M <= 513; ++M) {
-      const KernelPlan plan = choose(linear(M, N, K), 132, KernelChoice());
-      const double ratio = plan.time / before.time;
-      worst = std::max(worst, ratio);
-      if (ratio > 1.1)
-        std::printf("%lld x %lld, M %lld: %.3f, %s to %s\n", static_cast<long long>(N), static_cast<long long>(K),
-                    static_cast<long long>(M - 1), ratio, text_of(before).c_str(), text_of(plan).c_str());
-      before = plan;
-    }
-    std::printf("layer %lld %lld: %.3f\n", static_cast<long long>(N), static_cast<long long>(K), worst);
+  return layers;
+}
+
+// The largest ratio of a layer's time for one row more, for 1 to 512 rows. `show` prints N, K, M and the ratio where it is large.
+static double worst_step(int64_t N, int64_t K, const Costs& costs, bool show) {
+  double worst = 0;
+  KernelPlan before = choose(linear(1, N, K), 132, KernelChoice(), costs);
+  for (int64_t M = 2; M <= 513; ++M) {
+    const KernelPlan plan = choose(linear(M, N, K), 132, KernelChoice(), costs);
+    const double ratio = plan.time / before.time;
+    worst = std::max(worst, ratio);
+    if (show && ratio > 1.1)
+      std::printf("%lld x %lld, M %lld: %.3f, %s to %s\n", static_cast<long long>(N), static_cast<long long>(K),
+                  static_cast<long long>(M - 1), ratio, text_of(before).c_str(), text_of(plan).c_str());
+    before = plan;
   }
+  return worst;
+}
+
+// What one row more costs beyond 1.15 times as much, or 1.3 times where the weight is large.
+static double badness_of_steps(const Layers& layers, const Costs& costs) {
+  double sum = 0;
+  for (const auto& [N, K] : layers) sum += std::max(0.0, worst_step(N, K, costs, false) - (N * K <= 4 << 20 ? 1.14 : 1.3));
+  return sum;
 }
 
 int main(int argc, char** argv) {
   const std::vector<Row> rows = read_rows();
   if (argc > 1 && std::string(argv[1]) == "steps") {
-    show_steps(rows);
+    for (const auto& [N, K] : layers_of(rows)) {
+      const double worst = worst_step(N, K, kH200, true);
+      std::printf("layer %lld %lld: %.3f\n", static_cast<long long>(N), static_cast<long long>(K), worst);
+    }
     return 0;
   }
   Costs costs = kH200;
   if (argc > 2 && std::string(argv[1]) == "fit") {
     std::mt19937 random(1);
     std::normal_distribution<double> normal(0.0, 0.1);
-    double least = badness(quality(rows, costs, false));
+    const Layers layers = layers_of(rows);
+    double least = badness(quality(rows, costs, false)) + badness_of_steps(layers, costs);
     double* const values = &costs.start;
     constexpr size_t kCount = sizeof(Costs) / sizeof(double);
     for (int i = std::atoi(argv[2]); i > 0; --i) {
       Costs other = costs;
       for (unsigned change = 1 + random() % 3; change > 0; --change) (&other.start)[random() % kCount] *= std::exp(normal(random));
-      const double now = badness(quality(rows, other, false));
+      double now = badness(quality(rows, other, false));
+      if (now < least) now += badness_of_steps(layers, other);
       if (now >= least) continue;
       least = now;
       costs = other;

@@ -45,9 +45,12 @@ def test_sums_are_exact_for_any_convolution(isa, seed):
         packed = qo.pack_weight(weight, groups) if rng.random() < 0.5 else None
         one = torch.tensor(1.0)
         for view in (x, x.contiguous(memory_format=torch.channels_last), x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)):
-            y = qo.int8_conv2d(
-                view, weight, one, None, stride, padding, dilation, groups, one, torch.tensor(zero), packed_weight=packed
-            )
+            last = rng.choice([None, True, False])
+            given = {"packed_weight": packed, "channels_last": last}
+            y = qo.int8_conv2d(view, weight, one, None, stride, padding, dilation, groups, one, torch.tensor(zero), **given)
+            if last is not None:
+                memory_format = torch.channels_last if last else torch.contiguous_format
+                assert y.is_contiguous(memory_format=memory_format)
             assert torch.equal(y, expected), (n, groups, cg, og, h, w, r, s, stride, padding, dilation, dtype, zero)
 
 

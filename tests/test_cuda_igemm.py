@@ -183,7 +183,7 @@ class IgemmCases:
                 x.contiguous(memory_format=torch.channels_last),
                 x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
             ):
-                subject.check("int8_conv2d", view, *args)
+                subject.check("int8_conv2d", view, *args, channels_last=rng.choice([None, True, False]))
             packed = subject.ops.pack_weight(subject.move(weight), groups)
             subject.check_packed("int8_conv2d", packed, x, *args)
 

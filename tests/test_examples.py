@@ -1,5 +1,6 @@
 """The examples run, keep what they promise, and write what they say."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,43 @@ def test_simulation(tmp_path):
     assert 5 < sqnr["E4M3"] - sqnr["E5M2"] < 7
     assert sqnr["NVFP4"] > sqnr["MXFP4 (E2M1)"] + 1
     assert abs(sqnr["E5M2"] - sqnr["E3M2"]) < 0.5
+
+
+SIMULATED = {
+    "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
+    "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),
+    "maskformer": ("transformers", ["--images", "1"]),
+    "stable_diffusion": ("diffusers", ["--size", "8", "--steps", "2"]),
+    "graphormer": (None, ["--graphs", "16"]),
+    "imagebind": (None, ["--images", "16"]),
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_int_fp_qsim(name):
+    needed, arguments = SIMULATED[name]
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}")
+    command = [sys.executable, EXAMPLES / "int_fp_qsim" / f"{name}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    heading, *lines = done.stdout.splitlines()
+    columns = heading.count("%") + heading.count("dB") + heading.count("perplexity")
+    rows = {line.rsplit(maxsplit=columns)[0]: [float(figure) for figure in line.split()[-columns:]] for line in lines}
+    assert {"E4M3, E4M3, FP16", "INT8, INT8, FP16", "INT4, INT4, FP16"} < rows.keys()
+    if "dB" in heading:
+        decibels = {row: figures[1 if name == "opt" else 0] for row, figures in rows.items()}
+        assert decibels["INT8, INT8, FP16"] > decibels["INT4, INT4, FP16"] + 10
+        assert decibels["E4M3, E4M3, FP16"] > decibels["E5M2, E5M2, FP16"] + 2
+        assert 10 < decibels["E4M3, E4M3, FP16"] < 60
+
+
+@pytest.mark.parametrize(("name", "needed"), [(name, needed) for name, (needed, _) in SIMULATED.items() if needed])
+def test_int_fp_qsim_without_the_package(name, needed):
+    script = EXAMPLES / "int_fp_qsim" / f"{name}.py"
+    code = f"import runpy, sys; sys.modules['{needed}'] = None; sys.path.insert(0, r'{script.parent}'); sys.argv = ['{name}']; "
+    command = [sys.executable, "-c", code + f"runpy.run_path(r'{script}', run_name='__main__')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"this example needs {needed} (")
+    assert done.stderr.endswith(f"): pip install {needed}\n")

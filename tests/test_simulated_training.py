@@ -84,19 +84,19 @@ def test_training_in_8_bits_keeps_the_accuracy(digits, config):
 
 
 def test_training_recovers_what_4_bit_weights_lose(digits):
-    """Per tensor, where neighbouring channels have ranges of 1 and 1/2. The BatchNorms make up for that in float."""
+    """Per tensor, where neighbouring channels have ranges of 1, 1/2 and 1/4. The BatchNorms make up for that in float."""
     model = copy.deepcopy(digits.model)
     for layer, norm in zip(model, [*model][1:], strict=False):
         if isinstance(norm, nn.BatchNorm2d):
-            factors = 0.5 ** (torch.arange(norm.num_features) % 2)
+            factors = 0.5 ** (torch.arange(norm.num_features) % 3)
             with torch.no_grad():
                 layer.weight.mul_(factors.view(-1, 1, 1, 1))
                 norm.running_mean.mul_(factors)
                 norm.running_var.mul_(factors.square())
     assert digits.accuracy_of(model) >= digits.accuracy - 0.5
     simulated = digits.simulated(qo.Simulated(weight=qo.INT4, weight_per="tensor"), model)
-    assert digits.accuracy_of(simulated) < digits.accuracy - 1.5
-    digits.train(simulated, epochs=10)
+    assert digits.accuracy_of(simulated) < digits.accuracy - 5
+    digits.train(simulated, epochs=12)
     assert digits.accuracy_of(simulated) >= digits.accuracy - 1
     weight = simulated[0].weight
     assert len(qo.INT4(weight).unique()) <= 15 < len(weight.unique())

@@ -91,7 +91,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                    const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
                    const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
-                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
+                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu,
+                   std::optional<bool> channels_last) {
   const char* op = "int8_conv2d";
   const ActivationArgs activation{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
   const ResultArgs result{.weight_scale = weight_scale,
@@ -111,6 +112,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
 
   Holder holder;
   const Tensor source = conv2d_source(x, &p);
+  QO_EXPECT(batched || !channels_last, op, "x.shape (N, C, H, W) for a result that is channels_last or not, got ", shape_text(x));
+  if (channels_last) p.y_channels_last = *channels_last;
   p.in = input_params<Backend>(op, source, activation, batched ? Ints{p.N, 1, 1, 1} : Ints{1, 1, 1}, &holder);
   ScalarType type;
   p.out = output_params<Backend>(op, x, result, p.O, &type, &holder);

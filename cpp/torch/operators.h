@@ -52,7 +52,7 @@ void define_operators(Library& m) {
       "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
-      "bool relu=False) -> Tensor");
+      "bool relu=False, bool? channels_last=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }

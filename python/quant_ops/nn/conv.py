@@ -87,19 +87,12 @@ class QuantConv2d(_QuantConv):
     def _run(self, x: Tensor) -> Tensor:
         b = self._buffers
         weight = b["qweight"]
+        options = self._conv_options | self._options()
         if self.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+            options["channels_last"] = True
         if self._pad_input is not None:
             x = F.pad(x, self._pad_input, self.padding_mode)
-        y = _conv2d(
-            x,
-            self._placeholder if weight is None else weight,
-            b["weight_scale"],
-            b["bias"],
-            **self._conv_options,
-            **self._options(),
-        )
-        return y.contiguous(memory_format=torch.channels_last) if self.channels_last and y.dim() == 4 else y
+        return _conv2d(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **options)
 
 
 class QuantConv1d(_QuantConv):

@@ -137,6 +137,7 @@ def int8_conv2d(
     out_zero_point: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     relu: bool = False,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """Fused int8 convolution (implicit GEMM), with the arithmetic of :func:`int8_linear`.
 
@@ -150,9 +151,10 @@ def int8_conv2d(
         x_scale, x_zero_point: one element, or one per sample, shape ``(N, 1, 1, 1)``.
         packed_weight: ``pack_weight(weight, groups)``.
         bias, asymmetric, out_scale, out_zero_point, out_dtype, relu: as in :func:`int8_linear`.
+        channels_last: whether the result of a batch lies in channels_last, by default as x does. Neither order costs a copy.
 
     Returns:
-        ``(N, O, OH, OW)`` with ``OH = (H + top + bottom - dilation * (R - 1) - 1) // stride + 1``; channels_last if x is.
+        ``(N, O, OH, OW)`` with ``OH = (H + top + bottom - dilation * (R - 1) - 1) // stride + 1``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`int8_linear`; also groups that do not divide the channels, an output smaller
@@ -176,6 +178,7 @@ def int8_conv2d(
         out_zero_point=out_zero_point,
         out_dtype=out_dtype,
         relu=relu,
+        channels_last=channels_last,
     )
 
 
@@ -191,6 +194,7 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    channels_last: bool | None,
     **_: Any,
 ) -> Tensor:
     top, bottom, left, right = padding if len(padding) == 4 else (padding[0], padding[0], padding[-1], padding[-1])
@@ -199,7 +203,8 @@ def _(
     torch._check(reach_h >= 0)  # for what is derived from the size of the result
     torch._check(reach_w >= 0)
     shape = (*x.shape[:-3], weight.shape[0], reach_h // stride[0] + 1, reach_w // stride[-1] + 1)
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
+    if channels_last is None:
+        channels_last = x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=checked.dtype, device=x.device, memory_format=memory_format)
 
