@@ -78,14 +78,14 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x) + self.place)))
 
 
-def texts(context: int = 64) -> tuple[int, Tensor, Tensor]:
+def texts(held_out: int, context: int = 64) -> tuple[int, Tensor, Tensor]:
     """The number of characters, and texts of ``context + 1`` of them: to train with, and held out."""
     text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")[:400_000]
     characters = sorted(set(text))
     codes = torch.tensor([characters.index(character) for character in text])
     rows = codes[: len(codes) // (context + 1) * (context + 1)].view(-1, context + 1)
     rows = rows[torch.randperm(len(rows))]
-    return len(characters), rows[256:], rows[:256]
+    return len(characters), rows[held_out:], rows[:held_out]
 
 
 def loss(model: nn.Module, rows: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def measures(quick: bool) -> list[tuple[nn.Module, Measure]]:
     cnn = network()
     train(cnn, train_x, train_y, epochs=3 if quick else 15)
 
-    characters, train_rows, test_rows = texts()
+    characters, train_rows, test_rows = texts(64 if quick else 256)
     language_model = LanguageModel(characters)
     train_language_model(language_model, train_rows, steps=100 if quick else 1200)
 
