@@ -69,7 +69,7 @@ int64_t reach_beside(const Int8Conv2dParams& p, int d) {
 // Takes the Hopper engine's fastest kernel, or the wanted one, if that engine takes the convolution. It was the faster engine
 // wherever both were timed.
 void choose_hopper(const Int8Conv2dParams& p, const CudaWeights& w, bool in_place, const GpuLimits& gpu, const KernelChoice& wanted,
-                  Conv2dPlan* plan) {
+                   Conv2dPlan* plan) {
 #if defined(QUANT_OPS_SM90)
   const bool names_hopper = sm90::kernel_named(wanted.name) < sm90::kKernels;
   if (gpu.arch != 90 || p.N * p.OH * p.OW == 0 || names_tile(wanted)) return;

@@ -15,9 +15,10 @@ BELOW = {
     "nn": {"", "ops"},
     "formats": {"", "ops"},
     "observers": {"", "ops", "formats"},
-    "convert": {"", "ops", "nn", "formats", "observers"},
-    "report": {"", "ops", "nn"},
-    "compat": {"", "ops", "nn", "formats", "observers", "convert", "report"},
+    "simulation": {"", "ops", "nn", "formats", "observers"},
+    "convert": {"", "ops", "nn", "formats", "observers", "simulation"},
+    "report": {"", "ops", "nn", "formats", "simulation"},
+    "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report"},
     "cli": {"", "nn", "convert", "report"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line
@@ -55,6 +56,8 @@ def test_every_package_has_its_place():
         "",
         "ops",
         "nn",
+        "formats",
         "observers",
+        "simulation",
         "convert",
     }

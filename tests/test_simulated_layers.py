@@ -425,8 +425,10 @@ def test_state_dict_carries_amax():
     qo.quantize_(fresh, config)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
-    half = copy.deepcopy(model).bfloat16()
-    assert half(x.bfloat16()).dtype == torch.bfloat16
+    model.head.amax_input.fill_(1e6)
+    half = copy.deepcopy(model).half()
+    assert half(x.half()).dtype == torch.float16
+    assert half.head.amax_input == 1e6  # beyond float16
 
 
 def test_prepared_layers_are_trained_with_their_amax():

@@ -9,7 +9,7 @@ from . import _library
 _library.load()
 
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
-from .convert.config import Int8Dynamic, Int8Static, Simulated  # noqa: E402
+from .convert.config import Int8Dynamic, Int8Static  # noqa: E402
 from .convert.config import from_json as config_from_json  # noqa: E402
 from .convert.files import load_, save  # noqa: E402
 from .convert.fold import FoldResult, fold_batchnorm_  # noqa: E402
@@ -68,6 +68,7 @@ from .ops import (  # noqa: E402
 from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
 from .report.report import LayerReport, Report  # noqa: E402
+from .simulation.config import Simulated  # noqa: E402
 from .simulation.layers import keep_weights_  # noqa: E402
 from .simulation.mode import simulate_products_, simulated_products  # noqa: E402
 

@@ -42,6 +42,13 @@ class Description:
         self._expect(value in names, f"{name} to be one of {names}, got {value!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(Description):
+    """How to quantize a model."""
+
+    kind = "config"
+
+
 def _plain(value: Any) -> Any:
     """A description as what json writes."""
     if not isinstance(value, Description):

@@ -26,8 +26,8 @@ bool walks(const Gather& g) {
 }  // namespace
 
 // Fitted to benchmarks/gpu/h200_sweep.json.
-const Costs kH200 = {4649.68, 1.43318, 52.1636, 0.295418, 2.0057, 120.996, 1847.91, 79.3623,
-                     25.6293, 0.983451, 27.0895, 11028, 17.8756, 3417.61, 59.2841};
+const Costs kH200 = {4649.68, 1.43318,  52.1636, 0.295418, 2.0057,  120.996, 1847.91, 79.3623,
+                     25.6293, 0.983451, 27.0895, 11028,    17.8756, 3417.61, 59.2841};
 
 Problem problem_of(const IgemmProblem& p) {
   return {.M = p.M,

@@ -14,10 +14,11 @@ from .._models import count_batches, is_recomputing
 from ..formats import Format, WithGradient
 from ..nn import INT8_LAYERS, Int8Layer, as_linear, float_class
 from ..observers import Observer
+from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.operand import Layout, Per, Rounding, amax_of, blocks_of, takes_amax
 from ..simulation.recast import Conv, ConvTranspose, Embedding, EmbeddingBag, Linear, Recast, Transposed, recast
-from .config import Int8Scheme, Int8Static, Scheme, Simulated
+from .config import Int8Scheme, Int8Static, Scheme
 
 
 def whole(tensor: Tensor) -> Tensor:

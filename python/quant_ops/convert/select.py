@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._description import Config
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, exact_class
 from ..nn.loading import check_loads
 from ..observers import Observer
+from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.recast import Recast
-from .config import Config, Scheme, Simulated
+from .config import Scheme
 from .prepared import Prepared, is_sharded
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]

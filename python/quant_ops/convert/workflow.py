@@ -8,9 +8,10 @@ from torch import nn
 
 from .._models import count_batches, patched
 from ..nn import Int8Layer, float_class
+from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.operand import takes_amax
-from .config import Int8Dynamic, Int8Static, Scheme, Simulated
+from .config import Int8Dynamic, Int8Static, Scheme
 from .prepared import PREPARED, Prepared, to_int8
 from .qat import QAT
 from .select import (

@@ -6,18 +6,16 @@ They share the float layer's parameters, and train: gradients are those of the f
 """
 
 import operator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .attention import multi_head_attention
+from .config import Simulated
 from .operand import Layout, round_gradient, rounded, takes_amax
 from .products import Products
 from .recast import Conv, ConvTranspose, Embedding, EmbeddingBag, Linear, Recast, Transposed, linear
-
-if TYPE_CHECKING:
-    from ..convert.config import Simulated
 
 AMAX = ("amax_input", "amax_weight", "amax_output")
 
@@ -105,8 +103,16 @@ class SimulatedLayer(Recast):
         return layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SimulatedLayer":
+        """Moves; but .half() and friends leave amax in the precision that they have, in which they may be large."""
         self._rounded.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before = {name: amax for name in AMAX if (amax := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, amax in before.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != amax.dtype:
+                self._buffers[name] = amax.to(moved.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounded": {}}

@@ -20,7 +20,7 @@ from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from ..convert.config import Simulated
+from .config import Simulated
 from .products import Products
 
 # Methods of Products by the names of functions: those of torch, and of tensors where they have them.

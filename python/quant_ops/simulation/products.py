@@ -8,16 +8,14 @@ nothing is rounded twice. Attention is in attention.py, how one operand is round
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import attention
+from .config import Simulated
 from .operand import Layout, round_gradient, rounded
-
-if TYPE_CHECKING:
-    from ..convert.config import Simulated
 
 aten = torch.ops.aten
 _RESULT = Layout(summed=-1, channel=-1, row=(-1,))  # its last dimension is, as a rule, what the next product sums over
