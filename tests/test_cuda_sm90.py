@@ -60,9 +60,9 @@ def test_choice_of_a_kernel_on_measured_times():
     text = subprocess.run([program], input=fit_choice.rows_of(SWEEP), check=True, capture_output=True, text=True).stdout
     rows, mean, worst, within = re.search(r"rows (\d+), mean ([\d.]+), worst ([\d.]+), within 5 %: ([\d.]+)", text).groups()
     assert int(rows) >= 200
-    assert float(mean) <= 1.01, text
+    assert float(mean) <= 1.015, text
     assert float(worst) <= 1.16, text
-    assert float(within) >= 0.93, text
+    assert float(within) >= 0.91, text
 
 
 @needs_compiler
@@ -81,7 +81,7 @@ def test_one_row_more_takes_little_longer():
     for (n, k), worst in layers.items():
         steps = [float(ratio) for ratio in re.findall(rf"^{n} x {k}, M \d+: ([\d.]+)", text, re.MULTILINE)]
         small = n * k <= 4 << 20
-        assert worst <= (1.15 if small else 1.34), text
+        assert worst <= (1.15 if small else 1.32), text
         assert len([step for step in steps if step > 1.15]) <= (0 if small else 6), text
 
 

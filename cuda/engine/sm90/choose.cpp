@@ -12,8 +12,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 // Fitted to benchmarks/gpu/h200_sweep.json.
-const Costs kH200 = {4901.39, 365.335, 1.43318,  61.6798, 0.233479, 2.25443, 122.785, 1808.68,
-                     199.955, 31.5727, 0.999466, 22.0205, 9019.08,  17.4111, 2398,    91.5518};
+const Costs kH200 = {4811.05, 393.115, 1.37479, 68.0556, 0.455402, 2.31514, 185.997, 1861.16, 45.7171,
+                     23.6814, 1.41005, 17.4387, 57.5494, 10725.3,  14.3912, 2483.43, 98.3019};
 
 bool joins_in_cluster(const Problem& p, int kernel, int64_t multiprocessors, int64_t splits) {
   constexpr int64_t kMost = 8;  // blocks of a cluster on every GPU
@@ -52,13 +52,15 @@ double clocks(const Problem& p, int kernel, int64_t multiprocessors, int64_t spl
   const double sms = static_cast<double>(multiprocessors);
   const double result = M * N * static_cast<double>(dtype_bytes(p.out.dtype));
   const double moved = (codes + N * K + (sums > 0 ? sums : result)) / (c.memory * sms);
+  const double own = loaded - static_cast<double>(t.second - t.second / t.cluster);  // of a block; its cluster loads the rest
+  const double cached = static_cast<double>(units * steps * kStepBytes) * own / (c.cache * sms);
   const double exchanged = static_cast<double>(t.first) * t.second / (128 * t.warpgroups) * static_cast<double>(splits - 1) /
                            static_cast<double>(splits);
   const double joining = splits == 1 ? 0.0
                          : cluster   ? c.cluster_start + exchanged * c.cluster
                                      : c.join_start + sums / (c.join * sms);
   const double start = c.start + (std::min(t.first, t.second) < 32 ? c.narrow : 0.0);
-  return start + std::max(computed, moved) + joining;
+  return start + std::max({computed, moved, cached}) + joining;
 }
 
 KernelPlan choose(const Problem& p, int64_t multiprocessors) {

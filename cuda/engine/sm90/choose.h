@@ -19,6 +19,7 @@ struct Costs {
   double write_start, write;      // of a tile's results, and of each that a thread has
   double hidden;                  // the part of the writing that the products of other blocks do not hide
   double memory;                  // bytes a clock and multiprocessor
+  double cache;                   // likewise of the L2 cache, from which every tile loads its operands
   double join_start, join;        // of the kernel that adds splits, and its bytes a clock and multiprocessor
   double cluster_start, cluster;  // of a cluster that does, and of each sum of a thread that another block has
 };
