@@ -79,7 +79,7 @@ def test_benchmark_tables_are_those_of_the_newest_results():
 
 
 def test_figures_of_the_readme_are_those_of_the_results():
-    """Each row of the table of speeds, except for the mean: ours, float, the fastest other int8 package if any, and the last ratio."""
+    """Each row of the table of speeds, except for the mean: ours, float, the fastest other int8 package if any, the last ratio."""
     expected = []
     for file, stem, shape, ours, floating, unit in (
         ("linear-cpu-zen5-1-thread", "linear", "128x3072x768", "ours dynamic", "fp32", 1),
