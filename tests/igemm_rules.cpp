@@ -371,7 +371,10 @@ static void check_conv2d_plans(Random random) {
     Slots slots;
     slots.add(plan.weight.sums, p.O);
     slots.add(plan.weight.rows, w.rows_bytes);
-    slots.add(plan.codes, p.N * p.H * p.W * plan.gather.pixel);
+    slots.add(plan.codes, p.N * plan.gather.height * plan.gather.width * plan.gather.pixel);
+    const bool within = (p.OH - 1) * p.stride[0] < p.H && (p.OW - 1) * p.stride[1] < p.W;
+    const bool skips = p.R * p.S == 1 && p.x_stride[1] == 1 && p.pad[0] == 0 && p.pad[1] == 0 && within;
+    EXPECT(plan.gather.height == (skips ? p.OH : p.H) && plan.gather.width == (skips ? p.OW : p.W), "pixels that are read");
     slots.add(plan.scale, p.N);
     slots.add(plan.zero_point, p.N);
     slots.add(plan.padding, p.N * 16);
