@@ -56,6 +56,7 @@ from .ops import (  # noqa: E402
     int8_gemm,
     int8_linear,
     pack_weight,
+    pack_weight_only,
     quant_block_backward,
     quant_block_forward,
     quant_float_backward,
@@ -64,6 +65,8 @@ from .ops import (  # noqa: E402
     quant_tensor_forward,
     quantize_rows,
     unpack_weight,
+    unpack_weight_only,
+    weight_only_linear,
 )
 from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
@@ -131,6 +134,7 @@ __all__ = [
     "kernel_for",
     "load_",
     "pack_weight",
+    "pack_weight_only",
     "prepare_",
     "prepare_qat_",
     "quant_block_backward",
@@ -147,5 +151,7 @@ __all__ = [
     "synchronize_",
     "timestep",
     "unpack_weight",
+    "unpack_weight_only",
+    "weight_only_linear",
     "with_gradient",
 ]

@@ -10,6 +10,7 @@
 #include "kernels/generic/random.h"
 #include "kernels/generic/range.h"
 #include "kernels/generic/straight_through.h"
+#include "kernels/generic/weight_groups.h"
 
 namespace quant_ops::QO_ISA {
 namespace {
@@ -27,6 +28,11 @@ constexpr VectorKernels kVectorKernels = {
     .quantize_float = quantize_float,
     .quantize_blocks = quantize_blocks,
     .quantize_block_columns = quantize_block_columns,
+    .widen = widen,
+    .fold = fold,
+    .expand = expand,
+    .float_tile = float_tile,
+    .store = store,
     .random_words = random_words,
 };
 
