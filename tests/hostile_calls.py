@@ -168,7 +168,7 @@ def describe(arguments: dict[str, object]) -> str:
 
 
 # Reasons that only a call with data has.
-ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|packed_weight made by")
+ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|codes of four bits in|packed_weight made by")
 
 
 def main(seed: int, count: int) -> None:

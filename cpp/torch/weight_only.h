@@ -34,9 +34,10 @@ inline WeightOnlyShape weight_only_shape(const char* op, const Ints& shape, int6
 
 template <class Backend>
 Tensor packed_weight_only(const char* op, const Tensor& weight, const WeightOnlyShape& shape) {
-  if (shape.bits == 4) Backend::expect_between(op, "codes of four bits", weight, -8, 7);
+  const Tensor plain = as_contiguous(weight);
+  if (shape.bits == 4) Backend::expect_between(op, "codes of four bits", plain, -8, 7);
   Tensor packed = empty({Backend::weight_only_bytes(shape)}, ScalarType::Char, weight);
-  Backend::pack(as_contiguous(weight), shape, packed);
+  Backend::pack(plain, shape, packed);
   return packed;
 }
 
