@@ -255,7 +255,9 @@ for _group in (0, 1, 16, 33, 512, -2, 2**62):
     _sentence = "group_size 32, 64, 128, 256 or -1 (one group a row of the weight), got "
     add(_ANY_WEIGHT_ONLY, f"{_sentence}{_group}", group_size=_group)
 for _code in (8, -9, 127, -128):
-    add(_WEIGHT_ONLY, f"codes of four bits in [-8, 7], got {_code}", fake=False, weight=torch.full((3, 40), _code, dtype=torch.int8))
+    add(
+        _WEIGHT_ONLY, f"codes of four bits in [-8, 7], got {_code}", fake=False, weight=torch.full((3, 40), _code, dtype=torch.int8)
+    )
 add("weight_only_linear", "x.dtype in (float32, float16, bfloat16), got int8", TypeError, x=i8(2, 40))
 add("weight_only_linear", "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 40).double())
 add("weight_only_linear", "x to have at least one dimension, got shape ()", x=f32())

@@ -140,7 +140,9 @@ def test_rows_do_not_see_each_other(isa, bits):
         run = {"dynamic": True, "asymmetric": asymmetric}
         y = qo.weight_only_linear(x, codes, scale, zero, bias, bits, 128, **run)
         for i in range(50):
-            assert reference.same_bits(y[i : i + 1], qo.weight_only_linear(x[i : i + 1], codes, scale, zero, bias, bits, 128, **run))
+            assert reference.same_bits(
+                y[i : i + 1], qo.weight_only_linear(x[i : i + 1], codes, scale, zero, bias, bits, 128, **run)
+            )
         assert torch.equal(y[7], bias)
         assert torch.equal(y.isnan().all(1), y.isnan().any(1))
         assert y.isnan().any(1).nonzero().flatten().tolist() == [9, 11]

@@ -238,7 +238,8 @@ struct Int8Conv2dParams {
 // With codes of x (in.mode kDynamic or kDynamicAsymmetric; `codes`), over the groups g in ascending order, starting from the bias
 // (-0 without one), in float32:
 //   y = fma(float(sum_k (a - zero_a[m]) (q - zero_point[n,g])), scale_a[m] * scale[n,g], y)            sums are exact, in int32
-//   and with float_zero, whose q is corrected by no zero point, y = fma(float(sum_k (a - zero_a[m])), scale_a[m] * float_zero[n,g], y)
+//   and with float_zero, whose q is corrected by no zero point, y = fma(float(sum_k (a - zero_a[m])), scale_a[m] * float_zero[n,g],
+//   y)
 // Without codes the products are accumulated in float32, in no order that a caller may rely on: |error| <= 2 eps sum_k |x||w|.
 struct WeightOnlyParams {
   int64_t M, N, K;
@@ -249,11 +250,11 @@ struct WeightOnlyParams {
   int64_t x_stride;      // between rows; the last dimension is contiguous
   const int8_t* packed;  // from pack_weight_only
   const float* scale;
-  int64_t scale_stride[2];    // of a column, of a group
-  const int8_t* zero_point;   // null: none
-  const float* float_zero;    // null: none; at most one of the two is there
-  int64_t zero_stride[2];     // of the one that is there
-  const float* bias;          // null: none
+  int64_t scale_stride[2];   // of a column, of a group
+  const int8_t* zero_point;  // null: none
+  const float* float_zero;   // null: none; at most one of the two is there
+  int64_t zero_stride[2];    // of the one that is there
+  const float* bias;         // null: none
   void* y;
   DType y_dtype;
   int64_t y_stride;

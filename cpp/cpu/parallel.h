@@ -37,7 +37,6 @@ void for_each_share(int64_t tasks, int64_t threads, int64_t work, int64_t work_p
   });
 }
 
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -2,7 +2,8 @@
 // scratch, a pass at a time. Then, by what the weight and x are:
 //   4 bits, codes   KernelTable::nibbles multiplies 16 columns and folds the groups in registers
 //   8 bits, codes   KernelTable::gemm multiplies a group of a panel, KernelTable::fold adds it to the result
-//   floats          KernelTable::expand dequantizes a chunk of k of 16 columns once for a block of rows
+//   floats          KernelTable::few_rows reads the packed weight; for more rows KernelTable::expand dequantizes a chunk of k of 16
+//                   columns, once for a block of rows
 #include "cpu/weight_only.h"
 
 #include <algorithm>
@@ -128,20 +129,21 @@ bool is_packed_for(const int8_t* packed, int64_t bytes, const WeightOnlyLayout& 
 
 namespace {
 
-constexpr int64_t kPassBytes = int64_t{8} << 20;           // of the rows of a pass: bounds the scratch, whatever M is
-constexpr int64_t kBlockBytes = int64_t{256} << 10;        // codes of a block of rows: they stay in the L2 cache
-constexpr int64_t kFloatBlock = 240;                       // rows that share a dequantized chunk; a multiple of kFloatRows
-constexpr int64_t kPreparedPerThread = int64_t{1} << 16;   // elements that are worth a thread
-constexpr int64_t kColumnsPerThread = int64_t{1} << 14;    // likewise, of scales
+constexpr int64_t kPassBytes = int64_t{8} << 20;          // of the rows of a pass: bounds the scratch, whatever M is
+constexpr int64_t kBlockBytes = int64_t{256} << 10;       // codes of a block of rows: they stay in the L2 cache
+constexpr int64_t kFloatBlock = 240;                      // rows that share a dequantized chunk; a multiple of kFloatRows
+constexpr int64_t kPreparedPerThread = int64_t{1} << 16;  // elements that are worth a thread
+constexpr int64_t kColumnsPerThread = int64_t{1} << 14;   // likewise, of scales
 
 struct Plan {
   const KernelTable* table;
   int64_t threads;
   WeightOnlyLayout layout;
-  bool in_place;        // the product reads the floats of x itself
-  int64_t row_bytes;    // of the codes or floats of a row in scratch
+  bool few_rows;      // KernelTable::few_rows multiplies
+  bool in_place;      // the product reads the floats of x itself
+  int64_t row_bytes;  // of the codes or floats of a row in scratch
   int64_t pass_rows, block_rows, tile_rows;
-  bool sums_rows;       // the fold reads sums of the codes of x
+  bool sums_rows;  // the fold reads sums of the codes of x
   // scratch: what is not needed has no bytes; kNoCopy: the caller's array
   int64_t scale_at, zero_at, bias_at;
   int64_t rows_at, row_scale_at, row_zero_at, row_sum_at;
@@ -158,10 +160,11 @@ struct Worker {
   float* w;       // a dequantized chunk
   float* part;    // sums of kChunksTogether chunks, of kFloatBlock rows of 16 columns
 };
-constexpr int64_t kTileFloats = std::max<int64_t>(kMaxGemmRows * kPanel, kFloatBlock * kNibbleColumns);
+// An expanded chunk may end in up to seven k more than it has.
+constexpr int64_t kTileFloats = std::max<int64_t>(kMaxGemmRows * kPanel, kFloatBlock* kNibbleColumns);
 constexpr int64_t kSumsBytes = kMaxGemmRows * kPanel * int64_t{sizeof(int32_t)};
-constexpr int64_t kWorkerBytes = kTileFloats * int64_t{sizeof(float)} + kSumsBytes +
-                                 (kWeightChunk + kFloatBlock) * kNibbleColumns * int64_t{sizeof(float)};
+constexpr int64_t kWorkerBytes =
+    kTileFloats * int64_t{sizeof(float)} + kSumsBytes + (kWeightChunk + 8 + kFloatBlock) * kNibbleColumns * int64_t{sizeof(float)};
 // Float32 sums of chunks are added up on their own before they meet the others, so that no chain of additions is long.
 constexpr int64_t kChunksTogether = 16;
 
@@ -175,8 +178,9 @@ Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t thre
   plan.table = &table;
   plan.threads = threads;
   const WeightOnlyLayout l = plan.layout = weight_only_layout(p.N, p.K, p.bits, p.group);
-  plan.in_place = !p.codes && p.in.dtype == DType::kFloat32;
-  plan.row_bytes = p.codes ? l.padded_k : p.K * int64_t{sizeof(float)};
+  plan.few_rows = !p.codes && p.M <= kFewRows;
+  plan.in_place = !p.codes && !plan.few_rows && p.in.dtype == DType::kFloat32;
+  plan.row_bytes = p.codes ? l.padded_k : round_up(p.K, kOctet) * int64_t{sizeof(float)};
   plan.tile_rows = !p.codes ? kFloatRows : p.bits == 4 ? table.nibble_rows : table.gemm_rows;
   const int64_t row_bytes = std::max<int64_t>(plan.row_bytes, 1), tile = plan.tile_rows;
   plan.pass_rows = std::min(p.M, std::max(p.codes ? tile : kFloatBlock, kPassBytes / row_bytes));
@@ -199,6 +203,8 @@ Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t thre
   plan.scratch_bytes = scratch.bytes;
   return plan;
 }
+
+constexpr float kOnes[kNibbleColumns] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 class WeightOnly {
  public:
@@ -240,8 +246,7 @@ class WeightOnly {
     const int64_t columns = std::max<int64_t>(1, kColumnsPerThread / l_.groups);
     parallel_for(l_.padded_n, columns, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
-        for (int64_t g = 0; g < l_.groups; ++g)
-          to[g * l_.padded_n + n] = n < l_.n ? from[n * stride[0] + g * stride[1]] : T{0};
+        for (int64_t g = 0; g < l_.groups; ++g) to[g * l_.padded_n + n] = n < l_.n ? from[n * stride[0] + g * stride[1]] : T{0};
     });
     return to;
   }
@@ -260,7 +265,12 @@ class WeightOnly {
   void write_floats(int64_t m) const {
     const char* x = static_cast<const char*>(p_.in.x) + (pass_first_ + m) * p_.x_stride * dtype_bytes(p_.in.dtype);
     float* to = reinterpret_cast<float*>(rows_ + m * plan_.row_bytes);
-    table_.widen(x, p_.in.dtype, p_.K, to);
+    if (p_.in.dtype == DType::kFloat32)
+      std::memcpy(to, x, static_cast<size_t>(p_.K) * sizeof(float));
+    else
+      table_.widen(x, p_.in.dtype, p_.K, to);
+    for (int64_t k = p_.K; k < round_up(p_.K, kOctet); ++k) to[k] = 0.0f;
+    for (int64_t k = 0; plan_.few_rows && k < p_.K; ++k) to[k] *= few_factor(p_.bits, k);
   }
 
   // Signed codes for the nibbles, unsigned ones for the GEMM; either with zeros beyond K.
@@ -275,13 +285,11 @@ class WeightOnly {
     row_scale_[m] = qparams.scale;
     row_zero_[m] = qparams.zero_point;
     for (int64_t g = 0; plan_.sums_rows && g < l_.groups; ++g) {
-      int32_t sum = 0;
-      for (int64_t k = g * l_.group; k < l_.group_end(g); ++k) sum += codes[k];
-      row_sum_[m * l_.groups + g] = sum - qparams.zero_point * static_cast<int32_t>(l_.group_end(g) - g * l_.group);
+      const int64_t count = l_.group_end(g) - g * l_.group;
+      const int32_t sum = table_.sum_codes(codes + g * l_.group, count, p_.bits == 4);
+      row_sum_[m * l_.groups + g] = sum - qparams.zero_point * static_cast<int32_t>(count);
     }
-    if (p_.bits == 8) return;
-    for (int64_t k = 0; k < p_.K; ++k) codes[k] ^= 0x80u;
-    row_zero_[m] -= kSignedOffset;
+    if (p_.bits == 4) row_zero_[m] -= kSignedOffset;
   }
 
   // ---- products -------------------------------------------------------------------------------------------------------
@@ -300,18 +308,21 @@ class WeightOnly {
     const int64_t row_begin = row_share * pass_rows_ / shares.rows, row_end = (row_share + 1) * pass_rows_ / shares.rows;
     const int64_t panel_begin = panel_share * panels / shares.panels, panel_end = (panel_share + 1) * panels / shares.panels;
     const int64_t blocks = std::max<int64_t>(1, ceil_div(row_end - row_begin, plan_.block_rows));
-    const int64_t block_rows =
-        std::min(plan_.block_rows, round_up(ceil_div(row_end - row_begin, blocks), plan_.tile_rows));
+    const int64_t block_rows = std::min(plan_.block_rows, round_up(ceil_div(row_end - row_begin, blocks), plan_.tile_rows));
     Worker worker;
     worker.y = scratch_.at<float>(plan_.workers_at + number * plan_.worker_bytes);
     worker.sums = reinterpret_cast<int32_t*>(worker.y + kTileFloats);
     worker.w = reinterpret_cast<float*>(worker.sums + kSumsBytes / int64_t{sizeof(int32_t)});
-    worker.part = worker.w + kWeightChunk * kNibbleColumns;
+    worker.part = worker.w + (kWeightChunk + 8) * kNibbleColumns;
     for (int64_t first = row_begin, last; first < row_end; first = last) {
       last = std::min(first + block_rows, row_end);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         if (p_.codes && p_.bits == 8) {
           multiply_panel(first, last, panel, worker);
+          continue;
+        }
+        if (plan_.few_rows) {
+          multiply_few(first, last, panel, worker);
           continue;
         }
         const int64_t begin = panel * kPanel, end = begin + l_.width(panel);
@@ -407,45 +418,68 @@ class WeightOnly {
     }
   }
 
-  void multiply_floats(int64_t first, int64_t last, int64_t n, const Worker& worker) const {
-    const float* a = plan_.in_place ? static_cast<const float*>(p_.in.x) + pass_first_ * p_.x_stride
-                                    : reinterpret_cast<const float*>(rows_);
-    const int64_t a_stride = plan_.in_place ? p_.x_stride : p_.K, panel = n / kPanel, in_panel = n % kPanel;
-    start(worker.y, kNibbleColumns, last - first, n, kNibbleColumns);
-    const int64_t sums = (last - first) * kNibbleColumns;
-    std::memset(worker.part, 0, static_cast<size_t>(sums) * sizeof(float));
+  // Chunk by chunk of the columns' k: multiply(chunk of the weight, sums) adds to sums [rows][stride], which are added to y
+  // kChunksTogether at a time.
+  template <class Multiply>
+  void sum_chunks(int64_t n, int64_t columns, int64_t elements, const Worker& worker, const Multiply& multiply) const {
+    std::memset(worker.part, 0, static_cast<size_t>(elements) * sizeof(float));
+    const int64_t panel = n / kPanel, block_bytes = kNibbleColumns * l_.column_bytes;
     int64_t chunks = 0;
     for (int64_t g = 0; g < l_.groups; ++g) {
       const int64_t at = g * l_.padded_n + n;
-      ExpandRun run{.bits = p_.bits,
-                    .b = p_.bits == 4 ? l_.codes(p_.packed, n) : l_.codes(p_.packed, panel * kPanel) + in_panel * kQuad,
-                    .quad_step = l_.width(panel) * kQuad,
-                    .first = 0,
-                    .last = 0,
-                    .scale = scale_ + at,
-                    .zero = zero_ ? zero_ + at : nullptr,
-                    .float_zero = float_zero_ ? float_zero_ + at : nullptr,
-                    .w = worker.w};
-      for (int64_t k = g * l_.group; k < l_.group_end(g); k = run.last) {
-        run.first = k;
-        run.last = std::min(k + kWeightChunk, l_.group_end(g));
-        table_.expand(run);
-        for (int64_t m = first, rows; m < last; m += rows) {
-          rows = quant_ops::tile_rows(last - m, kFloatRows);
-          table_.float_tile({.k = run.last - k,
-                             .a = a + m * a_stride + k,
-                             .a_stride = a_stride,
-                             .w = worker.w,
-                             .y = worker.part + (m - first) * kNibbleColumns},
-                            rows);
-        }
-        if (++chunks % kChunksTogether != 0 && run.last < p_.K) continue;
-        for (int64_t i = 0; i < sums; ++i) {
+      WeightChunk chunk{.bits = p_.bits,
+                        .b = p_.bits == 4 ? l_.codes(p_.packed, n) : l_.codes(p_.packed, panel * kPanel) + n % kPanel * kQuad,
+                        .block_step = p_.bits == 4 ? block_bytes : kNibbleColumns * kQuad,
+                        .quad_step = l_.width(panel) * kQuad,
+                        .first = 0,
+                        .last = 0,
+                        .columns = columns,
+                        .scale = scale_ + at,
+                        .zero = zero_ ? zero_ + at : nullptr,
+                        .float_zero = float_zero_ ? float_zero_ + at : nullptr};
+      for (int64_t k = g * l_.group; k < l_.group_end(g); k = chunk.last) {
+        chunk.first = k;
+        chunk.last = std::min(k + kWeightChunk, l_.group_end(g));
+        multiply(chunk, worker.part);
+        if (++chunks % kChunksTogether != 0 && chunk.last < p_.K) continue;
+        for (int64_t i = 0; i < elements; ++i) {
           worker.y[i] += worker.part[i];
           worker.part[i] = 0.0f;
         }
       }
     }
+  }
+
+  void multiply_few(int64_t first, int64_t last, int64_t panel, const Worker& worker) const {
+    const int64_t rows = last - first, n = panel * kPanel, columns = l_.width(panel);
+    const float* a = reinterpret_cast<const float*>(rows_ + first * plan_.row_bytes);
+    start(worker.y, kPanel, rows, n, columns);
+    sum_chunks(n, columns, rows * kPanel, worker, [&](const WeightChunk& chunk, float* y) {
+      table_.few_rows({.weight = chunk, .a = a, .a_stride = plan_.row_bytes / int64_t{sizeof(float)}, .y = y, .y_stride = kPanel},
+                      rows);
+    });
+    store(worker.y, kPanel, first, rows, n, columns);
+  }
+
+  void multiply_floats(int64_t first, int64_t last, int64_t n, const Worker& worker) const {
+    const float* a =
+        plan_.in_place ? static_cast<const float*>(p_.in.x) + pass_first_ * p_.x_stride : reinterpret_cast<const float*>(rows_);
+    const int64_t a_stride = plan_.in_place ? p_.x_stride : plan_.row_bytes / int64_t{sizeof(float)};
+    start(worker.y, kNibbleColumns, last - first, n, kNibbleColumns);
+    sum_chunks(n, kNibbleColumns, (last - first) * kNibbleColumns, worker, [&](const WeightChunk& chunk, float* y) {
+      table_.expand(chunk, worker.w);
+      for (int64_t m = first, rows; m < last; m += rows) {
+        rows = quant_ops::tile_rows(last - m, kFloatRows);
+        table_.float_tile({.k = chunk.last - chunk.first,
+                           .a = a + m * a_stride + chunk.first,
+                           .a_stride = a_stride,
+                           .w = worker.w,
+                           .column_scale = chunk.float_zero ? kOnes : chunk.scale,
+                           .y = y + (m - first) * kNibbleColumns,
+                           .y_stride = kNibbleColumns},
+                          rows);
+      }
+    });
     store(worker.y, kNibbleColumns, first, last - first, n, kNibbleColumns);
   }
 

@@ -55,8 +55,9 @@ Tensor unpack_weight_only(const Tensor& packed_weight, const Ints& shape, int64_
   Backend::expect_weight_only(op);
   expect_int8(op, "packed_weight", packed_weight);
   const WeightOnlyShape of = weight_only_shape(op, shape, bits, group_size);
-  QO_EXPECT(packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, of), op,
-            "packed_weight made by pack_weight_only from a weight of this shape, with these bits and this group_size, got another one");
+  QO_EXPECT(
+      packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, of), op,
+      "packed_weight made by pack_weight_only from a weight of this shape, with these bits and this group_size, got another one");
   Tensor weight = empty(shape, ScalarType::Char, packed_weight);
   Backend::unpack(packed_weight, of, weight);
   return weight;

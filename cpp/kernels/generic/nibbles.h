@@ -1,6 +1,6 @@
 // Rows of signed codes by 16 columns of a weight of four bits (NibbleTile in table.h), written once. Nibbles become bytes in
-// registers: they are unsigned, the code plus 8, so that the instruction multiplies unsigned by signed bytes, and 8 times the sum of
-// the row's codes is subtracted with the zero points, a group at a time. `Dot` gives
+// registers: they are unsigned, the code plus 8, so that the instruction multiplies unsigned by signed bytes, and 8 times the sum
+// of the row's codes is subtracted with the zero points, a group at a time. `Dot` gives
 //   I add(I sum, const int8_t* a, const I (&w)[4])   adds sixteen k to every column: w[i] holds four of them, of which lane n has
 //                                                    those of column n, and belongs to a[4 i .. 4 i + 3]
 #pragma once
@@ -29,8 +29,7 @@ QO_INLINE void nibble_sweep(const NibbleTile& t, int64_t n) {
     const int64_t end = t.k - k < t.group ? t.k : k + t.group;
     __builtin_prefetch(t.fold.scale + (g + kGroupsAhead < t.fold.groups ? g + kGroupsAhead : g) * t.fold.stride + n);
     I sum[kRows][kVectors];
-    unroll<kRows>([&](auto r)
-                      QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set_int(0); }); });
+    unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set_int(0); }); });
     for (; k < end; k += kNibbleStep, b += 2 * kOctetBytes) {
       I w[kVectors][4];
       unroll<kVectors>([&](auto v) QO_LAMBDA {
