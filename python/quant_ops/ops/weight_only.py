@@ -31,7 +31,7 @@ def weight_only_linear(
     asymmetric: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x @ w.T + bias`` for a weight of 8 or 4 bits with a scale, and perhaps a zero point, per group of ``group_size`` k of a row.
+    """``x @ w.T + bias`` for a weight of 8 or 4 bits with a scale, perhaps a zero point, per group of ``group_size`` k of a row.
 
     ``w = (weight - weight_zero_point) * weight_scale`` for integer zero points, and ``weight * weight_scale + weight_zero_point``
     for floating ones (torchao's FLOAT domain; its codes [0, 15] less 8 are those here).
