@@ -14,7 +14,7 @@
 #include "conv2d.cuh"
 #include "engine/portable.cuh"
 #if defined(QUANT_OPS_SM90)
-#include "engine/sm90/igemm.h"
+#include "engine/sm90/choose.h"
 #endif
 
 namespace quant_ops {

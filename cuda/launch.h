@@ -64,6 +64,10 @@ void run_ranges(const QParamsPlan& plan, const ChooseQParams& p, const Launch& a
 // Rows of q are q_stride >= columns apart; what is behind the codes becomes zeros. A null zero_point is not written.
 void quantize_rows_cuda(const QuantizeRowsParams& p, int64_t q_stride, const Launch& at);
 
+void quantize_affine_cuda(const AffineParams& p, const Launch& at);
+void dequantize_affine_cuda(const AffineParams& p, const Launch& at);
+void choose_qparams_affine_cuda(const ChooseAffineParams& p, const Launch& at);
+
 void quantize_float_cuda(const QuantizeFloatParams& p, const Launch& at);
 
 // How long blocks are cut into parts.

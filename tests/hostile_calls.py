@@ -81,6 +81,8 @@ def good(op: str) -> dict[str, object]:
     element = {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": 1}
     blocks = {**element, "dim": 1, "block_size": 3, "scale_rule": 4}
     seed = torch.tensor(5)
+    groups = {"input": filled([6, 8], torch.float32), "block_size": [2, 4], "quant_min": -8, "quant_max": 7, "zero_point_domain": 0}
+    per_block = {"scale": filled([3, 2], torch.float32) + 1, "zero_point": filled([3, 2], torch.int32)}
     return {
         "quant_tensor_forward": {**quantize, "simulate": True, "block_size": None},
         "quant_tensor_backward": {"grad": image, **quantize, "block_size": None},
@@ -93,6 +95,10 @@ def good(op: str) -> dict[str, object]:
         "quant_block_forward": {"tensor": image, **blocks, "tensor_scale": None, "seed": seed, "rounding": 3,
                                 "scale_divisor": None},
         "quant_block_backward": {"grad": image, "tensor": image, **blocks, "tensor_scale": scale, "scale_divisor": 3.0},
+        "choose_qparams_affine": {**groups, "mapping_type": 2, "eps": None, "scale_dtype": None, "zero_point_dtype": torch.int64,
+                                  "keepdim": False, "preserve_zero": True},
+        "quantize_affine": {**groups, **per_block, "output_dtype": torch.int8},
+        "dequantize_affine": {**groups, **per_block, "input": filled([6, 8], torch.int8), "output_dtype": torch.bfloat16},
         "int8_gemm": {"a": filled([5, 20], torch.int8), "b": codes},
         "int8_linear": {"x": x, "weight": codes, "weight_scale": filled([3], torch.float32) + 1, "bias": None, "x_scale": None,
                         "x_zero_point": None, "packed_weight": None, "asymmetric": False, "out_scale": None},
@@ -111,18 +117,29 @@ def good(op: str) -> dict[str, object]:
 
 OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
-    "quant_float_backward", "quant_block_forward", "quant_block_backward", "int8_gemm", "int8_linear", "int8_conv2d",
-    "int8_conv2d depthwise", "pack_weight", "unpack_weight", "weight_only_linear", "pack_weight_only", "unpack_weight_only",
+    "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
+    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
+    "weight_only_linear", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 
 # Integers that are small where they are right.
-CHOICES = {"exponent_bits", "mantissa_bits", "bias", "special", "rounding", "scale_rule", "dim"}
+CHOICES = {
+    "exponent_bits",
+    "mantissa_bits",
+    "bias",
+    "special",
+    "rounding",
+    "scale_rule",
+    "dim",
+    "mapping_type",
+    "zero_point_domain",
+}
 
 
 def function_of(name: str) -> object:
-    """The wrapper; of a floating format, whose wrapper takes names for numbers, the operator with the wrapper's exceptions."""
-    if not name.startswith(("quant_float", "quant_block")):
+    """The wrapper; where it takes names for numbers, the operator with the wrapper's exceptions."""
+    if not name.startswith(("quant_float", "quant_block")) and not name.endswith("_affine"):
         return getattr(qo, name.split()[0])
     return functools.partial(call, getattr(torch.ops.quant_ops, name).default)
 
@@ -132,7 +149,9 @@ def changed(rng: random.Random, name: str, value: object) -> object:
         return not value
     if isinstance(value, int):
         return rng.randrange(10) if name in CHOICES and rng.random() < 0.6 else number(rng)
-    if name == "scale_divisor":
+    if name.endswith("dtype"):
+        return rng.choice(FLOATING + INTEGERS)
+    if name in ("scale_divisor", "eps"):
         return rng.choice([0.0, -1.0, 1e-40, 1e39, float("inf"), float("nan"), 1.0, float(number(rng))])
     if isinstance(value, list):
         values = [*value] if rng.random() < 0.8 else [*value, *value]

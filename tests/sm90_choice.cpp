@@ -1,4 +1,5 @@
-// How good the Hopper engine's choice of a kernel is on measured times, and a search for better constants of its model.
+// How good the choice among the Hopper engine's kernels and the one for few rows is on measured times, and a search for better
+// constants of its model.
 //
 //   sm90_choice < rows                the choice's time over the best one's: mean, worst, and the part of rows within 5 %
 //   sm90_choice fit ROUNDS < rows     the constants of Costs that make these best
@@ -11,13 +12,14 @@
 #include <cstdlib>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "engine/sm90/igemm.h"
+#include "engine/sm90/choose.h"
 
 using namespace quant_ops;
 using namespace quant_ops::sm90;
@@ -78,17 +80,25 @@ static std::vector<Row> read_rows() {
   return rows;
 }
 
+constexpr GpuLimits kGpu{90, 132, 227 * 1024, 228 * 1024};
+
+// The model's clocks; none for an engine that is not compared.
+static std::optional<double> clocks_of(const Row& row, const KernelChoice& choice, const Costs& costs) {
+  const Problem& p = row.problem;
+  if (choice.name == kGemvName) return gemv_time(p.M, p.N, p.K, 0, kGpu);
+  const int kernel = kernel_named(choice.name);
+  if (kernel == kKernels) return std::nullopt;
+  return sm90::clocks(p, kernel, kGpu.multiprocessors, std::max<int64_t>(1, choice.splits), costs);
+}
+
 // Only kernels that were timed can be compared.
 static std::string chosen(const Row& row, const Costs& costs, double* time) {
   std::string best;
   for (const auto& [name, us] : row.us) {
-    const KernelChoice choice(name);
-    const int kernel = kernel_named(choice.name);
-    if (kernel == kKernels) continue;
-    const double clocks = sm90::clocks(row.problem, kernel, 132, std::max<int64_t>(1, choice.splits), costs);
-    if (best.empty() || clocks < *time) {
+    const std::optional<double> clocks = clocks_of(row, KernelChoice(name), costs);
+    if (clocks && (best.empty() || *clocks < *time)) {
       best = name;
-      *time = clocks;
+      *time = *clocks;
     }
   }
   return best;
@@ -106,12 +116,10 @@ static Quality quality(const std::vector<Row>& rows, const Costs& costs, bool sh
     double time = 0, least = HUGE_VAL;
     const std::string name = chosen(row, costs, &time);
     for (const auto& [other, us] : row.us) {
-      const KernelChoice choice(other);
-      const int kernel = kernel_named(choice.name);
-      if (kernel == kKernels) continue;
+      const std::optional<double> clocks = clocks_of(row, KernelChoice(other), costs);
+      if (!clocks) continue;
       least = std::min(least, us);
-      const double error =
-          std::log(sm90::clocks(row.problem, kernel, 132, std::max<int64_t>(1, choice.splits), costs) / kClocksPerUs / us);
+      const double error = std::log(*clocks / kClocksPerUs / us);
       q.spread += std::min(error * error, 0.1);
       ++times;
     }
@@ -131,7 +139,7 @@ static Quality quality(const std::vector<Row>& rows, const Costs& costs, bool sh
 
 // Lower is better.
 static double badness(const Quality& q) {
-  return std::log(q.mean) * 20 + (1 - q.within) + std::max(0.0, q.worst - 1.15) + q.spread * q.spread * 2;
+  return std::log(q.mean) * 20 + (1 - q.within) + std::max(0.0, q.worst - 1.15) + q.spread * q.spread * 10;
 }
 
 static std::string text_of(const KernelPlan& plan) {

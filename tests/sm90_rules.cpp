@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/sm90/igemm.h"
+#include "engine/sm90/choose.h"
 
 using namespace quant_ops;
 using namespace quant_ops::sm90;

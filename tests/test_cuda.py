@@ -489,6 +489,21 @@ class KernelCases:
             for row in rows:
                 subject.check("quantize_rows", row, asymmetric)
 
+    @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+    @pytest.mark.parametrize("block_size", [(1, 16), (3, -1), (-1, 1), (-1, -1), (1, 2100)], ids=str)
+    def test_affine(self, subject, dtype, block_size):
+        x = (torch.randn(6, 2100 if block_size[1] == 2100 else 48) * 3).to(dtype)
+        x[0, 5], x[1, 3] = torch.nan, torch.inf
+        for view in layouts(x):
+            for mapping, preserve, domain in ((0, True, 0), (1, True, 0), (2, True, 0), (2, False, 0), (2, False, 1)):
+                options = {"preserve_zero": preserve, "zero_point_domain": domain}
+                subject.check("choose_qparams_affine", view, mapping, block_size, -8, 7, None, None, None, False, **options)
+                scale, zero = torch.ops.quant_ops.choose_qparams_affine(x, mapping, block_size, -8, 7, **options)
+                subject.check("quantize_affine", view, block_size, scale, zero, torch.int8, -8, 7, domain)
+                codes = torch.randint(-8, 8, x.shape, dtype=torch.int8)
+                for result in FLOATS[:3]:
+                    subject.check("dequantize_affine", codes, block_size, scale, zero, -8, 7, domain, output_dtype=result)
+
     def test_backward_over_chunks_of_chunks(self, subject):
         x, grad = torch.randn(2**20 + 1030), torch.randn(2**20 + 1030)
         subject.check("quant_tensor_backward", grad, x, torch.tensor(0.02), torch.tensor(3.0), -128, 127, True)

@@ -25,7 +25,7 @@ TILES = re.findall(
     (ROOT / "cuda" / "engine" / "sm90" / "igemm.h").read_text(),
 )
 SWEEP = ROOT / "benchmarks" / "gpu" / "h200_sweep.json"
-HOST = ["cuda/engine/sm90/igemm.cpp", "cuda/engine/choose.cpp"]
+HOST = ["cuda/engine/sm90/igemm.cpp", "cuda/engine/sm90/choose.cpp", "cuda/engine/choose.cpp"]
 
 
 def cuobjdump() -> str | None:
@@ -60,9 +60,9 @@ def test_choice_of_a_kernel_on_measured_times():
     text = subprocess.run([program], input=fit_choice.rows_of(SWEEP), check=True, capture_output=True, text=True).stdout
     rows, mean, worst, within = re.search(r"rows (\d+), mean ([\d.]+), worst ([\d.]+), within 5 %: ([\d.]+)", text).groups()
     assert int(rows) >= 200
-    assert float(mean) <= 1.025, text
-    assert float(worst) <= 1.4, text
-    assert float(within) >= 0.85, text
+    assert float(mean) <= 1.015, text
+    assert float(worst) <= 1.16, text
+    assert float(within) >= 0.91, text
 
 
 @needs_compiler
@@ -71,7 +71,8 @@ def test_one_row_more_takes_little_longer():
 
     Where the weight is small, and tiles leave multiprocessors idle, never more than 1.15 times as long. A large weight fills 132
     multiprocessors several times over, and one row more may begin a round of tiles for a part of them. That is a property of whole
-    tiles and not of those in the table: with one for each multiple of 16 rows, the largest steps by the model were 1.31 and 1.27.
+    tiles and not of those in the table: with one for each multiple of 16 rows, the largest step by the model was 1.31. Measured on
+    an H200, from 128 rows to 129: 1.21 for 14336 x 4096, 1.12 for 4096 x 14336, 1.08 for 10240 x 1280.
     """
     program = compiled_for_host("sm90_choice", ["tests/sm90_choice.cpp", *HOST], "-O2")
     text = subprocess.run([program, "steps"], input=fit_choice.rows_of(SWEEP), check=True, capture_output=True, text=True).stdout

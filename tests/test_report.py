@@ -208,7 +208,7 @@ def test_layers_of_a_fused_encoder_are_reached(masked):
 
 def test_compare_refuses():
     model, quantized = both()
-    with pytest.raises(ValueError, match=r"^quant_ops.compare: expected a quantized model, got one without int8 layers"):
+    with pytest.raises(ValueError, match=r"^quant_ops.compare: expected a quantized model, got one without int8 or simulated"):
         qo.compare(model, model, BATCH)
     with pytest.raises(
         ValueError, match=r"^quant_ops.compare: expected 'stem' of the float model to be a Conv2d .*, got QuantConv2d"

@@ -417,6 +417,46 @@ def test_a_simulated_model_is_compiled(kind):
     torch.testing.assert_close(passes(parts, x), plain)
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_graph_is_simulated_once_however_it_is_run(backend):
+    """Where a graph breaks, what is compiled runs in the mode, and calls torch's functions again."""
+
+    class Breaking(Block):
+        def forward(self, x):
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(self.mix(y))
+
+    model, x = Breaking(), torch.randn(2, 5, 8)
+    config = qo.Simulated(input=lambda x: x * 2)
+    with _during(model, config), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    torch._dynamo.reset()
+    with qo.simulated_products(config), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+def test_a_simulated_model_is_exported():
+    model, x = Block(), torch.randn(2, 5, 8)
+    plain = model(x)
+    qo.simulate_products_(model, CONFIG)
+    with torch.inference_mode():
+        want = model(x)
+    assert not torch.equal(want, plain)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), want)
+    torch.testing.assert_close(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), want)
+    with pytest.raises(Exception, match=r"expected torch.export with strict=False") as error:
+        torch.export.export(model, (x,), strict=True)
+    assert "quant_ops" in str(error.value)
+
+
+def test_a_layer_with_a_computed_weight_is_a_layer():
+    model, spy = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), Spy()
+    qo.simulate_products_(model, qo.Simulated(input=spy))
+    model(torch.randn(2, 8))
+    assert not spy.seen
+
+
 def test_the_encoder_is_compiled():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

@@ -327,3 +327,16 @@ def test_the_mode_is_compiled():
             got = compiled(x)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], grad)
+
+
+def test_what_a_branch_computes_is_simulated_when_compiled():
+    mode = qo.simulated_products(qo.Simulated(input=qo.INT8))
+
+    def f(x):
+        with mode:
+            return torch.cond(x.sum() > 0, lambda x: x @ x.t(), lambda x: x.t() @ x, (x,))
+
+    for x in (M, -M.abs()):
+        square = x[:, :4]
+        want = A(square) @ A(square).T if square.sum() > 0 else A(square).T @ A(square)
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="eager")(square), want)

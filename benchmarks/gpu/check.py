@@ -57,6 +57,7 @@ _STEMS = (
     "quantize_backward",
     "quantize_float",
     "quantize_block",
+    "affine",
     "qparams",
     "quantize_rows",
     "linear",

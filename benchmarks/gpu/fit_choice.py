@@ -1,4 +1,4 @@
-"""Fits the constants of the Hopper engine's choice of a kernel to a file of sweep.py; prints them for ``kH200`` in sm90/igemm.cpp.
+"""Fits the constants of the Hopper engine's choice of a kernel to a file of sweep.py; prints them for ``kH200`` in sm90/choose.cpp.
 
 python -m benchmarks.gpu.fit_choice benchmarks/gpu/h200_sweep.json --rounds 3000
 """
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ["tests/sm90_choice.cpp", "cuda/engine/sm90/igemm.cpp", "cuda/engine/choose.cpp"]
+SOURCES = ["tests/sm90_choice.cpp", "cuda/engine/sm90/igemm.cpp", "cuda/engine/sm90/choose.cpp", "cuda/engine/choose.cpp"]
 
 
 def rows_of(path: Path) -> str:

@@ -57,6 +57,18 @@ def ranges(device: str, few: bool) -> None:
             qo.quantize_rows(view, True)
 
 
+def affine(device: str, few: bool) -> None:
+    blocks = [((6, 48), (1, 16)), ((6, 48), (-1, 1)), ((3, 5000), (1, -1)), ((4, 9, 6), (2, 3, 6))]
+    for (shape, block_size), dtype in itertools.islice(
+        itertools.product(blocks, (torch.bfloat16, torch.float32)), 1 if few else None
+    ):
+        x = torch.randn(shape, device=device).to(dtype)
+        for view in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            scale, zero = qo.choose_qparams_affine(view, "ASYMMETRIC", block_size, torch.uint4)
+            q = qo.quantize_affine(view, block_size, scale, zero, torch.uint4)
+            qo.dequantize_affine(q, block_size, scale, zero, torch.uint4, output_dtype=dtype)
+
+
 def products(device: str, few: bool) -> None:
     shapes = [(3, 40, 64), (130, 72, 200), (1, 64, 4096), (20, 33, 51), (300, 256, 128)]
     for M, N, K in shapes[: 2 if few else None]:
@@ -85,6 +97,7 @@ GROUPS = {
     elementwise: ("quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"),
     floats: ("quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward"),
     ranges: ("choose_qparams", "quantize_rows"),
+    affine: ("choose_qparams_affine", "quantize_affine", "dequantize_affine"),
     products: ("int8_gemm", "int8_linear", "pack_weight"),
     convolutions: ("int8_conv2d",),
 }

@@ -3,7 +3,7 @@
 python -m benchmarks.gpu.sweep --out out/sweep.json --seconds 40
 
 Codes in, bfloat16 out, so that a time is the product's alone; K in one part and in several. ``fit_choice.py`` fits the constants of
-the model (cuda/engine/sm90/igemm.cpp) to the file, and tests/test_cuda_sm90.py checks the choice against the committed one.
+the model (cuda/engine/sm90/choose.cpp) to the file, and tests/test_cuda_sm90.py checks the choice against the committed one.
 Read next: bench.py for how a time is taken.
 """
 

@@ -13,10 +13,14 @@ def gpu(data):
         "for int8. A last column below 1 is a loss.",
         table.markdown(["ceiling", "us", "rate"], map(_ceiling, data["ceilings"])),
     ]
+    if "note" in data:
+        parts.insert(1, f"Note: {data['note']}.")
     for stem in dict.fromkeys(r["stem"] for r in data["results"]):
         lines, distances = _stem(data["results"], stem)
         parts.append(lines)
         furthest += distances
+    if data.get("models"):
+        parts.append(_models(data["models"]))
     if furthest:
         worst = sorted(furthest, reverse=True)[:FURTHEST]
         parts.append("\n".join(["Furthest from the floor:", "", *(f"* {r:.2f} {label}" for r, label in worst)]))
@@ -42,6 +46,18 @@ def _stem(results, stem):
             cells += ["", "", ""]
         lines.append([*cells, *([case["kernel"]] if chosen else [])])
     return table.markdown(head, lines), distances
+
+
+def _models(rows):
+    """Milliseconds of whole models, eager and by the replay of a graph, beside the bfloat16 model's."""
+    base = {(r["model"], r["input"]): r for r in rows if r["contender"] == "bf16"}
+    head = ["model", "input", "kind", "eager, ms", "graph, ms", "bf16 / this, eager", "bf16 / this, graph", "SQNR, dB"]
+    lines = []
+    for r in rows:
+        ratios = [f"{base[r['model'], r['input']][f'{how}_ms'] / r[f'{how}_ms']:.2f}" for how in ("eager", "graph")]
+        sqnr = "" if r["contender"] == "bf16" else f"{r['sqnr']:.1f}"
+        lines.append([r["model"], r["input"], r["contender"], f"{r['eager_ms']:.2f}", f"{r['graph_ms']:.2f}", *ratios, sqnr])
+    return table.markdown(head, lines)
 
 
 def _rate(case, us):

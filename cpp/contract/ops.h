@@ -61,7 +61,7 @@ struct Reduction {
 };
 
 // ---- elementwise quantization; on each device one file an operator: quantize, quantize_backward, qparams, quantize_rows,
-// quantize_float, quantize_block -----------------------------------------------------------------------------------------
+// quantize_float, quantize_block, affine ---------------------------------------------------------------------------------
 
 // quant_tensor_forward: q = clamp(rne(x / scale) + zero_point, qmin, qmax);  y = simulate ? (q - zero_point) * scale : q
 struct QuantizeParams {
@@ -166,6 +166,53 @@ struct QuantizeBlockParams {
   Seed seed;
   Iteration order;  // operand 0: the index of every element, in the order of memory; for stochastic rounding
 };
+
+// ---- torchao's affine primitives (affine.h has the arithmetic) --------------------------------------------------------
+
+enum class Mapping : int32_t { kSymmetric, kSymmetricNoClipping, kAsymmetric };
+enum class ZeroPointDomain : int32_t { kInt, kFloat, kNone };
+
+// Where scales and zero points of blocks go, and how they are chosen.
+struct AffineChoice {
+  void* scale;  // a floating dtype
+  DType scale_dtype;
+  void* zero_point;
+  DType zero_dtype;
+  bool zero_is_floating, zero_is_int64;  // int64: zero_dtype is not read
+  int32_t qmin, qmax;
+  Mapping mapping;
+  ZeroPointDomain domain;
+  bool preserve_zero;
+  float eps;  // a number of x_dtype
+};
+
+// choose_qparams_affine: the scale and the zero point of every block, from its smallest and largest element
+struct ChooseAffineParams {
+  Reduction range;  // operands of both: x;  kept also: the number of the block
+  const void* x;
+  DType x_dtype;  // float32, float16 or bfloat16
+  AffineChoice choice;
+};
+
+// quantize_affine and dequantize_affine: from floating elements to codes and back
+struct AffineParams {
+  Iteration it;  // operands: from, to, the number of the block
+  const void* from;
+  void* to;
+  DType from_dtype, to_dtype;
+  int64_t blocks;
+  const void* scale;  // [blocks], as zero_point
+  DType scale_dtype;
+  const void* zero_point;  // null: none
+  DType zero_dtype;        // floating
+  bool zero_is_integer;    // from an integer tensor, whose dtype gives way in torch's type promotion, or none
+  int32_t qmin, qmax;
+  ZeroPointDomain domain;
+};
+
+void quantize_affine_cpu(const AffineParams& p);
+void dequantize_affine_cpu(const AffineParams& p);
+void choose_qparams_affine_cpu(const ChooseAffineParams& p);
 
 void quantize_float_cpu(const QuantizeFloatParams& p);
 void quantize_block_cpu(const QuantizeBlockParams& p);

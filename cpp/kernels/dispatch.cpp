@@ -193,7 +193,9 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"few_rows", &KernelTable::few_rows},
                                     Entry{"float_tile", &KernelTable::float_tile},
                                     Entry{"store", &KernelTable::store},
-                                    Entry{"random_words", &KernelTable::random_words}};
+                                    Entry{"random_words", &KernelTable::random_words},
+                                    Entry{"quantize_affine", &KernelTable::quantize_affine},
+                                    Entry{"dequantize_affine", &KernelTable::dequantize_affine}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");
 

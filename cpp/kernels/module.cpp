@@ -370,6 +370,30 @@ void random_words(const std::string& isa, uint64_t seed, uint64_t first, Vector<
   table_of(isa).random_words(seed, first, words.size(), words.mutable_data());
 }
 
+// One row; factor and offset have one element or one for each. Codes are in [lo, hi]; `narrow` rounds to x's dtype.
+void affine(const std::string& isa, bool quantizes, const py::array& x, const std::string& x_dtype, py::array y,
+            const std::string& y_dtype, const Vector<float>& factor, const Vector<float>& offset, int32_t domain, bool narrow,
+            float lo, float hi, float mid) {
+  expect_size(y.size(), x.size());
+  if (factor.size() != 1) expect_size(factor.size(), x.size());
+  expect_size(offset.size(), factor.size());
+  AffineRun run;
+  run.from = x.data();
+  run.to = y.mutable_data();
+  run.from_dtype = dtype_of(x_dtype);
+  run.to_dtype = dtype_of(y_dtype);
+  run.n = x.size();
+  run.factor = factor.data();
+  run.offset = offset.data();
+  run.step = factor.size() == 1 ? 0 : 1;
+  run.domain = static_cast<ZeroPointDomain>(domain);
+  run.narrow = narrow;
+  run.lo = lo;
+  run.hi = hi;
+  run.mid = mid;
+  quantizes ? table_of(isa).quantize_affine(run) : table_of(isa).dequantize_affine(run);
+}
+
 FloatFormat make_format(int exponent_bits, int mantissa_bits, int bias, int special, bool saturate, bool subnormals, int rounding) {
   return float_format(exponent_bits, mantissa_bits, bias, static_cast<SpecialCodes>(special), saturate, subnormals,
                       static_cast<Rounding>(rounding));
@@ -428,6 +452,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("quantize_block", &q::quantize_block, "isa"_a, "x"_a, "y"_a, "dtype"_a, "element"_a, "rule"_a, "divisor"_a,
         "tensor_scale"_a = 1.0f, "length"_a = 0, "block"_a = 0, "first"_a = 0, "blocks"_a = 0, "random"_a = py::none(),
         "grad"_a = py::none());
+  m.def("affine", &q::affine, "isa"_a, "quantizes"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "factor"_a, "offset"_a, "domain"_a,
+        "narrow"_a = false, "lo"_a = 0.0f, "hi"_a = 0.0f, "mid"_a = 0.0f, "quantize_affine or dequantize_affine of a row.");
   m.def("random_words", &q::random_words, "isa"_a, "seed"_a, "first"_a, "words"_a.noconvert(), "Those of stochastic rounding.");
   m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
 }

@@ -338,6 +338,25 @@ struct BlockRun {
   const uint32_t* random = nullptr;  // laid out as the elements, without gaps
 };
 
+// Rows of n contiguous elements by the arithmetic of contract/affine.h. The factor and the offset of row i start at i * block_row
+// and step by 0 or 1 along it. All operations have one dtype: float32, or with `narrow` that of the floating elements.
+struct AffineRun {
+  const void* from;
+  void* to;
+  DType from_dtype, to_dtype;
+  int64_t n;
+  int64_t rows = 1;
+  int64_t from_row = 0, to_row = 0;
+  const float* factor;  // one that is NaN is the usual NaN, likewise an offset
+  const float* offset;
+  int step;
+  int64_t block_row = 0;
+  ZeroPointDomain domain;
+  bool narrow;   // quantizing; dequantizing always has the dtype of `to`
+  float lo, hi;  // least and largest code; to_dtype holds them
+  float mid;     // mid_point
+};
+
 // Minimum and maximum of a run, ignoring NaN, and the largest magnitude, which tells whether all of it is finite. A kernel extends
 // the range that it is given.
 struct Range {
@@ -384,6 +403,8 @@ struct VectorKernels {
   void (*store)(const StoreRun&);
   // The random words of the elements first .. first + n - 1 (philox.h).
   void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
+  void (*quantize_affine)(const AffineRun&);
+  void (*dequantize_affine)(const AffineRun&);
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.

@@ -65,6 +65,9 @@ struct Cpu {
 
   static void quantize_float(const char*, const QuantizeFloatParams& p, const Tensor&) { quantize_float_cpu(p); }
   static void quantize_block(const char*, const QuantizeBlockParams& p, const Tensor&) { quantize_block_cpu(p); }
+  static void choose_qparams_affine(const ChooseAffineParams& p, const Tensor&) { choose_qparams_affine_cpu(p); }
+  static void quantize_affine(const AffineParams& p, const Tensor&) { quantize_affine_cpu(p); }
+  static void dequantize_affine(const AffineParams& p, const Tensor&) { dequantize_affine_cpu(p); }
   static Seed seed(const Tensor& t) { return {.value = static_cast<uint64_t>(*t.const_data_ptr<int64_t>()), .memory = nullptr}; }
 
   static const int32_t* no_zero_point() {

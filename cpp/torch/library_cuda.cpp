@@ -96,6 +96,19 @@ struct Cuda {
     run_quantize_block(plan, p, device.launch(workspace.memory()));
   }
 
+  static void choose_qparams_affine(const ChooseAffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("choose_qparams_affine", x);
+    choose_qparams_affine_cuda(p, device.launch());
+  }
+  static void quantize_affine(const AffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("quantize_affine", x);
+    quantize_affine_cuda(p, device.launch());
+  }
+  static void dequantize_affine(const AffineParams& p, const Tensor& x) {
+    const OnDeviceOf device("dequantize_affine", x);
+    dequantize_affine_cuda(p, device.launch());
+  }
+
   // A seed on the device stays there, so that nothing waits for it, and a captured graph reads it anew.
   static Seed seed(const Tensor& t) {
     const int64_t* const memory = t.const_data_ptr<int64_t>();
@@ -174,7 +187,8 @@ struct Cuda {
 
   // The weight-only operators have kernels for the CPU alone so far.
   [[noreturn]] static void expect_weight_only(const char* op) {
-    fail(Refusal::kValue, op, "tensors of the CPU, since it has no CUDA kernel yet, got tensors of CUDA. Move the layer to the CPU.");
+    fail(Refusal::kValue, op,
+         "tensors of the CPU, since it has no CUDA kernel yet, got tensors of CUDA. Move the layer to the CPU.");
   }
   static void weight_only(const char*, const WeightOnlyParams&, const Tensor&) {}
   static int64_t weight_only_bytes(const WeightOnlyShape&) { return 0; }

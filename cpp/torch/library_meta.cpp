@@ -18,6 +18,9 @@ struct Meta {
   static void quantize_rows(const QuantizeRowsParams&, const Tensor&) {}
   static void quantize_float(const char*, const QuantizeFloatParams&, const Tensor&) {}
   static void quantize_block(const char*, const QuantizeBlockParams&, const Tensor&) {}
+  static void choose_qparams_affine(const ChooseAffineParams&, const Tensor&) {}
+  static void quantize_affine(const AffineParams&, const Tensor&) {}
+  static void dequantize_affine(const AffineParams&, const Tensor&) {}
   static Seed seed(const Tensor&) { return {}; }
   static void linear(const char*, const Int8LinearParams&, const Tensor&) {}
   static void conv2d(const Int8Conv2dParams&, const Tensor&) {}

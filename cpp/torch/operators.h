@@ -2,6 +2,7 @@
 // `Backend`, which is what differs between devices: library_cpu.cpp, library_cuda.cpp, and library_meta.cpp for the fake kernels.
 //   quant_tensor_forward to quantize_rows   quantize.h
 //   quant_float_*, quant_block_*            quantize_float.h
+//   *_affine                                affine.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
 //   pack_weight, unpack_weight              pack.h
@@ -9,6 +10,7 @@
 // Read next: one of these; python/quant_ops/ops for the documentation of an operator, its fake kernel and its gradient.
 #pragma once
 
+#include "torch/affine.h"
 #include "torch/conv2d.h"
 #include "torch/linear.h"
 #include "torch/pack.h"
@@ -45,6 +47,16 @@ void define_operators(Library& m) {
   m.def(
       "quant_block_backward(Tensor grad, Tensor tensor, int dim, int block_size, int exponent_bits, int mantissa_bits, "
       "Tensor? tensor_scale=None, *, int? bias=None, int? special=None, int scale_rule=0, float? scale_divisor=None) -> Tensor");
+  m.def(
+      "choose_qparams_affine(Tensor input, int mapping_type, int[] block_size, int quant_min, int quant_max, float? eps=None, "
+      "ScalarType? scale_dtype=None, ScalarType? zero_point_dtype=None, bool keepdim=False, *, bool preserve_zero=True, "
+      "int zero_point_domain=0) -> (Tensor scale, Tensor zero_point)");
+  m.def(
+      "quantize_affine(Tensor input, int[] block_size, Tensor scale, Tensor? zero_point, ScalarType output_dtype, int quant_min, "
+      "int quant_max, int zero_point_domain=0) -> Tensor");
+  m.def(
+      "dequantize_affine(Tensor input, int[] block_size, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "
+      "int zero_point_domain=0, *, ScalarType output_dtype=float32) -> Tensor");
   m.def("int8_gemm(Tensor a, Tensor b) -> Tensor");
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
@@ -83,6 +95,9 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, quant_float_backward, Backend);
   QO_IMPLEMENT(m, quant_block_forward, Backend);
   QO_IMPLEMENT(m, quant_block_backward, Backend);
+  QO_IMPLEMENT(m, choose_qparams_affine, Backend);
+  QO_IMPLEMENT(m, quantize_affine, Backend);
+  QO_IMPLEMENT(m, dequantize_affine, Backend);
   QO_IMPLEMENT(m, int8_gemm, Backend);
   QO_IMPLEMENT(m, int8_linear, Backend);
   QO_IMPLEMENT(m, int8_conv2d, Backend);

@@ -58,6 +58,14 @@ class Space {
     strides_.push_back(s);
   }
 
+  // The number of every element's block, in row-major order of the grid of blocks.
+  void add_block_number() {
+    Ints s(shape_.size() * 2);
+    int64_t step = 1;
+    for (size_t d = shape_.size(); d-- > 0; step *= shape_[d] / block_[d]) s[2 * d] = step;
+    strides_.push_back(s);
+  }
+
   // A parameter that does not vary.
   void add_constant() { strides_.push_back(Ints(shape_.size() * (blocked_ ? 2 : 1), 0)); }
 
@@ -100,6 +108,16 @@ class Space {
     Reduction r;
     with.fill(&r.kept, [&](size_t d) { return varies[d] != 0; });
     fill(&r.reduced, [&](size_t d) { return varies[d] == 0; });
+    return r;
+  }
+
+  // Split into the blocks, whose number becomes the last operand of `kept`, and the elements of one.
+  Reduction reduction_of_blocks() const {
+    Space with = *this;
+    with.add_block_number();
+    Reduction r;
+    with.fill(&r.kept, [](size_t i) { return i % 2 == 0; });
+    fill(&r.reduced, [](size_t i) { return i % 2 == 1; });
     return r;
   }
 

@@ -1,4 +1,4 @@
-// The choice among the engines' kernels by the models of choose.h and sm90/igemm.h, or by name. Plain host code.
+// The choice among the engines' kernels by the models of choose.h and sm90/choose.h, or by name. Plain host code.
 #include "engine/choose.h"
 
 #include <atomic>
@@ -9,7 +9,7 @@
 
 #include "engine/remembered.h"
 #if defined(QUANT_OPS_SM90)
-#include "engine/sm90/igemm.h"
+#include "engine/sm90/choose.h"
 #endif
 
 namespace quant_ops {

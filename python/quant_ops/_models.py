@@ -4,11 +4,11 @@ import contextlib
 import html
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -66,19 +66,23 @@ def patched(module: nn.Module) -> str | None:
 
 def held_bytes(*modules: nn.Module) -> int:
     """Bytes of memory that parameters and buffers hold, packed copies included. What several of them share counts once."""
+    return bytes_of(itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory that tensors hold. What several of them share counts once."""
     held: dict[Any, int] = {}
-    for module in modules:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            if nn.parameter.is_lazy(tensor):
-                continue  # no data yet, not even a shape
-            plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-            if plain and tensor.numel():
-                # A dimension of stride 0 repeats the same memory.
-                sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-                key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-                held[key] = math.prod(sizes) * tensor.element_size()
-            else:  # no address to compare
-                held[id(tensor)] = tensor.numel() * tensor.element_size()
+    for tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            continue  # no data yet, not even a shape
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+        if plain and tensor.numel():
+            # A dimension of stride 0 repeats the same memory.
+            sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            held[key] = math.prod(sizes) * tensor.element_size()
+        else:  # no address to compare
+            held[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(held.values())
 
 

@@ -25,6 +25,9 @@ _ENTRIES = {
     "quant_float_backward": ("quantize_float",),
     "quant_block_forward": ("quantize_blocks", "quantize_block_columns", "random_words"),
     "quant_block_backward": ("quantize_blocks", "quantize_block_columns"),
+    "choose_qparams_affine": ("range", "range_columns"),
+    "quantize_affine": ("quantize_affine",),
+    "dequantize_affine": ("dequantize_affine",),
 }
 
 

@@ -2,6 +2,7 @@
 // and its name in dispatch.cpp.
 #pragma once
 
+#include "kernels/generic/affine.h"
 #include "kernels/generic/dequantize.h"
 #include "kernels/generic/pack.h"
 #include "kernels/generic/quantize.h"
@@ -36,6 +37,8 @@ constexpr VectorKernels kVectorKernels = {
     .float_tile = float_tile,
     .store = store,
     .random_words = random_words,
+    .quantize_affine = quantize_affine,
+    .dequantize_affine = dequantize_affine,
 };
 
 }  // namespace

@@ -1,9 +1,11 @@
-"""The operators: ``quantize`` for floating tensors, ``int8`` for integer products, ``weight_only`` for weights in groups.
+"""The operators: ``quantize`` for floating tensors, ``affine`` for torchao's primitives, ``int8`` for integer products,
+``weight_only`` for weights in groups.
 
 The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words.
 """
 
 from quant_ops.ops import batching as batching  # registers its rules
+from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, unpack_weight
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
 from quant_ops.ops.quantize_float import quant_block_backward, quant_block_forward, quant_float_backward, quant_float_forward
@@ -13,8 +15,12 @@ from quant_ops.ops.weight_only import pack_weight_only, unpack_weight_only, weig
 register_rules()
 
 __all__ = [
+    "MappingType",
+    "ZeroPointDomain",
     "choose_qparams",
+    "choose_qparams_affine",
     "dequant_tensor",
+    "dequantize_affine",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",
@@ -26,6 +32,7 @@ __all__ = [
     "quant_float_forward",
     "quant_tensor_backward",
     "quant_tensor_forward",
+    "quantize_affine",
     "quantize_rows",
     "unpack_weight",
     "unpack_weight_only",

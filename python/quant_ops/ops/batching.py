@@ -231,3 +231,32 @@ for _name in ("quant_float_forward", "quant_float_backward"):
     _register(_name)(_float_format(getattr(_ops, _name)))
 for _name in ("quant_block_forward", "quant_block_backward"):
     _register(_name)(_blocks(getattr(_ops, _name)))
+
+# ---- torchao's affine primitives --------------------------------------------------------------------------------------
+
+
+@_register("choose_qparams_affine")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    block_size = named["block_size"]
+    if all(block == 1 for block in block_size):  # which stands for the whole sample
+        return None
+    named["input"] = _first(named["input"], dims["input"], size)
+    named["block_size"] = [1, *block_size]
+    return _ops.choose_qparams_affine(**named), (0, 0)
+
+
+def _affine(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        for name in ("input", "scale", "zero_point"):
+            if named[name] is not None:
+                named[name] = _first(named[name], dims[name], size)
+        if named["zero_point"] is not None and named["zero_point"].numel() != named["scale"].numel():
+            return None
+        named["block_size"] = [1, *named["block_size"]]
+        return op(**named), 0
+
+    return rule
+
+
+_register("quantize_affine")(_affine(_ops.quantize_affine))
+_register("dequantize_affine")(_affine(_ops.dequantize_affine))

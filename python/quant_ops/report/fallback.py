@@ -1,4 +1,4 @@
-"""Returns int8 layers to float where that helps the model's output most, and only there.
+"""Returns int8 and simulated layers to float where that helps the model's output most, and only there.
 
 Each candidate is measured by what its return gains in the whole model. A layer's own error ranks it too, but says little about
 the output; the better of both searches is kept. Read next: compare.py.
@@ -9,12 +9,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import nn
 
 from .._models import Result, Table, reasons
-from ..nn import Int8Layer
-from .compare import difference, outputs, pairs, quiet
+from ..simulation.layers import SimulatedLayer
+from .compare import Quantized, difference, outputs, pairs, quiet
 from .error import decibel
 from .report import Report
 
@@ -30,8 +29,9 @@ class FallbackResult(Result):
         returned: names of the layers that are float again, in the order of their return.
         values: of the metric before the first return and after each one; empty if nothing was measured.
         reached: whether the target is met; None without a target.
-        skipped: name and reason of each layer that had to stay int8.
+        skipped: name and reason of each layer that had to stay as it was.
         target: what was to be reached; None without a target.
+        kind: what the layers were: "int8", or "simulated" if any of them was.
     """
 
     returned: list[str] = dataclasses.field(default_factory=list)
@@ -39,6 +39,7 @@ class FallbackResult(Result):
     reached: bool | None = None
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     target: float | None = None
+    kind: str = "int8"
 
     def _table(self) -> Table:
         verdict = {None: "", True: ", target met", False: ", target NOT met"}[self.reached]
@@ -47,8 +48,8 @@ class FallbackResult(Result):
         after = [f"  {value:.4g}" for value in self.values] or [""] * (len(self.returned) + 1)
         lines = [("before", after[0])] if self.values else []
         lines += [("float", f"{value}  {name}") for name, value in zip(self.returned, after[1:], strict=True)]
-        lines += [("int8", text) for text in reasons(self.skipped)]
-        return f"{len(self.returned)} returned to float{verdict}", ("before", "float", "int8"), lines
+        lines += [(self.kind, text) for text in reasons(self.skipped)]
+        return f"{len(self.returned)} returned to float{verdict}", ("before", "float", self.kind), lines
 
 
 def fallback_(
@@ -60,20 +61,21 @@ def fallback_(
     metric: Callable[[nn.Module], float] | None = None,
     float_model: nn.Module | None = None,
 ) -> FallbackResult:
-    """Returns to float, in place, the int8 layers whose return helps the model's output most, and no others.
+    """Returns to float, in place, the int8 and simulated layers whose return helps the model's output most, and no others.
 
     Candidates are returned one after another, each time the one that gains most by measurement, and in the order of their own
-    errors; the better outcome is kept, and what turns out to be needless in it becomes int8 again. This takes about one run of the
-    metric for each int8 layer (at most 64 at the start) and a few more for each one that is returned.
+    errors; the better outcome is kept, and what turns out to be needless in it is taken back. This takes about one run of the
+    metric for each of these layers (at most 64 at the start) and a few more for each one that is returned.
 
     Args:
         model: the quantized model that the report is about.
         report: of :func:`compare`.
         num: return at most so many layers.
         target: return as few layers as are found to be enough for ``metric(model) >= target``. At least one layer that the report
-            has measured stays int8: a target that only the float model meets is not met.
+            has measured stays as it is: a target that only the float model meets is not met.
         metric: larger is better, e.g. an accuracy; by default the SQNR (dB) of the model's output on the report's batch.
-        float_model: where the float layers are copied from; by default the one that the report was made with.
+        float_model: where the float layers of int8 ones are copied from; by default the one that the report was made with. A
+            simulated layer becomes its ``to_float()``, with the parameters that it has now.
 
     Returns:
         Which layers are float now, the metric after each, and whether the target is met. If it is not, the layers whose return
@@ -103,9 +105,11 @@ def fallback_(
     if strangers := [layer.name for layer in report.layers if layer.name not in names]:
         raise ValueError(f"quant_ops.fallback_: expected a report of this model, got one with the layer {strangers[0]!r}")
     result = FallbackResult(
-        skipped=[(name, "the batch of the report did not reach it") for name in report.unreached], target=target
+        skipped=[(name, "the batch of the report did not reach it") for name in report.unreached],
+        target=target,
+        kind="simulated" if report.simulated else "int8",
     )
-    candidates: dict[str, tuple[nn.Module, Int8Layer]] = {}
+    candidates: dict[str, tuple[nn.Module, Quantized]] = {}
     chained = 0
     for layer in report.worst(len(report.layers)):
         if layer.chained:
@@ -136,9 +140,9 @@ def fallback_(
 
 
 class _Switches:
-    """The places of the candidates in a model, where each stands as its int8 or as its float layer."""
+    """The places of the candidates in a model, where each stands as its quantized or as its float layer."""
 
-    def __init__(self, model: nn.Module, candidates: dict[str, tuple[nn.Module, Int8Layer]]) -> None:
+    def __init__(self, model: nn.Module, candidates: dict[str, tuple[nn.Module, Quantized]]) -> None:
         self.model = model
         self.order = list(candidates)  # by their own errors, worst first
         self._layers = candidates
@@ -148,27 +152,27 @@ class _Switches:
             for attribute, child in parent._modules.items():
                 if child in name_of:
                     self._places[name_of[child]].append((parent, attribute))
-        self._now: dict[str, nn.Module] = {}  # what stands in place of int8 layers
+        self._now: dict[str, nn.Module] = {}  # what stands in place of quantized layers
         self._modes = [(original, original.training) for original, _ in candidates.values()]
 
     def set(self, names: Iterable[str]) -> None:
-        """Makes these candidates float, and all others int8, for a trial: the originals themselves are lent to the model."""
-        self._put({name: self._now.get(name) or self._lent(name) for name in names})
+        """Makes these candidates float, and all others quantized, for a trial: the originals themselves are lent to the model."""
+        self._put({name: self._now.get(name) or self._float(name) for name in names})
 
     def keep(self, names: Iterable[str]) -> None:
-        """Makes these candidates float for good, as copies of the originals."""
-        self._put({name: copy.deepcopy(self._layers[name][0]).to(self._device(name)) for name in names})
+        """Makes these candidates float for good: simulated ones with their own parameters, int8 ones as copies of the originals."""
+        self._put({name: self._float(name, copied=True) for name in names})
         for name, layer in self._now.items():
             layer.train(self._layers[name][1].training)
         for original, mode in self._modes:
             original.train(mode)
 
-    def _device(self, name: str) -> torch.device:
-        return self._layers[name][1].weight_scale.device
-
-    def _lent(self, name: str) -> nn.Module:
-        original, device = self._layers[name][0], self._device(name)
-        return original if original.weight.device == device else copy.deepcopy(original).to(device)
+    def _float(self, name: str, copied: bool = False) -> nn.Module:
+        original, layer = self._layers[name]
+        if isinstance(layer, SimulatedLayer):
+            return layer.to_float()
+        device = layer.device
+        return original if original.weight.device == device and not copied else copy.deepcopy(original).to(device)
 
     def _put(self, layers: dict[str, nn.Module]) -> None:
         for name in {**self._now, **layers}:

@@ -1,4 +1,4 @@
-"""The report of :func:`quant_ops.compare`: what int8 costs each layer, as a table, JSON and picture.
+"""The report of :func:`quant_ops.compare`: what int8 or other formats cost each layer, as a table, JSON and picture.
 
 What the figures mean: error.py. How they are measured: compare.py.
 """
@@ -18,17 +18,21 @@ from .error import decibel
 
 @dataclasses.dataclass
 class LayerReport:
-    """One int8 layer against its float original.
+    """One int8 or simulated layer against its float original.
 
     Attributes:
         name, kind: its name in the model and its class.
         calls: how often the batch came through; sums below are over all calls.
         error: normalised error of its output; ``sqnr`` is the same in dB.
         cosine: of the angle between both outputs.
-        clipped: fraction of its input that a static scale saturates; 0 for dynamic quantization.
-        float_bytes, bytes: memory that its tensors hold, a packed copy of the weight included.
+        clipped: fraction of its input that a static scale saturates, or that is beyond a calibrated amax; 0 where scales follow
+            from the data of each call.
+        float_bytes, bytes: memory that its tensors hold, a packed copy of the weight included. The weight of a simulated layer
+            counts with its format's bits an element, and four bytes for each scale that is not among them; with a function in
+            place of a format it counts as it is.
         float_seconds, seconds: the shortest of the timed runs, summed over calls; None if not timed.
         chained: why it cannot be float alone: it takes or gives int8, or has a fused ReLU. Empty if it can.
+        simulated: whether it is a simulated layer.
     """
 
     name: str
@@ -42,6 +46,7 @@ class LayerReport:
     float_seconds: float | None
     seconds: float | None
     chained: str = ""
+    simulated: bool = False
 
     @property
     def sqnr(self) -> float:
@@ -54,10 +59,11 @@ class Report(Printed):
     """What :func:`compare` found. It prints as its table, also in a notebook.
 
     Attributes:
-        layers: the int8 layers that the batch reached, in the model's order.
+        layers: the int8 and simulated layers that the batch reached, in the model's order.
         unreached: names of those that it did not reach.
         error, cosine: of the whole model's output; ``sqnr`` in dB.
-        float_bytes, bytes: memory that the tensors of the whole models hold, those that stayed float included.
+        float_bytes, bytes: memory that the tensors of the whole models hold, those that stayed float included; weights of
+            simulated layers as in :class:`LayerReport`.
         float_seconds, seconds: the shortest of the timed runs of the whole models; None if not timed.
     """
 
@@ -76,6 +82,11 @@ class Report(Printed):
         """Of the whole model's output, in dB."""
         return decibel(self.error)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether a layer is a simulated one."""
+        return any(layer.simulated for layer in self.layers)
+
     def worst(self, n: int = 5) -> list[LayerReport]:
         """The n layers that lose most, worst first.
 
@@ -89,7 +100,7 @@ class Report(Printed):
     def table(self) -> str:
         """The layers in the model's order, one a line, then the whole model."""
         timed = _timed(self) and all(map(_timed, self.layers))
-        header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", "int8", "us float", "int8"]
+        header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", _form(self), "us float", "int8"]
         rows = [
             [
                 layer.name,
@@ -169,7 +180,7 @@ class Report(Printed):
         timed = bool(worst) and all(map(_timed, worst))
         height = 1.6 + 0.22 * max(4, len(worst))
         figure = Figure(figsize=(13 if timed else 8, height), layout="constrained")
-        figure.suptitle(f"int8 against float, {len(worst)} layers, the worst first")
+        figure.suptitle(f"{_form(self)} against float, {len(worst)} layers, the worst first")
         axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
         _plot_sqnr(axes[0], worst, self.sqnr)
         if timed:
@@ -211,6 +222,11 @@ def _rows(axes: Any, count: int) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _form(report: Report) -> str:
+    """What stands beside float, for headings."""
+    return "formats" if report.simulated else "int8"
 
 
 def _timed(layer: LayerReport | Report) -> bool:

@@ -67,7 +67,8 @@ def attend(
     if dtype in _HALF:
         q, k = q.float(), k.float()
     scores = products.result("scores", _per_group(q, k.transpose(-2, -1), enable_gqa))
-    p = aten._safe_softmax.default(_masked(scores, scale, mask, is_causal), -1)
+    scores = _masked(scores, scale, mask, is_causal)
+    p = torch.softmax(scores, -1) if mask is None else aten._safe_softmax.default(scores, -1)  # 0 where all is masked
     if dropout_p > 0:
         p = torch.dropout(p, dropout_p, True)
     v = products.side("value", value, (-2,))

@@ -90,6 +90,8 @@ class ProductMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():  # which hides operators such as @ from modes
+            raise RuntimeError("quant_ops.simulated_products: expected torch.export with strict=False, got strict=True")
         method = _METHODS.get(func)
         if method is None:
             if func in _REFUSED:
@@ -102,8 +104,12 @@ class ProductMode(TorchFunctionMode):
                 args = tuple(_in_mode(arg, self) if callable(arg) and not isinstance(arg, Tensor) else arg for arg in args)
             return func(*args, **kwargs)
         if self.spares_layers and self._is_layers(func, args):
+            if torch.compiler.is_compiling():  # a graph that runs as it is, in the mode, must not call the function again
+                func = torch.ops.aten.linear.default if func is F.linear else torch.ops.aten.addmm.default
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
+            if _is_generated(sys._getframe(1)):
+                return func(*args, **kwargs)
             _simulate_recomputation(self, sys._getframe(1))
         if "out" in kwargs:
             out = kwargs.pop("out")
@@ -121,6 +127,18 @@ class ProductMode(TorchFunctionMode):
         while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":  # of another mode
             frame = frame.f_back
         return frame.f_code is nn.Linear.forward.__code__ or (func is torch.addmm and _is_transposed(frame.f_locals.get("self")))
+
+
+# Where a graph breaks, Dynamo would compile the handler by itself, and take the result for one function for that of another: its
+# guards do not tell methods of tensors apart. As a part of other graphs the handler is traced as before.
+_frames = torch._C._dynamo.eval_frame
+_skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+_frames.set_code_exec_strategy(ProductMode.__torch_function__.__code__, _skip)
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Whether Inductor's code calls, which runs products that were simulated when they were traced as torch.mm and the like."""
+    return "extern_kernels" in frame.f_globals or str(frame.f_globals.get("__name__")).startswith("torch._inductor")
 
 
 def _is_transposed(module: Any) -> bool:
@@ -220,7 +238,8 @@ def simulate_products_(model: nn.Module, config: Simulated) -> "SimulatedProduct
     """Simulates the products of functions, as :func:`simulated_products` does, whenever the model is called, in copies of it too.
 
     Products of nn.Linear layers, and of transformers' Conv1D, are left as they are, for ``quantize_`` says which of them are
-    simulated. The model gets a class of the same name, derived from its own; its parameters and its state_dict do not change.
+    simulated. ``torch.compile`` tells these layers by their parameter; one whose weight is computed counts as a function there.
+    The model gets a class of the same name, derived from its own; its parameters and its state_dict do not change.
 
     Returns:
         A handle whose method ``remove()`` makes the model what it was.

@@ -68,7 +68,7 @@ def rounded(x: Tensor, rounding: Rounding | None, layout: Layout, per: Per = "te
 
 def round_gradient(x: Tensor, rounding: Rounding | None, layout: Layout) -> Tensor:
     """x itself, with its gradient rounded; blocks lie along the dimension that the gradient is summed over."""
-    if rounding is None or not x.is_floating_point():
+    if rounding is None or not x.is_floating_point() or not torch.is_grad_enabled():
         return x
     if isinstance(rounding, Format):
         return with_gradient(None, rounding.along(layout.summed))(x)
