@@ -106,6 +106,12 @@ def good(op: str) -> dict[str, object]:
         "int8_conv2d depthwise": {**image_call, **depthwise, "asymmetric": False},
         "pack_weight": {"weight": kernel, "groups": 1},
         "unpack_weight": {"packed_weight": qo.pack_weight(kernel), "shape": [6, 4, 3, 3], "groups": 1},
+        "weight_only_linear": {"x": x, "weight": codes % 8, "weight_scale": filled([3], torch.float32) + 1,
+                               "weight_zero_point": None, "bias": None, "bits": 4, "group_size": -1, "packed_weight": None,
+                               "dynamic": True, "asymmetric": False, "out_dtype": None},
+        "pack_weight_only": {"weight": codes % 8, "bits": 4, "group_size": 32},
+        "unpack_weight_only": {"packed_weight": qo.pack_weight_only(codes % 8, 4, 32), "shape": [3, 20], "bits": 4,
+                               "group_size": 32},
     }[op]  # fmt: skip
 
 
@@ -113,6 +119,7 @@ OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
     "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
     "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
+    "weight_only_linear", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 
@@ -180,7 +187,7 @@ def describe(arguments: dict[str, object]) -> str:
 
 
 # Reasons that only a call with data has.
-ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|packed_weight made by")
+ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|codes of four bits in|packed_weight made by")
 
 
 def main(seed: int, count: int) -> None:

@@ -10,6 +10,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
+#include "cpu/weight_only.h"
 
 namespace quant_ops {
 
@@ -382,6 +383,58 @@ void check_linear(Random* random, Activation mode, int i, Log* log) {
   out.log(named("int8_linear: mode, M, N, K", {int64_t(mode), p.M, p.N, p.K}), log);
 }
 
+// All operands end at memory that may not be read. The products in float32 agree as well: the order of their sums is one.
+void check_weight_only(Random* random, int i, Log* log) {
+  WeightOnlyParams p{};
+  p.M = random->between(1, 40);
+  p.N = random->between(1, 140);
+  p.K = random->between(1, 300);
+  p.bits = i % 2 ? 4 : 8;
+  p.group = random->one_in(4) ? p.K : int64_t{32} << random->between(0, 3);
+  p.codes = i % 4 < 2;
+  p.x_stride = p.K + random->between(0, 2);
+  p.y_stride = p.N + random->between(0, 2);
+  const WeightOnlyLayout layout = weight_only_layout(p.N, p.K, p.bits, p.group);
+  p.group = layout.group;
+  p.y_dtype = kFloats[random->between(0, 2)];
+  p.in.dtype = kFloats[i % 3];
+  p.in.mode = random->one_in(2) ? Activation::kDynamic : Activation::kDynamicAsymmetric;
+  const int64_t x_elements = (p.M - 1) * p.x_stride + p.K, y_bytes = ((p.M - 1) * p.y_stride + p.N) * dtype_bytes(p.y_dtype);
+  const Bytes x(x_elements * dtype_bytes(p.in.dtype));
+  fill(x, p.in.dtype, random, 4, random->one_in(2) ? 0 : 200);
+  p.in.x = x.data();
+  const int32_t low = p.bits == 4 ? -8 : -128;
+  const Edge<int8_t> w(p.N * p.K, [&](int64_t) { return static_cast<int8_t>(random->between(low, -low - 1)); });
+  const Edge<int8_t> packed(layout.bytes);
+  pack_weight_only_cpu(w.data(), layout, packed.data());
+  p.packed = packed.data();
+  const int64_t columns = layout.groups * p.N;
+  const bool by_groups = random->one_in(2);  // the layout that is read in place if 16 divides N
+  const auto set_strides = [&](int64_t (&stride)[2]) {
+    stride[0] = by_groups ? 1 : layout.groups;
+    stride[1] = by_groups ? p.N : 1;
+  };
+  const Edge<float> scale(columns, [&](int64_t) { return std::fabs(random->real(4, 30)); });
+  const Edge<float> float_zero(columns, [&](int64_t) { return random->real(4, 30); });
+  const Edge<int8_t> zero(columns, [&](int64_t) { return static_cast<int8_t>(random->between(low, -low - 1)); });
+  const Edge<float> bias(p.N, [&](int64_t) { return random->real(4, 30); });
+  p.scale = scale.data();
+  set_strides(p.scale_stride);
+  const int64_t zeros = random->between(0, 2);
+  p.zero_point = zeros == 1 ? zero.data() : nullptr;
+  p.float_zero = zeros == 2 ? float_zero.data() : nullptr;
+  set_strides(p.zero_stride);
+  p.bias = random->one_in(3) ? nullptr : bias.data();
+  const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
+  p.y = y.data();
+  weight_only_linear_cpu(p);
+  const Edge<int8_t> unpacked(p.N * p.K);
+  unpack_weight_only_cpu(packed.data(), layout, unpacked.data());
+  const std::string name = named("weight_only: bits, codes, M, N, K, group", {p.bits, p.codes, p.M, p.N, p.K, p.group});
+  log->add(name, y.data(), y_bytes, p.y_dtype);
+  log->add(name + " unpacked", unpacked.data(), p.N * p.K, DType::kInt8);
+}
+
 void check_conv2d(Random* random, Activation mode, int i, Log* log) {
   Int8Conv2dParams p{};
   const int kind = i % 4;  // plain, plain, grouped, depthwise
@@ -594,6 +647,7 @@ bool run(const KernelTable& table, Log* log) {
       check_linear(&random, mode, i, log);
       check_conv2d(&random, mode, i, log);
     }
+  for (int i = 0; i < 96; ++i) check_weight_only(&random, i, log);
   for (int i = 0; i < 18; ++i) {
     check_backward(&random, kFloats[i % 3], log);
     check_float_driver(&random, kFloats[i % 3], log);

@@ -55,6 +55,11 @@ def good(op):
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
         "pack_weight": {"weight": i8(6, 4, 3, 3)},
         "unpack_weight": {"packed_weight": qo.pack_weight(i8(6, 4, 3, 3)), "shape": [6, 4, 3, 3]},
+        "weight_only_linear": {"x": f32(2, 40), "weight": i8(3, 40), "weight_scale": f32(3, 2), "bits": 4, "group_size": 32},
+        "pack_weight_only": {"weight": i8(3, 40), "bits": 4, "group_size": 32},
+        "unpack_weight_only": {
+            **{"packed_weight": qo.pack_weight_only(i8(3, 40), 4, 32), "shape": [3, 40], "bits": 4, "group_size": 32}
+        },
     }[op]
 
 
@@ -235,6 +240,66 @@ _strided = torch.zeros(2 * qo.pack_weight(i8(3, 4)).numel(), dtype=torch.int8)[:
 add("int8_linear", _sentence, packed_weight=_strided.copy_(qo.pack_weight(i8(3, 4))))
 add("int8_conv2d", _sentence, fake=False, packed_weight=qo.pack_weight(i8(6, 4, 1, 9)))
 
+# ---- weight_only_linear and its packing ---------------------------------------------------------------------------------------
+
+_WEIGHT_ONLY = "weight_only_linear pack_weight_only"
+_ANY_WEIGHT_ONLY = f"{_WEIGHT_ONLY} unpack_weight_only"
+add(_WEIGHT_ONLY, f"weight.dtype int8, got float32. {FIRST}", TypeError, weight=f32(3, 40))
+add(_WEIGHT_ONLY, "weight.dtype int8, got uint8", TypeError, weight=i8(3, 40).to(torch.uint8))
+add(_WEIGHT_ONLY, "weight.shape (N, K), got (3, 40, 1)", weight=i8(3, 40, 1))
+add("unpack_weight_only", "weight.shape (N, K), got (3,)", shape=[3])
+add("unpack_weight_only", "sizes >= 0, got shape (3, -40)", shape=[3, -40])
+for _bits in (0, 2, 16, -4, 2**40):
+    add(_ANY_WEIGHT_ONLY, f"bits 4 or 8, got {_bits}", bits=_bits)
+for _group in (0, 1, 16, 33, 512, -2, 2**62):
+    _sentence = "group_size 32, 64, 128, 256 or -1 (one group a row of the weight), got "
+    add(_ANY_WEIGHT_ONLY, f"{_sentence}{_group}", group_size=_group)
+for _code in (8, -9, 127, -128):
+    add(
+        _WEIGHT_ONLY, f"codes of four bits in [-8, 7], got {_code}", fake=False, weight=torch.full((3, 40), _code, dtype=torch.int8)
+    )
+add("weight_only_linear", "x.dtype in (float32, float16, bfloat16), got int8", TypeError, x=i8(2, 40))
+add("weight_only_linear", "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 40).double())
+add("weight_only_linear", "x to have at least one dimension, got shape ()", x=f32())
+add("weight_only_linear", "x.shape[-1] == weight.shape[1], got 41 and 40", x=f32(2, 41))
+add("weight_only_linear", "asymmetric=True only with dynamic=True, got it alone", asymmetric=True)
+add("weight_only_linear", f"weight_scale.dtype in {FLOATING}, got int8", TypeError, weight_scale=i8(3, 2))
+for _shape in ((3,), (2, 3), (3, 1), (3, 2, 1), (1, 2), ()):
+    add("weight_only_linear", f"weight_scale.shape (N, groups) = (3, 2), got {_shape}", weight_scale=f32(*_shape))
+    add("weight_only_linear", f"weight_zero_point.shape (N, groups) = (3, 2), got {_shape}", weight_zero_point=i8(*_shape))
+_sentence = "weight_zero_point.dtype integer or floating, got bool"
+add("weight_only_linear", _sentence, TypeError, weight_zero_point=torch.ones(3, 2, dtype=torch.bool))
+for _zero in (128, -129, 2**31 - 1):
+    _zeros = torch.full((3, 2), _zero, dtype=torch.int32)
+    add("weight_only_linear", f"weight_zero_point in [-128, 127], got {_zero}", fake=False, weight_zero_point=_zeros)
+add("weight_only_linear", f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(3))
+add("weight_only_linear", "bias.shape == (3,), got (2,)", bias=f32(2))
+add("weight_only_linear", "out_dtype in (float32, float16, bfloat16), got int8", TypeError, out_dtype=torch.int8)
+add("weight_only_linear", f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(64))
+_sentence = "packed_weight made by pack_weight_only from this weight, with these bits and this group_size, got another one. "
+_sentence += "Call pack_weight_only(weight, bits, group_size) again."
+_right = qo.pack_weight_only(i8(3, 40), 4, 32)
+for _other in (i8(5), _right[:-1], qo.pack_weight_only(i8(3, 40), 8, 32), qo.pack_weight_only(i8(3, 40), 4, -1)):
+    add("weight_only_linear", _sentence, packed_weight=_other)
+add("weight_only_linear", _sentence, fake=False, packed_weight=qo.pack_weight_only(i8(4, 40), 4, 32))  # of the right length
+_strided = torch.zeros(2 * _right.numel(), dtype=torch.int8)[::2].copy_(_right)
+add("weight_only_linear", _sentence, packed_weight=_strided)
+_sentence = (
+    "packed_weight made by pack_weight_only from a weight of this shape, with these bits and this group_size, got another one"
+)
+add("unpack_weight_only", _sentence, packed_weight=i8(5))
+add("unpack_weight_only", _sentence, group_size=-1)
+add("unpack_weight_only", _sentence, bits=8)
+_GROUPS = "groups of at most {} k so that the int32 sum is exact, got {}. Choose a group_size."
+for _bound, _change in (
+    (131071, {}),
+    (65793, {"asymmetric": True}),
+    (65793, {"weight_zero_point": i8(1)}),
+    (33025, {"asymmetric": True, "weight_zero_point": i8(1)}),
+):
+    _wide = {"weight": i8(1, _bound + 1), "weight_scale": f32(1), "group_size": -1, "bits": 8, "dynamic": True}
+    add("weight_only_linear", _GROUPS.format(_bound, _bound + 1), x=f32(1, _bound + 1), **_wide, **_change)
+
 # ---- shapes of int8_linear -----------------------------------------------------------------------------------------------------
 
 add("int8_linear", "weight.shape (N, K), got (3, 4, 1, 1)", weight=i8(3, 4, 1, 1))
@@ -298,6 +363,9 @@ add("int8_conv2d", _ELEMENTS.format("x", tuple(_tall.shape)), x=_tall)
 _deep = torch.empty(0, 4, 2**30, 2**30, dtype=torch.int8)
 add("int8_conv2d pack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), weight=_deep)
 add("unpack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), shape=list(_deep.shape))
+_long = torch.empty(0, 2**46, dtype=torch.int8)
+add("weight_only_linear pack_weight_only", _ELEMENTS.format("weight", tuple(_long.shape)), weight=_long)
+add("unpack_weight_only", _ELEMENTS.format("weight", tuple(_long.shape)), shape=list(_long.shape))
 add("pack_weight", f"groups <= 2^45, got {2**46}", weight=torch.empty(0, 1, 1, 1, dtype=torch.int8), groups=2**46)
 add("unpack_weight", f"groups <= 2^45, got {2**46}", shape=[0, 1, 1, 1], groups=2**46)
 add("unpack_weight", "sizes >= 0, got shape (6, -4, 3, 3)", shape=[6, -4, 3, 3])
@@ -397,6 +465,8 @@ _WITHOUT_MEMORY = {
     "int8_linear": {"x": f32(1, 4).expand(2**40, 4)},
     "int8_conv2d": {"x": f32(1, 4, 1, 1).expand(1, 4, 2**21, 2**21)},
     "pack_weight": {"weight": i8(1, 4).expand(2**40, 4)},
+    "weight_only_linear": {"x": f32(1, 40).expand(2**38, 40)},
+    "pack_weight_only": {"weight": i8(1, 40).expand(2**38, 40)},
 }
 
 

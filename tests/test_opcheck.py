@@ -207,6 +207,27 @@ _PACK = {
     "multiplier": call(codes(10, 1, 3, 3), 5),
     "no_columns": call(codes(0, 5)),
 }
+_W4 = codes(19, 37).bitwise_and(7)
+_GROUP_SCALES = scales(19, 2)
+_WEIGHT_ONLY = {
+    "int8": call(floats(5, 37), _W, _WS),
+    "int8_groups": call(floats(5, 37), _W, _GROUP_SCALES, None, _BIAS, 8, 32),
+    "int8_dynamic": call(floats(2, 5, 37), _W, _GROUP_SCALES, codes(19, 2), _BIAS, 8, 32, dynamic=True),
+    "int4": call(floats(5, 37).bfloat16(), _W4, scales(19, 1), None, None, 4, 256),
+    "int4_groups": call(floats(5, 37), _W4, _GROUP_SCALES, floats(19, 2), None, 4, 32),
+    "int4_dynamic": call(floats(5, 37), _W4, _GROUP_SCALES, codes(19, 2), _BIAS, 4, 32, dynamic=True, asymmetric=True),
+    "packed": call(floats(5, 37), _W4, _GROUP_SCALES, None, _BIAS, 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
+    "float16_to_float32": call(floats(37, dtype=torch.float16), _W, _WS, out_dtype=torch.float32),
+    "transposed": call(floats(37, 5).T, codes(37, 19).T, scales(2, 19).T, None, _BIAS, 8, 32, dynamic=True),
+    "empty_batch": call(floats(0, 37), _W4, _WS, None, None, 4),
+}
+_PACK_WEIGHT_ONLY = {
+    "int8": call(_W),
+    "int8_groups": call(_W, 8, 32),
+    "int4": call(_W4, 4),
+    "int4_view": call(codes(37, 19).bitwise_and(7).T, 4, 64),
+    "no_columns": call(codes(0, 5), 4, 32),
+}
 _SEED = torch.tensor(-3)
 _FLOAT = {
     "no_scale": call(_IMAGE, 4, 3),
@@ -286,6 +307,11 @@ SAMPLES = {
     "int8_gemm": _GEMM,
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
+    "weight_only_linear": _WEIGHT_ONLY,
+    "pack_weight_only": _PACK_WEIGHT_ONLY,
+    "unpack_weight_only": {
+        name: call(ops.pack_weight_only(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK_WEIGHT_ONLY.items()
+    },
     "pack_weight": _PACK,
     "unpack_weight": {
         name: call(ops.pack_weight(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK.items() if args[0].numel()

@@ -3,7 +3,7 @@
 // arguments (the bindings check) and write nothing outside the described tensors.
 //
 // Letters: M, N, K for GEMM, y[M,N] = a[M,K] b[N,K]^T; N, C, H, W -> O, OH, OW with an R x S kernel for convolution. A group is
-// always a group of a convolution.
+// a group of a convolution, or, where the weight alone is quantized, consecutive k of a column that share a scale.
 //
 // Units of work and shapes, in every file of cpp/ and cuda/:
 //   tile    rows x columns of a product that one micro-kernel call (CPU) or one thread block (CUDA) computes
@@ -279,7 +279,36 @@ struct Int8Conv2dParams {
   bool y_channels_last;  // y is dense, [N, OH, OW, O] or [N, O, OH, OW] in memory
 };
 
+// weight_only_linear: y[m,n] = sum_k x[m,k] w[n,k] + bias[n], where the weight lies in groups of `group` consecutive k of a column,
+// each with a scale and perhaps a zero point: w = (q - zero_point) * scale, or q * scale + float_zero.
+//
+// With codes of x (in.mode kDynamic or kDynamicAsymmetric; `codes`), over the groups g in ascending order, starting from the bias
+// (-0 without one), in float32:
+//   y = fma(float(sum_k (a - zero_a[m]) (q - zero_point[n,g])), scale_a[m] * scale[n,g], y)            sums are exact, in int32
+//   and with float_zero, whose q is corrected by no zero point, y = fma(float(sum_k (a - zero_a[m])), scale_a[m] * float_zero[n,g],
+//   y)
+// Without codes the products are accumulated in float32, in no order that a caller may rely on: |error| <= 2 eps sum_k |x||w|.
+struct WeightOnlyParams {
+  int64_t M, N, K;
+  int64_t group;
+  int bits;  // of a code: 4 or 8
+  InputParams in;
+  bool codes;
+  int64_t x_stride;      // between rows; the last dimension is contiguous
+  const int8_t* packed;  // from pack_weight_only
+  const float* scale;
+  int64_t scale_stride[2];   // of a column, of a group
+  const int8_t* zero_point;  // null: none
+  const float* float_zero;   // null: none; at most one of the two is there
+  int64_t zero_stride[2];    // of the one that is there
+  const float* bias;         // null: none
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;
+};
+
 void int8_linear_cpu(const Int8LinearParams& p);
+void weight_only_linear_cpu(const WeightOnlyParams& p);
 void int8_conv2d_cpu(const Int8Conv2dParams& p);
 
 }  // namespace quant_ops

@@ -20,27 +20,6 @@ constexpr int64_t kPassBytes = int64_t{8} << 20;           // codes of a pass: b
 constexpr int64_t kBlockBytes = int64_t{256} << 10;        // codes of a block of rows: with a panel they stay in the L2 cache
 constexpr int64_t kQuantizedPerThread = int64_t{1} << 16;  // elements that are worth a thread
 
-// A pass is cut into row ranges times panel ranges, one of each for a worker.
-struct Shares {
-  int64_t rows, panels;
-};
-
-// Minimizes the tiles of the busiest of at most `workers` workers; on ties prefers to cut the panels, each of which is then read
-// by fewer workers.
-Shares cut_pass(int64_t tiles, int64_t panels, int64_t workers) {
-  Shares best{1, 1};
-  int64_t least = tiles * panels;
-  for (int64_t panel_shares = 1; panel_shares <= std::min(workers, panels); ++panel_shares) {
-    const int64_t row_shares = std::min(workers / panel_shares, tiles);
-    const int64_t busiest = ceil_div(panels, panel_shares) * ceil_div(tiles, row_shares);
-    if (busiest <= least) {
-      best = {row_shares, panel_shares};
-      least = busiest;
-    }
-  }
-  return best;
-}
-
 class Linear {
  public:
   Linear(const LinearPlan& plan, const Int8LinearParams& p)

@@ -40,4 +40,25 @@ void for_each_share(int64_t tasks, int64_t threads, int64_t work, int64_t work_p
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// A pass is cut into row ranges times panel ranges, one of each for a worker.
+struct Shares {
+  int64_t rows, panels;
+};
+
+// Minimizes the tiles of the busiest of at most `workers` workers; on ties prefers to cut the panels, each of which is then read
+// by fewer workers.
+inline Shares cut_pass(int64_t tiles, int64_t panels, int64_t workers) {
+  Shares best{1, 1};
+  int64_t least = tiles * panels;
+  for (int64_t panel_shares = 1; panel_shares <= std::min(workers, panels); ++panel_shares) {
+    const int64_t row_shares = std::min(workers / panel_shares, tiles);
+    const int64_t busiest = ceil_div(panels, panel_shares) * ceil_div(tiles, row_shares);
+    if (busiest <= least) {
+      best = {row_shares, panel_shares};
+      least = busiest;
+    }
+  }
+  return best;
+}
+
 }  // namespace quant_ops

@@ -22,6 +22,16 @@ QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #include "kernels/generic/depthwise.h"
 #include "kernels/simd/amx_tile.h"
 
+#if defined(QUANT_OPS_AMX_EMULATED)
+#define QO_NIBBLES kAvx2Products
+#define QO_NIBBLE_ROWS 8
+#define QO_PRODUCTS kAmxEmulatedProducts
+#else
+#define QO_NIBBLES kAvx512VnniProducts
+#define QO_NIBBLE_ROWS 16
+#define QO_PRODUCTS kAmxProducts
+#endif
+
 namespace quant_ops {
 namespace QO_ISA {
 namespace {
@@ -174,6 +184,10 @@ GemmShape gemm_shape(int64_t rows, int64_t width) {
   return {"amx", rows, width < 2 * kTileColumns ? width : 2 * kTileColumns};
 }
 
+// The nibbles of a weight are unpacked by vectors: see avx512vnni.cpp.
+constexpr int64_t kNibbleRows = QO_NIBBLE_ROWS;
+void nibbles(const NibbleTile& tile, int64_t rows) { QO_NIBBLES.nibbles(tile, rows); }
+
 int64_t peak(int64_t iterations) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.set(tile, kTileRows, kTileBytes);
@@ -189,12 +203,6 @@ int64_t peak(int64_t iterations) {
 }  // namespace
 }  // namespace QO_ISA
 
-#if defined(QUANT_OPS_AMX_EMULATED)
-#define QO_PRODUCTS kAmxEmulatedProducts
-#else
-#define QO_PRODUCTS kAmxProducts
-#endif
-
 constinit const ProductKernels QO_PRODUCTS = {
     .isa = QO_TEXT(QO_ISA),
     .gemm_rows = QO_ISA::kRows,
@@ -202,6 +210,8 @@ constinit const ProductKernels QO_PRODUCTS = {
     .gemm = QO_ISA::gemm,
     .gemm_shape = QO_ISA::gemm_shape,
     .depthwise = QO_ISA::depthwise<QO_ISA::Taps>,
+    .nibble_rows = QO_ISA::kNibbleRows,
+    .nibbles = QO_ISA::nibbles,
     .peak = QO_ISA::peak,
 };
 

@@ -7,6 +7,7 @@
 
 QO_TARGET_BEGIN("avx2,fma,f16c")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/generic/widening.h"
 #include "kernels/simd/depthwise_avx2.h"
 
@@ -60,6 +61,28 @@ void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
 
 GemmShape gemm_shape(int64_t rows, int64_t width) { return swept_shape("avx2", rows, width, vectors_of(rows) * Simd::N, Simd::N); }
 
+// Here vpmaddubsw is exact: a nibble is at most 15, so a pair of products is at most 2 * 15 * 128 = 3840, and the four of them that
+// are added before the sums are widened stay within int16.
+struct Dot {
+  static QO_INLINE Simd::I add(Simd::I sum, const int8_t* a, const Simd::I (&w)[4]) {
+    const auto pairs = [&](auto i) QO_LAMBDA {
+      int32_t four;
+      __builtin_memcpy(&four, a + i.value * kQuad, sizeof(four));
+      return _mm256_maddubs_epi16(w[i.value], _mm256_set1_epi32(four));
+    };
+    const Simd::I eight = _mm256_add_epi16(pairs(Int<0>{}), pairs(Int<1>{}));
+    const Simd::I sixteen = _mm256_add_epi16(eight, _mm256_add_epi16(pairs(Int<2>{}), pairs(Int<3>{})));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1)));
+  }
+};
+
+// 8 rows x 8 columns: 8 sums, 4 weights, the ones, and two for products. One or two rows take all 16 columns at a time.
+constexpr int64_t kNibbleRows = 8;
+
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<Dot, r.value, r.value <= 2 ? 2 : 1>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 12;
   __m256i acc[kChains];
@@ -85,6 +108,8 @@ constinit const ProductKernels kAvx2Products = {
     .gemm = avx2::gemm,
     .gemm_shape = avx2::gemm_shape,
     .depthwise = avx2::depthwise<avx2::PairsOfTaps>,
+    .nibble_rows = avx2::kNibbleRows,
+    .nibbles = avx2::nibbles,
     .peak = avx2::peak,
 };
 

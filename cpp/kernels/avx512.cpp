@@ -6,6 +6,7 @@
 
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/generic/widening.h"
 #include "kernels/simd/depthwise_avx512.h"
 
@@ -58,6 +59,26 @@ GemmShape gemm_shape(int64_t rows, int64_t width) {
   return swept_shape("avx512", rows, width, vectors_of(rows) * Simd::N, Simd::N);
 }
 
+// Exact, as in avx2.cpp: the pairs of products with a nibble, and the sums of four of them, stay within int16.
+struct Dot {
+  static QO_INLINE Simd::I add(Simd::I sum, const int8_t* a, const Simd::I (&w)[4]) {
+    const auto pairs = [&](auto i) QO_LAMBDA {
+      int32_t four;
+      __builtin_memcpy(&four, a + i.value * kQuad, sizeof(four));
+      return _mm512_maddubs_epi16(w[i.value], _mm512_set1_epi32(four));
+    };
+    const Simd::I eight = _mm512_add_epi16(pairs(Int<0>{}), pairs(Int<1>{}));
+    const Simd::I sixteen = _mm512_add_epi16(eight, _mm512_add_epi16(pairs(Int<2>{}), pairs(Int<3>{})));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(sixteen, _mm512_set1_epi16(1)));
+  }
+};
+
+constexpr int64_t kNibbleRows = 16;  // 16 sums, 4 weights
+
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<Dot, r.value, 1>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 24;
   __m512i acc[kChains];
@@ -83,6 +104,8 @@ constinit const ProductKernels kAvx512Products = {
     .gemm = avx512::gemm,
     .gemm_shape = avx512::gemm_shape,
     .depthwise = avx512::depthwise<avx512::PairsOfTaps>,
+    .nibble_rows = avx512::kNibbleRows,
+    .nibbles = avx512::nibbles,
     .peak = avx512::peak,
 };
 

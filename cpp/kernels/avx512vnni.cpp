@@ -7,6 +7,7 @@
 
 QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/simd/depthwise_avx512.h"
 
 namespace quant_ops {
@@ -119,6 +120,24 @@ void dot(const DotTile& tile, int64_t rows) {
   with_rows<kDotRows>(rows, [&](auto r) QO_LAMBDA { dot_u8s8_4x4_avx512vnni<r.value>(tile); });
 }
 
+// vpdpbusd with the nibbles as its unsigned operand.
+struct Dot {
+  static QO_INLINE Simd::I add(Simd::I sum, const int8_t* a, const Simd::I (&w)[4]) {
+    unroll<4>([&](auto i) QO_LAMBDA {
+      int32_t four;
+      __builtin_memcpy(&four, a + i.value * kQuad, sizeof(four));
+      sum = _mm512_dpbusd_epi32(sum, w[i.value], _mm512_set1_epi32(four));
+    });
+    return sum;
+  }
+};
+
+constexpr int64_t kNibbleRows = 16;  // 16 sums, 4 weights, an activation
+
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<Dot, r.value, 1>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 24;
   __m512i acc[kChains];
@@ -143,6 +162,8 @@ constinit const ProductKernels kAvx512VnniProducts = {
     .gemm = avx512vnni::gemm,
     .gemm_shape = avx512vnni::gemm_shape,
     .depthwise = avx512vnni::depthwise<avx512vnni::QuadsOfTaps>,
+    .nibble_rows = avx512vnni::kNibbleRows,
+    .nibbles = avx512vnni::nibbles,
     .dot = avx512vnni::dot,
     .peak = avx512vnni::peak,
 };

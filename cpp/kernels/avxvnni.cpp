@@ -6,6 +6,7 @@
 
 QO_TARGET_BEGIN("avxvnni,avx2,fma,f16c")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/simd/depthwise_avx2.h"
 
 namespace quant_ops {
@@ -71,6 +72,25 @@ GemmShape gemm_shape(int64_t rows, int64_t width) {
   return swept_shape("avxvnni", rows, width, vectors_of(rows) * Simd::N, 2 * Simd::N);
 }
 
+// vpdpbusd with the nibbles as its unsigned operand.
+struct Dot {
+  static QO_INLINE Simd::I add(Simd::I sum, const int8_t* a, const Simd::I (&w)[4]) {
+    unroll<4>([&](auto i) QO_LAMBDA {
+      int32_t four;
+      __builtin_memcpy(&four, a + i.value * kQuad, sizeof(four));
+      sum = _mm256_dpbusd_avx_epi32(sum, w[i.value], _mm256_set1_epi32(four));
+    });
+    return sum;
+  }
+};
+
+// 8 rows x 8 columns: 8 sums, 4 weights, an activation. One or two rows take all 16 columns at a time.
+constexpr int64_t kNibbleRows = 8;
+
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<Dot, r.value, r.value <= 2 ? 2 : 1>(tile); });
+}
+
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 12;
   __m256i acc[kChains];
@@ -94,6 +114,8 @@ constinit const ProductKernels kAvxVnniProducts = {
     .gemm = avxvnni::gemm,
     .gemm_shape = avxvnni::gemm_shape,
     .depthwise = avxvnni::depthwise<avxvnni::QuadsOfTaps>,
+    .nibble_rows = avxvnni::kNibbleRows,
+    .nibbles = avxvnni::nibbles,
     .peak = avxvnni::peak,
 };
 

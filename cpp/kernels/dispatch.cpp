@@ -173,7 +173,8 @@ struct Entry {
 template <class Field>
 Entry(const char*, Field) -> Entry<Field>;
 
-constexpr std::tuple kProductEntries{Entry{"depthwise", &KernelTable::depthwise}, Entry{"dot", &KernelTable::dot}};
+constexpr std::tuple kProductEntries{Entry{"depthwise", &KernelTable::depthwise}, Entry{"nibbles", &KernelTable::nibbles},
+                                     Entry{"dot", &KernelTable::dot}};
 constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"dequantize", &KernelTable::dequantize},
                                     Entry{"straight_through", &KernelTable::straight_through},
@@ -185,6 +186,13 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"quantize_float", &KernelTable::quantize_float},
                                     Entry{"quantize_blocks", &KernelTable::quantize_blocks},
                                     Entry{"quantize_block_columns", &KernelTable::quantize_block_columns},
+                                    Entry{"widen", &KernelTable::widen},
+                                    Entry{"fold", &KernelTable::fold},
+                                    Entry{"sum_codes", &KernelTable::sum_codes},
+                                    Entry{"expand", &KernelTable::expand},
+                                    Entry{"few_rows", &KernelTable::few_rows},
+                                    Entry{"float_tile", &KernelTable::float_tile},
+                                    Entry{"store", &KernelTable::store},
                                     Entry{"random_words", &KernelTable::random_words},
                                     Entry{"quantize_affine", &KernelTable::quantize_affine},
                                     Entry{"dequantize_affine", &KernelTable::dequantize_affine}};

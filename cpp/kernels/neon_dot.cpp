@@ -8,6 +8,7 @@
 
 QO_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/simd/dot_neon.h"
 
 namespace quant_ops {
@@ -43,6 +44,10 @@ GemmShape gemm_shape(int64_t rows, int64_t width) {
   return swept_shape("neon_dot", rows, width, vectors_of(rows) * Simd::N, kPanelStep);
 }
 
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<SignedDot, r.value, 2>(tile); });
+}
+
 }  // namespace
 }  // namespace neon_dot
 
@@ -53,6 +58,8 @@ constinit const ProductKernels kNeonDotProducts = {
     .gemm = neon_dot::gemm,
     .gemm_shape = neon_dot::gemm_shape,
     .depthwise = neon_dot::depthwise<neon_dot::QuadsOfTaps<neon_dot::Dot>>,
+    .nibble_rows = neon_dot::kNibbleRows,
+    .nibbles = neon_dot::nibbles,
     .peak = neon_dot::peak<neon_dot::Dot>,
 };
 

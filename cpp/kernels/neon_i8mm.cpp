@@ -8,6 +8,7 @@
 
 QO_TARGET_BEGIN("arch=armv8.2-a+dotprod+i8mm")
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/simd/dot_neon.h"
 
 namespace quant_ops {
@@ -43,6 +44,10 @@ GemmShape gemm_shape(int64_t rows, int64_t width) {
   return swept_shape("neon_i8mm", rows, width, vectors_of(rows) * Simd::N, kPanelStep);
 }
 
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) QO_LAMBDA { nibble_tile<SignedDot, r.value, 2>(tile); });
+}
+
 }  // namespace
 }  // namespace neon_i8mm
 
@@ -53,6 +58,8 @@ constinit const ProductKernels kNeonI8mmProducts = {
     .gemm = neon_i8mm::gemm,
     .gemm_shape = neon_i8mm::gemm_shape,
     .depthwise = neon_i8mm::depthwise<neon_i8mm::QuadsOfTaps<neon_i8mm::Dot>>,
+    .nibble_rows = neon_i8mm::kNibbleRows,
+    .nibbles = neon_i8mm::nibbles,
     .peak = neon_i8mm::peak<neon_i8mm::Dot>,
 };
 

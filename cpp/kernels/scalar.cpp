@@ -4,6 +4,7 @@
 #include "kernels/target.h"
 
 #include "kernels/generic/depthwise.h"
+#include "kernels/generic/nibbles.h"
 #include "kernels/simd/depthwise_scalar.h"
 
 namespace quant_ops {
@@ -33,6 +34,20 @@ void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
 
 GemmShape gemm_shape(int64_t rows, int64_t width) { return {"scalar", rows, width}; }
 
+struct Dot {
+  static int32_t add(int32_t sum, const int8_t* a, const int32_t (&w)[4]) {
+    for (int i = 0; i < 16; ++i)
+      sum = Simd::add(sum, int32_t{a[i]} * static_cast<int32_t>(static_cast<uint32_t>(w[i / 4]) >> 8 * (i % 4) & 0xffu));
+    return sum;
+  }
+};
+
+constexpr int64_t kNibbleRows = kRows;
+
+void nibbles(const NibbleTile& tile, int64_t rows) {
+  with_rows<kNibbleRows>(rows, [&](auto r) { nibble_tile<Dot, r.value, 1>(tile); });
+}
+
 int64_t peak(int64_t) { return 0; }  // no instruction of its own to measure
 
 }  // namespace
@@ -45,6 +60,8 @@ constinit const ProductKernels kScalarProducts = {
     .gemm = scalar::gemm,
     .gemm_shape = scalar::gemm_shape,
     .depthwise = scalar::depthwise<scalar::PlainTaps>,
+    .nibble_rows = scalar::kNibbleRows,
+    .nibbles = scalar::nibbles,
     .peak = scalar::peak,
 };
 

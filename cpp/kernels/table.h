@@ -112,6 +112,124 @@ struct DotTile {
 };
 constexpr int64_t kDotRows = 4;
 
+// ---- weights in groups (WeightOnlyParams in ops.h) ---------------------------------------------------------------------
+
+constexpr int64_t kNibbleColumns = 16;  // of a block of a packed weight of four bits, and of a tile of the kernels below
+constexpr int64_t kNibbleStep = 16;     // k that a nibbles kernel takes at once: what the k of a column are padded to
+constexpr int64_t kWeightChunk = 128;   // most k that are summed in float32 before the sum is added to the others
+
+// What becomes of the exact sum of row r, column n and group g:
+//   sum -= (zero[g][n] + offset) * row_sum[r][g] + row_zero[r] * code_sum[g][n]
+//   y = fma(float(sum), row_scale[r] * scale[g][n], y), and with float_zero y = fma(float(row_sum[r][g]), row_scale[r] *
+//   float_zero[g][n], y)
+// Arrays over columns have a multiple of 16 readable elements.
+struct GroupFold {
+  const float* scale;       // [groups][stride], as are the next three
+  const int8_t* zero;       // null: 0
+  const float* float_zero;  // null: none
+  const int32_t* code_sum;  // null: row_zero is not to be corrected
+  int64_t stride;
+  int32_t offset;  // what was added to the codes of the weight
+  const float* row_scale;
+  const int32_t* row_zero;  // zero point of the codes of a
+  const int32_t* row_sum;   // [rows][groups]: the sum of a - row_zero; null: zero, offset and float_zero are not there
+  int64_t groups;
+
+  // The same from column n and row r on.
+  __attribute__((always_inline)) inline GroupFold from(int64_t n, int64_t r) const {
+    GroupFold f = *this;
+    f.scale += n;
+    if (zero != nullptr) f.zero += n;
+    if (float_zero != nullptr) f.float_zero += n;
+    if (code_sum != nullptr) f.code_sum += n;
+    f.row_scale += r;
+    f.row_zero += r;
+    if (row_sum != nullptr) f.row_sum += r * groups;
+    return f;
+  }
+};
+
+// Rows of signed codes by 16 columns of four bits: b is [k / 8][16][4], and byte i of column n holds the codes, plus 8, of k = i in
+// its low half and of k = 4 + i in its high one. y[r][n], floats, holds what the sums are added to and receives them.
+struct NibbleTile {
+  int64_t k, group;  // all k, padded to kNibbleStep; `group` is a multiple of it or at least k
+  const int8_t* a;
+  int64_t a_stride;
+  const int8_t* b;
+  GroupFold fold;
+  float* y;
+  int64_t y_stride;
+};
+
+// Sums of one group in memory, folded into y.
+struct FoldRun {
+  const int32_t* sums;
+  int64_t stride;  // between rows of sums and of y
+  int64_t rows, columns;
+  int64_t group;  // its number
+  GroupFold fold;
+  float* y;
+};
+
+// A part of a packed weight for the products in float32: k [first, last) of one group, at most kWeightChunk and from a multiple of
+// 8 on, of `columns` columns, a multiple of 16. What is multiplied is q - zero, which is exact, and `scale` is for the sum; with
+// float_zero it is q * scale + float_zero.
+struct WeightChunk {
+  int bits;
+  const int8_t* b;     // 4 bits: as in NibbleTile; 8 bits: [k / 4] quads
+  int64_t block_step;  // bytes from 16 columns to the next 16
+  int64_t quad_step;   // 8 bits: bytes between quads
+  int64_t first, last;
+  int64_t columns;
+  const float* scale;       // of these columns and this group, as are the next two
+  const int8_t* zero;       // null: 0
+  const float* float_zero;  // null: none
+
+  __attribute__((always_inline)) inline const int8_t* octet(int64_t n, int64_t k) const {
+    const int64_t quads = k / kQuad * (bits == 4 ? kNibbleColumns * kQuad / 2 : quad_step);
+    return b + n / kNibbleColumns * block_step + quads + n % kNibbleColumns * kQuad;
+  }
+};
+
+// y[r][n] = fma(sum over k of a[r * a_stride + k] w[k][n], column_scale[n], y[r][n]), 16 columns.
+struct FloatTile {
+  int64_t k;
+  const float* a;
+  int64_t a_stride;
+  const float* w;
+  const float* column_scale;
+  float* y;
+  int64_t y_stride;
+};
+
+// The same for a few rows, which read the packed weight themselves. a[r * a_stride + k], for k from 0 on, is x times few_factor:
+// the codes are converted to floats where they lie in an int32, too large by a power of two. Up to a multiple of 8 k, a is zero.
+struct FewRows {
+  WeightChunk weight;
+  const float* a;
+  int64_t a_stride;
+  float* y;
+  int64_t y_stride;
+};
+constexpr int64_t kFewRows = 4;
+
+// How far to the left the code of k lies once the upper half of its int32 has been shifted down.
+constexpr int few_shift(int bits, int64_t k) {
+  return bits == 4 ? static_cast<int>(k % 2 * 8 + k / 4 % 2 * 4) : static_cast<int>(k % 2 * 8);
+}
+constexpr float few_factor(int bits, int64_t k) { return 1.0f / static_cast<float>(1 << few_shift(bits, k)); }
+
+constexpr int64_t kFloatRows = 6;
+
+// Rows of floats to the dtype of a result.
+struct StoreRun {
+  const float* from;
+  int64_t from_stride, rows, columns;
+  void* y;
+  DType dtype;
+  int64_t y_stride;
+};
+
 // Rows of n contiguous elements. Scale and zero point of row i start at scale + i * scale_row and zero_point + i * zero_row and
 // step by 0 (one for the row) or 1 along it.
 struct RowsRun {
@@ -273,8 +391,16 @@ struct VectorKernels {
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   void (*pack)(const PackRun&);
   void (*quantize_float)(const FloatRun&);
-  void (*quantize_blocks)(const BlockRun&);         // contiguous blocks
-  void (*quantize_block_columns)(const BlockRun&);  // blocks down the rows
+  void (*quantize_blocks)(const BlockRun&);                         // contiguous blocks
+  void (*quantize_block_columns)(const BlockRun&);                  // blocks down the rows
+  void (*widen)(const void* x, DType dtype, int64_t n, float* to);  // float16 or bfloat16
+  void (*fold)(const FoldRun&);
+  // Unsigned codes to signed ones, if `flip`; returns the sum of the unsigned ones.
+  int32_t (*sum_codes)(uint8_t* codes, int64_t n, bool flip);
+  void (*expand)(const WeightChunk&, float* w);        // to w[k - first][16]
+  void (*few_rows)(const FewRows&, int64_t rows);      // 1 <= rows <= kFewRows
+  void (*float_tile)(const FloatTile&, int64_t rows);  // 1 <= rows <= kFloatRows
+  void (*store)(const StoreRun&);
   // The random words of the elements first .. first + n - 1 (philox.h).
   void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
   void (*quantize_affine)(const AffineRun&);
@@ -302,6 +428,8 @@ struct ProductKernels {
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them
   void (*depthwise)(const DepthwiseRun&);
+  int64_t nibble_rows;                                       // of the tallest tile of `nibbles`
+  void (*nibbles)(const NibbleTile& tile, int64_t rows);     // 1 <= rows <= nibble_rows
   void (*dot)(const DotTile& tile, int64_t rows) = nullptr;  // 1 <= rows <= kDotRows; null: packing is as fast
   int64_t (*peak)(int64_t iterations);  // runs the multiply-accumulate instructions alone; returns how many MACs that were
 };

@@ -2,6 +2,7 @@
 #include "contract/cuda_weights.h"
 #include "cpu/columns.h"
 #include "cpu/pack.h"
+#include "cpu/weight_only.h"
 #include "torch/errors.h"
 
 #define QO_EXPORT extern "C" __attribute__((visibility("default")))
@@ -44,6 +45,12 @@ QO_EXPORT int64_t quant_ops_packed_bytes(int64_t out_channels, int64_t in_channe
 // The same of a weight on CUDA, known without the CUDA library.
 QO_EXPORT int64_t quant_ops_cuda_packed_bytes(int64_t out_channels, int64_t in_channels, int64_t r, int64_t s, int64_t groups) {
   return quant_ops::cuda_weights(out_channels, in_channels, r, s, groups).bytes;
+}
+
+// Bytes of a weight packed by pack_weight_only; group_size -1 is one group a column.
+QO_EXPORT int64_t quant_ops_weight_only_bytes(int64_t n, int64_t k, int64_t bits, int64_t group_size) {
+  const int64_t whole = k > 0 ? k : 1;
+  return quant_ops::weight_only_layout(n, k, static_cast<int>(bits), group_size < 0 ? whole : group_size).bytes;
 }
 
 // All that this machine runs, worst first, separated by commas.

@@ -7,6 +7,7 @@
 
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
+#include "cpu/weight_only.h"
 #include "torch/operators.h"
 
 namespace quant_ops {
@@ -110,6 +111,35 @@ struct Cpu {
   }
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
+  }
+
+  static void expect_weight_only(const char*) {}
+  static void weight_only(const char*, const WeightOnlyParams& p, const Tensor&) { weight_only_linear_cpu(p); }
+  static WeightOnlyLayout layout_of(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group); }
+  static int64_t weight_only_bytes(const WeightOnlyShape& w) { return layout_of(w).bytes; }
+  static void pack(const Tensor& weight, const WeightOnlyShape& w, Tensor& packed) {
+    pack_weight_only_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
+  }
+  static void unpack(const Tensor& packed, const WeightOnlyShape& w, Tensor& weight) {
+    unpack_weight_only_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
+  }
+  static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) {
+    return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
+  }
+  static void expect_between(const char* op, const char* name, const Tensor& t, int64_t low, int64_t high) {
+    const auto expect = [&](const auto* values) {
+      auto least = *values, most = *values;  // a loop that the compiler vectorizes
+      for (int64_t i = 0; i < t.numel(); ++i) {
+        least = std::min(least, values[i]);
+        most = std::max(most, values[i]);
+      }
+      QO_EXPECT(least >= low && most <= high, op, name, " in [", low, ", ", high, "], got ", int64_t{least < low ? least : most});
+    };
+    if (t.numel() == 0) return;
+    if (t.scalar_type() == ScalarType::Char)
+      expect(as_contiguous(t).const_data_ptr<int8_t>());
+    else
+      expect(as_contiguous(to_type(t, ScalarType::Long)).const_data_ptr<int64_t>());
   }
 
   // what int8_gemm, which has no scales, gives for a weight's

@@ -184,6 +184,18 @@ struct Cuda {
     return packed.numel() == packed_bytes(w) && reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
+
+  // The weight-only operators have kernels for the CPU alone so far.
+  [[noreturn]] static void expect_weight_only(const char* op) {
+    fail(Refusal::kValue, op,
+         "tensors of the CPU, since it has no CUDA kernel yet, got tensors of CUDA. Move the layer to the CPU.");
+  }
+  static void weight_only(const char*, const WeightOnlyParams&, const Tensor&) {}
+  static int64_t weight_only_bytes(const WeightOnlyShape&) { return 0; }
+  static void pack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
+  static void unpack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
+  static bool is_packed_for(const Tensor&, const WeightOnlyShape&) { return false; }
+  static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
 };
 
 }  // namespace

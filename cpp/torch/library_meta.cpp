@@ -4,6 +4,7 @@
 // would be given symbolic sizes, and make them constants of the graph.
 #include "contract/cuda_weights.h"
 #include "cpu/pack.h"
+#include "cpu/weight_only.h"
 #include "torch/operators.h"
 
 namespace quant_ops {
@@ -39,6 +40,14 @@ struct Meta {
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return packed.numel() == packed_bytes(w) || packed.numel() == cuda_weights(w.o, w.c, w.r, w.s, w.groups).bytes;
   }
+
+  static void expect_weight_only(const char*) {}
+  static void weight_only(const char*, const WeightOnlyParams&, const Tensor&) {}
+  static int64_t weight_only_bytes(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group).bytes; }
+  static void pack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
+  static void unpack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
+  static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) { return packed.numel() == weight_only_bytes(w); }
+  static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
 //   pack_weight, unpack_weight              pack.h
+//   weight_only_linear and its packing      weight_only.h
 // Read next: one of these; python/quant_ops/ops for the documentation of an operator, its fake kernel and its gradient.
 #pragma once
 
@@ -15,6 +16,7 @@
 #include "torch/pack.h"
 #include "torch/quantize.h"
 #include "torch/quantize_float.h"
+#include "torch/weight_only.h"
 
 namespace quant_ops {
 
@@ -66,6 +68,12 @@ void define_operators(Library& m) {
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
       "bool relu=False, bool? channels_last=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
+  m.def(
+      "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
+      "int bits=8, int group_size=-1, *, Tensor? packed_weight=None, bool dynamic=False, bool asymmetric=False, "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def("pack_weight_only(Tensor weight, int bits=8, int group_size=-1) -> Tensor");
+  m.def("unpack_weight_only(Tensor packed_weight, int[] shape, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }
 
@@ -94,6 +102,9 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_linear, Backend);
   QO_IMPLEMENT(m, int8_conv2d, Backend);
   QO_IMPLEMENT(m, pack_weight, Backend);
+  QO_IMPLEMENT(m, weight_only_linear, Backend);
+  QO_IMPLEMENT(m, pack_weight_only, Backend);
+  QO_IMPLEMENT(m, unpack_weight_only, Backend);
 }
 
 }  // namespace quant_ops

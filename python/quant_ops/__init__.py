@@ -60,6 +60,7 @@ from .ops import (  # noqa: E402
     int8_gemm,
     int8_linear,
     pack_weight,
+    pack_weight_only,
     quant_block_backward,
     quant_block_forward,
     quant_float_backward,
@@ -69,6 +70,8 @@ from .ops import (  # noqa: E402
     quantize_affine,
     quantize_rows,
     unpack_weight,
+    unpack_weight_only,
+    weight_only_linear,
 )
 from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
@@ -140,6 +143,7 @@ __all__ = [
     "kernel_for",
     "load_",
     "pack_weight",
+    "pack_weight_only",
     "prepare_",
     "prepare_qat_",
     "quant_block_backward",
@@ -157,5 +161,7 @@ __all__ = [
     "synchronize_",
     "timestep",
     "unpack_weight",
+    "unpack_weight_only",
+    "weight_only_linear",
     "with_gradient",
 ]

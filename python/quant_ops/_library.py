@@ -66,6 +66,8 @@ def load() -> None:
     for function in (_c.quant_ops_packed_bytes, _c.quant_ops_cuda_packed_bytes):
         function.argtypes = [ctypes.c_int64] * 5
         function.restype = ctypes.c_int64
+    _c.quant_ops_weight_only_bytes.argtypes = [ctypes.c_int64] * 4
+    _c.quant_ops_weight_only_bytes.restype = ctypes.c_int64
     _c.quant_ops_refusal.argtypes = [ctypes.c_char_p]
     cpu_library = path
 
@@ -155,3 +157,8 @@ def packed_bytes(out_channels: int, in_channels: int, r: int, s: int, groups: in
     """The length of what ``pack_weight`` gives for a weight ``(out_channels, in_channels, r, s)`` on a device."""
     function = _library().quant_ops_cuda_packed_bytes if device == "cuda" else _library().quant_ops_packed_bytes
     return int(function(out_channels, in_channels, r, s, groups))
+
+
+def weight_only_bytes(n: int, k: int, bits: int, group_size: int) -> int:
+    """The length of what ``pack_weight_only`` gives for a weight ``(n, k)``."""
+    return int(_library().quant_ops_weight_only_bytes(n, k, bits, group_size))

@@ -11,6 +11,7 @@
 #include "kernels/generic/random.h"
 #include "kernels/generic/range.h"
 #include "kernels/generic/straight_through.h"
+#include "kernels/generic/weight_groups.h"
 
 namespace quant_ops::QO_ISA {
 namespace {
@@ -28,6 +29,13 @@ constexpr VectorKernels kVectorKernels = {
     .quantize_float = quantize_float,
     .quantize_blocks = quantize_blocks,
     .quantize_block_columns = quantize_block_columns,
+    .widen = widen,
+    .fold = fold,
+    .sum_codes = sum_codes,
+    .expand = expand,
+    .few_rows = few_rows,
+    .float_tile = float_tile,
+    .store = store,
     .random_words = random_words,
     .quantize_affine = quantize_affine,
     .dequantize_affine = dequantize_affine,

@@ -84,6 +84,18 @@ QO_INLINE void swept_tile(const GemmTile& t, int64_t width) {
     for (; n < t.out.columns; n += kPanelStep) sweep<Dot, kTileRows, 4>(t, n, width * kQuad);
 }
 
+// The Dot of nibbles.h: signed bytes by sdot, since a nibble has no sign.
+struct SignedDot {
+  static QO_INLINE Simd::I add(Simd::I sum, const int8_t* a, const Simd::I (&w)[4]) {
+    const int8x16_t av = vld1q_s8(a);
+    unroll<4>([&](auto i) QO_LAMBDA { sum = vdotq_laneq_s32(sum, vreinterpretq_s8_s32(w[i.value]), av, i.value); });
+    return sum;
+  }
+};
+
+// 8 rows x 8 columns: 16 sums, 8 weights, an activation.
+constexpr int64_t kNibbleRows = 8;
+
 template <class Dot>
 int64_t peak(int64_t iterations) {
   constexpr int kChains = 16;
