@@ -63,12 +63,13 @@ def test_accumulators_stay_in_registers(kernel, instruction, products):
 
 
 def test_saturating_products_are_not_used():
-    """vpmaddubsw and vpdpbusds saturate: their sums are not exact."""
+    """vpmaddubsw and vpdpbusds saturate: their sums are not exact, but for those of 4-bit weights, whose pairs stay below 2^12."""
     if platform.machine() != "x86_64":
         pytest.skip("instructions of x86-64")
     text = tool("objdump", "-d", "--no-show-raw-insn", LIBRARY)
     assert "vpdpbusd " in text
-    assert "vpmaddubsw" not in text
+    users = [name for name, body in disassembly().items() if any("vpmaddubsw" in line for line in body)]
+    assert all(name.endswith("::nibbles(quant_ops::NibbleTile const&, long)") for name in users)
     assert "vpdpbusds" not in text
 
 
