@@ -65,12 +65,20 @@ class SimulatedLayer(Recast):
         weight: Tensor = operator.attrgetter(name)(self)
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
             return self._round_weight(weight)
-        made_of = _state_of(weight)
+        made_of = self._state_of(weight)
         before, value = self._rounded.get(name, (None, None))
         if value is None or made_of is None or made_of != before:
             value = self._round_weight(weight)
             self._rounded[name] = (made_of, value)
         return value
+
+    def _state_of(self, weight: Tensor) -> Any:
+        """What changes when the rounded weight does; None if that cannot be told."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        tensors = [weight] if self.amax_weight is None else [weight, self.amax_weight]
+        if distributed or any(t.is_inference() for t in tensors):
+            return None
+        return id(self.config), [(t._version, t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in tensors]
 
     def _round_weight(self, weight: Tensor) -> Tensor:
         return rounded(weight, self.config.weight, self.weight_layout, self.config.weight_per, self.amax_weight)
@@ -89,7 +97,7 @@ class SimulatedLayer(Recast):
             if (weight := operator.attrgetter(name)(self)) is None:
                 continue
             if keep:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():  # its tensors could not be used under gradients
                     self.register_buffer(_rounded_name(name), self._round_weight(weight.detach()), persistent=False)
             elif _rounded_name(name) in self._buffers:
                 delattr(self, _rounded_name(name))
@@ -156,14 +164,6 @@ def _show(amax: Tensor) -> str:
 def _rounded_name(weight: str) -> str:
     """Of the buffer that keeps a weight."""
     return "rounded_" + weight.replace(".", "_")
-
-
-def _state_of(weight: Tensor) -> Any:
-    """What changes when a weight does; None if that cannot be told."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed or weight.is_inference():
-        return None
-    return (weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
 
 
 def keep_weights_(model: nn.Module, keep: bool = True) -> int:
