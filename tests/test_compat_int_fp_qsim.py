@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from documents import run
+from documents import CUSTOM_FORMAT, run
 from torch import nn
 
 import quant_ops as qo
@@ -24,29 +24,11 @@ from quant_ops.compat.int_fp_qsim.static_calib import calibrate_inputs, calibrat
 
 # The document's code blocks. Import lines are changed; what else is mended is said above each of them.
 
-# FloatingPointNumber and replace_layers are imported, and the quote after 'nearest is closed.
-CUSTOM_FORMAT = """
+# FloatingPointNumber and replace_layers are imported; the rest of the block is in documents.py.
+CUSTOM_IMPORTS = """
 from quant_ops.compat.int_fp_qsim import FloatingPoint, FloatingPointNumber
 from quant_ops.compat.int_fp_qsim import quantizer
 from quant_ops.compat.int_fp_qsim.replace import replace_layers
-
-format_e3m4 = FloatingPointNumber(exp=3, man=4)
-format_e5m2 = FloatingPointNumber(exp=5, man=2)
-
-# A custom FP format that uses E3M4 in forward pass and E5M2 in backward
-quant_func = quantizer(
-    forward_num=format_e3m4,
-    forward_rounding='nearest',
-    backward_num=format_e5m2,
-    backward_rounding='nearest'
-)
-
-replace_layers(
-    model,
-    input_quantizer=quant_func,
-    weight_quantizer=quant_func,
-    output_quantizer=quant_func
-)
 """
 
 # Nothing is mended. resnet50, get_dataloaders and eval are the test's, and .cuda() does nothing where there is no CUDA.
@@ -244,7 +226,7 @@ def assert_layers(model, x, input_of, weight_of, output_of):
 def test_document_custom_format():
     model, x = resnet50(pretrained=True), images()[0]
     float_model = copy.deepcopy(model)
-    found = run(CUSTOM_FORMAT, model=model)
+    found = run(CUSTOM_IMPORTS + CUSTOM_FORMAT, model=model)
     assert found["FloatingPoint"] is qtorch.FloatingPoint
     assert_layers(model, x, *2 * [lambda _, given: floating(given, 3, 4)], lambda y: floating(y, 3, 4))
     with torch.no_grad():

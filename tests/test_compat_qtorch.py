@@ -6,33 +6,15 @@ import pickle
 
 import pytest
 import torch
-from documents import run
+from documents import CUSTOM_FORMAT, run
 
 from quant_ops.compat import qtorch
 from quant_ops.compat.qtorch import BlockFloatingPoint, FixedPoint, FloatingPoint, quant
 
-# Two mends: FloatingPointNumber, which qtorch has not, is imported, and the quote after 'nearest is closed.
-CUSTOM_FORMAT = """
+# FloatingPointNumber, which qtorch has not, is imported; the rest of the block is in documents.py.
+CUSTOM_IMPORTS = """
 from quant_ops.compat.qtorch import FloatingPoint, FloatingPointNumber
 from quant_ops.compat.qtorch.quant import quantizer
-
-format_e3m4 = FloatingPointNumber(exp=3, man=4)
-format_e5m2 = FloatingPointNumber(exp=5, man=2)
-
-# A custom FP format that uses E3M4 in forward pass and E5M2 in backward
-quant_func = quantizer(
-    forward_num=format_e3m4,
-    forward_rounding='nearest',
-    backward_num=format_e5m2,
-    backward_rounding='nearest'
-)
-
-replace_layers(
-    model,
-    input_quantizer=quant_func,
-    weight_quantizer=quant_func,
-    output_quantizer=quant_func
-)
 """
 
 
@@ -62,7 +44,7 @@ def floating(x, exp, man):
 
 def test_document():
     seen = {}
-    found = run(CUSTOM_FORMAT, replace_layers=lambda model, **quantizers: seen.update(quantizers), model=None)
+    found = run(CUSTOM_IMPORTS + CUSTOM_FORMAT, replace_layers=lambda model, **quantizers: seen.update(quantizers), model=None)
     assert set(seen) == {"input_quantizer", "weight_quantizer", "output_quantizer"}
     assert str(found["quant_func"]) == (
         "with_gradient(FloatFormat(3, 4, rounding='nearest_away'), "

@@ -124,7 +124,7 @@ def prepare_(
         "prepare_", model, config, include, exclude, (Int8Static, Int8Dynamic, Simulated), result_kind="prepared"
     )
     for place in places.values():
-        _expect_calibrated("prepare_", place)
+        _expect_calibrated(place)
 
     def make(module: nn.Module, config: Any) -> nn.Module:
         if not isinstance(config, Simulated):
@@ -138,15 +138,15 @@ def prepare_(
     return _replaced("prepare_", model, is_simulated("prepare_", config), places, result, make)
 
 
-def _expect_calibrated(op: str, place: Places) -> None:
+def _expect_calibrated(place: Places) -> None:
     """Scales of rows follow from the data of each call."""
     config = place.config
     if isinstance(config, Simulated):
         for name in ("input", "output"):
             if getattr(config, f"{name}_per") == "row" and takes_amax(getattr(config, name)):
                 raise ValueError(
-                    f"quant_ops.{op}: expected {name}_per to be 'tensor', 'channel' or the size of a block, got 'row' for layer "
-                    f"{place.name!r}: rows have no scales that could be calibrated. Use quantize_ without calibration."
+                    f"quant_ops.prepare_: expected {name}_per to be 'tensor', 'channel' or the size of a block, got 'row' for "
+                    f"layer {place.name!r}: rows have no scales that could be calibrated. Use quantize_ without calibration."
                 )
 
 

@@ -32,21 +32,15 @@ class SimulatedLayer(Recast):
     """
 
     kind: ClassVar[str] = "simulated"
-    own: ClassVar[tuple[str, ...]] = (
-        *Recast.own,
-        *AMAX,
-        "_rounded",
-        "kept_weights",
-        "is_uncalibrated",
-    )
+    own: ClassVar[tuple[str, ...]] = (*Recast.own, *AMAX, "_rounded", "kept_weights", "is_uncalibrated")
     weights: ClassVar[tuple[str, ...]] = ("weight",)  # names of the parameters that are rounded as weights
 
-    config: "Simulated"
+    config: Simulated
     amax_input: Tensor | None
     amax_weight: Tensor | None
     amax_output: Tensor | None
 
-    def _prepare(self, config: "Simulated") -> None:
+    def _prepare(self, config: Simulated) -> None:
         super()._prepare(config)
         for name in AMAX:
             if name not in self._buffers:

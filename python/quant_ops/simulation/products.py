@@ -24,7 +24,7 @@ _RESULT = Layout(summed=-1, channel=-1, row=(-1,))  # its last dimension is, as 
 class Products:
     """The products of functions, with the formats of a config."""
 
-    def __init__(self, config: "Simulated") -> None:
+    def __init__(self, config: Simulated) -> None:
         self.config = config
 
     # ---- operands and results --------------------------------------------------------------------------------------------
