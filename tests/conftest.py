@@ -2,6 +2,7 @@
 
 import os
 
+import operands
 import pytest
 import torch
 from compiled import ROOT, compiled_for_host
@@ -23,7 +24,9 @@ def isa(request):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    """The same numbers for a test alone, after any other, and on any worker."""
     torch.manual_seed(0)
+    operands.generator.manual_seed(0)
 
 
 @pytest.fixture

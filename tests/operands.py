@@ -1,24 +1,24 @@
-"""Random operands from one seeded generator, and int8 layers in a small model of images."""
+"""Random operands from one generator, seeded anew for each test (conftest.py), and int8 layers in a small model of images."""
 
 import torch
 from torch import nn
 
 import quant_ops as qo
 
-_generator = torch.Generator().manual_seed(0)
+generator = torch.Generator().manual_seed(0)
 
 
 def floats(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=_generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def codes(*shape, dtype=torch.int8):
     info = torch.iinfo(dtype)
-    return torch.randint(info.min, info.max + 1, shape, generator=_generator, dtype=dtype)
+    return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=dtype)
 
 
 def scales(*shape, dtype=torch.float32):
-    return (torch.rand(shape, generator=_generator) * 0.05 + 0.01).to(dtype)
+    return (torch.rand(shape, generator=generator) * 0.05 + 0.01).to(dtype)
 
 
 def vision_model(static=False):
