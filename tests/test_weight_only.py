@@ -116,6 +116,33 @@ def test_long_sums_of_one_sign_keep_the_bound(isa):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_the_bound_holds_for_x_of_any_size(isa, bits):
+    """Codes are converted 2^24 times too large; subnormal x keep their bits, and what is very large does not overflow."""
+    for exponent, rows, zeros in itertools.product([-148, -120, 60, 85, 110], [1, 2, 4, 5], ZEROS):
+        codes, scale, zero = problem(33, 136, bits, 64, zeros)
+        x = torch.randn(rows, 136) * 2.0**exponent
+        codes = codes % 16 - 8  # sums of larger ones would overflow
+        bring = 2.0 ** -(exponent // 2)
+        scale, zero = scale * bring, zero * bring if zeros == "float" else zero
+        w = dequantized(codes, scale, zero, 64)
+        y = qo.weight_only_linear(x, codes, scale, zero, None, bits, 64)
+        assert ((y.double() - x.double() @ w.T).abs() <= 2 * EPS * (x.double().abs() @ w.abs().T)).all(), (exponent, rows, zeros)
+
+
+def test_zero_points_far_from_codes_of_four_bits(isa):
+    """q - zero does not fit into a byte for all of them."""
+    codes, scale, _ = problem(70, 256, 4, 32, "none")
+    x = torch.randn(3, 256)
+    for zero in (-128, -121, -120, -119, 119, 120, 121, 127):
+        for of in (slice(None), slice(5, 6)):
+            zeros = torch.zeros(scale.shape, dtype=torch.int8)
+            zeros[of] = zero
+            w = dequantized(codes, scale, zeros, 32)
+            y = qo.weight_only_linear(x, codes, scale, zeros, None, 4, 32)
+            assert ((y.double() - x.double() @ w.T).abs() <= 2 * EPS * (x.double().abs() @ w.abs().T)).all(), zero
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_codes_do_not_overflow(isa, bits):
     low = -128 if bits == 8 else -8
     for value, zero, group in itertools.product([low, -low - 1], [low, -low - 1], [32, 256]):

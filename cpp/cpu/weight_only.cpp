@@ -139,7 +139,7 @@ struct Plan {
   const KernelTable* table;
   int64_t threads;
   WeightOnlyLayout layout;
-  bool few_rows;      // KernelTable::few_rows multiplies
+  bool few_rows;      // KernelTable::few_rows multiplies, unless x is very large
   bool in_place;      // the product reads the floats of x itself
   int64_t row_bytes;  // of the codes or floats of a row in scratch
   int64_t pass_rows, block_rows, tile_rows;
@@ -173,14 +173,17 @@ bool lies_by_groups(const WeightOnlyLayout& l, const int64_t (&stride)[2]) {
   return l.padded_n == l.n && stride[0] == 1 && (l.groups == 1 || stride[1] == l.n);
 }
 
+// Rows that lie a multiple of 4096 bytes apart would share a set of the cache.
+int64_t apart(int64_t row_bytes) { return row_bytes % 2048 == 0 ? row_bytes + 64 : row_bytes; }
+
 Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t threads) {
   Plan plan;
   plan.table = &table;
   plan.threads = threads;
   const WeightOnlyLayout l = plan.layout = weight_only_layout(p.N, p.K, p.bits, p.group);
   plan.few_rows = !p.codes && p.M <= kFewRows;
-  plan.in_place = !p.codes && !plan.few_rows && p.in.dtype == DType::kFloat32;
-  plan.row_bytes = p.codes ? l.padded_k : round_up(p.K, kOctet) * int64_t{sizeof(float)};
+  plan.in_place = !p.codes && p.in.dtype == DType::kFloat32 && (!plan.few_rows || p.K % kOctet == 0);
+  plan.row_bytes = apart(p.codes ? l.padded_k : round_up(p.K, kOctet) * int64_t{sizeof(float)});
   plan.tile_rows = !p.codes ? kFloatRows : p.bits == 4 ? table.nibble_rows : table.gemm_rows;
   const int64_t row_bytes = std::max<int64_t>(plan.row_bytes, 1), tile = plan.tile_rows;
   plan.pass_rows = std::min(p.M, std::max(p.codes ? tile : kFloatBlock, kPassBytes / row_bytes));
@@ -254,6 +257,7 @@ class WeightOnly {
   // ---- rows of x ------------------------------------------------------------------------------------------------------
 
   void prepare() {
+    few_rows_ = plan_.few_rows && largest() < kFewLimit;
     if (plan_.in_place) return;
     any_row_zero_ = p_.in.mode == Activation::kDynamicAsymmetric;
     parallel_for(pass_rows_, std::max<int64_t>(1, kPreparedPerThread / std::max<int64_t>(p_.K, 1)),
@@ -261,6 +265,18 @@ class WeightOnly {
                    for (int64_t m = begin; m < end; ++m) p_.codes ? write_codes_of(m) : write_floats(m);
                  });
   }
+
+  float largest() const {
+    Range range = kZeroRange;
+    for (int64_t m = 0; m < pass_rows_; ++m) find_range(table_, p_.in, (pass_first_ + m) * p_.x_stride, p_.K, &range);
+    return bits_float(range.abs_bits);
+  }
+
+  const float* floats(int64_t m) const {
+    return plan_.in_place ? static_cast<const float*>(p_.in.x) + (pass_first_ + m) * p_.x_stride
+                          : reinterpret_cast<const float*>(rows_ + m * plan_.row_bytes);
+  }
+  int64_t float_stride() const { return plan_.in_place ? p_.x_stride : plan_.row_bytes / int64_t{sizeof(float)}; }
 
   void write_floats(int64_t m) const {
     const char* x = static_cast<const char*>(p_.in.x) + (pass_first_ + m) * p_.x_stride * dtype_bytes(p_.in.dtype);
@@ -270,7 +286,6 @@ class WeightOnly {
     else
       table_.widen(x, p_.in.dtype, p_.K, to);
     for (int64_t k = p_.K; k < round_up(p_.K, kOctet); ++k) to[k] = 0.0f;
-    for (int64_t k = 0; plan_.few_rows && k < p_.K; ++k) to[k] *= few_factor(p_.bits, k);
   }
 
   // Signed codes for the nibbles, unsigned ones for the GEMM; either with zeros beyond K.
@@ -321,7 +336,7 @@ class WeightOnly {
           multiply_panel(first, last, panel, worker);
           continue;
         }
-        if (plan_.few_rows) {
+        if (few_rows_) {
           multiply_few(first, last, panel, worker);
           continue;
         }
@@ -452,27 +467,22 @@ class WeightOnly {
 
   void multiply_few(int64_t first, int64_t last, int64_t panel, const Worker& worker) const {
     const int64_t rows = last - first, n = panel * kPanel, columns = l_.width(panel);
-    const float* a = reinterpret_cast<const float*>(rows_ + first * plan_.row_bytes);
     start(worker.y, kPanel, rows, n, columns);
     sum_chunks(n, columns, rows * kPanel, worker, [&](const WeightChunk& chunk, float* y) {
-      table_.few_rows({.weight = chunk, .a = a, .a_stride = plan_.row_bytes / int64_t{sizeof(float)}, .y = y, .y_stride = kPanel},
-                      rows);
+      table_.few_rows({.weight = chunk, .a = floats(first), .a_stride = float_stride(), .y = y, .y_stride = kPanel}, rows);
     });
     store(worker.y, kPanel, first, rows, n, columns);
   }
 
   void multiply_floats(int64_t first, int64_t last, int64_t n, const Worker& worker) const {
-    const float* a =
-        plan_.in_place ? static_cast<const float*>(p_.in.x) + pass_first_ * p_.x_stride : reinterpret_cast<const float*>(rows_);
-    const int64_t a_stride = plan_.in_place ? p_.x_stride : plan_.row_bytes / int64_t{sizeof(float)};
     start(worker.y, kNibbleColumns, last - first, n, kNibbleColumns);
     sum_chunks(n, kNibbleColumns, (last - first) * kNibbleColumns, worker, [&](const WeightChunk& chunk, float* y) {
       table_.expand(chunk, worker.w);
       for (int64_t m = first, rows; m < last; m += rows) {
         rows = quant_ops::tile_rows(last - m, kFloatRows);
         table_.float_tile({.k = chunk.last - chunk.first,
-                           .a = a + m * a_stride + chunk.first,
-                           .a_stride = a_stride,
+                           .a = floats(m) + chunk.first,
+                           .a_stride = float_stride(),
                            .w = worker.w,
                            .column_scale = chunk.float_zero ? kOnes : chunk.scale,
                            .y = y + (m - first) * kNibbleColumns,
@@ -497,6 +507,7 @@ class WeightOnly {
   const float* float_zero_;
   const float* bias_;
   bool any_row_zero_ = false;
+  bool few_rows_ = false;  // of this pass
   int64_t pass_first_ = 0, pass_rows_ = 0;
 };
 

@@ -185,6 +185,9 @@ struct WeightChunk {
   const int8_t* zero;       // null: 0
   const float* float_zero;  // null: none
 
+  // Bytes from a lane's k to those after them: 8 of 4 bits, 4 of 8 bits.
+  __attribute__((always_inline)) inline int64_t step() const { return bits == 4 ? kNibbleColumns * kQuad : quad_step; }
+
   __attribute__((always_inline)) inline const int8_t* octet(int64_t n, int64_t k) const {
     const int64_t quads = k / kQuad * (bits == 4 ? kNibbleColumns * kQuad / 2 : quad_step);
     return b + n / kNibbleColumns * block_step + quads + n % kNibbleColumns * kQuad;
@@ -202,8 +205,8 @@ struct FloatTile {
   int64_t y_stride;
 };
 
-// The same for a few rows, which read the packed weight themselves. a[r * a_stride + k], for k from 0 on, is x times few_factor:
-// the codes are converted to floats where they lie in an int32, too large by a power of two. Up to a multiple of 8 k, a is zero.
+// The same for a few rows, which read the packed weight themselves. a[r * a_stride + k], for k from 0 on, is x; up to a multiple of
+// 8 k it is zero, and everywhere less than kFewLimit: the codes are converted to floats where they are 2^24 times too large.
 struct FewRows {
   WeightChunk weight;
   const float* a;
@@ -212,12 +215,7 @@ struct FewRows {
   int64_t y_stride;
 };
 constexpr int64_t kFewRows = 4;
-
-// How far to the left the code of k lies once the upper half of its int32 has been shifted down.
-constexpr int few_shift(int bits, int64_t k) {
-  return bits == 4 ? static_cast<int>(k % 2 * 8 + k / 4 % 2 * 4) : static_cast<int>(k % 2 * 8);
-}
-constexpr float few_factor(int bits, int64_t k) { return 1.0f / static_cast<float>(1 << few_shift(bits, k)); }
+constexpr float kFewLimit = 0x1p80f;
 
 constexpr int64_t kFloatRows = 6;
 

@@ -11,7 +11,7 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-constexpr int64_t kNibblesAhead = 2048;  // bytes of the weight fetched ahead: a few rows are bound by memory
+constexpr int64_t kNibblesAhead = 4096;  // bytes of the weight fetched ahead: a few rows are bound by memory
 constexpr int64_t kGroupsAhead = 4;      // groups whose scales are: they lie far apart
 constexpr int kFewSums = 4;              // with so few, each sixteen k start a chain of additions of their own
 
@@ -32,6 +32,7 @@ QO_INLINE void nibble_sweep(const NibbleTile& t, int64_t n) {
     unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set_int(0); }); });
     for (; k < end; k += kNibbleStep, b += 2 * kOctetBytes) {
       I w[kVectors][4];
+      unroll<2>([&](auto octet) QO_LAMBDA { __builtin_prefetch(b + octet.value * kOctetBytes + kNibblesAhead); });
       unroll<kVectors>([&](auto v) QO_LAMBDA {
         unroll<2>([&](auto octet) QO_LAMBDA {
           const I both =
@@ -39,7 +40,6 @@ QO_INLINE void nibble_sweep(const NibbleTile& t, int64_t n) {
           w[v.value][2 * octet.value] = Simd::and_bits(both, low);
           w[v.value][2 * octet.value + 1] = Simd::and_bits(Simd::shift_right(both, 4), low);
         });
-        __builtin_prefetch(b + v.value * Simd::N * kQuad + kNibblesAhead);
       });
       unroll<kRows>([&](auto r) QO_LAMBDA {
         unroll<kVectors>([&](auto v) QO_LAMBDA {

@@ -49,124 +49,184 @@ void widen(const void* x, DType dtype, int64_t n, float* to) {
   dtype == DType::kFloat16 ? widen_typed(static_cast<const Half*>(x), n, to) : widen_typed(static_cast<const BFloat16*>(x), n, to);
 }
 
-// A lane for every column holds the unsigned codes of k to k + 7 (4 bits) or k + 3 (8 bits). bits<i>() is that of k + i, times
-// 2 ^ few_shift.
-template <int kBits>
-struct Octet {
-  typename Simd::I low, high;  // the lane, and its upper half shifted down
+// Where the zero points of a chunk are subtracted.
+enum class Zeros {
+  kBytes,     // from the codes, as bytes: there are none, or q - zero is a byte for all of them
+  kIntegers,  // from the codes, as floats
+  kFloats,    // floating zero points: added to the weights
+};
 
-  QO_INLINE Octet(const WeightChunk& t, int64_t n, int64_t k) {
-    const int8_t* b = t.octet(n, k);
-    low = Simd::load_int(reinterpret_cast<const int32_t*>(b));
-    if constexpr (kBits == 8) low = Simd::xor_bits(low, Simd::set_bytes(0x80));
-    high = Simd::shift_right(low, 16);
+// q - zero is a byte for every code q of four bits.
+constexpr int32_t kLowestByteZero = 7 - 127, kHighestByteZero = -8 + 128;
+
+Zeros zeros_of(const WeightChunk& t) {
+  if (t.float_zero != nullptr) return Zeros::kFloats;
+  if (t.zero == nullptr) return Zeros::kBytes;
+  if (t.bits == 8) return Zeros::kIntegers;
+  auto low = Simd::set_int(kLowestByteZero), high = Simd::set_int(kHighestByteZero);
+  for (int64_t n = 0; n < t.columns; n += Simd::N) {
+    const auto zero = Simd::load_int(t.zero + n);
+    low = Simd::min(low, zero);
+    high = Simd::max(high, zero);
+  }
+  int32_t lowest[Simd::N], highest[Simd::N];
+  Simd::store(lowest, low);
+  Simd::store(highest, high);
+  bool bytes = true;
+  for (int64_t i = 0; i < Simd::N; ++i) bytes = bytes && lowest[i] == kLowestByteZero && highest[i] == kHighestByteZero;
+  return bytes ? Zeros::kBytes : Zeros::kIntegers;
+}
+
+// The weights of a vector of columns and kK = 32 / kBits of their k. Codes are converted from the top byte of a lane, where they
+// are 2^24 times too large: a mask or a shuffle moves one there, sign included.
+template <int kBits, Zeros kZeros>
+struct Unpacked {
+  static constexpr int kK = 32 / kBits;
+  static constexpr float kUnit = 0x1p-24f;
+  // what times<i>() is too large by, inverted
+  static constexpr float kFactor = kZeros == Zeros::kFloats ? 1.0f : kUnit;
+
+  typename Simd::I offset;     // bytes: subtracted from the codes
+  typename Simd::F zero;       // kIntegers: times 2^24. kFloats: the floating ones
+  typename Simd::F scale;      // kFloats
+  typename Simd::I low, high;  // a lane has four k of a column
+
+  QO_INLINE void take_zeros(const WeightChunk& t, int64_t n) {
+    offset = Simd::set_bytes(8);
+    if constexpr (kZeros == Zeros::kBytes && kBits == 4)
+      if (t.zero != nullptr) {
+        const auto byte = Simd::and_bits(Simd::add(Simd::load_int(t.zero + n), Simd::set_int(8)), Simd::set_int(0xff));
+        offset = Simd::mul(byte, Simd::set_int(0x01010101));
+      }
+    if constexpr (kZeros == Zeros::kIntegers) zero = Simd::mul(Simd::to_float(Simd::load_int(t.zero + n)), Simd::set(1 / kUnit));
+    if constexpr (kZeros == Zeros::kFloats) {
+      zero = Simd::load(t.float_zero + n);
+      scale = Simd::load(t.scale + n);
+    }
   }
 
-  template <int kK>
-  QO_INLINE typename Simd::I bits() const {
-    const auto mask = Simd::set_int((kBits == 4 ? 0x0f : 0xff) << few_shift(kBits, kK));
-    return Simd::and_bits(kK % 4 < 2 ? low : high, mask);
+  QO_INLINE void load(const int8_t* b) {
+    low = Simd::load_int(reinterpret_cast<const int32_t*>(b));
+    if constexpr (kBits == 4) {
+      const auto nibble = Simd::set_bytes(0x0f);
+      high = Simd::sub_bytes(Simd::and_bits(Simd::shift_right(low, 4), nibble), offset);
+      low = Simd::sub_bytes(Simd::and_bits(low, nibble), offset);
+    }
+  }
+
+  // Weight kIndex of the loaded ones over kFactor.
+  template <int kIndex>
+  QO_INLINE typename Simd::F times() const {
+    auto w = Simd::to_float(Simd::template top_byte<kIndex % 4>(kIndex < 4 ? low : high));
+    if constexpr (kZeros == Zeros::kIntegers) w = Simd::sub(w, zero);
+    if constexpr (kZeros == Zeros::kFloats) w = Simd::fma(Simd::mul(w, Simd::set(kUnit)), scale, zero);
+    return w;
   }
 };
 
-// The unsigned code that stands for 0, or, with float_zero, for q = 0.
-template <int kBits>
-QO_INLINE typename Simd::F code_of_zero(const WeightChunk& t, int64_t n) {
-  const auto offset = Simd::set_int(kBits == 4 ? 8 : 128);
-  return Simd::to_float(t.zero != nullptr ? Simd::add(offset, Simd::load_int(t.zero + n)) : offset);
+// Calls f with the kernel's constants for a chunk.
+template <class F>
+QO_INLINE void with_zeros(const WeightChunk& t, const F& f) {
+  using Bits4 = Int<4>;
+  using Bits8 = Int<8>;
+  const Zeros zeros = zeros_of(t);
+  const auto with_bits = [&](auto bits) QO_LAMBDA {
+    if (zeros == Zeros::kBytes) return f(bits, std::integral_constant<Zeros, Zeros::kBytes>{});
+    if (zeros == Zeros::kIntegers) return f(bits, std::integral_constant<Zeros, Zeros::kIntegers>{});
+    f(bits, std::integral_constant<Zeros, Zeros::kFloats>{});
+  };
+  t.bits == 4 ? with_bits(Bits4{}) : with_bits(Bits8{});
 }
 
-// k of a vector of columns that are unpacked at once.
-template <int kBits>
-constexpr int kUnpacked = 32 / kBits;
-
-template <int kBits, bool kFloatZero>
-QO_INLINE void expand_typed(const WeightChunk& t, float* w) {
+template <int kBits, Zeros kZeros>
+void expand_typed(const WeightChunk& t, float* w) {
+  using Weights = Unpacked<kBits, kZeros>;
   for (int64_t n = 0; n < kNibbleColumns; n += Simd::N) {
-    const auto zero = code_of_zero<kBits>(t, n), scale = Simd::load(t.scale + n);
-    const auto float_zero = Simd::load((kFloatZero ? t.float_zero : t.scale) + n);
-    for (int64_t k = t.first; k < t.last; k += kUnpacked<kBits>) {  // beyond `last` into the padding of w
-      const Octet<kBits> octet(t, n, k);
+    Weights weights;
+    weights.take_zeros(t, n);
+    for (int64_t k = t.first; k < t.last; k += Weights::kK) {  // beyond `last` into the padding of w
+      weights.load(t.octet(n, k));
       float* to = w + (k - t.first) * kNibbleColumns + n;
-      unroll<kUnpacked<kBits>>([&](auto i) QO_LAMBDA {
-        constexpr float kFactor = few_factor(kBits, i.value);
-        const auto code = Simd::mul(Simd::to_float(octet.template bits<i.value>()), Simd::set(kFactor));
-        const auto steps = Simd::sub(code, zero);
-        Simd::store(to + i.value * kNibbleColumns, kFloatZero ? Simd::fma(steps, scale, float_zero) : steps);
+      unroll<Weights::kK>([&](auto i) QO_LAMBDA {
+        Simd::store(to + i.value * kNibbleColumns, Simd::mul(weights.template times<i.value>(), Simd::set(Weights::kFactor)));
       });
     }
   }
 }
 
 void expand(const WeightChunk& t, float* w) {
-  if (t.bits == 4)
-    t.float_zero ? expand_typed<4, true>(t, w) : expand_typed<4, false>(t, w);
-  else
-    t.float_zero ? expand_typed<8, true>(t, w) : expand_typed<8, false>(t, w);
+  with_zeros(t, [&](auto bits, auto zeros) QO_LAMBDA { expand_typed<bits.value, zeros.value>(t, w); });
 }
 
 constexpr int64_t kFewAhead = 2048;  // bytes of the weight fetched ahead
+constexpr int kFewChains = 8;        // chains of additions at most: they hide each other's latency
 
-// kVectors vectors of columns from column n on. The order of the sums is that of float_tile.
-template <int kBits, bool kFloatZero, int kRows, int kVectors>
+// kVectors vectors of columns from column n on.
+template <int kBits, Zeros kZeros, int kRows, int kVectors>
 QO_INLINE void few_columns(const FewRows& t, int64_t n) {
+  using F = typename Simd::F;
+  using Weights = Unpacked<kBits, kZeros>;
   constexpr int64_t N = Simd::N;
+  constexpr int kChains = kFewChains / (kRows * kVectors) > 1 ? kFewChains / (kRows * kVectors) : 1;
   const WeightChunk& c = t.weight;
-  typename Simd::F sum[kRows][kVectors];
-  unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set(0.0f); }); });
-  constexpr int kShifts = kBits == 4 ? 4 : 2;
-  alignas(64) float zeros[kVectors][kShifts][N];  // times 2 ^ shift
+  F sum[kRows][kVectors][kChains];
+  const auto each = [&](const auto& f) QO_LAMBDA {
+    unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { f(r, v); }); });
+  };
+  each([&](auto r, auto v)
+           QO_LAMBDA { unroll<kChains>([&](auto i) QO_LAMBDA { sum[r.value][v.value][i.value] = Simd::set(0.0f); }); });
+  Weights weights[kVectors];
+  const int8_t* b[kVectors];
   unroll<kVectors>([&](auto v) QO_LAMBDA {
-    const auto zero = code_of_zero<kBits>(c, n + v.value * N);
-    unroll<kShifts>([&](auto s) QO_LAMBDA {
-      Simd::store(zeros[v.value][s.value], Simd::mul(zero, Simd::set(static_cast<float>(1 << s.value * 16 / kShifts))));
-    });
+    weights[v.value].take_zeros(c, n + v.value * N);
+    b[v.value] = c.octet(n + v.value * N, c.first);
   });
-  for (int64_t k = c.first; k < c.last; k += kUnpacked<kBits>)  // beyond `last` a is zero
+  const int64_t step = c.step();
+  const float* a = t.a + c.first;
+  for (int64_t k = c.first; k < c.last; k += Weights::kK, a += Weights::kK) {  // beyond `last` a is zero
     unroll<kVectors>([&](auto v) QO_LAMBDA {
-      const Octet<kBits> octet(c, n + v.value * N, k);
-      __builtin_prefetch(c.octet(n + v.value * N, k) + kFewAhead);
-      unroll<kUnpacked<kBits>>([&](auto i) QO_LAMBDA {
-        constexpr int kShift = few_shift(kBits, i.value);
-        auto w = Simd::sub(Simd::to_float(octet.template bits<i.value>()), Simd::load(zeros[v.value][kShift * kShifts / 16]));
-        if constexpr (kFloatZero) {
-          const auto float_zero = Simd::load(c.float_zero + n + v.value * N);
-          w = Simd::fma(w, Simd::load(c.scale + n + v.value * N),
-                        Simd::mul(float_zero, Simd::set(static_cast<float>(1 << kShift))));
-        }
-        unroll<kRows>([&](auto r) QO_LAMBDA {
-          sum[r.value][v.value] = Simd::fma(Simd::set(t.a[r.value * t.a_stride + k + i.value]), w, sum[r.value][v.value]);
+      if constexpr (v.value * N * kQuad % 64 == 0) __builtin_prefetch(b[v.value] + kFewAhead);  // a line of the cache
+      weights[v.value].load(b[v.value]);
+      b[v.value] += step;
+    });
+    unroll<Weights::kK>([&](auto i) QO_LAMBDA {
+      F w[kVectors];
+      unroll<kVectors>([&](auto v) QO_LAMBDA { w[v.value] = weights[v.value].template times<i.value>(); });
+      unroll<kRows>([&](auto r) QO_LAMBDA {
+        const F x = Simd::set(a[r.value * t.a_stride + i.value]);
+        unroll<kVectors>([&](auto v) QO_LAMBDA {
+          F& to = sum[r.value][v.value][i.value % kChains];
+          to = Simd::fma(x, w[v.value], to);
         });
       });
     });
-  unroll<kRows>([&](auto r) QO_LAMBDA {
-    unroll<kVectors>([&](auto v) QO_LAMBDA {
-      const int64_t column = n + v.value * N;
-      float* y = t.y + r.value * t.y_stride + column;
-      const auto scale = kFloatZero ? Simd::set(1.0f) : Simd::load(c.scale + column);
-      Simd::store(y, Simd::fma(sum[r.value][v.value], scale, Simd::load(y)));
-    });
+  }
+  each([&](auto r, auto v) QO_LAMBDA {
+    F(&chains)[kChains] = sum[r.value][v.value];
+    F total = chains[0];
+    for (int i = 1; i < kChains; ++i) total = Simd::add(total, chains[i]);
+    const int64_t column = n + v.value * N;
+    float* y = t.y + r.value * t.y_stride + column;
+    const F scale = kZeros == Zeros::kFloats ? Simd::set(1.0f) : Simd::load(c.scale + column);
+    Simd::store(y, Simd::fma(Simd::mul(total, Simd::set(Weights::kFactor)), scale, Simd::load(y)));
   });
 }
 
-// One or two rows take more vectors of columns at once, so that enough sums are independent.
-template <int kBits, bool kFloatZero>
+// One or two rows take more vectors of columns at once where a vector has all sixteen: there are registers for them.
+template <int kBits, Zeros kZeros>
 void few_typed(const FewRows& t, int64_t rows) {
   constexpr int kBlock = Simd::N == 1 ? 1 : kNibbleColumns / Simd::N;
-  constexpr int kWide = Simd::N == 1 ? 1 : Simd::N == 4 ? 8 : 4;
+  constexpr int kWide = Simd::N == kNibbleColumns ? 4 : kBlock;
   with_rows<kFewRows>(rows, [&](auto r) QO_LAMBDA {
     int64_t n = 0;
     if constexpr (r.value <= 2 && kWide > kBlock)
-      for (; n + kWide * Simd::N <= t.weight.columns; n += kWide * Simd::N) few_columns<kBits, kFloatZero, r.value, kWide>(t, n);
-    for (; n < t.weight.columns; n += kBlock * Simd::N) few_columns<kBits, kFloatZero, r.value, kBlock>(t, n);
+      for (; n + kWide * Simd::N <= t.weight.columns; n += kWide * Simd::N) few_columns<kBits, kZeros, r.value, kWide>(t, n);
+    for (; n < t.weight.columns; n += kBlock * Simd::N) few_columns<kBits, kZeros, r.value, kBlock>(t, n);
   });
 }
 
 void few_rows(const FewRows& t, int64_t rows) {
-  if (t.weight.bits == 4)
-    t.weight.float_zero ? few_typed<4, true>(t, rows) : few_typed<4, false>(t, rows);
-  else
-    t.weight.float_zero ? few_typed<8, true>(t, rows) : few_typed<8, false>(t, rows);
+  with_zeros(t.weight, [&](auto bits, auto zeros) QO_LAMBDA { few_typed<bits.value, zeros.value>(t, rows); });
 }
 
 template <int kRows>

@@ -128,6 +128,14 @@ struct Simd {
   static QO_INLINE I xor_bits(I a, I b) { return _mm512_xor_si512(a, b); }
   static QO_INLINE I shift_left(I a, int by) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(by)); }
   static QO_INLINE I shift_right(I a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+  static QO_INLINE I sub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
+  template <int kByte>  // of every lane, signed, times 2^24: at the top of its lane
+  static QO_INLINE I top_byte(I a) {
+    if constexpr (kByte == 0) return _mm512_slli_epi32(a, 24);
+    if constexpr (kByte == 3) return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int32_t>(0xff000000)));
+    const auto from = [](int lane) { return static_cast<int>(0x00808080u | static_cast<unsigned>(4 * lane + kByte) << 24); };
+    return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi32(from(0), from(1), from(2), from(3))));
+  }
   static QO_INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(a, b), no, yes); }

@@ -132,6 +132,13 @@ struct Simd {
   static QO_INLINE I shift_right(I a, int by) {
     return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-by)));
   }
+  static QO_INLINE I sub_bytes(I a, I b) {
+    return vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)));
+  }
+  template <int kByte>  // of every lane, signed, times 2^24: at the top of its lane
+  static QO_INLINE I top_byte(I a) {
+    return vandq_s32(vshlq_n_s32(a, 24 - 8 * kByte), vdupq_n_s32(static_cast<int32_t>(0xff000000)));
+  }
   static QO_INLINE F as_float(I a) { return vreinterpretq_f32_s32(a); }
   static QO_INLINE F if_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
   static QO_INLINE F if_greater(I a, I b, F yes, F no) { return vbslq_f32(vcgtq_s32(a, b), yes, no); }

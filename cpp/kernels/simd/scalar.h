@@ -92,6 +92,15 @@ struct Simd {
   static I xor_bits(I a, I b) { return a ^ b; }
   static I shift_left(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) << by); }
   static I shift_right(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) >> by); }  // zeros come in
+  static I sub_bytes(I a, I b) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < 32; i += 8) bytes |= ((static_cast<uint32_t>(a) >> i) - (static_cast<uint32_t>(b) >> i) & 0xffu) << i;
+    return static_cast<I>(bytes);
+  }
+  template <int kByte>  // of every lane, signed, times 2^24: at the top of its lane
+  static I top_byte(I a) {
+    return static_cast<I>(static_cast<uint32_t>(a) << (24 - 8 * kByte) & 0xff000000u);
+  }
   static F as_float(I a) { return bits_float(static_cast<uint32_t>(a)); }
   static F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static F if_greater(I a, I b, F yes, F no) { return a > b ? yes : no; }  // signed
