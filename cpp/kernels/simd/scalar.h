@@ -94,7 +94,7 @@ struct Simd {
   static I shift_right(I a, int by) { return static_cast<I>(static_cast<uint32_t>(a) >> by); }  // zeros come in
   static I sub_bytes(I a, I b) {
     uint32_t bytes = 0;
-    for (int i = 0; i < 32; i += 8) bytes |= ((static_cast<uint32_t>(a) >> i) - (static_cast<uint32_t>(b) >> i) & 0xffu) << i;
+    for (int i = 0; i < 32; i += 8) bytes |= ((static_cast<uint32_t>(a) >> i) - (static_cast<uint32_t>(b) >> i)) % 256u << i;
     return static_cast<I>(bytes);
   }
   template <int kByte>  // of every lane, signed, times 2^24: at the top of its lane
