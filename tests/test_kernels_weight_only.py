@@ -199,7 +199,7 @@ def test_expand(isa, bits):
 
 
 def within_bound(got, a, w, y):
-    """Of k sums in float32, one after the other, of which each is off by half an EPS of its size at most, and three operations more.
+    """Of k sums in float32, one after the other, each off by half an EPS of its size at most, and three operations more.
 
     [rows, columns], from a [rows, k] and w [columns, k].
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant_ops import _library
-from quant_ops.ops._register import call, fake_kernel, inference_only
+from quant_ops.ops._register import call, call_fast, fake_kernel, inference_only
 
 _ops = torch.ops.quant_ops
 
@@ -64,13 +64,9 @@ def weight_only_linear(
             overflow; tensors of CUDA, where there is no kernel yet.
         RuntimeError: a gradient is asked for.
     """
-    return call(
+    return call_fast(
         _ops.weight_only_linear.default,
-        x,
-        weight,
-        weight_scale,
-        weight_zero_point,
-        bias,
+        (x, weight, weight_scale, weight_zero_point, bias),
         bits,
         group_size,
         packed_weight=packed_weight,
@@ -128,12 +124,9 @@ def weight_only_embedding(
         ValueError: shapes do not fit; codes or zero points outside their range.
         RuntimeError: a gradient is asked for.
     """
-    return call(
+    return call_fast(
         _ops.weight_only_embedding.default,
-        indices,
-        weight,
-        weight_scale,
-        weight_zero_point,
+        (indices, weight, weight_scale, weight_zero_point),
         bits,
         group_size,
         packed_weight=packed_weight,
