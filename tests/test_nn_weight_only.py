@@ -265,6 +265,7 @@ def test_the_weight_is_held_once(settings):
     assert {name for name, _ in layer.named_buffers()} == names
     assert state.keys() == names - {"packed_weight"} | {"qweight"}
     assert state["weight_scale"].shape == (40, {-1: 1, 32: 3, 64: 2}[layer.group_size])
+    assert all(tensor.is_contiguous() for tensor in state.values())
     if layer.bits == 4:
         halves = torch.stack([state["qweight"] & 15, state["qweight"] >> 4], 2).flatten(1).int() - 8
         assert state["qweight"].shape == (40, 39)

@@ -101,9 +101,9 @@ def _looked_up(
     packed: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    known = torch.float32 if dtype == torch.float64 else dtype
-    rows: Tensor = call(_embedding, indices, codes, scale, zero_point, bits, group_size, packed_weight=packed, out_dtype=known)
-    return rows if dtype == known else rows.to(dtype)
+    made = {} if dtype in (torch.float32, torch.float64) else {"out_dtype": dtype}
+    rows: Tensor = call(_embedding, indices, codes, scale, zero_point, bits, group_size, packed_weight=packed, **made)
+    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 # ---- the codes in a state_dict -------------------------------------------------------------------------------------------
@@ -123,19 +123,19 @@ def _loaded_codes(saved: Tensor, shape: torch.Size, bits: int) -> Tensor:
     return torch.stack([saved & 15, saved >> 4], 2).flatten(1)[:, : shape[1]].to(torch.int8) - 8
 
 
-# For each packed weight what its state_dict got last, so that layers which share one have one tensor there too; and the versions
-# of both, since either may be written into.
+# For each buffer what a state_dict got last in its place, so that layers which share one have one tensor there too; and the
+# versions of both, since either may be written into.
 _last_saved: Any = WeakIdKeyDictionary()
 
 
-def _saved_once(packed: Tensor, save: Callable[[], Tensor]) -> Tensor:
-    if packed.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+def _saved_once(buffer: Tensor, save: Callable[[], Tensor]) -> Tensor:
+    if buffer.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return save()  # such tensors have no version
-    reference, versions = _last_saved.get(packed, (lambda: None, None))
+    reference, versions = _last_saved.get(buffer, (lambda: None, None))
     saved: Tensor | None = reference()
-    if saved is None or versions != (packed._version, saved._version):
+    if saved is None or versions != (buffer._version, saved._version):
         saved = save()
-        _last_saved[packed] = weakref.ref(saved), (packed._version, saved._version)
+        _last_saved[buffer] = weakref.ref(saved), (buffer._version, saved._version)
     return saved
 
 
@@ -311,6 +311,14 @@ class WeightOnlyLayer(QuantizedLayer):
 
         packed = self.packed_weight
         return save() if packed is None or self._buffers["qweight"] is not None else _saved_once(packed, save)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Scales and zero points row by row, since safetensors refuses another order."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight_scale", "weight_zero_point"):
+            parameters = self._buffers[name]
+            if parameters is not None and not keep_vars and not parameters.is_contiguous():
+                destination[prefix + name] = _saved_once(parameters, parameters.contiguous)
 
     def _codes_of(self, saved: Tensor) -> Tensor:
         return _loaded_codes(saved, self._weight_shape, self.bits)
@@ -508,8 +516,9 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         b = self._buffers
         lent = b["qweight"] is not None  # by functional_call
         codes, packed = (self.qweight, None) if lent else (self._placeholder, b["packed_weight"])
-        zero_point = b["weight_zero_point"]
-        return _looked_up(x, codes, self.weight_scale, zero_point, self.bits, self.group_size, packed, self.compute_dtype)
+        scale, zero_point = b["weight_scale"], b["weight_zero_point"]
+        assert scale is not None
+        return _looked_up(x, codes, scale, zero_point, self.bits, self.group_size, packed, self.compute_dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
