@@ -51,8 +51,10 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool
     n, k = weight.shape
     groups = _groups(k, group_size)
     size = max(k, 1) if groups == 1 else group_size
-    values = F.pad(weight, (0, groups * size - k)).reshape(n, groups, size)  # a zero changes neither amax nor the widened range
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    missing = groups * size - k
+    values = F.pad(weight, (0, missing)) if missing else weight  # a zero changes neither amax nor the widened range
+    values = values.reshape(n, groups, size)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if asymmetric:
         scale, zero_point = choose_qparams(values, [2], low, high, asymmetric=True)
     elif bits == 8:
@@ -60,7 +62,7 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool
         scale, zero_point = choose_qparams(values, [2], low, high)
     else:
         scale, zero_point = choose_qparams(values, [2], -15, 15)
-        scale = 2 * scale
+        scale = 2 * scale  # amax / 7.5, to the bit
     codes = quant_tensor_forward(values, scale, zero_point, low, high, asymmetric=asymmetric, simulate=False)
     zeros = _by_columns(zero_point.reshape(n, groups).to(torch.int8)) if asymmetric else None
     return codes.reshape(n, groups * size)[:, :k].contiguous(), _by_columns(scale.reshape(n, groups).float()), zeros
