@@ -49,18 +49,19 @@ def weight_only_linear(
         packed_weight: ``pack_weight_only(weight, bits, group_size)``; without it the weight is packed in every call.
         dynamic: quantize each row of x to int8 as :func:`quantize_rows` does, and multiply integers. Sums within a group are exact,
             and ``y = fma(float(sum), x_scale * weight_scale, y)`` goes over the groups in ascending order, starting from the bias.
-            False multiplies in float32.
+            False multiplies with sums in float32; on CUDA, tensor cores multiply float16 and bfloat16 by codes less their integer
+            zero points, which are exact in both.
         asymmetric: rows of x with a zero point; only with ``dynamic``.
         out_dtype: float32, float16 or bfloat16; default x's dtype.
 
     Returns:
-        ``(..., N)``. With ``dynamic`` row i of a batch equals row i alone, bit for bit, for any number of threads and instruction
-        set; without it the error is at most ``2 * eps * sum(|x| * |w|)``, eps of float32, besides the rounding to the dtype.
+        ``(..., N)``. With ``dynamic`` row i of a batch equals row i alone, bit for bit, for any number of threads, instruction set
+        and device; without it the error is at most ``2 * eps * sum(|x| * |w|)``, eps of float32, besides the rounding to the dtype.
 
     Raises:
         TypeError: a dtype is not one of those above.
-        ValueError: shapes do not fit; codes or zero points outside their range; with ``dynamic``, groups so long that a sum could
-            overflow; tensors of CUDA, where there is no kernel yet.
+        ValueError: shapes do not fit; codes or zero points outside their range (on CUDA nobody looks at them, since that would stop
+            the stream); with ``dynamic``, groups so long that a sum could overflow.
         RuntimeError: a gradient is asked for.
     """
     return call(
@@ -91,16 +92,17 @@ inference_only("weight_only_linear")
 
 
 def pack_weight_only(weight: Tensor, bits: int = 8, group_size: int = -1) -> Tensor:
-    """Codes ``(N, K)`` in the layout that :func:`weight_only_linear` reads (``cpp/cpu/weight_only.h``), 4 bits as nibbles.
+    """Codes ``(N, K)`` in the layout that :func:`weight_only_linear` reads, 4 bits as nibbles.
 
-    The same for every instruction set. Scales and zero points are not in it.
+    The same for every device and instruction set (``cpp/contract/weight_only_layout.h``): a packed weight may be moved. Scales and
+    zero points are not in it.
 
     Returns:
         int8, one dimension.
 
     Raises:
         TypeError: weight is not int8.
-        ValueError: another number of dimensions, bits or group size; codes outside of [-8, 7] for 4 bits; a weight on CUDA.
+        ValueError: another number of dimensions, bits or group size; codes outside of [-8, 7] for 4 bits, on the CPU.
     """
     return call(_ops.pack_weight_only.default, weight, bits, group_size)
 
