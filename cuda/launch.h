@@ -173,15 +173,16 @@ void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch&
 struct WeightOnlyPlan {
   WeightOnlyLayout layout{};
   WeightOnlyEngine engine{};
-  WarpsOverK warps{};     // of the engines that have it
-  int tile_rows = 0;      // of tiles
-  int64_t row_bytes = 0;  // of the codes of a row
-  Slot<int8_t> codes{};   // where x becomes codes, as are the next three
+  WarpsOverK warps{};       // of the engines that have it
+  WeightOnlyTiles tiles{};  // likewise
+  int64_t row_bytes = 0;    // of the codes of a row
+  Slot<int8_t> codes{};     // where x becomes codes, as are the next three
   Slot<float> row_scale{};
   Slot<int32_t> row_zero{};  // asymmetric
   Slot<int32_t> row_sum{};   // where the weight has zero points
   int64_t padded_k = 0;      // of the copy of x
   Slot<char> rows{};         // a copy of floating rows that are not whole vectors
+  Slot<float> parts{};       // results of splits of K
   bool early = false;        // the product starts while the rows are being quantized
   int64_t bytes = 0;
 };

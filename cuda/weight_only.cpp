@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "contract/dtypes.h"
+#include "engine/remembered.h"
 #include "launch.h"
 
 namespace quant_ops {
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kStep = 32;                   // k of a step (device/weight_only.cuh)
 constexpr int kGemvRows = 16;                   // most rows of the GEMV
 constexpr int kProcessorWarps = 16;             // of a multiprocessor: their loads fill the memory's latency
-constexpr int kRoundBytes = 40 << 10;           // shared memory for the groups of a round
+constexpr int kFloatGroupBytes = 320;           // at least what the float32 products keep of a group
 constexpr int kLeastRoundGroups = 8;            // 256 k at least
 constexpr int64_t kExactTileK = (1 << 17) - 1;  // a tile sums codes of four bits that are 16 times as large, in int32
 
@@ -71,41 +72,71 @@ WeightOnlyArgs args_of(const WeightOnlyParams& p, const WeightOnlyLayout& l) {
 
 // ---- the choice of a kernel -----------------------------------------------------------------------------------------
 
-// Few blocks have many warps each, so that enough loads are in flight; many blocks have few, so that they run all at once.
+// Few blocks have many warps each, so that enough loads are in flight; many blocks have few, so that they run all at once. Blocks
+// that share a multiprocessor share its memory, of which some is left to the first cache.
 WarpsOverK warps_over_k(const WeightOnlyParams& p, const WeightOnlyLayout& l, int rows, int most, int group_bytes,
                         const GpuLimits& gpu) {
   const int64_t blocks = ceil_div(p.M, rows) * ceil_div(p.N, kWeightOnlyColumns);
   int warps = most;
   while (warps > kLeastWarps && blocks * warps > kProcessorWarps * gpu.multiprocessors) warps /= 2;
-  const int fitting = std::max(kLeastRoundGroups, kRoundBytes / group_bytes);
+  const int64_t together = std::min<int64_t>(kProcessorWarps / warps, ceil_div(blocks, gpu.multiprocessors));
+  const int64_t bytes = std::min(gpu.block_bytes, gpu.shared_bytes * 7 / 10 / together);
+  const int64_t fitting = std::max<int64_t>(kLeastRoundGroups, bytes / group_bytes);
   return {.rows = rows, .warps = warps, .round_groups = static_cast<int>(std::min<int64_t>(l.groups, fitting))};
 }
 
-// The tile that takes the least time, in units of a row of a tile: unpacking the weight costs as much as some rows. 0: none.
-int choose_tile_rows(const WeightOnlyParams& p, int steps, const GpuLimits& gpu) {
-  constexpr int64_t kUnpackRows = 32;
-  if (p.K == 0 || (p.codes && p.K > kExactTileK)) return 0;
-  int best = 0;
-  int64_t best_time = 0;
-  for (int rows : kWeightOnlyTileRows) {
-    if (tiles_shared_bytes(rows, p.bits, p.codes, steps) > gpu.block_bytes) continue;
-    const int64_t blocks = ceil_div(p.M, rows) * ceil_div(p.N, kTileColumns);
-    const int64_t time = ceil_div(blocks, gpu.multiprocessors) * (kUnpackRows + rows);
-    if (best == 0 || time <= best_time) {
-      best = rows;
-      best_time = time;
+constexpr int64_t kMostSplits = 8, kLeastSplitSteps = 16;
+constexpr int64_t kMostPartBytes = int64_t{64} << 20;
+
+// Clocks of tiles with K in `splits`: unpacking the weight costs as much as 32 rows of a tile.
+double tile_clocks(const WeightOnlyParams& p, const WeightOnlyTiles& t, const GpuLimits& gpu) {
+  constexpr double kRowClocks = 2.6, kUnpackRows = 32, kJoinClocks = 3000, kBytesPerClock = 30;
+  const double processors = static_cast<double>(gpu.multiprocessors);
+  const int64_t blocks = ceil_div(p.M, t.rows) * ceil_div(p.N, kTileColumns) * t.splits;
+  const double waves = static_cast<double>(ceil_div(blocks, gpu.multiprocessors));
+  const double product = waves * t.split_steps * (kUnpackRows + t.rows) * kRowClocks;
+  if (t.splits == 1) return product;
+  return product + kJoinClocks + 8.0 * static_cast<double>(t.splits * p.M * p.N) / (processors * kBytesPerClock);
+}
+
+// The tiles and splits that take the least time; a number of rows or splits may be given. Without rows: none.
+WeightOnlyTiles choose_tiles(const WeightOnlyParams& p, int64_t steps, int rows, int64_t splits, const GpuLimits& gpu) {
+  WeightOnlyTiles best;
+  double best_clocks = 0.0;
+  if (p.K == 0 || (p.codes && p.K > kExactTileK)) return best;
+  for (int r : kWeightOnlyTileRows)
+    for (int64_t wanted = splits > 0 ? splits : 1; wanted <= (splits > 0 ? splits : kMostSplits); ++wanted) {
+      WeightOnlyTiles t{.rows = r, .splits = 1, .split_steps = static_cast<int>(steps)};
+      if (wanted > 1) {
+        const int64_t split_steps = ceil_div(ceil_div(steps, wanted), kSplitSteps) * kSplitSteps;
+        t.split_steps = static_cast<int>(split_steps);
+        t.splits = static_cast<int>(ceil_div(steps, split_steps));  // none is empty
+        if (splits == 0 && (split_steps < kLeastSplitSteps || t.splits * p.M * p.N * 4 > kMostPartBytes)) continue;
+      }
+      if ((rows != 0 && rows != r) || tiles_shared_bytes(t, p.bits, p.codes) > gpu.block_bytes) continue;
+      const double clocks = tile_clocks(p, t, gpu);
+      if (best.rows != 0 && clocks > best_clocks) continue;
+      best = t;
+      best_clocks = clocks;
     }
-  }
   return best;
 }
 
+WeightOnlyTiles remembered_tiles(const WeightOnlyParams& p, int64_t steps, const GpuLimits& gpu) {
+  const std::array<int64_t, 7> key{p.M, p.N, p.K, p.bits, p.codes, gpu.multiprocessors, gpu.block_bytes};
+  return remembered(key, [&] { return choose_tiles(p, steps, 0, p.codes ? 1 : 0, gpu); });
+}
+
 constexpr const char* kPrefix = "weight_only_";
+constexpr const char* kGemvOnlyName = "weight_only_gemv";
+
+std::string tiles_name(int rows) { return kPrefix + std::to_string(rows) + "x" + std::to_string(kTileColumns); }
 
 std::string name_of(const WeightOnlyPlan& plan) {
   switch (plan.engine) {
     case WeightOnlyEngine::kFloats: return "weight_only_float32";
-    case WeightOnlyEngine::kGemv: return "weight_only_gemv";
-    default: return kPrefix + std::to_string(plan.tile_rows) + "x" + std::to_string(kTileColumns);
+    case WeightOnlyEngine::kGemv: return kGemvOnlyName;
+    default: return tiles_name(plan.tiles.rows);
   }
 }
 
@@ -117,16 +148,20 @@ void choose_product(const WeightOnlyParams& p, const GpuLimits& gpu, const Kerne
   const bool zeros = has_group_zeros(p), row_zero = p.in.mode == Activation::kDynamicAsymmetric;
   if (!p.codes && (p.in.dtype == DType::kFloat32 || p.float_zero != nullptr)) {
     plan->engine = WeightOnlyEngine::kFloats;
-    plan->warps = warps_over_k(p, l, p.M == 1 ? 1 : 8, most_warps(16), kWeightOnlyColumns * 2 * 4, gpu);
+    plan->warps = warps_over_k(p, l, p.M == 1 ? 1 : 8, most_warps(16), kFloatGroupBytes, gpu);
   } else {
-    plan->tile_rows = p.M > kGemvRows || named ? choose_tile_rows(p, a.steps, gpu) : 0;
+    int tile_rows = 0;
     for (int rows : kWeightOnlyTileRows)
-      if (wanted.name == kPrefix + std::to_string(rows) + "x" + std::to_string(kTileColumns) && plan->tile_rows > 0)
-        plan->tile_rows = rows;
-    const bool gemv = plan->tile_rows == 0 || wanted.name == "weight_only_gemv";
-    plan->engine = gemv ? WeightOnlyEngine::kGemv : WeightOnlyEngine::kTiles;
+      if (named && wanted.name == tiles_name(rows)) tile_rows = rows;
+    const bool gemv = (p.M <= kGemvRows && tile_rows == 0) || (named && wanted.name == kGemvOnlyName);
+    if (!gemv && named)
+      plan->tiles = choose_tiles(p, a.steps, tile_rows, p.codes ? 1 : wanted.splits, gpu);
+    else if (!gemv)
+      plan->tiles = remembered_tiles(p, a.steps, gpu);
+    plan->engine = plan->tiles.rows == 0 ? WeightOnlyEngine::kGemv : WeightOnlyEngine::kTiles;
     const int rows = p.M <= 8 ? 8 : 16;
-    plan->warps = warps_over_k(p, l, rows, most_warps(rows), 4 * gemv_round_words(p.codes, zeros, row_zero, rows), gpu);
+    plan->warps = warps_over_k(p, l, rows, most_warps(rows),
+                               4 * gemv_round_words(p.codes, zeros, row_zero, static_cast<int>(std::min<int64_t>(p.M, rows))), gpu);
   }
   if (named && name_of(*plan) != wanted.name)
     throw std::runtime_error(
@@ -152,6 +187,7 @@ WeightOnlyPlan plan_weight_only(const WeightOnlyParams& p, const GpuLimits& gpu,
     plan.padded_k = ceil_div(p.K, 8) * 8;
     plan.rows = workspace.add<char>(p.M * plan.padded_k * dtype_bytes(p.in.dtype));
   }
+  if (plan.tiles.splits > 1) plan.parts = workspace.add<float>(plan.tiles.splits * p.M * p.N);
   plan.bytes = workspace.bytes();
   return plan;
 }
@@ -202,7 +238,8 @@ void run_weight_only(const WeightOnlyPlan& plan, const WeightOnlyParams& p, cons
   const DType of_rows = p.codes ? DType::kInt8 : p.in.dtype;
   switch (plan.engine) {
     case WeightOnlyEngine::kGemv: return run_weight_only_gemv(a, p.bits, of_rows, plan.warps, plan.early, at);
-    case WeightOnlyEngine::kTiles: return run_weight_only_tiles(a, p.bits, of_rows, plan.tile_rows, plan.early, at);
+    case WeightOnlyEngine::kTiles:
+      return run_weight_only_tiles(a, p.bits, of_rows, plan.tiles, plan.parts.in(at.memory), plan.early, at);
     case WeightOnlyEngine::kFloats: return run_weight_only_floats(a, p.bits, of_rows, plan.warps, at);
   }
 }

@@ -60,11 +60,20 @@ int float_products_shared_bytes(const WeightOnlyArgs& a, const WarpsOverK& w);
 void run_weight_only_gemv(const WeightOnlyArgs& a, int bits, DType x_dtype, const WarpsOverK& w, bool early, const Launch& at);
 void run_weight_only_floats(const WeightOnlyArgs& a, int bits, DType x_dtype, const WarpsOverK& w, const Launch& at);
 
-// Tiles: `rows` x 128 of the result of a block. x_dtype is that of rows in memory: kInt8 for codes, kFloat16 or kBFloat16.
+// Tiles: `rows` x 128 of the result of a block. x_dtype is that of rows in memory: kInt8 for codes, kFloat16 or kBFloat16. Of
+// floats, K may be split: each split leaves float32 results in `parts`, [splits][M][N], which another kernel adds. Codes are not
+// split, as the order of their groups is part of the contract.
 constexpr int kTileColumns = 128;
 constexpr int kWeightOnlyTileRows[] = {32, 64, 128};
-int tiles_shared_bytes(int rows, int bits, bool codes, int steps);
-void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, int rows, bool early, const Launch& at);
+constexpr int kSplitSteps = 8;  // steps of a split are a multiple of it, since 256 k hold whole groups
+struct WeightOnlyTiles {
+  int rows = 0;
+  int splits = 1;
+  int split_steps = 0;  // all if there is one split
+};
+int tiles_shared_bytes(const WeightOnlyTiles& tiles, int bits, bool codes);
+void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, const WeightOnlyTiles& tiles, float* parts, bool early,
+                           const Launch& at);
 
 // ---- operands (weight_only_pack.cu) ---------------------------------------------------------------------------------
 

@@ -9,31 +9,36 @@ namespace quant_ops {
 namespace {
 
 constexpr int kPieceSteps = 4, kMostWarps = 8;
-constexpr int kPitch = kWeightOnlyColumns + 1;
+constexpr int kPitch = kWeightOnlyColumns + 1, kColumnPitch = kWeightOnlyColumns + 4;
 constexpr int kHalf = kOctet / 2;
 
 struct FloatArgs : WeightOnlyArgs {
   int round_groups;
 };
 
-// What groups have, in shared memory: [groups][32] each.
+// What groups have, in shared memory: [groups][kColumnPitch] each.
 struct SharedColumns {
   float* scale;
   float* zero;  // integer or floating
 };
 
 __device__ __forceinline__ void load_columns(const FloatArgs& a, const SharedColumns& shared, int first, int count, int64_t n0) {
-  const bool along_groups = a.scale_stride[1] == 1;
-  for (int i = static_cast<int>(threadIdx.x); i < count * kWeightOnlyColumns; i += static_cast<int>(blockDim.x)) {
-    const int g = along_groups ? i % count : i / kWeightOnlyColumns, c = along_groups ? i / count : i % kWeightOnlyColumns;
-    const int64_t n = n0 + c, group = first + g, zero_at = n * a.zero_stride[0] + group * a.zero_stride[1];
-    const int to = g * kWeightOnlyColumns + c;
-    const bool exists = n < a.N;
-    shared.scale[to] = exists ? a.scale[n * a.scale_stride[0] + group * a.scale_stride[1]] : 0.0f;
-    shared.zero[to] = !exists                   ? 0.0f
-                      : a.zero_point != nullptr ? static_cast<float>(a.zero_point[zero_at])
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto take = [&](int g, int c) {
+    const int64_t n = n0 + c < a.N ? n0 + c : a.N - 1, group = first + g;
+    const int64_t zero_at = n * a.zero_stride[0] + group * a.zero_stride[1];
+    const int to = g * kColumnPitch + c;
+    shared.scale[to] = a.scale[n * a.scale_stride[0] + group * a.scale_stride[1]];
+    shared.zero[to] = a.zero_point != nullptr   ? static_cast<float>(a.zero_point[zero_at])
                       : a.float_zero != nullptr ? a.float_zero[zero_at]
                                                 : 0.0f;
+  };
+  if (a.scale_stride[1] == 1) {  // lanes take what lies side by side
+    for (int c = warp; c < kWeightOnlyColumns; c += warps)
+      for (int g = lane; g < count; g += kWarp) take(g, c);
+  } else {
+    for (int g = warp; g < count; g += warps) take(g, lane);
   }
 }
 
@@ -73,10 +78,34 @@ struct FloatRows {
   }
 };
 
+// The lanes of a column and then the warps meet, where the columns' parameters were.
+template <int kRows>
+__device__ __forceinline__ void add_up(const FloatArgs& a, float (&y)[kRows][kLaneColumns], int64_t n0, int64_t m0, int rows) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int threads = static_cast<int>(blockDim.x);
+  float* const parts = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      y[r][c] += __shfl_xor_sync(0xffffffffu, y[r][c], 1);
+      y[r][c] += __shfl_xor_sync(0xffffffffu, y[r][c], 2);
+      if (lane % 4 == 0) parts[(warp * kRows + r) * kPitch + lane / 4 * kLaneColumns + c] = y[r][c];
+    }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kWeightOnlyColumns; i += threads) {
+    const int r = i / kWeightOnlyColumns, c = i % kWeightOnlyColumns;
+    if (n0 + c >= a.N) continue;
+    float result = 0.0f;
+    for (int w = 0; w < threads / kWarp; ++w) result += parts[(w * kRows + r) * kPitch + c];
+    store_result(a, m0 + r, n0 + c, result + bias_of(a, n0 + c));
+  }
+}
+
 template <class X, int kBits, int kRows>
 __global__ void __launch_bounds__(kMostWarps* kWarp, kRows == 1 ? 2 : 1) float_products_kernel(const QO_GRID_CONSTANT FloatArgs a) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp, t = lane % 4;
+  const int warps = static_cast<int>(blockDim.x) / kWarp, t = lane % 4;
   const int64_t row_blocks = (a.M + kRows - 1) / kRows, column_block = blockIdx.x / row_blocks;
   const int64_t n0 = column_block * kWeightOnlyColumns, m0 = (blockIdx.x - column_block * row_blocks) * kRows;
   const int rows = static_cast<int>(a.M - m0 < kRows ? a.M - m0 : kRows);
@@ -87,7 +116,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kRows == 1 ? 2 : 1) float_p
   const FloatRows<X, kRows> x{static_cast<const X*>(a.x) + m0 * a.x_stride + t * kOctet, a.x_stride, a.K - t * kOctet, rows};
   SharedColumns shared;
   shared.scale = reinterpret_cast<float*>(shared_memory());
-  shared.zero = shared.scale + a.round_groups * kWeightOnlyColumns;
+  shared.zero = shared.scale + a.round_groups * kColumnPitch;
 
   float y[kRows][kLaneColumns] = {};
 #pragma unroll 1
@@ -107,7 +136,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kRows == 1 ? 2 : 1) float_p
       for (int u = 0; u < kPieceSteps; ++u) {
         const int step = piece + u;
         if (step >= end) break;
-        const int column = ((step >> a.group_shift) - first) * kWeightOnlyColumns + lane / 4 * kLaneColumns;
+        const int column = ((step >> a.group_shift) - first) * kColumnPitch + lane / 4 * kLaneColumns;
         const auto scale = load_vector<kLaneColumns>(shared.scale + column), zero = load_vector<kLaneColumns>(shared.zero + column);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -135,24 +164,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kRows == 1 ? 2 : 1) float_p
     __syncthreads();
   }
 
-  // The lanes of a column and then the warps meet.
-  float* const parts = reinterpret_cast<float*>(shared_memory());
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c) {
-      y[r][c] += __shfl_xor_sync(0xffffffffu, y[r][c], 1);
-      y[r][c] += __shfl_xor_sync(0xffffffffu, y[r][c], 2);
-      if (t == 0) parts[(warp * kRows + r) * kPitch + lane / 4 * kLaneColumns + c] = y[r][c];
-    }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kWeightOnlyColumns; i += threads) {
-    const int r = i / kWeightOnlyColumns, c = i % kWeightOnlyColumns;
-    if (n0 + c >= a.N) continue;
-    float result = 0.0f;
-    for (int w = 0; w < warps; ++w) result += parts[(w * kRows + r) * kPitch + c];
-    store_result(a, m0 + r, n0 + c, result + bias_of(a, n0 + c));
-  }
+  add_up(a, y, n0, m0, rows);
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ FloatKernel float_kernel_of(int bits, int rows) {
 }  // namespace
 
 int float_products_shared_bytes(const WeightOnlyArgs&, const WarpsOverK& w) {
-  return std::max(w.round_groups * kWeightOnlyColumns * 2, w.warps * w.rows * kPitch) * 4;
+  return std::max(w.round_groups * kColumnPitch * 2, w.warps * w.rows * kPitch) * 4;
 }
 
 void run_weight_only_floats(const WeightOnlyArgs& a, int bits, DType x_dtype, const WarpsOverK& w, const Launch& at) {

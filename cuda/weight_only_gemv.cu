@@ -12,13 +12,15 @@
 namespace quant_ops {
 namespace {
 
+// Words in shared memory from group to group of what columns have, and from row to row of their sums: more than 32, so that lanes
+// with the same column meet less often in a bank.
+constexpr int kColumnPitch = kWeightOnlyColumns + 4, kSumPitch = kWeightOnlyColumns + 1;
 constexpr int kPieceLoads = 4;  // 16-byte loads of a lane
-constexpr int kSumPitch =
-    kWeightOnlyColumns + 1;  // words from row to row: lanes of one column and neighbouring rows meet less often
-constexpr int kAhead = 4;    // pieces that are fetched to the L2 cache while the rows of x are being quantized
+constexpr int kAhead = 4;       // pieces that are fetched to the L2 cache while the rows of x are being quantized
 
 struct GemvArgs : WeightOnlyArgs {
   int round_groups;
+  int kept_rows;  // whose sums are kept: those of a block that exist
 };
 
 template <int kBits>
@@ -26,53 +28,58 @@ constexpr int kPieceSteps = kPieceLoads / Octets<kBits>::kWords;
 
 // What a block has in shared memory, of the groups of a round.
 struct SharedRound {
-  float* scale;       // [groups][32], as are the next two
+  float* scale;       // [groups][kColumnPitch], as are the next two
   uint32_t* zero;     // codes: the zero point, or the bits of float_zero; floats: an addend of CodePairs
   int32_t* code_sum;  // codes
-  int32_t* row_sum;   // codes: [groups][rows]
-  int32_t* sums;      // codes: [groups][rows][kSumPitch]
+  int32_t* row_sum;   // codes: [groups][kept_rows]
+  int32_t* sums;      // codes: [groups][kept_rows][kSumPitch]
 };
 
-template <bool kCodes, int kRows>
+template <bool kCodes>
 __device__ __forceinline__ SharedRound shared_round(const GemvArgs& a) {
-  const int columns = a.round_groups * kWeightOnlyColumns;
+  const int columns = a.round_groups * kColumnPitch;
   const bool zero = !kCodes || a.row_sum != nullptr;
   SharedRound r{};
   r.scale = reinterpret_cast<float*>(shared_memory());
   r.zero = reinterpret_cast<uint32_t*>(r.scale + columns);
   r.code_sum = reinterpret_cast<int32_t*>(r.zero + (zero ? columns : 0));
   r.row_sum = r.code_sum + (kCodes && a.row_zero != nullptr ? columns : 0);
-  r.sums = r.row_sum + (kCodes && zero ? a.round_groups * kRows : 0);
+  r.sums = r.row_sum + (kCodes && zero ? a.round_groups * a.kept_rows : 0);
   return r;
 }
 
-// Begins to copy what groups [first, first + count) have. Neighbouring threads take what lies side by side.
-template <class X, int kBits, int kRows>
+// Begins to copy what groups [first, first + count) have. Lanes take what lies side by side.
+template <class X, int kBits>
 __device__ __forceinline__ void load_round(const GemvArgs& a, const SharedRound& r, int first, int count, int64_t n0, int64_t m0) {
   constexpr bool kCodes = std::is_same_v<X, int8_t>;
-  const int total = count * kWeightOnlyColumns, threads = static_cast<int>(blockDim.x);
-  const bool along_groups = a.scale_stride[1] == 1;
-  for (int i = static_cast<int>(threadIdx.x); i < total; i += threads) {
-    const int g = along_groups ? i % count : i / kWeightOnlyColumns, c = along_groups ? i / count : i % kWeightOnlyColumns;
-    const int64_t n = n0 + c, group = first + g;
-    const int to = g * kWeightOnlyColumns + c;
-    copy_async<4>(r.scale + to, n < a.N ? a.scale + n * a.scale_stride[0] + group * a.scale_stride[1] : a.scale, n < a.N);
-    const int64_t zero_at = n * a.zero_stride[0] + group * a.zero_stride[1];
-    const int32_t zero = a.zero_point != nullptr && n < a.N ? a.zero_point[zero_at] : 0;
+  const int threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto take = [&](int g, int c) {
+    const bool exists = n0 + c < a.N;
+    const int64_t n = exists ? n0 + c : a.N - 1, group = first + g, zero_at = n * a.zero_stride[0] + group * a.zero_stride[1];
+    const int to = g * kColumnPitch + c;
+    copy_async<4>(r.scale + to, a.scale + n * a.scale_stride[0] + group * a.scale_stride[1], true);
+    const int32_t zero = a.zero_point != nullptr ? a.zero_point[zero_at] : 0;
     if constexpr (!kCodes) {
       r.zero[to] = CodePairs<X, kBits>::addend(zero);
     } else {
       if (a.zero_point != nullptr) r.zero[to] = static_cast<uint32_t>(zero);
-      if (a.float_zero != nullptr) r.zero[to] = n < a.N ? float_bits(a.float_zero[zero_at]) : 0u;
-      if (a.row_zero != nullptr) r.code_sum[to] = n < a.N ? sum_of_codes(a, kBits, group, n) : 0;
+      if (a.float_zero != nullptr) r.zero[to] = float_bits(a.float_zero[zero_at]);
+      if (a.row_zero != nullptr) r.code_sum[to] = sum_of_codes(a, kBits, group, n);
     }
+  };
+  if (a.scale_stride[1] == 1) {
+    for (int c = warp; c < kWeightOnlyColumns; c += warps)
+      for (int g = lane; g < count; g += kWarp) take(g, c);
+  } else {
+    for (int g = warp; g < count; g += warps) take(g, lane);
   }
   if constexpr (kCodes) {
-    for (int i = static_cast<int>(threadIdx.x); a.row_sum != nullptr && i < count * kRows; i += threads) {
-      const int64_t m = m0 + i % kRows;
-      r.row_sum[i] = m < a.M ? a.row_sum[(first + i / kRows) * a.M + m] : 0;
+    for (int i = static_cast<int>(threadIdx.x); a.row_sum != nullptr && i < count * a.kept_rows; i += threads) {
+      const int64_t group = i / a.kept_rows, m = m0 + i % a.kept_rows;
+      r.row_sum[i] = m < a.M ? a.row_sum[(first + group) * a.M + m] : 0;
     }
-    for (int i = static_cast<int>(threadIdx.x); i < count * kRows * kSumPitch; i += threads) r.sums[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < count * a.kept_rows * kSumPitch; i += threads) r.sums[i] = 0;
   }
   copy_commit();
 }
@@ -119,7 +126,7 @@ struct GemvWarp {
     for (int u = 0; u < kPieceSteps<kBits>; ++u) {
       const int s = step + u;
       if (s >= end) break;
-      const int group = (s >> a.group_shift) - first_group, column = group * kWeightOnlyColumns + lane / 4 * kLaneColumns;
+      const int group = (s >> a.group_shift) - first_group, column = group * kColumnPitch + lane / 4 * kLaneColumns;
       uint32_t addends[kLaneColumns] = {};
       if constexpr (!kCodes) {
         const auto words = load_vector<kLaneColumns>(r.zero + column);
@@ -131,29 +138,45 @@ struct GemvWarp {
       for (int t = 0; t < kRowTiles; ++t) operands.multiply_rows(piece.x[u][t].words.at, sums[t]);
       if (u + 1 < kPieceSteps<kBits> && s + 1 < end && ((s + 1) & mask) != 0) continue;
       if constexpr (kCodes)
-        keep_sums(r, group, lane, mask < kPieceSteps<kBits>);
+        keep_sums(a, r, group, lane, mask < kPieceSteps<kBits>);
       else
         fold(load_vector<kLaneColumns>(r.scale + column));
     }
   }
 
   // To shared memory; `whole`: no other piece has a part of this group.
-  __device__ __forceinline__ void keep_sums(const SharedRound& r, int group, int lane, bool whole) {
-    int32_t* const to = r.sums + (group * kRowTiles * 8 + lane % 4 * 2) * kSumPitch + lane / 4 * kLaneColumns;
+  __device__ __forceinline__ void keep_sums(const GemvArgs& a, const SharedRound& r, int group, int lane, bool whole) {
+    const int row = lane % 4 * 2;
+    int32_t* const to = r.sums + (group * a.kept_rows + row) * kSumPitch + lane / 4 * kLaneColumns;
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (row + t * 8 + half < a.kept_rows) {
+#pragma unroll
+          for (int c = 0; c < kLaneColumns; ++c) {
+            int32_t* const at = to + (t * 8 + half) * kSumPitch + c;
+            const int32_t sum = sums[t][c / 2][c % 2 * 2 + half] >> kCodeShift<kBits>;
+            if (whole)
+              *at = sum;
+            else
+              atomicAdd(at, sum);
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kLaneColumns; ++c) sums[t][c / 2][c % 2 * 2 + half] = 0;
+      }
+  }
+
+  // Floats: to where the rounds were, [warps][rows][kSumPitch].
+  __device__ __forceinline__ void leave_results(int warp, int lane) const {
+    float* const to = reinterpret_cast<float*>(shared_memory()) + (warp * kRowTiles * 8 + lane % 4 * 2) * kSumPitch;
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          int32_t* const at = to + (t * 8 + i % 2) * kSumPitch + j * 2 + i / 2;
-          const int32_t sum = sums[t][j][i] >> kCodeShift<kBits>;
-          if (whole)
-            *at = sum;
-          else
-            atomicAdd(at, sum);
-          sums[t][j][i] = 0;
-        }
+        for (int i = 0; i < 4; ++i) to[(t * 8 + i % 2) * kSumPitch + lane / 4 * kLaneColumns + j * 2 + i / 2] = y[t][j][i];
   }
 
   __device__ __forceinline__ void fold(const Vector<float, kLaneColumns>& scale) {
@@ -169,7 +192,7 @@ struct GemvWarp {
   }
 };
 
-// A thread's results: result i is element threadIdx.x + i * blockDim.x of [rows][32].
+// A thread's results, from codes or from the warps' floats: result i is element threadIdx.x + i * blockDim.x of [rows][32].
 template <int kRows>
 struct Results {
   static constexpr int kCount = kRows * kWeightOnlyColumns / (kLeastWarps * kWarp);
@@ -196,22 +219,40 @@ struct Results {
   __device__ __forceinline__ void fold(const GemvArgs& a, const SharedRound& r, int count, int64_t m0) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (row(i) >= kRows || m0 + row(i) >= a.M) break;
+      if (row(i) >= a.kept_rows || m0 + row(i) >= a.M) break;
       const int32_t* const sums = r.sums + row(i) * kSumPitch + column();
       const float* const scale = r.scale + column();
 #pragma unroll 8
       for (int g = 0; g < count; ++g) {
-        FoldColumn f{.scale = scale[g * kWeightOnlyColumns], .zero = 0, .float_zero = 0.0f, .code_sum = 0};
+        FoldColumn f{.scale = scale[g * kColumnPitch], .zero = 0, .float_zero = 0.0f, .code_sum = 0};
         int32_t row_sum = 0;
         if constexpr (!kPlain) {
-          const int at = g * kWeightOnlyColumns + column();
+          const int at = g * kColumnPitch + column();
           if (a.zero_point != nullptr) f.zero = static_cast<int32_t>(r.zero[at]);
           if (a.float_zero != nullptr) f.float_zero = bits_float(r.zero[at]);
           if (a.row_zero != nullptr) f.code_sum = r.code_sum[at];
-          if (a.row_sum != nullptr) row_sum = r.row_sum[g * kRows + row(i)];
+          if (a.row_sum != nullptr) row_sum = r.row_sum[g * a.kept_rows + row(i)];
         }
-        y[i] = fold_group<kPlain>(a, sums[g * kRows * kSumPitch], f, row_scale[i], row_zero[i], row_sum, y[i]);
+        y[i] = fold_group<kPlain>(a, sums[g * a.kept_rows * kSumPitch], f, row_scale[i], row_zero[i], row_sum, y[i]);
       }
+    }
+  }
+
+  template <bool kCodes>
+  __device__ __forceinline__ void store(const GemvArgs& a, int64_t n0, int64_t m0) const {
+    const float* const parts = reinterpret_cast<const float*>(shared_memory());
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t n = n0 + column();
+      if (row(i) >= kRows || m0 + row(i) >= a.M || n >= a.N) break;
+      float value = y[i];
+      if constexpr (!kCodes) {
+        value = 0.0f;
+        for (int w = 0; w < warps; ++w) value += parts[(w * kRows + row(i)) * kSumPitch + column()];
+        value += bias_of(a, n);
+      }
+      store_result(a, m0 + row(i), n, value);
     }
   }
 };
@@ -235,7 +276,7 @@ __global__ void __launch_bounds__(most_warps(kRowTiles * 8) * kWarp) gemv_kernel
   const int64_t x_left = a.K - lane % 4 * kOctet;
 
   const WeightLane<kBits> weight(a, n0, lane);
-  const SharedRound shared = shared_round<kCodes, kRows>(a);
+  const SharedRound shared = shared_round<kCodes>(a);
   Piece<X, kBits, kRowTiles> piece, next;
   weight.load(warp * kSteps, piece.weight);
   if constexpr (kCodes) {
@@ -256,7 +297,7 @@ __global__ void __launch_bounds__(most_warps(kRowTiles * 8) * kWarp) gemv_kernel
     const int end = first + count == a.groups ? a.steps : (first + count) << a.group_shift;
     int step = begin + warp * kSteps;
     if (first > 0) weight.load(step, piece.weight);
-    load_round<X, kBits, kRows>(a, shared, first, count, n0, m0);
+    load_round<X, kBits>(a, shared, first, count, n0, m0);
     if (first == 0) {
       wait_for_kernel_before();
       if constexpr (kCodes) results.load_rows(a, m0);
@@ -284,30 +325,11 @@ __global__ void __launch_bounds__(most_warps(kRowTiles * 8) * kWarp) gemv_kernel
     __syncthreads();
   }
 
-  // Floats: the warps' results meet where the rounds were.
-  float* const parts = reinterpret_cast<float*>(shared_memory());
   if constexpr (!kCodes) {
-    float* const to = parts + (warp * kRows + lane % 4 * 2) * kSumPitch + lane / 4 * kLaneColumns;
-#pragma unroll
-    for (int t = 0; t < kRowTiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[(t * 8 + i % 2) * kSumPitch + j * 2 + i / 2] = product.y[t][j][i];
+    product.leave_results(warp, lane);
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < results.kCount; ++i) {
-    const int r = results.row(i), c = results.column();
-    if (r >= kRows || m0 + r >= a.M || n0 + c >= a.N) break;
-    float y = results.y[i];
-    if constexpr (!kCodes) {
-      y = 0.0f;
-      for (int w = 0; w < warps; ++w) y += parts[(w * kRows + r) * kSumPitch + c];
-      y += bias_of(a, n0 + c);
-    }
-    store_result(a, m0 + r, n0 + c, y);
-  }
+  results.template store<kCodes>(a, n0, m0);
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
@@ -320,15 +342,17 @@ GemvKernel gemv_kernel_of(int bits, int rows) {
   return rows == 8 ? gemv_kernel<X, 8, 1> : gemv_kernel<X, 8, 2>;
 }
 
+int kept_rows(const WeightOnlyArgs& a, const WarpsOverK& w) { return static_cast<int>(std::min<int64_t>(a.M, w.rows)); }
+
 }  // namespace
 
 int gemv_round_words(bool codes, bool zero, bool row_zero, int rows) {
-  return codes ? kWeightOnlyColumns * (1 + zero + row_zero) + rows * (zero + kSumPitch) : kWeightOnlyColumns * 2;
+  return codes ? kColumnPitch * (1 + zero + row_zero) + rows * (zero + kSumPitch) : kColumnPitch * 2;
 }
 
 int gemv_shared_bytes(const WeightOnlyArgs& a, int, bool codes, const WarpsOverK& w) {
   const bool zero = a.row_sum != nullptr;
-  const int round = w.round_groups * gemv_round_words(codes, zero, a.row_zero != nullptr, w.rows) * 4;
+  const int round = w.round_groups * gemv_round_words(codes, zero, a.row_zero != nullptr, kept_rows(a, w)) * 4;
   return codes ? round : std::max(round, w.warps * w.rows * kSumPitch * 4);
 }
 
@@ -340,6 +364,7 @@ void run_weight_only_gemv(const WeightOnlyArgs& a, int bits, DType x_dtype, cons
   GemvArgs args{};
   static_cast<WeightOnlyArgs&>(args) = a;
   args.round_groups = w.round_groups;
+  args.kept_rows = kept_rows(a, w);
   launch(at, kernel, blocks, dim3(static_cast<unsigned>(w.warps * kWarp)), args,
          gemv_shared_bytes(a, bits, x_dtype == DType::kInt8, w), early ? Start::kEarly : Start::kInOrder);
 }

@@ -18,6 +18,8 @@ constexpr int kTotalSteps = 64;  // 2048 k
 constexpr int kColumnQuads = kTileColumns / kLaneColumns;
 
 struct TileArgs : WeightOnlyArgs {
+  int splits, split_steps;
+  float* parts;     // null: one split
   int total_steps;  // floats: results go to shared memory after so many steps, a power of two; 0: never
 };
 
@@ -143,6 +145,34 @@ struct TileWarp {
   Sums sums = {};
   float y[T::kRowTiles][2][4];
 
+  __device__ __forceinline__ void start(const WeightOnlyArgs& a, int64_t n) {
+#pragma unroll
+    for (int t = 0; t < T::kRowTiles; ++t)
+#pragma unroll
+      for (int c = 0; c < kLaneColumns; ++c)
+        y[t][c / 2][c % 2 * 2] = y[t][c / 2][c % 2 * 2 + 1] = T::kCodes ? bias_of(a, n + c) : 0.0f;
+  }
+
+  // Adds the products of step `u` of a stage. The lane has octet t of columns 4 quad .., and of the rows of x from `x` on.
+  __device__ __forceinline__ void multiply_step(const char* words, const char* x, int u, int t, int quad,
+                                                const LaneColumns<T, X>& columns) {
+    Octets<T::kBits> octets;
+#pragma unroll
+    for (int w = 0; w < Octets<T::kBits>::kWords; ++w) {
+      const int place = weight_place<T::kBits>((u * 4 + t) * Octets<T::kBits>::kWords + w, quad);
+      const auto four = load_vector<kLaneColumns>(reinterpret_cast<const uint32_t*>(words + place));
+#pragma unroll
+      for (int c = 0; c < kLaneColumns; ++c) octets.words[w][c] = four.get(c);
+    }
+    const StepOperands<X, T::kBits> operands(octets, columns.addends);
+#pragma unroll
+    for (int r = 0; r < T::kRowTiles; ++r) {
+      const char* const at = x + r * 8 * T::kPitch + u * kStepK * static_cast<int>(sizeof(X));
+      const auto in = load_vector<kXWords<X>>(reinterpret_cast<const uint32_t*>(at));
+      operands.multiply_rows(in.words.at, sums[r]);
+    }
+  }
+
   __device__ __forceinline__ void fold_floats(const LaneColumns<T, X>& columns) {
 #pragma unroll
     for (int t = 0; t < T::kRowTiles; ++t)
@@ -177,6 +207,29 @@ struct TileWarp {
       }
   }
 
+  // The results of the lane's columns from n and rows from m on; `totals`: what is in shared memory, if anything is.
+  __device__ __forceinline__ void store(const TileArgs& a, int split, int64_t n, int64_t m, const float* totals) const {
+    ResultTensor to{a.y, a.y_dtype, a.y_stride, a.y_vectors};
+    if (a.parts != nullptr) to = {a.parts + split * a.M * a.N, DType::kFloat32, a.N, a.N % kLaneColumns == 0};
+#pragma unroll
+    for (int t = 0; t < T::kRowTiles; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = m + t * 8 + half;
+        float values[kLaneColumns];
+#pragma unroll
+        for (int c = 0; c < kLaneColumns; ++c) {
+          const int j = c / 2, i = c % 2 * 2 + half;
+          values[c] = y[t][j][i];
+          if constexpr (!T::kCodes) {
+            if (totals != nullptr) values[c] += totals[((t * 2 + j) * 4 + i) * kThreads];
+            if (a.parts == nullptr) values[c] += bias_of(a, n + c);
+          }
+        }
+        if (row < a.M && n < a.N) store_results(to, a.N, row, n, values);
+      }
+  }
+
   // Adds the results to those in shared memory, and begins anew.
   __device__ __forceinline__ void add_to(float* totals) {
 #pragma unroll
@@ -197,29 +250,28 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT T
   char* const memory = shared_memory();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN, g = lane / 4, t = lane % 4;
-  const int64_t tiles_m = (a.M + T::kRows - 1) / T::kRows, tile_n = blockIdx.x / tiles_m;  // neighbouring blocks share columns
-  const int64_t n0 = tile_n * kTileColumns, m0 = (blockIdx.x - tile_n * tiles_m) * T::kRows;
+  const int64_t tiles_m = (a.M + T::kRows - 1) / T::kRows, part = blockIdx.x / tiles_m;  // neighbouring blocks share columns
+  const int64_t tile_n = part / a.splits, m0 = (blockIdx.x - part * tiles_m) * T::kRows;
+  const int64_t n0 = tile_n * kTileColumns;
+  const int split = static_cast<int>(part - tile_n * a.splits);
+  const int begin = split * a.split_steps, end = begin + a.split_steps < a.steps ? begin + a.split_steps : a.steps;
   const int64_t n = n0 + warp_n * kWeightOnlyColumns + g * kLaneColumns, m = m0 + warp_m * T::kWarpRows + t * 2;
   const WeightCopies<T> weight(a, n0);
   const RowCopies<T, X> rows(a, m0);
-  const int stages = (a.steps + T::kSteps - 1) / T::kSteps;
+  const int stages = (end - begin + T::kSteps - 1) / T::kSteps, first_stage = begin / T::kSteps;
   const auto load = [&](int number, bool of_rows, bool of_weight) {
     if (number < stages) {
       char* const stage = memory + number % kStages * T::kStageBytes;
-      if (of_weight) weight.load(stage + T::kRows * T::kPitch, number);
-      if (of_rows) rows.load(a, stage, number);
+      if (of_weight) weight.load(stage + T::kRows * T::kPitch, first_stage + number);
+      if (of_rows) rows.load(a, stage, first_stage + number);
     }
     if (of_rows) copy_commit();
   };
 
   LaneColumns<T, X> columns, ahead;
-  columns.load(a, 0, n);
+  columns.load(a, begin >> a.group_shift, n);
   TileWarp<T, X> product;
-#pragma unroll
-  for (int r = 0; r < kTiles; ++r)
-#pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c)
-      product.y[r][c / 2][c % 2 * 2] = product.y[r][c / 2][c % 2 * 2 + 1] = T::kCodes ? bias_of(a, n + c) : 0.0f;
+  product.start(a, n);
   float* const totals = reinterpret_cast<float*>(memory + kStages * T::kStageBytes) + threadIdx.x;
   if constexpr (!T::kCodes)
     for (int i = 0; a.total_steps > 0 && i < kTiles * 8; ++i) totals[i * kThreads] = 0.0f;
@@ -236,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT T
     if (threadIdx.x < T::kRows)
       params[threadIdx.x] = {exists ? a.row_scale[row] : 0.0f, exists && a.row_zero != nullptr ? a.row_zero[row] : 0};
   }
-  if constexpr (!T::kCodes) ahead.load(a, 1, n);
+  if constexpr (!T::kCodes) ahead.load(a, (begin >> a.group_shift) + 1, n);
   const RowParams* const of_rows = params + warp_m * T::kWarpRows + t * 2;
 
   const int group_mask = static_cast<int>((1u << a.group_shift) - 1);
@@ -251,28 +303,10 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT T
     const char* const words = stage + T::kRows * T::kPitch;
 #pragma unroll 1  // the fold is long, and the caches of instructions are short
     for (int u = 0; u < T::kSteps; ++u) {
-      const int step = number * T::kSteps + u;
-      if (step >= a.steps) break;
-      Octets<kBits> octets;
-#pragma unroll
-      for (int w = 0; w < Octets<kBits>::kWords; ++w) {
-        const int place =
-            weight_place<kBits>((u * 4 + t) * Octets<kBits>::kWords + w, warp_n * kWeightOnlyColumns / kLaneColumns + g);
-        const auto four = load_vector<kLaneColumns>(reinterpret_cast<const uint32_t*>(words + place));
-#pragma unroll
-        for (int c = 0; c < kLaneColumns; ++c) octets.words[w][c] = four.get(c);
-      }
-      const StepOperands<X, kBits> operands(octets, columns.addends);
-#pragma unroll
-      for (int r = 0; r < kTiles; ++r) {
-        const char* const at = x + r * 8 * T::kPitch + u * kStepK * static_cast<int>(sizeof(X));
-        const auto in = load_vector<kXWords<X>>(reinterpret_cast<const uint32_t*>(at));
-        uint32_t b[kXWords<X>];
-#pragma unroll
-        for (int w = 0; w < kXWords<X>; ++w) b[w] = in.get(w);
-        operands.multiply_rows(b, product.sums[r]);
-      }
-      if (((step + 1) & fold_mask) != 0 && step + 1 < a.steps) continue;
+      const int step = begin + number * T::kSteps + u;
+      if (step >= end) break;
+      product.multiply_step(words, x, u, t, warp_n * kWeightOnlyColumns / kLaneColumns + g, columns);
+      if (((step + 1) & fold_mask) != 0 && step + 1 < end) continue;
       const int group = step >> a.group_shift;
       if constexpr (T::kCodes) {  // reads its columns here alone
         if (is_plain(a))
@@ -292,23 +326,24 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const QO_GRID_CONSTANT T
   }
   copy_wait<0>();
 
+  product.store(a, split, n, m, a.total_steps > 0 ? totals : nullptr);
+}
+
+// A thread adds the splits of four columns of a row.
+__global__ void __launch_bounds__(kThreads) join_tiles_kernel(const QO_GRID_CONSTANT TileArgs a) {
+  const int64_t fours = (a.N + kLaneColumns - 1) / kLaneColumns, i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t m = i / fours, n = (i - m * fours) * kLaneColumns;
+  if (m >= a.M) return;
+  float values[kLaneColumns] = {};
+  for (int split = 0; split < a.splits; ++split) {
+    const float* const from = a.parts + (split * a.M + m) * a.N + n;
 #pragma unroll
-  for (int r = 0; r < kTiles; ++r)
+    for (int c = 0; c < kLaneColumns; ++c)
+      if (n + c < a.N) values[c] += from[c];
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = m + r * 8 + half;
-      float values[kLaneColumns];
-#pragma unroll
-      for (int c = 0; c < kLaneColumns; ++c) {
-        const int j = c / 2, i = c % 2 * 2 + half;
-        values[c] = product.y[r][j][i];
-        if constexpr (!T::kCodes) {
-          if (a.total_steps > 0) values[c] += totals[((r * 2 + j) * 4 + i) * kThreads];
-          values[c] += bias_of(a, n + c);
-        }
-      }
-      if (row < a.M && n < a.N) store_results(a, row, n, values);
-    }
+  for (int c = 0; c < kLaneColumns; ++c) values[c] += bias_of(a, n + c);
+  store_results({a.y, a.y_dtype, a.y_stride, a.y_vectors}, a.N, m, n, values);
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
@@ -324,29 +359,37 @@ TileKernel tile_kernel_of(int rows, int bits) {
   return bits == 4 ? tile_kernel_of<X, 4>(rows) : tile_kernel_of<X, 8>(rows);
 }
 
-bool has_totals(bool codes, int steps) { return !codes && steps > 2 * kTotalSteps; }
+bool has_totals(bool codes, const WeightOnlyTiles& tiles) { return !codes && tiles.split_steps > 2 * kTotalSteps; }
 
 }  // namespace
 
-int tiles_shared_bytes(int rows, int bits, bool codes, int steps) {
+int tiles_shared_bytes(const WeightOnlyTiles& tiles, int bits, bool codes) {
   const int weight = codes ? (bits == 4 ? Tile<int8_t, 4, 2>::kWeightBytes : Tile<int8_t, 8, 2>::kWeightBytes)
                            : (bits == 4 ? Tile<Half, 4, 2>::kWeightBytes : Tile<Half, 8, 2>::kWeightBytes);
   const int pitch = codes ? Tile<int8_t, 4, 2>::kPitch : Tile<Half, 4, 2>::kPitch;
-  const int behind = codes ? rows * static_cast<int>(sizeof(RowParams)) : has_totals(codes, steps) ? rows * kTileColumns * 4 : 0;
-  return kStages * (rows * pitch + weight) + behind;
+  const int behind = codes                      ? tiles.rows * static_cast<int>(sizeof(RowParams))
+                     : has_totals(codes, tiles) ? tiles.rows * kTileColumns * static_cast<int>(sizeof(float))
+                                                : 0;
+  return kStages * (tiles.rows * pitch + weight) + behind;
 }
 
-void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, int rows, bool early, const Launch& at) {
-  const TileKernel kernel = x_dtype == DType::kInt8      ? tile_kernel_of<int8_t>(rows, bits)
-                            : x_dtype == DType::kFloat16 ? tile_kernel_of<Half>(rows, bits)
-                                                         : tile_kernel_of<BFloat16>(rows, bits);
+void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, const WeightOnlyTiles& tiles, float* parts, bool early,
+                           const Launch& at) {
+  const TileKernel kernel = x_dtype == DType::kInt8      ? tile_kernel_of<int8_t>(tiles.rows, bits)
+                            : x_dtype == DType::kFloat16 ? tile_kernel_of<Half>(tiles.rows, bits)
+                                                         : tile_kernel_of<BFloat16>(tiles.rows, bits);
   const bool codes = x_dtype == DType::kInt8;
-  const int64_t blocks = (a.M + rows - 1) / rows * ((a.N + kTileColumns - 1) / kTileColumns);
+  const int64_t blocks = (a.M + tiles.rows - 1) / tiles.rows * ((a.N + kTileColumns - 1) / kTileColumns) * tiles.splits;
   TileArgs args{};
   static_cast<WeightOnlyArgs&>(args) = a;
-  args.total_steps = has_totals(codes, a.steps) ? kTotalSteps : 0;
-  launch(at, kernel, blocks, dim3(kThreads), args, tiles_shared_bytes(rows, bits, codes, a.steps),
-         early ? Start::kEarly : Start::kInOrder);
+  args.splits = tiles.splits;
+  args.split_steps = tiles.split_steps;
+  args.parts = tiles.splits > 1 ? parts : nullptr;
+  args.total_steps = has_totals(codes, tiles) ? kTotalSteps : 0;
+  launch(at, kernel, blocks, dim3(kThreads), args, tiles_shared_bytes(tiles, bits, codes), early ? Start::kEarly : Start::kInOrder);
+  if (tiles.splits == 1) return;
+  const int64_t fours = a.M * ((a.N + kLaneColumns - 1) / kLaneColumns);
+  launch(at, join_tiles_kernel, (fours + kThreads - 1) / kThreads, dim3(kThreads), args);
 }
 
 }  // namespace quant_ops

@@ -3,7 +3,9 @@
 ``WeightOnlyCases`` needs no GPU by itself: it runs on the emulated kernels (host_emulation.h), too.
 """
 
+import ctypes
 import itertools
+import mmap
 import re
 
 import pytest
@@ -110,6 +112,21 @@ class WeightOnlyCases:
         for (m, k, n, group), dtype in itertools.product(cases, HALVES):
             self.check_floats(subject, (torch.randn(m, k) * 3).to(dtype), bits, group, ZEROS[m % 2], n)
 
+    def test_rounds_of_groups(self, subject):
+        """More groups than the shared memory of a block holds."""
+        for bits, zeros in ((4, "none"), (8, "integer")):
+            self.check_codes(subject, 16, 1700, 130, bits, 32, zeros, bits == 8)
+            dtype = torch.bfloat16 if bits == 4 else torch.float32
+            self.check_floats(subject, torch.randn(1, 7100).to(dtype), bits, 32, zeros, 130)
+
+    @pytest.mark.parametrize("splits", [2, 3, 7])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_floats_with_splits_of_k(self, subject, bits, splits):
+        subject.set_kernel(f"{TILES[0]}:{splits}")
+        for m, k, n, group in [(17, 515, 30, 128), (35, 1100, 132, 32), (2, 700, 5, -1), (3, 64, 8, 64)]:
+            self.check_floats(subject, (torch.randn(m, k) * 3).to(HALVES[n // 2 % 2]), bits, group, ZEROS[m % 2], n, torch.randn(n))
+        self.check_codes(subject, 17, 515, 30, bits, 128, "none", False)  # codes are not split
+
     @pytest.mark.parametrize("kernel", [None, *TILES[:1]])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_long_sums_of_one_sign_keep_the_bound(self, subject, bits, kernel):
@@ -209,6 +226,31 @@ class TestEmulatedWeightOnly(WeightOnlyCases):
         library = next(path for path in torch.ops.loaded_libraries if "libquant_ops_emulated" in str(path))
         return IgemmSubject(emulated, "cpu", library)
 
+    def test_reads_nothing_behind_its_operands(self, subject):
+        """Every operand ends where a page does that cannot be read."""
+        for bits, (m, k, n, group) in itertools.product(
+            [4, 8], [(1, 40, 5, 32), (5, 136, 20, 64), (19, 264, 37, -1), (3, 51, 17, 32)]
+        ):
+            codes, scale, zero = problem(n, k, bits, group, "integer")
+            packed = qo.pack_weight_only(codes, bits, group)
+            for kernel, dtype, dynamic in itertools.product([GEMV, TILES[0]], HALVES, [False, True]):
+                subject.set_kernel(kernel)
+                x, s, z, p = map(before_a_guard, (torch.randn(m, k).to(dtype), scale, zero, packed))
+                subject.ops.weight_only_linear(x, codes, s, z, None, bits, group, packed_weight=p, dynamic=dynamic)
+            subject.set_kernel(None)
+            x = before_a_guard(torch.randn(m, k))
+            subject.ops.weight_only_linear(x, codes, s, z.float(), None, bits, group, packed_weight=p)
+
+
+def before_a_guard(t: torch.Tensor) -> torch.Tensor:
+    """A copy that ends at the end of a page, behind which is one that cannot be read."""
+    libc, size = ctypes.CDLL(None, use_errno=True), t.numel() * t.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)  # never unmapped: a tensor may outlive the call
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=pages - size).view(t.shape).copy_(t)
+
 
 @pytest.mark.cuda
 class TestCudaWeightOnly(WeightOnlyCases):
@@ -258,7 +300,7 @@ def test_fakes_describe_cuda_tensors():
 
 @needs_library
 def test_few_rows_leave_registers_for_loads_in_flight():
-    """Two blocks of the GEMV of up to eight rows fit a multiprocessor, whose warps each have two pieces of the weight in flight."""
+    """Sixteen warps of the GEMV of up to eight rows fit a multiprocessor, each with two pieces of the weight in flight."""
     text = "".join(log.read_text() for log in BUILD.glob("ptxas-*weight_only_gemv*.log"))
     registers = re.findall(r"gemv_kernelI\w*Li[48]ELi1EE.*?Used (\d+) registers", text, re.DOTALL)
     assert len(registers) >= 6

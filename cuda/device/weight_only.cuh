@@ -332,18 +332,26 @@ __device__ __forceinline__ void store_result(const WeightOnlyArgs& a, int64_t m,
   });
 }
 
-// Four neighbouring columns from a multiple of four on.
-__device__ __forceinline__ void store_results(const WeightOnlyArgs& a, int64_t m, int64_t n, const float (&values)[kLaneColumns]) {
-  with_result_type(a.y_dtype, [&](auto* type) {
+// Where results go, four neighbouring columns from a multiple of four on at a time.
+struct ResultTensor {
+  void* y;
+  DType dtype;
+  int64_t stride;
+  bool vectors;
+};
+
+__device__ __forceinline__ void store_results(const ResultTensor& to, int64_t N, int64_t m, int64_t n,
+                                              const float (&values)[kLaneColumns]) {
+  with_result_type(to.dtype, [&](auto* type) {
     using Y = std::remove_pointer_t<decltype(type)>;
     Y results[kLaneColumns];
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) results[c] = rounded_to<Y>(values[c]);
-    Y* const y = static_cast<Y*>(a.y) + m * a.y_stride + n;
-    if (a.y_vectors && n + kLaneColumns <= a.N) return store_vector<kLaneColumns>(y, results);
+    Y* const y = static_cast<Y*>(to.y) + m * to.stride + n;
+    if (to.vectors && n + kLaneColumns <= N) return store_vector<kLaneColumns>(y, results);
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c)
-      if (n + c < a.N) y[c] = results[c];
+      if (n + c < N) y[c] = results[c];
   });
 }
 

@@ -40,8 +40,8 @@ def weight_only_linear(
         x: ``(..., K)``, float32, float16 or bfloat16.
         weight: int8 ``(N, K)``; codes in [-8, 7] for 4 bits. With ``packed_weight`` only its shape is read, so that one byte
             expanded to it will do.
-        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32,
-            its columns are contiguous (the transpose of a contiguous ``(groups, N)``) and 16 divides N.
+        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32
+            and, on the CPU, its columns are contiguous (the transpose of a contiguous ``(groups, N)``) and 16 divides N.
         weight_zero_point: of the same shape, laid out likewise; int8, another integer dtype with values of int8, or floating.
         bias: floating ``(N,)``.
         bits: 8 or 4.
@@ -60,8 +60,8 @@ def weight_only_linear(
 
     Raises:
         TypeError: a dtype is not one of those above.
-        ValueError: shapes do not fit; codes or zero points outside their range (on CUDA nobody looks at them, since that would stop
-            the stream); with ``dynamic``, groups so long that a sum could overflow.
+        ValueError: shapes do not fit; codes or zero points outside their range (not looked at on CUDA, since that would stop the
+            stream); with ``dynamic``, groups so long that a sum could overflow.
         RuntimeError: a gradient is asked for.
     """
     return call(
