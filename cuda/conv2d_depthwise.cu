@@ -131,16 +131,6 @@ __device__ __forceinline__ void load_input(const TileArgs& a, const TilePlace& a
   }
 }
 
-// sum + the products of four signed bytes, exact modulo 2^32.
-__device__ __forceinline__ int32_t dot4(uint32_t a, uint32_t b, int32_t sum) {
-#if defined(__CUDA_ARCH__)
-  return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
-#else
-  for (int i = 0; i < 32; i += 8) sum += int32_t{static_cast<int8_t>(a >> i)} * static_cast<int8_t>(b >> i);
-  return sum;
-#endif
-}
-
 // Bytes [byte, byte + 4) of a row of words.
 template <int kSpan>
 __device__ __forceinline__ uint32_t bytes_from(const Vector<uint32_t, 4> (&row)[kSpan], int channel, int byte) {

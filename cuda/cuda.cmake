@@ -106,7 +106,9 @@ add_library(quant_ops_cuda SHARED cpp/torch/library_cuda.cpp cuda/quantize.cu cu
                                   cuda/linear.cpp cuda/conv2d.cu cuda/conv2d_depthwise.cu
                                   cuda/conv2d_direct.cu cuda/conv2d_patches.cu cuda/activations.cu cuda/pack.cu
                                   cuda/engine/choose.cpp cuda/engine/portable.cu cuda/engine/gemv.cu
-                                  cuda/engine/fused.cu)
+                                  cuda/engine/fused.cu
+                                  cuda/weight_only.cpp cuda/weight_only_pack.cu cuda/weight_only_gemv.cu cuda/weight_only_floats.cu
+                                  cuda/weight_only_tiles.cu)
 quant_ops_cuda_target(quant_ops_cuda ${QUANT_OPS_GENCODE})
 target_compile_definitions(quant_ops_cuda PRIVATE USE_CUDA)
 target_link_libraries(quant_ops_cuda PRIVATE torch_stable)

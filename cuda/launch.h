@@ -11,6 +11,7 @@
 #include "device/layout.cuh"
 #include "device/workspace.h"
 #include "engine/choose.h"
+#include "weight_only.h"
 
 namespace quant_ops {
 
@@ -169,6 +170,26 @@ struct LinearPlan {
 };
 LinearPlan plan_linear(const Int8LinearParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
 void run_linear(const LinearPlan& plan, const Int8LinearParams& p, const Launch& at);
+
+// weight_only_linear (weight_only.cpp).
+struct WeightOnlyPlan {
+  WeightOnlyLayout layout{};
+  WeightOnlyEngine engine{};
+  WarpsOverK warps{};       // of the engines that have it
+  WeightOnlyTiles tiles{};  // likewise
+  int64_t row_bytes = 0;    // of the codes of a row
+  Slot<int8_t> codes{};     // where x becomes codes, as are the next three
+  Slot<float> row_scale{};
+  Slot<int32_t> row_zero{};  // asymmetric
+  Slot<int32_t> row_sum{};   // where the weight has zero points
+  int64_t padded_k = 0;      // of the copy of x
+  Slot<char> rows{};         // a copy of floating rows that are not whole vectors
+  Slot<float> parts{};       // results of splits of K
+  bool early = false;        // the product starts while the rows are being quantized
+  int64_t bytes = 0;
+};
+WeightOnlyPlan plan_weight_only(const WeightOnlyParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
+void run_weight_only(const WeightOnlyPlan& plan, const WeightOnlyParams& p, const Launch& at);
 
 // The output tile of a block of a depthwise convolution: rows, fours of pixels of a row, channels.
 struct DepthwiseTile {

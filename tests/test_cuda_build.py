@@ -39,6 +39,9 @@ OPERATORS = [
     "int8_linear",
     "int8_conv2d",
     "pack_weight",
+    "weight_only_linear",
+    "pack_weight_only",
+    "unpack_weight_only",
     "weight_only_embedding",
 ]
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")

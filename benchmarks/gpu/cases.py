@@ -7,6 +7,7 @@ rehearsal runs the same code on small tensors on the CPU. Read next: bench.py, c
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,6 +170,67 @@ def kernel_cases(device: str, small: bool):
             2 * s.macs,
             kernel=chosen(s, device),
         )
+
+
+# ---- Linear with a weight of 4 or 8 bits --------------------------------------------------------------------------------
+
+WEIGHT_ONLY = [shapes.Linear(M, N, K) for N, K in ((4096, 4096), (4096, 14336), (2048, 2048)) for M in (1, 4, 16, 128, 512)]
+WEIGHT_GROUPS = {4: 128, 8: -1}
+
+
+class WeightOnlyProblem:
+    """A weight that is exactly `bits` bits, in groups, and rows of bfloat16."""
+
+    def __init__(self, shape, bits: int, device: str):
+        M, N, K = shape
+        self.bits, self.group = bits, WEIGHT_GROUPS[bits]
+        if self.group > K:
+            self.group = -1
+        low = -(1 << (bits - 1))
+        self.codes = torch.randint(low, -low, (N, K), device=device, dtype=torch.int8)
+        groups = 1 if self.group == -1 else -(-K // self.group)
+        self.scale = (torch.rand(N, groups, device=device) * 0.01 + 0.01).to(BF16).float()
+        self.packed = qo.pack_weight_only(self.codes, bits, self.group)
+        self.x = torch.randn(M, K, device=device, dtype=BF16)
+        scales = self.scale.repeat_interleave(K if self.group == -1 else self.group, 1)[:, :K]
+        self.weight = (self.codes.float() * scales).to(BF16)
+
+    def ours(self, dynamic: bool):
+        placeholder = self.codes[:1, :1].expand(self.codes.shape)
+        call = {"packed_weight": self.packed, "dynamic": dynamic}
+        return functools.partial(qo.weight_only_linear, self.x, placeholder, self.scale, None, None, self.bits, self.group, **call)
+
+    def bf16(self):
+        return functools.partial(nn.functional.linear, self.x, self.weight)
+
+    def int8_linear(self):
+        codes, scale, _ = qo.quantize_rows(self.weight)
+        return functools.partial(qo.int8_linear, self.x, codes, scale.flatten(), packed_weight=qo.pack_weight(codes))
+
+    def torch_int4(self):
+        nibbles = (self.codes + 8).to(torch.uint8)
+        packed = torch._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 8)
+        scale_and_zero = torch.stack([self.scale, torch.zeros_like(self.scale)], 2).to(BF16).transpose(0, 1).contiguous()
+        return functools.partial(torch._weight_int4pack_mm, self.x, packed, self.group, scale_and_zero)
+
+    def torch_int8(self):
+        return functools.partial(torch._weight_int8pack_mm, self.x, self.codes, self.scale.flatten().to(BF16))
+
+
+def weight_only_cases(device: str, small: bool):
+    problem = WeightOnlyProblem
+    for bits, s in itertools.product(WEIGHT_GROUPS, SMALL_LINEAR["rehearsal"] if small else WEIGHT_ONLY):
+        contenders = {
+            f"ours W{bits}A16": lambda p: p.ours(dynamic=False),
+            f"ours W{bits}A8": lambda p: p.ours(dynamic=True),
+            "bf16": problem.bf16,
+            "int8_linear": problem.int8_linear,
+            f"torch int{bits}pack": problem.torch_int4 if bits == 4 else problem.torch_int8,
+        }
+        groups = 1 if WEIGHT_GROUPS[bits] == -1 else -(-s.K // WEIGHT_GROUPS[bits])
+        size = s.N * s.K * bits // 8 + 4 * s.N * groups + 2 * s.M * (s.K + s.N)
+        make = functools.partial(problem, s, bits, device)
+        yield Case("weight_only", f"int{bits}", str(s), "bfloat16", make, contenders, size, "bf16", 2 * s.macs)
 
 
 # ---- Conv2d ------------------------------------------------------------------------------------------------------------
@@ -439,4 +501,5 @@ SECTIONS = {
     "elementwise": elementwise_cases,
     "floats": float_cases,
     "kernels": kernel_cases,
+    "weight_only": weight_only_cases,
 }

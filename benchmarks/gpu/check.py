@@ -43,11 +43,12 @@ LIMITS = {
     "elementwise": 60.0,
     "floats": 30.0,
     "kernels": 20.0,
+    "weight_only": 60.0,
     "digest": 25.0,
     "sweep": 40.0,
     "models": 110.0,
 }
-BENCHMARK = ("ceilings", "linear", "conv2d", "rows", "elementwise", "floats", "kernels")
+BENCHMARK = ("ceilings", "linear", "conv2d", "rows", "elementwise", "floats", "kernels", "weight_only")
 PROGRAMS = ("digest", "sweep", "models")  # modules of this folder
 RESERVED = 150.0  # for the benchmark, out of the stages before it
 CORRECTNESS = ("build", "test", "memcheck", "racecheck", "cpu")  # unfinished, they are the script's failure, as any failed stage is

@@ -83,6 +83,22 @@ def products(device: str, few: bool) -> None:
             qo.int8_linear(x, weight, scale, x_scale=torch.tensor(0.05, device=device))
 
 
+def weights_alone(device: str, few: bool) -> None:
+    cases = [(3, 40, 64, 32), (20, 33, 51, -1), (1, 64, 4096, 128), (70, 150, 200, 64), (130, 17, 515, 256)]  # M, N, K, group
+    for (M, N, K, group), bits in itertools.islice(itertools.product(cases, (4, 8)), 2 if few else None):
+        codes = torch.randint(-8, 8, (N, K), device=device, dtype=torch.int8)
+        packed = qo.pack_weight_only(codes, bits, group)
+        qo.unpack_weight_only(packed, (N, K), bits, group)
+        scale = torch.rand(N, 1 if group == -1 else -(-K // group), device=device)
+        zeros = None, torch.randint(-8, 8, scale.shape, device=device, dtype=torch.int8), torch.randn_like(scale)
+        for dtype, zero, asymmetric in itertools.product((torch.bfloat16, torch.float32), zeros, (None, False, True)):
+            x, rows = (
+                torch.randn(M, K, device=device).to(dtype),
+                {"dynamic": asymmetric is not None, "asymmetric": bool(asymmetric)},
+            )
+            qo.weight_only_linear(x, codes, scale, zero, None, bits, group, packed_weight=packed, **rows)
+
+
 def convolutions(device: str, few: bool) -> None:
     cases = [(16, 32, 3, 1), (6, 6, 3, 6), (3, 16, 7, 1), (32, 32, 3, 4), (16, 24, 1, 1)]  # C, O, kernel, groups
     for C, O, k, groups in cases[: 2 if few else None]:
@@ -108,6 +124,7 @@ GROUPS = {
     ranges: ("choose_qparams", "quantize_rows"),
     affine: ("choose_qparams_affine", "quantize_affine", "dequantize_affine"),
     products: ("int8_gemm", "int8_linear", "pack_weight"),
+    weights_alone: ("weight_only_linear", "pack_weight_only", "unpack_weight_only"),
     convolutions: ("int8_conv2d",),
     embeddings: ("weight_only_embedding",),
 }

@@ -51,6 +51,17 @@ inline WeightOnlyLayout weight_only_layout(int64_t n, int64_t k, int bits, int64
   return l;
 }
 
+// What a packed weight begins with.
+struct WeightOnlyHeader {
+  char magic[8];  // "qogroup1": the last character is the version of the layout
+  int64_t n, k, bits, group;
+};
+static_assert(sizeof(WeightOnlyHeader) <= WeightOnlyLayout::kSumsOffset);
+
+inline WeightOnlyHeader header_of(const WeightOnlyLayout& l) {
+  return {.magic = {'q', 'o', 'g', 'r', 'o', 'u', 'p', '1'}, .n = l.n, .k = l.k, .bits = l.bits, .group = l.group};
+}
+
 // The codes of one column, as words of 32 bits that lie `step` bytes apart: eight k each (4 bits), or four.
 struct ColumnWords {
   const int8_t* first;

@@ -20,16 +20,6 @@ namespace quant_ops {
 
 namespace {
 
-struct Header {
-  char magic[8];  // "qogroup1": the last character is the version of the layout
-  int64_t n, k, bits, group;
-};
-static_assert(sizeof(Header) <= WeightOnlyLayout::kSumsOffset);
-
-Header header_of(const WeightOnlyLayout& l) {
-  return {.magic = {'q', 'o', 'g', 'r', 'o', 'u', 'p', '1'}, .n = l.n, .k = l.k, .bits = l.bits, .group = l.group};
-}
-
 constexpr int64_t kOctet = 8;         // k of the byte pairs of four bits
 constexpr int32_t kNibbleOffset = 8;  // of a code
 
@@ -57,7 +47,7 @@ void pack_nibbles(const int8_t* weight, const WeightOnlyLayout& l, int64_t colum
 
 void pack_weight_only_cpu(const int8_t* weight, const WeightOnlyLayout& l, int8_t* packed) {
   std::memset(packed, 0, static_cast<size_t>(l.codes_offset));
-  const Header header = header_of(l);
+  const WeightOnlyHeader header = header_of(l);
   std::memcpy(packed, &header, sizeof(header));
   int32_t* sums = reinterpret_cast<int32_t*>(packed + l.kSumsOffset);
   if (l.bits == 4) {
@@ -106,7 +96,7 @@ void unpack_weight_only_cpu(const int8_t* packed, const WeightOnlyLayout& l, int
 }
 
 bool is_packed_for(const int8_t* packed, int64_t bytes, const WeightOnlyLayout& l) {
-  const Header header = header_of(l);
+  const WeightOnlyHeader header = header_of(l);
   return bytes == l.bytes && reinterpret_cast<uintptr_t>(packed) % 4 == 0 && std::memcmp(packed, &header, sizeof(header)) == 0;
 }
 

@@ -186,19 +186,27 @@ struct Cuda {
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
 
-  // weight_only_linear and its packing have kernels for the CPU alone so far.
-  [[noreturn]] static void expect_weight_only(const char* op) {
-    fail(Refusal::kValue, op,
-         "tensors of the CPU, since it has no CUDA kernel yet, got tensors of CUDA. Move the layer to the CPU.");
+  static void expect_weight_only(const char*) {}
+  static void weight_only(const char* op, const WeightOnlyParams& p, const Tensor& x) {
+    if (p.M == 0 || p.N == 0) return;
+    const OnDeviceOf device(op, x);
+    const WeightOnlyPlan plan = plan_weight_only(p, gpu_limits(), kernel_choice());
+    Workspace workspace(plan.bytes, x);
+    run_weight_only(plan, p, device.launch(workspace.memory()));
   }
-  static void weight_only(const char*, const WeightOnlyParams&, const Tensor&) {}
-  static int64_t weight_only_bytes(const WeightOnlyShape&) { return 0; }
-  static void pack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
-  static void unpack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
-  // The length is all that the host can see.
+  static WeightOnlyLayout layout_of(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group); }
+  static int64_t weight_only_bytes(const WeightOnlyShape& w) { return layout_of(w).bytes; }
+  static void pack(const Tensor& weight, const WeightOnlyShape& w, Tensor& packed) {
+    const OnDeviceOf device("pack_weight_only", weight);
+    pack_weight_only_cuda(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>(), device.launch());
+  }
+  static void unpack(const Tensor& packed, const WeightOnlyShape& w, Tensor& weight) {
+    const OnDeviceOf device("unpack_weight_only", packed);
+    unpack_weight_only_cuda(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>(), device.launch());
+  }
+  // The length is all that the host can see. The kernels load 16 bytes at a time.
   static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) {
-    return packed.numel() == weight_only_layout(w.n, w.k, w.bits, w.group).bytes &&
-           reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 4 == 0;
+    return packed.numel() == weight_only_bytes(w) && reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
   }
   static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
 

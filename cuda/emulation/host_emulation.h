@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -246,12 +247,38 @@ inline void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
   }
 }
 
+// mma.m16n8k16 of 16-bit floats: the same with pairs in place of bytes, two to a register. The sum is cut to float32, which is the
+// worst that tensor cores do to it.
+template <class Widen>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Widen& widen) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const Fragments* of = tell_warp(mine);
+  const int lane = static_cast<int>(block.current % 32);
+  const auto element = [&](uint32_t word, int i) { return double{widen(static_cast<uint16_t>(word >> (16 * i)))}; };
+  for (int r = 0; r < 4; ++r) {
+    const int i = lane / 4 + r / 2 * 8, j = lane % 4 * 2 + r % 2;
+    double sum = c[r];
+    for (int k = 0; k < 16; ++k)
+      sum += element(of[i % 8 * 4 + k % 8 / 2].a[i / 8 + k / 8 * 2], k % 2) * element(of[j * 4 + k % 8 / 2].b[k / 8], k % 2);
+    const float rounded = static_cast<float>(sum);
+    c[r] = std::isfinite(sum) && std::fabs(double{rounded}) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+  }
+}
+
 }  // namespace quant_ops::emulation
 
 inline void __syncthreads() {
   quant_ops::emulation::wait_at(&quant_ops::emulation::block.barrier, quant_ops::emulation::block.alive);
 }
 inline void __syncwarp(unsigned = 0xffffffffu) { quant_ops::emulation::tell_warp(char{}); }
+
+inline int32_t atomicAdd(int32_t* at, int32_t value) {
+  const int32_t before = *at;
+  *at = static_cast<int32_t>(static_cast<uint32_t>(before) + static_cast<uint32_t>(value));
+  return before;
+}
 
 // Lanes outside the block do not exist: blocks are whole warps.
 template <class T>

@@ -125,22 +125,6 @@ __device__ __forceinline__ void write_rows(const GemvArgs& a, const SharedRows& 
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 
-// 16 bytes that no other block reads: they pass by the first cache.
-__device__ __forceinline__ void load_once(const int8_t* from, bool valid, uint32_t (&words)[4]) {
-#if defined(__CUDA_ARCH__)
-  words[0] = words[1] = words[2] = words[3] = 0;
-  if (valid)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "l"(from));
-#else
-  memset(words, 0, sizeof(words));
-  if (!valid) return;
-  expect_aligned(from, sizeof(words));
-  memcpy(words, from, sizeof(words));
-#endif
-}
-
 // The lane's bytes of kUnroll pieces of 64 k: of the weight's rows g and g + 8.
 struct WeightPieces {
   uint32_t words[kUnroll][2][4];

@@ -40,8 +40,8 @@ def weight_only_linear(
         x: ``(..., K)``, float32, float16 or bfloat16.
         weight: int8 ``(N, K)``; codes in [-8, 7] for 4 bits. With ``packed_weight`` only its shape is read, so that one byte
             expanded to it will do.
-        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32,
-            its columns are contiguous (the transpose of a contiguous ``(groups, N)``) and 16 divides N.
+        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32
+            and, on the CPU, its columns are contiguous (the transpose of a contiguous ``(groups, N)``) and 16 divides N.
         weight_zero_point: of the same shape, laid out likewise; int8, another integer dtype with values of int8, or floating.
         bias: floating ``(N,)``.
         bits: 8 or 4.
@@ -49,19 +49,20 @@ def weight_only_linear(
         packed_weight: ``pack_weight_only(weight, bits, group_size)``; without it the weight is packed in every call.
         dynamic: quantize each row of x to int8 as :func:`quantize_rows` does, and multiply integers. Sums within a group are exact,
             and ``y = fma(float(sum), x_scale * weight_scale, y)`` goes over the groups in ascending order, starting from the bias.
-            False multiplies in float32.
+            False multiplies with sums in float32; on CUDA, tensor cores multiply float16 and bfloat16 by codes less their integer
+            zero points, which are exact in both.
         asymmetric: rows of x with a zero point; only with ``dynamic``.
         out_dtype: float32, float16 or bfloat16; default x's dtype.
 
     Returns:
-        ``(..., N)``. With ``dynamic`` row i of a batch equals row i alone, bit for bit, for any number of threads and instruction
-        set. Without it the products are summed in float32, 128 at a time: the error stays below
+        ``(..., N)``. With ``dynamic`` row i of a batch equals row i alone, bit for bit, for any number of threads, instruction set
+        and device. Without it the products are summed in float32, 128 at a time: the error stays below
         ``2 * eps * sum(|x| * |w|)``, eps of float32, unless a few products outweigh all others, besides the rounding to the dtype.
 
     Raises:
         TypeError: a dtype is not one of those above.
-        ValueError: shapes do not fit; codes or zero points outside their range; with ``dynamic``, groups so long that a sum could
-            overflow; tensors of CUDA, where there is no kernel yet.
+        ValueError: shapes do not fit; codes or zero points outside their range (not looked at on CUDA, since that would stop the
+            stream); with ``dynamic``, groups so long that a sum could overflow.
         RuntimeError: a gradient is asked for.
     """
     return call_fast(
@@ -146,16 +147,17 @@ inference_only("weight_only_embedding")
 
 
 def pack_weight_only(weight: Tensor, bits: int = 8, group_size: int = -1) -> Tensor:
-    """Codes ``(N, K)`` in the layout that :func:`weight_only_linear` reads (``cpp/cpu/weight_only.h``), 4 bits as nibbles.
+    """Codes ``(N, K)`` in the layout that :func:`weight_only_linear` reads, 4 bits as nibbles.
 
-    The same for every instruction set. Scales and zero points are not in it.
+    The same for every device and instruction set (``cpp/contract/weight_only_layout.h``): a packed weight may be moved. Scales and
+    zero points are not in it.
 
     Returns:
         int8, one dimension.
 
     Raises:
         TypeError: weight is not int8.
-        ValueError: another number of dimensions, bits or group size; codes outside of [-8, 7] for 4 bits; a weight on CUDA.
+        ValueError: another number of dimensions, bits or group size; codes outside of [-8, 7] for 4 bits, on the CPU.
     """
     return call(_ops.pack_weight_only.default, weight, bits, group_size)
 
