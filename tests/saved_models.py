@@ -22,6 +22,7 @@ def module_of(path):
 
 
 format_1 = module_of(FIXTURES / "format_1.py")
+format_2 = module_of(FIXTURES / "format_2.py")
 
 
 class Net(nn.Module):

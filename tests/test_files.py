@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from saved_models import FIXTURES, INT8, Net, assert_same_state, format_1, header_of, on_meta, saved
+from saved_models import FIXTURES, INT8, Net, assert_same_state, format_1, format_2, header_of, on_meta, saved
 from torch import nn
 
 import quant_ops as qo
@@ -55,6 +55,16 @@ def test_version_1_files_are_still_read(isa):
     run = load_file(FIXTURES / "format_1_run.safetensors")
     assert torch.equal(fresh(run["x"]), run["y"])
     assert fresh.grouped.weight_bits == 4
+
+
+def test_version_2_files_are_still_read(isa, tmp_path):
+    fresh, expected = on_meta(format_2.Net), format_2.quantized()
+    qo.load_(fresh, FIXTURES / "format_2.safetensors")
+    run = load_file(FIXTURES / "format_2_run.safetensors")
+    assert torch.equal(fresh(run["x"]), run["y"])
+    assert repr(fresh) == repr(expected)
+    qo.save(fresh, tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == (FIXTURES / "format_2.safetensors").read_bytes()
 
 
 def test_codes_of_the_first_files_are_called_weight(tmp_path):

@@ -163,8 +163,8 @@ def test_refuses_a_foreign_safetensors_file(tmp_path):
 
 def test_refuses_a_newer_format(tmp_path):
     saved(tmp_path / "m")
-    rewritten(tmp_path / "m", header=header_of(tmp_path / "m") | {"format_version": 2, "quant_ops": "9.0"})
-    refused(Net(), tmp_path / "m", r"format_version <= 1, got 2 in .*, written by quant_ops 9.0. Upgrade quant_ops")
+    rewritten(tmp_path / "m", header=header_of(tmp_path / "m") | {"format_version": 3, "quant_ops": "9.0"})
+    refused(Net(), tmp_path / "m", r"format_version <= 2, got 3 in .*, written by quant_ops 9.0. Upgrade quant_ops")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,9 @@ def test_wrong_arguments(arguments, kind, message):
 
 
 def test_a_static_config_is_not_for_quantize():
-    with pytest.raises(TypeError, match=r"Int8Dynamic or Simulated, got Int8Static\. Use prepare_, calibrate and convert_\.$"):
+    with pytest.raises(
+        TypeError, match=r"Int8DynamicInt4Weight or Simulated, got Int8Static\. Use prepare_, calibrate and convert_\.$"
+    ):
         qo.quantize_(Net(), qo.Int8Static())
 
 

@@ -477,7 +477,10 @@ def test_a_pattern_without_a_match(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": "int8"}, "expected config to be Int8Dynamic or Simulated, got str"),
+        (
+            {"config": "int8"},
+            "expected config to be Int8Dynamic, Int8WeightOnly, Int4WeightOnly, Int8DynamicInt4Weight or Simulated, got str",
+        ),
         ({"include": "head"}, r"expected include to be a list of patterns, got one str\. Write \['head'\]\."),
         ({"exclude": "head"}, r"expected exclude to be a list of patterns, got one str\. Write \['head'\]\."),
     ],
@@ -584,9 +587,12 @@ def test_config_is_frozen_and_checked():
     [
         (
             '{"config": "Int3", "weight_bits": 8}',
-            r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8Static'.*\], got Int3$",
+            r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8DynamicInt4Weight', 'Int8Static'.*\], got Int3$",
         ),
-        ('{"weight_bits": 8}', r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8Static'.*\], got None$"),
+        (
+            '{"weight_bits": 8}',
+            r"^quant_ops: expected a config named one of \[.*'Int8Dynamic', 'Int8DynamicInt4Weight', 'Int8Static'.*\], got None$",
+        ),
         (
             '{"config": "Int8Dynamic", "bits": 8}',
             r"^quant_ops\.Int8Dynamic: expected fields among \['asymmetric', 'weight_bits', 'weight_observer'\], got \['bits'\]$",

@@ -55,21 +55,6 @@ void pack_nibbles(const int8_t* weight, const WeightOnlyLayout& l, int64_t colum
 
 }  // namespace
 
-WeightOnlyLayout weight_only_layout(int64_t n, int64_t k, int bits, int64_t group) {
-  WeightOnlyLayout l;
-  l.n = n;
-  l.k = k;
-  l.bits = bits;
-  l.group = std::min(group, std::max<int64_t>(k, 1));
-  l.groups = std::max<int64_t>(1, ceil_div(k, l.group));
-  l.padded_n = round_up(n, kPanelStep);
-  l.padded_k = round_up(k, bits == 4 ? kNibbleStep : kQuad);
-  l.column_bytes = bits == 4 ? l.padded_k / 2 : l.padded_k;
-  l.codes_offset = round_up(l.kSumsOffset + l.groups * l.padded_n * int64_t{sizeof(int32_t)}, 64);
-  l.bytes = l.codes_offset + l.padded_n * l.column_bytes;
-  return l;
-}
-
 void pack_weight_only_cpu(const int8_t* weight, const WeightOnlyLayout& l, int8_t* packed) {
   std::memset(packed, 0, static_cast<size_t>(l.codes_offset));
   const Header header = header_of(l);

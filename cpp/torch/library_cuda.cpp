@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "contract/weight_only_layout.h"
 #include "launch.h"
 #include "torch/operators.h"
 
@@ -185,7 +186,7 @@ struct Cuda {
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
 
-  // The weight-only operators have kernels for the CPU alone so far.
+  // weight_only_linear and its packing have kernels for the CPU alone so far.
   [[noreturn]] static void expect_weight_only(const char* op) {
     fail(Refusal::kValue, op,
          "tensors of the CPU, since it has no CUDA kernel yet, got tensors of CUDA. Move the layer to the CPU.");
@@ -194,8 +195,18 @@ struct Cuda {
   static int64_t weight_only_bytes(const WeightOnlyShape&) { return 0; }
   static void pack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
   static void unpack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
-  static bool is_packed_for(const Tensor&, const WeightOnlyShape&) { return false; }
+  // The length is all that the host can see.
+  static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) {
+    return packed.numel() == weight_only_layout(w.n, w.k, w.bits, w.group).bytes &&
+           reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 4 == 0;
+  }
   static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
+
+  static void weight_only_embedding(const WeightOnlyEmbeddingParams& p, const Tensor& indices) {
+    const OnDeviceOf device("weight_only_embedding", indices);
+    weight_only_embedding_cuda(p, device.launch());
+  }
+  static void expect_indices(const char*, const Tensor&, int64_t) {}  // the kernel asserts it
 };
 
 }  // namespace

@@ -9,7 +9,13 @@ from . import _library
 _library.load()
 
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
-from .convert.config import Int8Dynamic, Int8Static  # noqa: E402
+from .convert.config import (  # noqa: E402
+    Int4WeightOnly,
+    Int8Dynamic,
+    Int8DynamicInt4Weight,
+    Int8Static,
+    Int8WeightOnly,
+)
 from .convert.config import from_json as config_from_json  # noqa: E402
 from .convert.files import load_, save  # noqa: E402
 from .convert.fold import FoldResult, fold_batchnorm_  # noqa: E402
@@ -48,7 +54,7 @@ from .formats import (  # noqa: E402
 )
 from .formats import from_json as format_from_json  # noqa: E402
 from .info import kernel_for  # noqa: E402
-from .nn import QuantConv1d, QuantConv2d, QuantLinear  # noqa: E402
+from .nn import QuantConv1d, QuantConv2d, QuantLinear, WeightOnlyLinear  # noqa: E402
 from .ops import (  # noqa: E402
     MappingType,
     ZeroPointDomain,
@@ -71,6 +77,7 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
     unpack_weight_only,
+    weight_only_embedding,
     weight_only_linear,
 )
 from .report.compare import compare  # noqa: E402
@@ -110,8 +117,11 @@ __all__ = [
     "FloatFormat",
     "FoldResult",
     "Format",
+    "Int4WeightOnly",
     "Int8Dynamic",
+    "Int8DynamicInt4Weight",
     "Int8Static",
+    "Int8WeightOnly",
     "IntFormat",
     "LayerReport",
     "MappingType",
@@ -121,6 +131,7 @@ __all__ = [
     "QuantLinear",
     "Report",
     "Simulated",
+    "WeightOnlyLinear",
     "WithGradient",
     "ZeroPointDomain",
     "__version__",
@@ -162,6 +173,7 @@ __all__ = [
     "timestep",
     "unpack_weight",
     "unpack_weight_only",
+    "weight_only_embedding",
     "weight_only_linear",
     "with_gradient",
 ]

@@ -13,6 +13,7 @@ _EXAMPLES = """examples:
   python -m quant_ops bench linear --bs 512 --cin 960 --cout 960
   python -m quant_ops quantize torchvision.models:resnet18 resnet18.safetensors
   python -m quant_ops quantize my_net:trained net.safetensors --static --data my_net:batches --report net.json --target 30
+  python -m quant_ops quantize my_llama:model llama.safetensors --config Int4WeightOnly
   python -m quant_ops report net.safetensors --model my_net:trained --data my_net:batches --plot net.png
 
 Modules are looked for in the current folder too.
@@ -21,7 +22,7 @@ Modules are looked for in the current folder too.
 _HELP = {
     "info": "what is installed, which kernel each operator uses on this machine, and a self-check",
     "bench": "time one layer in float and in int8, after checking the int8 result",
-    "quantize": "make a model's Linear, Conv1d and Conv2d layers int8 and write it to a safetensors file",
+    "quantize": "make a model's Linear, Conv1d and Conv2d layers int8, or Linear and Embedding layers int4, and write a file",
     "report": "what a quantized file holds, or what int8 costs each of its layers",
 }
 
@@ -81,7 +82,9 @@ def _quantize(sub: argparse.ArgumentParser) -> None:
     either.add_argument("--asymmetric", action="store_true", default=None, help="activations with a zero point: better after ReLU")
     either.add_argument("--symmetric", action="store_false", dest="asymmetric", help="activations without a zero point")
     group.add_argument("--weight-bits", type=int, help="2 to 8 (default 8)")
-    group.add_argument("--config", help="instead of the flags above: a config as JSON, or @file")
+    group.add_argument(
+        "--config", help="instead of the flags above: a config as JSON, its name alone, e.g. Int4WeightOnly, or @file"
+    )
     group.add_argument(
         "--include", action="append", metavar="PATTERN", help="only layers whose name fits, e.g. 'blocks.*'; repeatable"
     )

@@ -21,7 +21,7 @@ import quant_ops as qo
 
 from .. import info
 from ..convert import config, files, select
-from ..nn import Int8Layer
+from ..nn import QuantizedLayer
 from ..report import bench
 from .arguments import parser
 
@@ -137,7 +137,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 def _check_quantize(options: argparse.Namespace, chosen: Any, wants_report: bool) -> None:
     """Refuses what cannot end well, before the work."""
-    static = not isinstance(chosen, qo.Int8Dynamic)
+    static = isinstance(chosen, qo.Int8Static | qo.Simulated)
     if (static or wants_report) and options.data is None:
         why = f"{type(chosen).__name__} has to be calibrated" if static else "a report or target compares on data"
         raise ValueError(f"quant_ops quantize: expected --data, got none, but {why}")
@@ -151,9 +151,9 @@ def _check_quantize(options: argparse.Namespace, chosen: Any, wants_report: bool
 
 
 def _convert(options: argparse.Namespace, chosen: Any, model: nn.Module) -> qo.ConversionResult:
-    """Makes the model int8, with calibration if the config wants it."""
+    """Quantizes the model, with calibration if the config wants it."""
     filters: Any = {"include": options.include or ["*"], "exclude": options.exclude or []}
-    static = not isinstance(chosen, qo.Int8Dynamic)
+    static = isinstance(chosen, qo.Int8Static | qo.Simulated)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "quant_ops.*to convert, got none", UserWarning)  # an error here
         result = qo.prepare_(model, chosen, **filters) if static else qo.quantize_(model, chosen, **filters)
@@ -174,7 +174,7 @@ def _meet_target(target: float, model: nn.Module, report: qo.Report, result: qo.
             f"quant_ops quantize: expected a --target that can be met with an int8 layer left, got {target:g} dB, and "
             f"{fallback.values[-1]:.1f} dB is the most that was found. Nothing was written."
         )
-    left = [name for name in result.converted if isinstance(model.get_submodule(name), Int8Layer)]
+    left = [name for name in result.converted if isinstance(model.get_submodule(name), QuantizedLayer)]
     result.skipped += [(name, "returned to float for the target") for name in result.converted if name not in left]
     result.converted = left
     select.measure(model, result)
@@ -190,6 +190,8 @@ def _config(options: argparse.Namespace) -> Any:
         flags = ["--symmetric" if flag == "--asymmetric" and not options.asymmetric else flag for flag in flags]
         _expect("quantize", not flags, f"--config instead of other flags, got it beside {', '.join(flags)}")
         text = _read(options.config[1:]) if options.config.startswith("@") else options.config
+        if text.isidentifier():
+            text = json.dumps({"config": text})
         try:
             return config.from_json(text)
         except (json.JSONDecodeError, RecursionError) as error:

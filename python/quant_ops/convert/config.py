@@ -1,9 +1,11 @@
 """How to quantize a model: one frozen dataclass per scheme, with a JSON round trip."""
 
 import dataclasses
+from typing import Any
 
 from .. import _description
 from .._description import Config
+from ..nn import GROUP_SIZES
 from ..observers import Observer
 from ..simulation.config import Simulated
 
@@ -61,10 +63,88 @@ class Int8Static(Config):
         self._expect(0 < self.momentum <= 1, f"0 < momentum <= 1, got {self.momentum}")
 
 
-Int8Scheme = Int8Dynamic | Int8Static
-Scheme = Int8Scheme | Simulated
+@dataclasses.dataclass(frozen=True)
+class WeightOnly(Config):
+    """Base class: int8 or int4 weights with a scale for each group of a row, read by operators of their own."""
 
-_description.register(Int8Dynamic, Int8Static)
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", -1)
+        known = isinstance(self.group_size, int) and not isinstance(self.group_size, bool) and self.group_size in GROUP_SIZES
+        self._expect(known, f"group_size 32, 64, 128, 256 or -1 (one group a row of the weight), got {self.group_size!r}")
+        self._expect_bool("asymmetric")
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``from_float`` that say what the weight is."""
+        raise NotImplementedError
+
+    def linear_settings(self) -> dict[str, Any]:
+        """Those that say what becomes of the input of a linear layer."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8WeightOnly(WeightOnly):
+    """int8 weights; activations stay floating, and so do the products (torchao's int8_weight_only).
+
+    For Linear layers and embeddings whose time is that of reading the weight: few rows in a call.
+
+    Attributes:
+        group_size: 32, 64, 128 or 256 consecutive weights of a row share a scale; -1 or None: one scale per output channel.
+        asymmetric: the groups have zero points.
+    """
+
+    group_size: int = -1
+    asymmetric: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": 8, "group_size": self.group_size, "asymmetric": self.asymmetric}
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4WeightOnly(WeightOnly):
+    """int4 weights, an eighth of float32; activations stay floating, and so do the products (torchao's int4_weight_only).
+
+    Attributes:
+        group_size: 32, 64, 128 or 256 consecutive weights of a row share a scale; -1 or None: one scale per output channel. Smaller
+            groups lose less.
+        asymmetric: the groups have zero points, which uses all 16 codes of each.
+    """
+
+    group_size: int = 128
+    asymmetric: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": 4, "group_size": self.group_size, "asymmetric": self.asymmetric}
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8DynamicInt4Weight(WeightOnly):
+    """Symmetric int4 weights; activations quantized to int8 per row in every call, with exact products of integers.
+
+    torchao's int8_dynamic_activation_int4_weight (8da4w). For Linear layers alone. The faster one where a call has many rows.
+
+    Attributes:
+        group_size: as in :class:`Int4WeightOnly`.
+        asymmetric: the activations get a zero point, as in :class:`Int8Dynamic`.
+    """
+
+    group_size: int = 32
+    asymmetric: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": 4, "group_size": self.group_size, "asymmetric": False}
+
+    def linear_settings(self) -> dict[str, Any]:
+        return {"dynamic": True, "asymmetric_input": self.asymmetric}
+
+
+Int8Scheme = Int8Dynamic | Int8Static
+Scheme = Int8Scheme | WeightOnly | Simulated
+
+_description.register(Int8Dynamic, Int8Static, Int8WeightOnly, Int4WeightOnly, Int8DynamicInt4Weight)
 
 
 def from_json(text: str) -> Scheme:

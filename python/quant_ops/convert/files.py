@@ -1,8 +1,8 @@
 """A quantized model as one safetensors file, and back into a fresh float model.
 
-The file holds the model's state_dict as plain tensors, each one once: int8 weights, float32 scales, and whatever stayed float; also
-the buffers that a state_dict leaves out, for models on the meta device. Its metadata has one key, "quant_ops", which holds as JSON
-everything that the state_dict lacks:
+The file holds the model's state_dict as plain tensors, each one once: int8 weights (of 4 bits two codes + 8 in a byte), float32
+scales, and whatever stayed float; also the buffers that a state_dict leaves out, for models on the meta device. Its metadata has
+one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
 
     {"format_version": 1, "quant_ops": "0.1.0",
      "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32",
@@ -11,7 +11,8 @@ everything that the state_dict lacks:
      "not_in_state_dict": ["rotary.inv_freq", ...]}
 
 ``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled. Files from
-before ``compute_dtype`` and ``not_in_state_dict``, whose codes are called ``weight`` instead of ``qweight``, are read as well.
+before ``compute_dtype`` and ``not_in_state_dict``, whose codes are called ``weight`` instead of ``qweight``, are read as well. The
+version is 2 where there are weight-only layers, which earlier versions of the package do not know, else 1.
 """
 
 import contextlib
@@ -32,19 +33,18 @@ from torch import Tensor, nn
 
 from .. import _library
 from .._models import has_hooks, patched
-from ..nn import INT8_LAYERS, Int8Layer, as_linear, exact_class
+from ..nn import QUANTIZED_LAYERS, Int8Layer, QuantizedLayer, WeightOnlyLayer, as_linear, is_original, show_forms
 from ..nn.loading import check_loads
-from ..nn.saving import DTYPES, is_channels_last
+from ..nn.saving import is_channels_last
 from ..simulation.recast import Recast
 from . import config
 from .prepared import Prepared
-from .select import FLOAT, ConversionResult, Survey, leave_fused_paths
+from .select import FAMILIES, ConversionResult, Survey, leave_fused_paths
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _KEY = "quant_ops"
-_SETTINGS = ("asymmetric", "relu")
-_CLASSES = {kind.__name__: kind for kind in INT8_LAYERS.values()}
+_VERSIONS = {name: 2 if issubclass(kind, WeightOnlyLayer) else 1 for name, kind in QUANTIZED_LAYERS.items()}
 _REQUIRED = ("qweight", "weight_scale")
 _FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model gives the same bytes.
 
     Args:
-        model: any module with int8 layers; what stayed float is saved as it is.
+        model: any module with quantized layers; what stayed float is saved as it is.
         path: of the file; its name usually ends in ``.safetensors``.
 
     Raises:
@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     model = _without_compile(model)
-    if isinstance(model, Int8Layer):
+    if isinstance(model, QuantizedLayer):
         raise ValueError(
             f"quant_ops.save: expected a model that contains layers, got a bare {type(model).__name__}, which load_ could not "
             "replace in place. Wrap it in an nn.Sequential."
@@ -82,10 +82,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state, rest = _state(model), _not_in_state_dict(model)
     tensors, shared = _distinct(state | rest)
     layers = {
-        name: _describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Int8Layer)
+        name: _describe(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedLayer)
     }
     header = {
-        "format_version": FORMAT_VERSION,
+        "format_version": max((_VERSIONS[entry["class"]] for entry in layers.values()), default=1),
         "quant_ops": _library.VERSION,
         "layers": layers,
         "shared": shared,
@@ -105,7 +107,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Int8Layer) and f"{name}.qweight" in state:
+        if isinstance(module, QuantizedLayer) and f"{name}.qweight" in state:
             state[f"{name}.qweight"] = state[f"{first.setdefault(module, name)}.qweight"]
     return state
 
@@ -115,7 +117,7 @@ def _not_in_state_dict(model: nn.Module) -> dict[str, Tensor]:
     buffers: dict[str, Tensor] = {}
     same: dict[Any, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for attribute in [] if isinstance(module, Int8Layer) else sorted(module._non_persistent_buffers_set):
+        for attribute in [] if isinstance(module, QuantizedLayer) else sorted(module._non_persistent_buffers_set):
             buffer = module._buffers.get(attribute)
             if buffer is None:
                 continue
@@ -133,12 +135,12 @@ def _join(module: str, attribute: str) -> str:
     return f"{module}.{attribute}" if module else attribute
 
 
-def _describe(layer: Int8Layer) -> dict[str, Any]:
+def _describe(layer: QuantizedLayer) -> dict[str, Any]:
     """Everything needed to build the layer again, except its tensors."""
     settings = layer.config
     return {
         "class": type(layer).__name__,
-        "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *_SETTINGS)},
+        "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *layer.settings)},
         "weight_bits": layer.weight_bits,
         "compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
         "config": None if settings is None else json.loads(settings.to_json()),
@@ -228,7 +230,8 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
     def place(tensor: Tensor) -> torch.device | str:
         return device or ("cpu" if tensor.is_meta else tensor.device)
 
-    survey = Survey("load_", model)
+    family = "weight-only" if any(_VERSIONS[entry["class"]] == 2 for entry in file.layers.values()) else "int8"
+    survey = Survey("load_", model, family)
     layers, floats_of_file, rest = _layers(model, file, place), _float_state(model, file, place), _rest(model, file, place)
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     try:
@@ -245,8 +248,10 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         model.set_submodule(name, layer)
     leave_fused_paths(model)
     check_loads(model)
-    floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FLOAT)]
-    return survey.finish(ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats]))
+    floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FAMILIES[family])]
+    result = ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
+    result.kind = show_forms(layer.form for layer in layers.values())
+    return survey.finish(result)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -255,7 +260,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_layers(path: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
-    """Weight bits and number of steps of every int8 layer in a file of :func:`save`; errors as in :func:`load_`."""
+    """Weight bits and number of steps of every quantized layer in a file of :func:`save`; errors as in :func:`load_`."""
     file = _File(path)
 
     def steps(layer: str) -> int:
@@ -329,10 +334,9 @@ def _check_header(header: dict[str, Any], names: list[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
     stored = set(names)
     for name, entry in header["layers"].items():
-        kind, arguments = _CLASSES[entry["class"]], entry["arguments"]
-        known = arguments.keys() == {*kind.geometry, *_SETTINGS} and all(isinstance(arguments[key], bool) for key in _SETTINGS)
-        bits, dtype = entry["weight_bits"], entry.get("compute_dtype", "float32")
-        if not known or type(bits) is not int or bits not in range(2, 9) or dtype not in _FLOATS:
+        kind, arguments = QUANTIZED_LAYERS[entry["class"]], entry["arguments"]
+        known = arguments.keys() == {*kind.geometry, *kind.settings} and kind.are_settings(arguments, entry["weight_bits"])
+        if not known or entry.get("compute_dtype", "float32") not in _FLOATS:
             raise ValueError(f"layer {name!r}: {entry}")
         if entry["config"] is not None:
             _check_config(name, entry["config"])
@@ -362,21 +366,24 @@ def _check_fit(model: nn.Module, file: _File) -> None:
 
     for name, tensor in state.items():
         owner, _, attribute = name.rpartition(".")
-        if owner in file.layers and attribute not in ("weight", "qweight", "bias"):
+        entry = file.layers.get(owner)
+        if entry is not None and attribute not in ("weight", "qweight", "bias"):
             continue  # the model is quantized already; its scales are replaced
         if not isinstance(tensor, Tensor):
             refuse(f"{name!r} in the model, which is no tensor and in no file")
-        stored = f"{owner}.qweight" if owner in file.layers and attribute == "weight" else name
+        stored = f"{owner}.qweight" if entry is not None and attribute == "weight" else name
         if stored not in file.sources:
             others = sorted(set(file.sources) - set(state))
             refuse(f"no {stored!r} in the file (model: {tuple(tensor.shape)}; names that the file alone has: {others[:3]})")
-        owned: Any = tensor if stored == name else as_linear(modules[owner]).weight
-        shape = tuple(owned.shape)
+        shape = tuple(tensor.shape)
+        if entry is not None and attribute != "bias":
+            owned: Any = as_linear(modules[owner])
+            shape = tuple(QUANTIZED_LAYERS[entry["class"]].stored_shape(owned.weight.shape, entry["weight_bits"]))
         if file.shape(stored) != shape:
             refuse(f"{name!r} of shape {file.shape(stored)} in the file and {shape} in the model")
     for name, entry in file.layers.items():
-        module, kind = modules.get(name), _CLASSES[entry["class"]]
-        if module is None or (type(module) is not kind and INT8_LAYERS.get(exact_class(module)) is not kind):
+        module, kind = modules.get(name), QUANTIZED_LAYERS[entry["class"]]
+        if module is None or (type(module) is not kind and not is_original(module, kind)):
             got = "nothing" if module is None else type(module).__name__
             refuse(f"a {kind.__name__} {name!r} in the file and {got} of that name in the model")
         if has_hooks(module):
@@ -391,9 +398,9 @@ def _check_fit(model: nn.Module, file: _File) -> None:
         for attribute in _REQUIRED:
             if f"{name}.{attribute}" not in file.sources:
                 refuse(f"a {kind.__name__} {name!r} without {attribute} in the file")
-        if f"{name}.bias" in file.sources and module.bias is None:
+        if f"{name}.bias" in file.sources and getattr(module, "bias", None) is None:
             refuse(f"{name!r} with a bias in the file and without in the model")
-    known = set(state) | {f"{name}.{attribute}" for name in file.layers for attribute in DTYPES}
+    known = set(state) | {f"{name}.{buffer}" for name, entry in file.layers.items() for buffer in _stored(entry)}
     if unexpected := [name for name in file.sources if name not in known]:
         refuse(f"{unexpected[0]!r} of shape {file.shape(unexpected[0])} in the file alone")
     for name, buffer in _meta_buffers(model, file):
@@ -417,40 +424,78 @@ def _from_json(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Int8Layer]:
-    """The int8 layers under their names; those whose tensors are all the same are one module."""
-    layers: dict[str, Int8Layer] = {}
-    made: dict[tuple[Any, ...], Int8Layer] = {}
+def _stored(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a layer's tensors, some of which may not be there."""
+    return (*_REQUIRED, *QUANTIZED_LAYERS[entry["class"]].optional)
+
+
+def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, QuantizedLayer]:
+    """The quantized layers under their names; int8 ones whose tensors are all the same are one module.
+
+    Different weight-only layers may have the same tensors: they share a weight, and are one module where they are in the model.
+    """
+    layers: dict[str, QuantizedLayer] = {}
+    made: dict[tuple[Any, ...], QuantizedLayer] = {}
+    by_weight: dict[tuple[Any, ...], WeightOnlyLayer] = {}
     for name, entry in file.layers.items():
         old: Any = model.get_submodule(name)
-        sources = {key: file.sources[f"{name}.{key}"] for key in DTYPES if f"{name}.{key}" in file.sources}
-        identity = (*sources.values(), json.dumps(entry))
+        sources = {key: file.sources[f"{name}.{key}"] for key in _stored(entry) if f"{name}.{key}" in file.sources}
+        is_weight_only = issubclass(QUANTIZED_LAYERS[entry["class"]], WeightOnlyLayer)
+        identity = (*sources.values(), json.dumps(entry), id(old) if is_weight_only else None)
         if identity not in made:
-            state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
-            for key, tensor in state.items():
-                if tensor.dtype != DTYPES[key]:
-                    raise ValueError(
-                        f"quant_ops.load_: expected {name}.{key} of dtype {DTYPES[key]} in {file.path}, got {tensor.dtype}"
-                    )
-            if entry["arguments"]["asymmetric"] and "input_scale" in state:
-                raise ValueError(
-                    f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got an input_scale in an asymmetric layer, "
-                    "which finds the range of every input"
-                )
-            kind: Any = _CLASSES[entry["class"]]
-            arguments = {key: _from_json(value) for key, value in entry["arguments"].items()}
-            layer: Int8Layer = kind(**arguments, bias="bias" in state, device="meta")
-            layer.weight_bits = entry["weight_bits"]
-            layer.compute_dtype = _FLOATS[entry["compute_dtype"]] if "compute_dtype" in entry else old.weight.dtype
-            layer.channels_last = getattr(old, "channels_last", False) or is_channels_last(old.weight)
-            layer.config = entry["config"] and config.from_json(json.dumps(entry["config"]))
-            try:
-                layer.load_state_dict(state, assign=True)
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got: {error}") from error
+            layer = _layer(name, entry, sources, old, file, place, by_weight)
             made[identity] = layer.train(old.training)
         layers[name] = made[identity]
     return layers
+
+
+def _layer(
+    name: str,
+    entry: dict[str, Any],
+    sources: dict[str, str],
+    old: Any,
+    file: _File,
+    place: Callable[[Tensor], torch.device | str],
+    by_weight: dict[tuple[Any, ...], WeightOnlyLayer],
+) -> QuantizedLayer:
+    """A layer of a file, in place of ``old``; ``by_weight`` has those from which it may take its weight, and gets it."""
+    settings, arguments = entry["config"], {key: _from_json(value) for key, value in entry["arguments"].items()}
+    with _usable(name, file):
+        layer = QUANTIZED_LAYERS[entry["class"]].empty(arguments, bias="bias" in sources)
+    if isinstance(layer, Int8Layer):
+        layer.weight_bits = entry["weight_bits"]
+    layer.compute_dtype = _FLOATS[entry["compute_dtype"]] if "compute_dtype" in entry else old.weight.dtype
+    layer.channels_last = getattr(old, "channels_last", False) or is_channels_last(old.weight)
+    layer.config = settings and config.from_json(json.dumps(settings))
+    whole = True
+    if isinstance(layer, WeightOnlyLayer):
+        weight = [sources.get(key) for key in ("qweight", "weight_scale", "weight_zero_point")]
+        shared = by_weight.setdefault((*weight, layer.bits, layer.group_size, place(old.weight)), layer)
+        if shared is not layer:
+            with _usable(name, file):
+                layer.share_weight(shared)
+            sources, whole = {key: source for key, source in sources.items() if key == "bias"}, False
+    state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
+    for key, tensor in state.items():
+        if tensor.dtype != (wanted := layer.dtypes()[key]):
+            raise ValueError(f"quant_ops.load_: expected {name}.{key} of dtype {wanted} in {file.path}, got {tensor.dtype}")
+    if "input_scale" in state and arguments["asymmetric"]:
+        raise ValueError(
+            f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got an input_scale in an asymmetric layer, which "
+            "finds the range of every input"
+        )
+    with _usable(name, file):
+        layer.load_state_dict(state, strict=whole, assign=True)
+    return layer
+
+
+@contextlib.contextmanager
+def _usable(name: str, file: _File) -> Iterator[None]:
+    """Says of which layer what is wrong."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got: {error}") from error
 
 
 def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:

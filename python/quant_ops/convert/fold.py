@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .._models import Result, Table, has_hooks, patched, reasons
-from ..nn import Int8Layer
+from ..nn import QuantizedLayer
 
 _log = logging.getLogger("quant_ops")
 
@@ -41,7 +41,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # A BatchNorm1d accepts outputs of another rank from these layers too, but then it does not normalize their channels.
 _RANK: dict[type[nn.Module], int] = {nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3}
 
-_WATCHED = (*_PAIRS, _BatchNorm, Int8Layer)  # leaves of the graph, and what a run watches
+_WATCHED = (*_PAIRS, _BatchNorm, QuantizedLayer)  # leaves of the graph, and what a run watches
 
 _Found = nn.Module | str  # the layer that a BatchNorm may be folded into, or the reason why there is none
 
@@ -115,8 +115,8 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
 
 def _misfit(layer: Any, batchnorm: nn.Module, modules: _Modules) -> str | None:
     """Why this BatchNorm cannot be folded into this layer, although it directly follows it."""
-    if isinstance(layer, Int8Layer):
-        return f"{modules.describe(layer)} before it is int8 already. Fold before quantizing"
+    if isinstance(layer, QuantizedLayer):
+        return f"{modules.describe(layer)} before it is {layer.form} already. Fold before quantizing"
     if type(layer) not in _PAIRS and not isinstance(layer, tuple(_PAIRS)):
         return f"it follows {modules.describe(layer)}, no Linear or convolution"
     if reason := _unfit(layer, modules):
@@ -287,7 +287,7 @@ def _by_neighbours(modules: _Modules) -> dict[nn.Module, _Found]:
     for parent in modules.names:
         if type(parent) is nn.Sequential:
             for layer, batchnorm in itertools.pairwise(parent):
-                if batchnorm in found and isinstance(layer, (*_PAIRS, Int8Layer)):
+                if batchnorm in found and isinstance(layer, (*_PAIRS, QuantizedLayer)):
                     found[batchnorm] = layer
     return found
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .._models import count_batches, is_recomputing
 from ..formats import Format, WithGradient
-from ..nn import INT8_LAYERS, Int8Layer, as_linear, float_class
+from ..nn import INT8_LAYERS, WEIGHT_ONLY_LAYERS, Int8Layer, WeightOnlyLayer, WeightOnlyLinear, as_linear, float_class
 from ..observers import Observer
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.operand import Layout, Per, Rounding, amax_of, blocks_of, takes_amax
 from ..simulation.recast import Conv, ConvTranspose, Embedding, EmbeddingBag, Linear, Recast, Transposed, recast
-from .config import Int8Scheme, Int8Static, Scheme
+from .config import Int8Scheme, Int8Static, Scheme, WeightOnly
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -44,18 +44,33 @@ def choose_weight_scale(weight: Tensor, config: Int8Scheme) -> Tensor | None:
 
 def to_int8(layer: Any, config: Int8Scheme, weight_scale: Tensor | None = None, **settings: Any) -> Int8Layer:
     """The int8 layer of a float one by its config; settings are those of ``from_float``."""
-    if whole(layer.weight) is not layer.weight:
-        layer = recast(layer, float_class(layer))
-        for name in ("weight", "bias"):
-            if layer._parameters[name] is not None:
-                layer._parameters[name] = nn.Parameter(whole(layer._parameters[name].detach()))
-    layer = as_linear(layer)
+    layer = as_linear(_whole_layer(layer))
     if weight_scale is None:
         weight_scale = choose_weight_scale(layer.weight, config)
     kind = INT8_LAYERS[float_class(layer)]
     if not isinstance(config, Int8Static):
         settings["asymmetric"] = config.asymmetric
     made = kind.from_float(layer, weight_bits=config.weight_bits, weight_scale=weight_scale, **settings)
+    made.config = config
+    return made
+
+
+def _whole_layer(layer: Any) -> Any:
+    """The layer, or one with all of its parameters where FSDP2 has left a part in each process."""
+    if whole(layer.weight) is layer.weight:
+        return layer
+    layer = recast(layer, float_class(layer))
+    for name in ("weight", "bias"):
+        if (parameter := layer._parameters.get(name)) is not None:
+            layer._parameters[name] = nn.Parameter(whole(parameter.detach()))
+    return layer
+
+
+def to_weight_only(layer: Any, config: WeightOnly, shared_with: WeightOnlyLayer | None = None) -> WeightOnlyLayer:
+    """The weight-only layer of a float one by its config; ``shared_with`` is that of ``from_float``."""
+    kind: Any = WEIGHT_ONLY_LAYERS[float_class(layer)]
+    settings = config.settings() | (config.linear_settings() if kind is WeightOnlyLinear else {})
+    made: WeightOnlyLayer = kind.from_float(_whole_layer(layer), **settings, shared_with=shared_with)
     made.config = config
     return made
 
@@ -162,7 +177,7 @@ class Prepared(Recast):
 
     def to_int8(self) -> Int8Layer:
         """The int8 layer, with scales from the observed data."""
-        assert not isinstance(self.config, Simulated)
+        assert not isinstance(self.config, Simulated | WeightOnly)
         return to_int8(self, self.config, **self.input_qparams())
 
     def to_simulated(self) -> SimulatedLayer:

@@ -14,22 +14,22 @@ from torch.nn.utils import parametrize
 
 from .._description import Config
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
-from ..nn import INT8_LAYERS, Int8Layer, TransposedLinear, as_linear, exact_class
+from ..nn import INT8_LAYERS, WEIGHT_ONLY_LAYERS, QuantizedLayer, TransposedLinear, WeightOnlyLayer, as_linear, exact_class
 from ..nn.loading import check_loads
+from ..nn.weight_only import most_products
 from ..observers import Observer
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.recast import Recast
-from .config import Scheme
+from .config import Int8DynamicInt4Weight, Scheme, WeightOnly
 from .prepared import Prepared, is_sharded
 
 Filter = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Configs = Scheme | Mapping[Filter, Scheme | None]
 FLOAT = tuple(INT8_LAYERS)  # the float layers that have an int8 one
-FLOAT_OR_INT8: tuple[type[nn.Module], ...] = (*FLOAT, Int8Layer)
 SIMULABLE = tuple(SIMULATED)  # the float layers that have a simulated one
 
-_INT8_ALREADY = "int8 already"
+_ALREADY = {f"{form} already": form for form in ("int8", "int4")}  # reasons to leave a layer out, and what it is
 _REASON = "_quant_ops_reason"  # attribute of a layer that prepare_ skipped: why, for convert_
 _log = logging.getLogger("quant_ops")
 
@@ -43,7 +43,8 @@ class ConversionResult(Result):
         skipped: name and reason of every layer of the kinds that the call converts that stayed as it was, and of every other module
             that owns a float parameter of two or more dimensions, such as an LSTM.
         notes: name of a converted layer and what had to be assumed for it, or what its conversion could not do.
-        kind: what the call makes: "int8", "prepared", "qat" or "simulated".
+        kind: what the call makes: "int8", "int4", "int8 and int4", "prepared", "qat" or "simulated".
+        forms: of each quantized layer among the converted ones, "int8" or "int4".
         share: fraction of the model's weights (parameters of two or more dimensions) that are in layers of this kind now.
         bytes_before, bytes_after: memory that the whole model's tensors hold, packed copies included, what is shared once.
     """
@@ -52,16 +53,16 @@ class ConversionResult(Result):
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     kind: str = "int8"
+    forms: dict[str, str] = dataclasses.field(default_factory=dict)
     share: float | None = None
     bytes_before: int = 0
     bytes_after: int = 0
 
     def _table(self) -> Table:
         notes = {name: "".join(f"; {note}" for of, note in self.notes if of == name) for name, _ in self.notes}
-        lines = [(self.kind, name + notes.get(name, "")) for name in self.converted]
+        lines = [(self.forms.get(name, self.kind), name + notes.get(name, "")) for name in self.converted]
         lines += [
-            ("int8" if reason == _INT8_ALREADY else "float", text)
-            for (_, reason), text in zip(self.skipped, reasons(self.skipped), strict=True)
+            (_ALREADY.get(reason, "float"), text) for (_, reason), text in zip(self.skipped, reasons(self.skipped), strict=True)
         ]
         summary = f"{len(self.converted)} converted, {len(self.skipped)} skipped"
         if self.share is not None:
@@ -69,15 +70,15 @@ class ConversionResult(Result):
                 f"\n{self.kind}: {100 * self.share:.1f} % of the weights, "
                 f"{show_bytes(self.bytes_before)} -> {show_bytes(self.bytes_after)}"
             )
-        return summary, (self.kind, "float"), lines
+        return summary, tuple({label for label, _ in lines} | {"float"}), lines
 
 
 class Survey:
     """What a converting call says about the whole model: begun before the first layer is replaced, finished after the last."""
 
-    def __init__(self, op: str, model: nn.Module, simulated: bool = False) -> None:
-        self._op, self._model, self._classes = op, model, classes_for(simulated)
-        self._kinds = kinds_for(simulated)
+    def __init__(self, op: str, model: nn.Module, family: str = "int8") -> None:
+        self._op, self._model, self._family = op, model, family
+        self._classes = classes_for(family)
         self._before = _size(model)
         owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for name, module in model.named_modules():
@@ -92,8 +93,10 @@ class Survey:
     def finish(self, result: ConversionResult) -> ConversionResult:
         """Adds what stayed float beside the layers, tied weights, and sizes; warns if nothing was converted, and logs."""
         model, done = self._model, _DONE[result.kind]
+        made = {name: model.get_submodule(name) for name in result.converted}
+        result.forms = {name: layer.form for name, layer in made.items() if isinstance(layer, QuantizedLayer)}
         _remember(model, result, self._classes)
-        form = "int8" if self._classes == FLOAT_OR_INT8 else "simulated"
+        form = "int8" if result.kind in ("prepared", "qat") else result.kind
         result.skipped += [
             (name, _no_form(module, weights, form)) for name, module, weights in _other_weights(model, self._classes)
         ]
@@ -101,21 +104,26 @@ class Survey:
         result.skipped.sort(key=lambda entry: order.get(entry[0], len(order)))
         for name in result.converted:
             for other in self._tied.get(name, ()):
-                kept = not isinstance(model.get_submodule(other), done)
-                if kept or result.kind == "int8":
-                    what = "stays float" if kept else "has an int8 copy of its own"
-                    cost = ": the int8 weight comes on top of it" if kept and result.kind == "int8" else ""
-                    result.notes.append(
-                        (name, f"its weight is tied to that of {other or 'the model itself'!r}, which {what}{cost}")
-                    )
+                layer, partner = made[name], model.get_submodule(other)
+                kept = not isinstance(partner, done)
+                if not isinstance(layer, QuantizedLayer):
+                    what = "stays float" if kept else ""
+                elif kept:
+                    what = f"stays float: the {layer.form} weight comes on top of it"
+                elif isinstance(layer, WeightOnlyLayer) and layer.shares_weight(partner):
+                    what = f"shares the {layer.form} weight"
+                else:
+                    what = f"has an {partner.form} copy of its own"
+                if what:
+                    result.notes.append((name, f"its weight is tied to that of {other or 'the model itself'!r}, which {what}"))
         result.bytes_before = self._before
         measure(model, result)
         _log.info("%s", result)
         if not result.converted:
             found = "; ".join(reasons(result.skipped)[:3]) + ("; ..." if len(result.skipped) > 3 else "")
             warnings.warn(
-                f"quant_ops.{self._op}: expected at least one {self._kinds} to convert, got none: the model stays as it was"
-                f"{f' ({found})' if found else ''}.",
+                f"quant_ops.{self._op}: expected at least one {_KINDS[self._family]} to convert, got none: the model stays as it "
+                f"was{f' ({found})' if found else ''}.",
                 stacklevel=4,
             )
         return result
@@ -134,7 +142,7 @@ def _remember(model: nn.Module, result: ConversionResult, classes: tuple[type[nn
     if result.kind in ("prepared", "qat"):
         for name, reason in result.skipped:
             layer = model.get_submodule(name)
-            if not isinstance(layer, Prepared | Int8Layer):
+            if not isinstance(layer, Prepared | QuantizedLayer):
                 vars(layer)[_REASON] = reason
 
 
@@ -183,10 +191,13 @@ def _share(model: nn.Module, done: Any) -> float:
     weights: dict[int, torch.Size] = {}  # a float weight that several of them share counts once
     for layer in layers:
         parameter = layer._parameters.get("weight")
-        if parameter is None and not isinstance(layer, Int8Layer):
+        if isinstance(layer, QuantizedLayer):
+            held: Any = layer._buffers["packed_weight"]  # which tied layers share
+            weights[id(layer if held is None else held)] = layer.weight.shape
+        elif parameter is None:
             weights.update({id(p): p.shape for p in layer.parameters() if _is_weight(p)})
         else:
-            weights[id(layer if parameter is None else parameter)] = layer.weight.shape
+            weights[id(parameter)] = layer.weight.shape
     taken = sum(map(math.prod, weights.values()))
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = sum(
@@ -199,9 +210,8 @@ def _share(model: nn.Module, done: Any) -> float:
 
 # What makes up the share of the weights that a call reports, by its kind.
 _DONE: dict[str, tuple[type[nn.Module], ...]] = {
-    "int8": (Int8Layer,),
-    "prepared": (Int8Layer, Recast),
-    "qat": (Int8Layer, Recast),
+    **dict.fromkeys(("int8", "int4", "int8 and int4"), (QuantizedLayer,)),
+    **dict.fromkeys(("prepared", "qat"), (QuantizedLayer, Recast)),
     "simulated": (SimulatedLayer,),
 }
 
@@ -215,15 +225,25 @@ class Places:
     parents: list[tuple[nn.Module, str]]
 
 
-def is_simulated(op: str, config: Configs) -> bool:
-    """Whether the configs are those of simulated layers."""
-    configs = config.values() if isinstance(config, Mapping) else [config]
-    found = {isinstance(one, Simulated) for one in configs if one is not None}
+def family_of(op: str, config: Configs) -> str:
+    """What the configs make, which says which layers a call is about: "int8", "weight-only" (perhaps among int8), "simulated"."""
+    configs = [one for one in (config.values() if isinstance(config, Mapping) else [config]) if one is not None]
+    found = {isinstance(one, Simulated) for one in configs}
     if len(found) > 1:
         raise TypeError(
-            f"quant_ops.{op}: expected configs of int8 layers or of simulated ones, got both. Call it once for each, with include="
+            f"quant_ops.{op}: expected configs of quantized layers or of simulated ones, got both. Call it once for each, with "
+            "include="
         )
-    return True in found
+    if True in found:
+        return "simulated"
+    return "weight-only" if any(isinstance(one, WeightOnly) for one in configs) else "int8"
+
+
+def float_classes(config: Scheme) -> tuple[type[nn.Module], ...]:
+    """The float layers that a config of quantized layers has a form for."""
+    if isinstance(config, Int8DynamicInt4Weight):
+        return nn.Linear, TransposedLinear
+    return tuple(WEIGHT_ONLY_LAYERS) if isinstance(config, WeightOnly) else FLOAT
 
 
 def _matches(name: str, module: nn.Module, filter: Filter, names: Container[str]) -> bool:
@@ -252,7 +272,13 @@ def fitting(layer: Any, config: Scheme) -> Scheme | str:
     if isinstance(config, Simulated) or nn.parameter.is_lazy(layer.weight):
         return config
     weight: Any = as_linear(layer).weight
-    if (products := weight.shape[1:].numel()) <= _MOST_PRODUCTS[config.asymmetric]:
+    products = weight.shape[1:].numel()
+    if isinstance(config, WeightOnly):
+        settings = config.settings() | config.linear_settings()
+        limit = most_products(settings["bits"], settings["asymmetric"], settings.get("asymmetric_input", False))
+        fits = not settings.get("dynamic") or settings["group_size"] != -1 or products <= limit
+        return config if fits else f"each output sums {products} products; an int32 sum is exact for at most {limit}"
+    if products <= _MOST_PRODUCTS[config.asymmetric]:
         return config
     if products <= _MOST_PRODUCTS[False]:
         return dataclasses.replace(config, asymmetric=False)
@@ -268,8 +294,8 @@ def _show_all(filters: Iterable[Filter]) -> str:
 
 
 def _skip_reason(module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.Module], ...], simulated: bool) -> str | None:
-    if isinstance(module, Int8Layer):
-        return _INT8_ALREADY
+    if isinstance(module, QuantizedLayer):
+        return f"{module.form} already"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself and never calls the layer"
     if "parametrizations" in module._modules:
@@ -289,12 +315,20 @@ def _skip_reason(module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.M
         return (
             "its weight is computed by a hook. Remove it first, e.g. with remove_weight_norm, remove_spectral_norm or prune.remove"
         )
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.max_norm is not None or module.sparse):
-        what = "max_norm changes its weight in every call" if module.max_norm is not None else "its gradients are sparse"
-        return f"{what}, which a rounded weight does not allow"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return f"max_norm changes its weight in every call, which a {'rounded' if simulated else 'packed'} weight does not allow"
+    if simulated and isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        return "its gradients are sparse, which a rounded weight does not allow"
     if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     return patched(module)
+
+
+def _no_config_form(module: nn.Module, config: Scheme | None) -> str | None:
+    """Why a config does not apply to a layer that others apply to."""
+    if config is None or isinstance(config, Simulated) or isinstance(module, (QuantizedLayer, *float_classes(config))):
+        return None
+    return f"{type(module).__name__} has no form of {type(config).__name__}"
 
 
 def _is_unchanged(module: nn.Module) -> bool:
@@ -311,32 +345,38 @@ def simulable_class(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in SIMULATED if isinstance(module, kind))
 
 
-def classes_for(simulated: bool) -> tuple[type[nn.Module], ...]:
-    """The layers that a call is about: those that it can convert, and int8 ones."""
-    return (*SIMULABLE, Int8Layer) if simulated else FLOAT_OR_INT8
+FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
+    "int8": FLOAT,
+    "weight-only": tuple(dict.fromkeys((*FLOAT, *WEIGHT_ONLY_LAYERS))),
+    "simulated": SIMULABLE,
+}
+_KINDS = {
+    "int8": "Linear, Conv1d or Conv2d",
+    "weight-only": "Linear, Conv1d, Conv2d or Embedding",
+    "simulated": "layer that can be simulated",
+}  # the same, for messages
 
 
-def kinds_for(simulated: bool) -> str:
-    """The same, for messages."""
-    return "layer that can be simulated" if simulated else "Linear, Conv1d or Conv2d"
+def classes_for(family: str) -> tuple[type[nn.Module], ...]:
+    """The layers that a call is about: those that it can convert, and quantized ones."""
+    return (*FAMILIES[family], QuantizedLayer)
 
 
-def check_model(op: str, model: nn.Module, simulated: bool = False) -> None:
+def check_model(op: str, model: nn.Module, family: str = "int8") -> None:
     """A layer cannot be replaced in place in itself."""
-    kinds = SIMULABLE if simulated else FLOAT
+    kinds = FAMILIES[family]
     if isinstance(model, kinds):
         kind = next(kind for kind in kinds if isinstance(model, kind))
         shown = type(model) if kind is TransposedLinear else kind
-        remedy = "Wrap it" if simulated else f"Use {INT8_LAYERS[kind].__name__}.from_float, or wrap it"
+        made = (WEIGHT_ONLY_LAYERS | INT8_LAYERS if family == "int8" else INT8_LAYERS | WEIGHT_ONLY_LAYERS).get(kind)
+        remedy = "Wrap it" if family == "simulated" or made is None else f"Use {made.__name__}.from_float, or wrap it"
         raise ValueError(
             f"quant_ops.{op}: expected a model that contains layers, got a bare {shown.__name__}, which cannot be replaced in "
             f"place. {remedy} in an nn.Sequential."
         )
 
 
-def all_layers(
-    model: nn.Module, classes: tuple[type[nn.Module], ...] = FLOAT_OR_INT8
-) -> list[tuple[str, nn.Module, nn.Module, str]]:
+def all_layers(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module, nn.Module, str]]:
     """Name, layer, parent and attribute of every layer of the classes, in the model's order, under every name that it has."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return [
@@ -353,7 +393,7 @@ def select(
     include: Sequence[Filter],
     exclude: Sequence[Filter],
     kinds: tuple[type[Scheme], ...],
-    accepted: tuple[type[nn.Module], ...] = FLOAT,
+    accepted: tuple[type[nn.Module], ...] = FAMILIES["weight-only"],
     result_kind: str = "int8",
 ) -> tuple[dict[nn.Module, Places], ConversionResult]:
     """The layers that a call converts, in the model's order, and why it leaves out the others.
@@ -364,21 +404,24 @@ def select(
     for one in configs.values():
         if one is not None and not isinstance(one, kinds):
             named = " or ".join([", ".join(kind.__name__ for kind in kinds[:-1]), kinds[-1].__name__])
-            remedy = ". Use prepare_, calibrate and convert_." if isinstance(one, Config) else ""
+            remedy = ""
+            if isinstance(one, Config):
+                remedy = ". Use quantize_." if isinstance(one, WeightOnly) else ". Use prepare_, calibrate and convert_."
             raise TypeError(f"quant_ops.{op}: expected config to be {named}, got {type(one).__name__}{remedy}")
-    simulated = is_simulated(op, config)
+    family = family_of(op, config)
+    simulated = family == "simulated"
     for argument, filters in (("include", include), ("exclude", exclude)):
         if isinstance(filters, str):
             raise TypeError(f"quant_ops.{op}: expected {argument} to be a list of patterns, got one str. Write [{filters!r}].")
-    check_model(op, model, simulated)
-    layers = all_layers(model, classes_for(simulated))
+    check_model(op, model, family)
+    layers = all_layers(model, classes_for(family))
     names = {name for name, *_ in layers}
     for filter in (*include, *exclude, *configs):
         exact = isinstance(filter, str | type) and filter != "*"
         if exact and not any(_matches(name, module, filter, names) for name, module, *_ in layers):
             what = "pattern" if isinstance(filter, str) else "class"
             raise ValueError(
-                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {kinds_for(simulated)}, got none of "
+                f"quant_ops.{op}: expected the {what} {_show(filter)} to match a {_KINDS[family]}, got none of "
                 f"{[name for name, *_ in layers]}"
             )
 
@@ -389,7 +432,7 @@ def select(
         found: Filter | None
         if isinstance(parent, nn.MultiheadAttention) and (parent in places or isinstance(parent, SimulatedLayer)):
             continue  # a part of that layer
-        reason = _INT8_ALREADY if isinstance(module, Int8Layer) else None
+        reason = f"{module.form} already" if isinstance(module, QuantizedLayer) else None
         if reason is None and (found := _first(exclude, name, module, names)) is not None:
             reason = f"excluded by {_show(found)}"
         elif reason is None and _first(include, name, module, names) is None:
@@ -397,7 +440,7 @@ def select(
         elif reason is None:
             found = _first(tuple(configs), name, module, names)
             chosen = configs[found] if found is not None else None
-            reason = _skip_reason(module, parent, accepted, simulated)
+            reason = _no_config_form(module, chosen) or _skip_reason(module, parent, accepted, simulated)
             if reason is None and chosen is None:
                 reason = f"no config for it among {_show_all(configs)}" if found is None else f"{_show(found)} has no config"
             if reason is None and chosen is not None:
@@ -414,7 +457,7 @@ def select(
             raise ValueError(
                 f"quant_ops.{op}: expected finite weights, got NaN or Inf, in layer {name!r}. Exclude it, or mend it first."
             )
-        if result_kind != "int8" and any(map(is_sharded, weights)):
+        if result_kind in ("prepared", "qat", "simulated") and any(map(is_sharded, weights)):
             raise ValueError(
                 f"quant_ops.{op}: expected whole weights, got a sharded one (DTensor) in layer {name!r}. Call {op}, and calibrate, "
                 "before the model is sharded."
@@ -447,7 +490,7 @@ def leave_fused_paths(model: nn.Module) -> None:
     """Turns off the fused inference paths of torch's encoders, which read float weights and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, Int8Layer | Recast) for part in module.modules()
+            isinstance(part, QuantizedLayer | Recast) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # nested tensors are for the fused path

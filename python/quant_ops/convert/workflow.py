@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from .._models import count_batches, patched
-from ..nn import Int8Layer, float_class
+from ..nn import QuantizedLayer, WeightOnlyLayer, float_class, show_forms
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
 from ..simulation.operand import takes_amax
-from .config import Int8Dynamic, Int8Static, Scheme
-from .prepared import PREPARED, Prepared, to_int8
+from .config import Int4WeightOnly, Int8Dynamic, Int8DynamicInt4Weight, Int8Static, Int8WeightOnly, Scheme, WeightOnly
+from .prepared import PREPARED, Prepared, to_int8, to_weight_only
 from .qat import QAT
 from .select import (
     FLOAT,
@@ -24,8 +24,8 @@ from .select import (
     all_layers,
     check_model,
     classes_for,
+    family_of,
     fitting,
-    is_simulated,
     remembered,
     replace_,
     select,
@@ -34,6 +34,7 @@ from .select import (
 from .steps import connect_
 
 _EVERYTHING: tuple[Filter, ...] = ("*",)
+_WITHOUT_DATA: tuple[type[Scheme], ...] = (Int8Dynamic, Int8WeightOnly, Int4WeightOnly, Int8DynamicInt4Weight, Simulated)
 
 
 def quantize_(
@@ -47,12 +48,16 @@ def quantize_(
 
     The Conv1D of transformers (GPT-2), a linear layer, becomes a :class:`QuantLinear` of the transposed weight.
 
+    With :class:`Int8WeightOnly` and :class:`Int4WeightOnly` the nn.Linear and nn.Embedding layers are replaced, with
+    :class:`Int8DynamicInt4Weight` the nn.Linear ones. An embedding and a head that have one weight share one packed weight then.
+    ``exclude=[nn.Embedding]`` keeps the embeddings.
+
     A layer that the model uses in several places stays shared. Each float weight is freed as soon as its layer is replaced.
 
     Args:
         model: any module; its own layers are replaced, so it must not be such a layer itself.
         config: default ``Int8Dynamic()``. A mapping from filters to configs gives every layer the config of the first filter that
-            matches; None leaves it float.
+            matches; None leaves it float. Kinds may be mixed: ``{"*.mlp.*": Int4WeightOnly(), "*": Int8Dynamic()}``.
         include, exclude: filters: patterns of ``fnmatch`` over the names of ``model.named_modules()`` (``["*.head"]``), classes
             (``[nn.Conv2d]``), or functions of name and module that return a bool. Exclusion wins.
 
@@ -66,14 +71,42 @@ def quantize_(
             with two names gets two configs.
     """
     config = Int8Dynamic() if config is None else config
-    simulated = is_simulated("quantize_", config)
-    kind = "simulated" if simulated else "int8"
-    places, result = select("quantize_", model, config, include, exclude, (Int8Dynamic, Simulated), result_kind=kind)
+    family = family_of("quantize_", config)
+    kind = "simulated" if family == "simulated" else "int8"
+    places, result = select("quantize_", model, config, include, exclude, _WITHOUT_DATA, result_kind=kind)
+    if family == "weight-only":
+        result.kind = show_forms(_form(place.config) for place in places.values())
+    tied = _tied(places)
 
     def make(module: nn.Module, config: Any) -> nn.Module:
-        return simulated_layer(module, config) if isinstance(config, Simulated) else to_int8(module, config)
+        if isinstance(config, Simulated):
+            return simulated_layer(module, config)
+        if not isinstance(config, WeightOnly):
+            return to_int8(module, config)
+        made, settings = tied.get(module, {}), tuple(config.settings().items())
+        layer = to_weight_only(module, config, made.get(settings))
+        made.setdefault(settings, layer)
+        return layer
 
-    return _replaced("quantize_", model, simulated, places, result, make)
+    return _replaced("quantize_", model, family, places, result, make)
+
+
+def _form(config: Scheme) -> str:
+    """What a config makes of weights."""
+    return f"int{config.settings()['bits']}" if isinstance(config, WeightOnly) else "int8"
+
+
+def _tied(places: dict[nn.Module, Places]) -> dict[nn.Module, dict[Any, WeightOnlyLayer]]:
+    """A dictionary for each layer whose weight is that of others too; it is the same for all of them."""
+    by_weight: dict[int, list[nn.Module]] = {}
+    for module in places:
+        by_weight.setdefault(id(module._parameters.get("weight")), []).append(module)
+    tied: dict[nn.Module, dict[Any, WeightOnlyLayer]] = {}
+    for modules in by_weight.values():
+        made: dict[Any, WeightOnlyLayer] = {}
+        if len(modules) > 1:
+            tied |= dict.fromkeys(modules, made)
+    return tied
 
 
 def simulated_layer(module: nn.Module, config: Simulated) -> SimulatedLayer:
@@ -84,13 +117,13 @@ def simulated_layer(module: nn.Module, config: Simulated) -> SimulatedLayer:
 def _replaced(
     op: str,
     model: nn.Module,
-    simulated: bool,
+    family: str,
     places: dict[nn.Module, Places],
     result: ConversionResult,
     make: Callable[[nn.Module, Any], nn.Module],
 ) -> ConversionResult:
     """Replaces the selected layers by what ``make`` makes of each and its config."""
-    survey = Survey(op, model, simulated)
+    survey = Survey(op, model, family)
 
     def replacement(module: nn.Module, place: Places) -> nn.Module:
         layer = make(module, place.config)
@@ -135,7 +168,7 @@ def prepare_(
         layer.is_uncalibrated = True
         return layer
 
-    return _replaced("prepare_", model, is_simulated("prepare_", config), places, result, make)
+    return _replaced("prepare_", model, family_of("prepare_", config), places, result, make)
 
 
 def _expect_calibrated(place: Places) -> None:
@@ -176,8 +209,8 @@ def prepare_qat_(
         chosen: Configs = found[0] if found else Int8Static()
     else:
         chosen = config
-    simulated = is_simulated("prepare_qat_", chosen)
-    kind = "simulated" if simulated else "qat"
+    family = family_of("prepare_qat_", chosen)
+    kind = "simulated" if family == "simulated" else "qat"
     places, result = select("prepare_qat_", model, chosen, include, exclude, kinds, accepted, result_kind=kind)
 
     def make(module: nn.Module, given: Any) -> nn.Module:
@@ -189,7 +222,7 @@ def prepare_qat_(
         layer = module.to_float() if module.unreached() else module.to_simulated()
         return SIMULATED[module.float_class].from_float(layer, wanted)
 
-    return _replaced("prepare_qat_", model, simulated, places, result, make)
+    return _replaced("prepare_qat_", model, family, places, result, make)
 
 
 def convert_(model: nn.Module) -> ConversionResult:
@@ -206,10 +239,11 @@ def convert_(model: nn.Module) -> ConversionResult:
         ValueError: the model is not prepared, no layer has seen data, or a weight holds NaN or Inf. The model is then as it was.
     """
     simulated = any(isinstance(module, Prepared) and isinstance(module.config, Simulated) for module in model.modules())
-    check_model("convert_", model, simulated)
-    result = ConversionResult(kind="simulated" if simulated else "int8")
+    family = "simulated" if simulated else "int8"
+    check_model("convert_", model, family)
+    result = ConversionResult(kind=family)
     places: dict[nn.Module, Places] = {}
-    layers = all_layers(model, classes_for(simulated))
+    layers = all_layers(model, classes_for(family))
     for name, module, parent, attribute in layers:
         if isinstance(module, Prepared):
             places.setdefault(module, Places(name, module.config, [])).parents.append((parent, attribute))
@@ -247,13 +281,13 @@ def convert_(model: nn.Module) -> ConversionResult:
     with torch.inference_mode(False):
         made = {module: make(module) for module in places}  # all of them before the first is replaced: one may fail
     for name, module, *_ in layers:
-        if isinstance(module, Int8Layer):
-            result.skipped.append((name, "int8 already"))
+        if isinstance(module, QuantizedLayer):
+            result.skipped.append((name, f"{module.form} already"))
         elif isinstance(module, SimulatedLayer):
             result.skipped.append((name, "simulated already, with scales from the data of each call"))
         elif not isinstance(module, Prepared):
             result.skipped.append((name, remembered(module)))
-    return _replaced("convert_", model, simulated, places, result, lambda module, _: made.pop(module))
+    return _replaced("convert_", model, family, places, result, lambda module, _: made.pop(module))
 
 
 def _assumptions(layer: Prepared) -> list[str]:

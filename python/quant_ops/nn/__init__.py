@@ -1,33 +1,63 @@
-"""Drop-in int8 layers for inference. They know nothing of how a model is calibrated or converted."""
+"""Drop-in quantized layers for inference. They know nothing of how a model is calibrated or converted."""
+
+from collections.abc import Iterable
 
 from torch import nn
 
-from .base import Int8Layer, quantize_weight
+from .base import QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d
+from .int8 import Int8Layer, quantize_weight
 from .linear import QuantLinear
 from .transposed import TransposedLinear, as_linear, exact_class
+from .weight_only import GROUP_SIZES, WeightOnlyLayer, WeightOnlyLinear
 
 # each under the float layer in whose place it stands
 INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
     **{kind.float_class: kind for kind in (QuantLinear, QuantConv1d, QuantConv2d)},
     TransposedLinear: QuantLinear,
 }
+WEIGHT_ONLY_LAYERS: dict[type[nn.Module], type[WeightOnlyLayer]] = {
+    nn.Linear: WeightOnlyLinear,
+    TransposedLinear: WeightOnlyLinear,
+}
+QUANTIZED_LAYERS: dict[str, type[QuantizedLayer]] = {
+    kind.__name__: kind for kind in (*INT8_LAYERS.values(), *WEIGHT_ONLY_LAYERS.values())
+}
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """Which key of :data:`INT8_LAYERS` a float layer belongs to: itself or its base class."""
-    return next(kind for kind in INT8_LAYERS if isinstance(module, kind))
+    """Which float layer that has a quantized one a layer is: its class or base class."""
+    return next(kind for kind in (*INT8_LAYERS, *WEIGHT_ONLY_LAYERS) if isinstance(module, kind))
+
+
+def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a quantized layer of this class may stand in place of a float layer, which is of no subclass."""
+    exact = exact_class(module)
+    return kind in (INT8_LAYERS.get(exact), WEIGHT_ONLY_LAYERS.get(exact))
+
+
+def show_forms(forms: Iterable[str]) -> str:
+    """Those of several layers in one word, for results."""
+    return " and ".join(sorted(set(forms), reverse=True)) or "int8"
 
 
 __all__ = [
+    "GROUP_SIZES",
     "INT8_LAYERS",
+    "QUANTIZED_LAYERS",
+    "WEIGHT_ONLY_LAYERS",
     "Int8Layer",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
+    "QuantizedLayer",
     "TransposedLinear",
+    "WeightOnlyLayer",
+    "WeightOnlyLinear",
     "as_linear",
     "exact_class",
     "float_class",
+    "is_original",
     "quantize_weight",
+    "show_forms",
 ]

@@ -1,4 +1,4 @@
-"""int8 convolutions: QuantConv2d and QuantConv1d, which is the same operator on images of height 1. Read first: base.py."""
+"""int8 convolutions: QuantConv2d and QuantConv1d, which is the same operator on images of height 1. Read first: int8.py."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Int8Layer
+from .int8 import Int8Layer
 from .weight import as_image_kernel
 
 _conv2d = torch.ops.quant_ops.int8_conv2d.default

@@ -1,9 +1,9 @@
-"""``y = x W^T + b`` with int8 x and W: QuantLinear. Read first: base.py."""
+"""``y = x W^T + b`` with int8 x and W: QuantLinear. Read first: int8.py."""
 
 import torch
 from torch import Tensor, nn
 
-from .base import Int8Layer
+from .int8 import Int8Layer
 
 _linear = torch.ops.quant_ops.int8_linear.default
 

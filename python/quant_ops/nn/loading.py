@@ -1,4 +1,4 @@
-"""A refused ``load_state_dict`` of a model with int8 layers changes nothing: all is looked at before anything is written.
+"""A refused ``load_state_dict`` of a model with quantized layers changes nothing: all is looked at before anything is written.
 
 torch loads module by module and raises at the end. A hook of the model itself comes first. It cannot know whether missing names
 will be allowed (``strict``), so those are torch's affair as ever.
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base import Int8Layer
+from .base import QuantizedLayer
 from .saving import size_mismatch
 
 
 def check_loads(model: nn.Module) -> None:
-    """Lets ``load_state_dict`` of a model look at all of its int8 layers, and at all shapes, before it writes anything."""
+    """Lets ``load_state_dict`` of a model look at all of its quantized layers, and at all shapes, before it writes anything."""
     if all(getattr(hook, "hook", None) is not _refuse_before_loading for hook in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_refuse_before_loading)
 
@@ -23,7 +23,7 @@ def _refuse_before_loading(model: nn.Module, state_dict: dict[str, Any], prefix:
     problems = []
     for name, module in model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         start = f"{name}." if name else ""
-        if isinstance(module, Int8Layer):
+        if isinstance(module, QuantizedLayer):
             problems.append(module.refusal(state_dict, start))
         elif type(module)._load_from_state_dict is nn.Module._load_from_state_dict:  # no other shapes are made to fit
             problems += _size_mismatches(module, state_dict, start)

@@ -1,7 +1,7 @@
-"""Moving, saving and loading an int8 layer. A refused state_dict changes nothing, and packed weights are made again, never saved.
+"""Moving, saving and loading a quantized layer. A refused state_dict changes nothing, and packed weights are in none.
 
-On the CPU there is a packed weight alone, so that whatever leaves the layer is unpacked first, but for processes of
-``torch.multiprocessing``, which share it. Read first: state.py; next: loading.py.
+Whatever goes into a state_dict is unpacked first; processes of ``torch.multiprocessing`` share the packed weight. Read first:
+state.py; next: loading.py.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 
 from .state import NO_STAND_IN, LayerState
-from .weight import placeholder, unpacked
+from .weight import placeholder
 
 _Self = TypeVar("_Self", bound="SavedState")
 
-DTYPES = {
-    "qweight": torch.int8,
-    "weight_scale": torch.float32,
-    "bias": torch.float32,
-    "input_scale": torch.float32,
-    "input_zero_point": torch.int32,
-    "output_scale": torch.float32,
-    "output_zero_point": torch.int32,
-}  # of the buffers in the state_dict
 _DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
 
 
@@ -65,16 +56,32 @@ class SavedState(LayerState):
                 self._buffers[name] = old.to(buffer.device)  # .half() and friends: scales and bias stay float32
         self.compute_dtype = probe.dtype
         self.channels_last = is_channels_last(probe)
-        old_scale, old_packed = before["weight_scale"], before["packed_weight"]
+        old_scale = before["weight_scale"]
         if old_scale is not None and old_scale.device != self.device:
-            if self._buffers["qweight"] is None:
-                assert old_packed is not None
-                self._buffers["qweight"] = fn(unpacked(old_packed, self._weight_shape, self.groups))
-            self._pack()
+            self._placeholder = placeholder(self._weight_shape, self.device)
+            self._moved(before, fn)
         return self
 
+    def _moved(self, before: dict[str, Tensor | None], fn: Any) -> None:
+        """Brings the weight to the device where fn has brought the other buffers."""
+        raise NotImplementedError
+
+    # ---- the state_dict --------------------------------------------------------------------------------------------------
+
+    def saved_shape(self) -> torch.Size:
+        """Of ``qweight`` in the state_dict."""
+        raise NotImplementedError
+
+    def _saved_codes(self) -> Tensor:
+        """``qweight`` in the state_dict."""
+        return self.qweight
+
+    def _codes_of(self, saved: Tensor) -> Tensor:
+        """The codes of ``qweight`` in a state_dict."""
+        return saved
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "qweight"] = self.qweight
+        destination[prefix + "qweight"] = self._saved_codes()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
@@ -83,29 +90,34 @@ class SavedState(LayerState):
         Raises:
             ValueError: scales or zero points that no layer could use.
         """
-        layer = f"quant_ops.{type(self).__name__}"
-        own = {name: state_dict[prefix + name] for name in (*DTYPES, "weight") if prefix + name in state_dict}
+        layer, dtypes = f"quant_ops.{type(self).__name__}", self.dtypes()
+        own = {name: state_dict[prefix + name] for name in (*dtypes, "weight") if prefix + name in state_dict}
         if "weight" in own and "qweight" not in own and own["weight"].dtype == torch.int8:
             own["qweight"] = own.pop("weight")  # written before version 2
         if "weight" in own:
             return (
-                f"{layer}: expected int8 codes {prefix + 'qweight'!r}, got the float weight {prefix + 'weight'!r}. Load the float "
-                "checkpoint into the float model, and quantize that."
+                f"{layer}: expected {self.form} codes {prefix + 'qweight'!r}, got the float weight {prefix + 'weight'!r}. Load the "
+                "float checkpoint into the float model, and quantize that."
             )
         for name, tensor in own.items():
             if not isinstance(tensor, Tensor):
                 return f"{layer}: expected {prefix + name!r} to be a Tensor, got {type(tensor).__name__}"
-            wanted = DTYPES[name]
+            wanted = dtypes[name]
             if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
                 return f"{layer}: expected {prefix + name!r} of dtype {wanted}, got {tensor.dtype}"
             held = self._buffers[name]
-            shape = self._weight_shape if name == "qweight" else held.shape if held is not None else None
+            shape = self.saved_shape() if name == "qweight" else held.shape if held is not None else None
             if shape is not None and tensor.shape != shape and not (tensor.numel() == 1 and shape in ((), (1,))):
                 return size_mismatch(prefix + name, tensor.shape, shape)
-        if "qweight" in own and "weight_scale" not in own:
-            return f"{layer}: expected {prefix + 'weight_scale'!r} with {prefix + 'qweight'!r}, got the codes alone"
+        for name in self._with_codes():
+            if "qweight" in own and name not in own:
+                return f"{layer}: expected {prefix + name!r} with {prefix + 'qweight'!r}, got the codes alone"
         self._check({**self._buffers, **own})
         return None
+
+    def _with_codes(self) -> tuple[str, ...]:
+        """The buffers without which codes have no meaning."""
+        return ("weight_scale",)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: Any
@@ -118,48 +130,43 @@ class SavedState(LayerState):
         old_name, name = prefix + "weight", prefix + "qweight"
         if old_name in state_dict:
             state_dict[name] = state_dict.pop(old_name)
-        for buffer, dtype in DTYPES.items():
+        for buffer, dtype in self.dtypes().items():
             stored, held = state_dict.get(prefix + buffer), self._buffers[buffer]
             if stored is not None and stored.dtype != dtype:
                 state_dict[prefix + buffer] = stored = stored.to(dtype)
-            if stored is not None and buffer.startswith(("input_", "output_")):
-                if stored.numel() == 1:
-                    state_dict[prefix + buffer] = stored = stored.reshape(())
-                if held is None or held.shape != stored.shape:  # a checkpoint says whether the layer is static
-                    self._buffers[buffer] = torch.empty_like(stored, device=self.device)
-                if buffer == "input_scale":
-                    self.asymmetric = False  # which is of layers that find the range of every input
+            if stored is not None:
+                state_dict[prefix + buffer] = self._make_room(buffer, stored)
             if held is not None and held is self._buffers[buffer] and held.is_inference() and not torch.is_inference_mode_enabled():
                 self._buffers[buffer] = held.clone()  # it could not be written into
-        arrives, kept = name in state_dict, (self._buffers["qweight"], self._buffers["packed_weight"])
-        if kept[0] is None:
-            self._buffers["qweight"] = torch.empty(self._weight_shape, dtype=torch.int8, device=self.device if arrives else "meta")
+        saved, codes = state_dict.pop(name, None), self._buffers["qweight"]
+        if saved is None and strict:
+            missing_keys.append(name)
+        self._buffers["qweight"] = None  # torch would write into it, or assign what is packed first
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        if not arrives:
-            self._buffers["qweight"], self._buffers["packed_weight"] = kept
-        elif self._buffers["qweight"] is not None:
-            self._pack()
-        self._count_steps()
+        self._buffers["qweight"] = codes
+        if saved is not None:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._hold(self._codes_of(saved if assign else saved.to(self.device)), in_place=not assign)
+        self._loaded()
+
+    def _make_room(self, name: str, stored: Tensor) -> Tensor:
+        """Prepares a buffer for what is about to be loaded into it, which is returned, perhaps in another shape."""
+        return stored
+
+    def _loaded(self) -> None:
+        """Called after a state_dict was loaded."""
+
+    # ---- pickles ---------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self._attributes()
-        state["_buffers"] = {**state["_buffers"], "qweight": self.qweight, "packed_weight": None}
-        return state
+        return self._attributes()
 
     def _attributes(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        b = self._buffers
-        if "qweight" not in b:  # pickled before version 2
-            self._buffers = b = {"qweight": b.pop("weight"), **b}
-            self.__dict__.pop("_was_packed_only", None)
-            assert b["qweight"] is not None
-            self._weight_shape, self.compute_dtype, self.channels_last = b["qweight"].shape, torch.float32, False
-        self._placeholder, self._stand_in = placeholder(self._weight_shape), NO_STAND_IN
-        if b["packed_weight"] is None:
-            self._pack()
+        self._placeholder, self._stand_in = placeholder(self._weight_shape, self.device), NO_STAND_IN
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """To another process of this machine a layer goes as it is, its packed weight in shared memory."""

@@ -1,24 +1,20 @@
-"""What an int8 layer holds: buffers, which scales are allowed, and its weight. Plain buffers, so that deepcopy, DDP and .to() work.
+"""What a quantized layer holds: its weight, scales, bias. Plain buffers, so that deepcopy, DDP and .to() work.
 
-``qweight`` (int8; on the CPU only its packed copy), ``weight_scale`` (float32), ``bias`` (float32), and for static quantization
-``input_scale`` and ``input_zero_point``: one element, or one per step; ``timestep`` is then the current step. Read next: weight.py,
-saving.py.
+``qweight`` (codes; where the kernels read nothing but their packed copy, only that is held), ``weight_scale`` (float32), ``bias``
+(float32), and what a subclass adds. Read next: weight.py, saving.py; int8.py and weight_only.py, the two kinds of layers.
 """
 
 import operator
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .weight import DequantizedWeight, dequantized, packed, placeholder, unpacked
+from .weight import DequantizedWeight, placeholder
 
-_Self = TypeVar("_Self", bound="LayerState")
-
-_EXACT, _EXACT_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
-NO_STAND_IN: Any = ((None,) * 4, None)
+NO_STAND_IN: Any = ((None,) * 5, None)
 
 
 def is_scale(scale: Tensor) -> bool:
@@ -26,91 +22,71 @@ def is_scale(scale: Tensor) -> bool:
 
 
 class LayerState(nn.Module):
-    """The state of an int8 layer, and what keeps it consistent."""
+    """The state of a quantized layer, and what keeps it consistent."""
 
-    _OPTIONAL = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+    optional: ClassVar[tuple[str, ...]]  # buffers of the state_dict that may be None; the others are qweight and weight_scale
+    _held: ClassVar[Callable[..., Any]] = operator.itemgetter("qweight", "packed_weight", "weight_scale")  # of the stand-in
 
-    groups: int = 1
-
+    weight_bits: int
     weight_scale: Tensor
     bias: Tensor | None
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-    output_scale: Tensor | None
-    output_zero_point: Tensor | None
     packed_weight: Tensor | None
-    timestep: Tensor | None  # the current step, 0-dim, of a layer with more than one; see convert/steps.py
 
-    def __init__(
-        self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None, asymmetric: bool, relu: bool
-    ) -> None:
+    def __init__(self, weight_shape: tuple[int, ...], scale_shape: tuple[int, ...], bias: bool, device: Any) -> None:
         super().__init__()
-        self.asymmetric = asymmetric
-        self.relu = relu
-        self.weight_bits = 8
         self.compute_dtype = torch.get_default_dtype()
         self.channels_last = False
         self._weight_shape = torch.Size(weight_shape)
-        self._placeholder = placeholder(weight_shape)
         self._stand_in = NO_STAND_IN
-        codes = torch.zeros(weight_shape, dtype=torch.int8, device=device)
-        self._buffers["qweight"] = codes  # register_buffer would take the property of this name for another attribute
-        self.register_buffer("weight_scale", torch.ones(weight_shape[0], dtype=torch.float32, device=device))
-        for name in self._OPTIONAL:
+        self._buffers["qweight"] = None  # register_buffer would take the property of this name for another attribute
+        self.register_buffer("weight_scale", torch.ones(scale_shape, dtype=torch.float32, device=device))
+        for name in self.optional:
             self.register_buffer(name, None)
         if bias:
             self.bias = torch.zeros(weight_shape[0], dtype=torch.float32, device=device)
         self.register_buffer("packed_weight", None, persistent=False)
-        self.register_buffer("timestep", None, persistent=False)
-        self._pack()
+        self._hold(torch.zeros(weight_shape, dtype=torch.int8, device=device))
 
-    # ---- scales and steps ------------------------------------------------------------------------------------------------
-
-    def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Raises ValueError for scales and zero points that forward could not use. It is called when they arrive, not in forward.
-
-        Scales are positive and finite; zero points are codes, one for each scale; only ``input_*`` may have one for each step. With
-        an input scale the layer is static, and the zero point, not ``asymmetric``, tells whether sums are shifted.
-        """
-
-        def refuse(relation: str, got: Any) -> NoReturn:
-            raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}, got {got}")
-
-        for name in ("weight_scale", "input_scale", "output_scale"):
-            scale = tensors.get(name)
-            if scale is not None and not scale.is_meta and not is_scale(scale):
-                refuse(f"{name} > 0 and finite", scale.tolist())
-        for side in ("input", "output"):
-            scale, zero_point = tensors.get(f"{side}_scale"), tensors.get(f"{side}_zero_point")
-            for name, tensor in ((f"{side}_scale", scale), (f"{side}_zero_point", zero_point)):
-                steps = side == "input" and tensor is not None and tensor.dim() == 1 and len(tensor) > 0
-                if tensor is not None and tensor.numel() != 1 and not steps:
-                    allowed = "one element, or one per step" if side == "input" else "one element"
-                    refuse(f"{name} to have {allowed}", f"shape {tuple(tensor.shape)}")
-            if zero_point is None:
-                continue
-            if scale is None:
-                refuse(f"{side}_zero_point only together with {side}_scale", "it alone")
-            if zero_point.numel() != scale.numel():
-                refuse(f"one {side}_zero_point for each of {scale.numel()} steps", zero_point.numel())
-            if not zero_point.is_meta and not ((zero_point >= -128) & (zero_point <= 127)).all():
-                refuse(f"-128 <= {side}_zero_point <= 127", zero_point.tolist())
-        dynamic = tensors.get("input_scale") is None
-        shifted = self.asymmetric if dynamic else tensors.get("input_zero_point") is not None
-        products = self._weight_shape[1:].numel()
-        if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
-            refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
+    # ---- what a kind of layers says of its weight ------------------------------------------------------------------------
 
     @property
-    def num_steps(self) -> int:
-        """Sets of activation scales."""
-        return 1 if self.input_scale is None or self.input_scale.dim() == 0 else len(self.input_scale)
+    def form(self) -> str:
+        """What the weight is, for messages: "int8" or "int4"."""
+        raise NotImplementedError
 
-    def _count_steps(self) -> None:
-        """Adds or removes the buffer of the current step: only layers with several steps have it."""
-        if (self.timestep is not None) != (self.num_steps > 1):
-            device = self.device
-            self.timestep = torch.zeros((), dtype=torch.int64, device=device) if self.timestep is None else None
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the buffers in the state_dict."""
+        raise NotImplementedError
+
+    def _pack(self, codes: Tensor, in_place: bool) -> None:
+        """Keeps these codes in the form that the kernels read; in place: a copy, where possible in the tensor that is there."""
+        raise NotImplementedError
+
+    def _codes(self) -> Tensor:
+        """The codes, int8 of the weight's shape."""
+        raise NotImplementedError
+
+    def _values(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Computes the values of the weight. It holds the tensors that it needs, not the layer, which would be a cycle."""
+        raise NotImplementedError
+
+    def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Raises ValueError for scales and zero points that forward could not use. Called when they arrive, not in forward."""
+        raise NotImplementedError
+
+    def _check_scales(self, names: Iterable[str], tensors: Mapping[str, Tensor | None]) -> None:
+        for name in names:
+            scale = tensors.get(name)
+            if scale is not None and not scale.is_meta and not is_scale(scale):
+                self._refuse(f"{name} > 0 and finite", scale[~((scale > 0) & torch.isfinite(scale))][0].item())
+
+    def _refuse(self, relation: str, got: Any) -> NoReturn:
+        raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}, got {got}")
+
+    def _hold(self, codes: Tensor, in_place: bool = False) -> None:
+        """Makes these codes, int8 of the weight's shape, the layer's."""
+        self._placeholder = placeholder(self._weight_shape, codes.device)
+        self._pack(codes, in_place)
 
     # ---- the weight ------------------------------------------------------------------------------------------------------
 
@@ -125,11 +101,7 @@ class LayerState(nn.Module):
 
         Assigning codes of the same shape replaces the layer's.
         """
-        codes, packed_weight = self._buffers["qweight"], self._buffers["packed_weight"]
-        if codes is not None:
-            return codes
-        assert packed_weight is not None
-        return unpacked(packed_weight, self._weight_shape, self.groups)
+        return self._codes()
 
     @qweight.setter
     def qweight(self, codes: Tensor) -> None:
@@ -137,23 +109,22 @@ class LayerState(nn.Module):
             wanted = f"torch.int8 of shape {tuple(self._weight_shape)}"
             got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(f"quant_ops.{type(self).__name__}: expected qweight to be {wanted}, got {got}")
-        self._buffers["qweight"] = codes
-        self._pack()
+        self._hold(codes)
 
     @property
     def weight(self) -> Tensor:
-        """Stands for the values code * scale in ``compute_dtype``, the float layer's dtype as ``.half()`` and ``.to()`` changed it.
+        """Stands for the weight's values in ``compute_dtype``, the float layer's dtype as ``.half()`` and ``.to()`` changed it.
 
-        Shape, dtype and device cost nothing; any other use computes the values. Read only: the weight is ``qweight`` and
-        ``weight_scale``.
+        Shape, dtype and device cost nothing; any other use computes the values. Read only: the weight is ``qweight`` with its
+        scales and zero points.
         """
-        b = self._buffers
         if is_compiling() or torch._C._get_tracing_state():
-            return dequantized(self.qweight, self.weight_scale, self.compute_dtype)
-        held = (b["qweight"], b["packed_weight"], b["weight_scale"], self.compute_dtype)
+            return self._values(self.compute_dtype)()
+        held = (*self._held(self._buffers), self.compute_dtype)
         before, made = self._stand_in
         if not all(map(operator.is_, before, held)):
-            made = DequantizedWeight(held[0], held[1], self.weight_scale, self._weight_shape, self.groups, self.compute_dtype)
+            data = held[1] if held[0] is None else held[0]
+            made = DequantizedWeight(self._values(self.compute_dtype), data, self._weight_shape, self.compute_dtype, self.device)
             self._stand_in = (held, made)
         return made
 
@@ -169,32 +140,7 @@ class LayerState(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def _pack(self) -> None:
-        """Packs the codes that have arrived. On the CPU, whose kernels read nothing else, the packed copy replaces them."""
-        codes = self._buffers["qweight"]
-        assert codes is not None
-        self._buffers["packed_weight"] = packed(codes, self.groups)
-        if codes.device.type == "cpu" and codes.numel():
-            self._buffers["qweight"] = None
-
-    def keep_packed_only(self: _Self) -> _Self:
-        """Checks that the layer holds its weight once, packed, as every layer on the CPU does. Returns the layer.
-
-        Raises:
-            RuntimeError: the layer is not on the CPU, where alone the packed copy is all that the kernels read.
-        """
-        if self.device.type != "cpu":
-            raise RuntimeError(
-                f"quant_ops.{type(self).__name__}: expected a layer on the CPU, got one on {self.device}, whose kernels "
-                "read the weight itself. Move it with .to('cpu') first."
-            )
-        return self
-
     @property
     def is_packed_only(self) -> bool:
         """Whether the layer holds its weight in the packed form alone."""
         return self._buffers["qweight"] is None
-
-    def plain_weight(self) -> Tensor:
-        """The same as ``qweight``."""
-        return self.qweight

@@ -1,8 +1,8 @@
-"""An int8 weight in its three forms: plain codes, the packed copy that the kernels read, and a stand-in with float values.
+"""A quantized weight in its three forms: plain codes, the packed copy that the kernels read, and a stand-in with float values.
 
-On the CPU a layer holds the packed copy alone; whoever asks for the codes gets them unpacked. ``layer.weight`` is the stand-in: a
-tensor of the weight's shape, device and floating dtype without memory of its own, which becomes code * scale when something is
-computed with it. Read next: state.py.
+Where the kernels read the packed copy alone a layer holds nothing else; whoever asks for the codes gets them unpacked.
+``layer.weight`` is the stand-in: a tensor of the weight's shape, device and floating dtype without memory of its own, which becomes
+the values when something is computed with it. Read next: state.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,9 +35,9 @@ def unpacked(packed_weight: Tensor, shape: Sequence[int], groups: int) -> Tensor
     return unpack_weight(packed_weight, image, groups).reshape(shape)
 
 
-def placeholder(shape: Sequence[int]) -> Tensor:
+def placeholder(shape: Sequence[int], device: torch.device) -> Tensor:
     """What the operators get as the weight where the packed copy alone is kept: one byte, expanded to the shape."""
-    return as_image_kernel(torch.zeros((), dtype=torch.int8, device="cpu").expand(tuple(shape)))
+    return as_image_kernel(torch.zeros((), dtype=torch.int8, device=device).expand(tuple(shape)))
 
 
 def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,25 +68,22 @@ _WITH_BIAS = {F.linear, F.conv1d, F.conv2d, F.multi_head_attention_forward}
 class DequantizedWeight(Tensor):
     """The stand-in. It is read-only, holds the layer's tensors, and is in no state_dict, ``parameters()`` or ``buffers()``."""
 
-    packed_weight: Tensor | None
-    codes: Tensor | None
-    scale: Tensor
-    groups: int
+    held: Tensor  # the codes or their packed copy
+    _compute: Callable[[], Tensor]
     _described: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
     def __new__(
         cls: type["DequantizedWeight"],
-        codes: Tensor | None,
-        packed_weight: Tensor | None,
-        scale: Tensor,
-        shape: Sequence[int],
-        groups: int,
+        values: Callable[[], Tensor],
+        held: Tensor,
+        shape: torch.Size,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> "DequantizedWeight":
-        made: DequantizedWeight = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=scale.device)
-        made.codes, made.packed_weight, made.scale, made.groups = codes, packed_weight, scale, groups
-        made._described = (torch.Size(shape), dtype, scale.device)
+        made: DequantizedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made._compute, made.held = values, held
+        made._described = (shape, dtype, device)
         return made
 
     # Asked in every forward of some models. Tensor's own properties would go through __torch_function__, which takes 2 us.
@@ -99,11 +96,7 @@ class DequantizedWeight(Tensor):
 
     def dequantize(self) -> Tensor:
         """The values, as a tensor of their own."""
-        codes, (shape, dtype, _) = self.codes, self._described
-        if codes is None:
-            assert self.packed_weight is not None
-            codes = unpacked(self.packed_weight, shape, self.groups)
-        return dequantized(codes, self.scale, dtype)
+        return self._compute()
 
     @classmethod
     def __torch_function__(
@@ -116,8 +109,7 @@ class DequantizedWeight(Tensor):
         if func in _SELF:
             return args[0]
         if func is Tensor.data_ptr:  # tells tied weights apart from others, as it does elsewhere
-            held = args[0].packed_weight if args[0].codes is None else args[0].codes
-            return held.data_ptr()
+            return args[0].held.data_ptr()
         if func is DequantizedWeight.dequantize or func is Tensor.dequantize:
             return args[0].dequantize()
         name = getattr(func, "__name__", "")
@@ -171,14 +163,14 @@ def _writes(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> bool:
 
 def _refuse_writing(name: str) -> NoReturn:
     raise RuntimeError(
-        f"quant_ops: expected the weight of an int8 layer to be read only, got {name}. It stands for the values of the buffers "
-        "qweight and weight_scale: load those with load_state_dict, assign layer.qweight, or change the float model and "
+        f"quant_ops: expected the weight of a quantized layer to be read only, got {name}. It stands for the values of the "
+        "buffers qweight and weight_scale: load those with load_state_dict, assign layer.qweight, or change the float model and "
         "quantize it."
     )
 
 
 def _biases_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The arguments, with vectors in float32 (the biases of int8 layers) rounded to the dtype of the first, the input."""
+    """The arguments, with vectors in float32 (the biases of quantized layers) rounded to the dtype of the first, the input."""
     x = args[0] if args else next(iter(kwargs.values()))
     if x.dtype == torch.float32:
         return args, kwargs

@@ -1,4 +1,4 @@
-"""Measures every int8 or simulated layer beside its float original, on the very input that the original sees in the float model.
+"""Measures every quantized or simulated layer beside its float original, on the very input that this sees in the float model.
 
 A layer's figures therefore exclude the errors of the layers before it. The figures of the whole model are those of its output.
 Read next: report.py, fallback.py.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._models import Forward, bytes_of, call, evaluating, held_bytes
 from ..formats import Format
-from ..nn import INT8_LAYERS, Int8Layer, as_linear, exact_class
+from ..nn import Int8Layer, QuantizedLayer, as_linear, is_original
 from ..simulation.layers import SimulatedLayer
 from ..simulation.operand import amax_of, blocks_of, takes_amax
 from ..simulation.recast import Recast
@@ -25,11 +25,11 @@ from .error import Sums
 from .report import LayerReport, Report
 from .timing import interleave
 
-Quantized = Int8Layer | SimulatedLayer
+Quantized = QuantizedLayer | SimulatedLayer
 
 
 def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Forward | None = None, repeats: int = 3) -> Report:
-    """Runs both models on a batch and measures every int8 or simulated layer against its float original.
+    """Runs both models on a batch and measures every quantized or simulated layer against its float original.
 
     Neither model is changed: both run in eval mode without gradients and get their modes back. Both models and each layer run
     ``1 + repeats`` times. A model with simulated layers is not timed, since a simulation's time says nothing about the formats.
@@ -39,13 +39,13 @@ def compare(float_model: nn.Module, model: nn.Module, batch: Any, *, forward: Fo
         model: its quantized form.
         batch: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         forward: ``forward(model, batch)`` for models that are called in another way.
-        repeats: timed runs of each int8 layer and of both models; 0 leaves the times out.
+        repeats: timed runs of each quantized layer and of both models; 0 leaves the times out.
 
     Returns:
         A report; it keeps the float model and the batch for :func:`fallback_`.
 
     Raises:
-        ValueError: the models do not belong together, model has no int8 or simulated layer, or the float model meets NaN or Inf.
+        ValueError: the models do not belong together, model has no such layer, or the float model meets NaN or Inf.
         TypeError: the output holds no floating tensor.
     """
     if any(isinstance(module, SimulatedLayer) for module in model.modules()):
@@ -140,7 +140,7 @@ def _watching(model: nn.Module, inputs: dict[str, torch.dtype]) -> Iterator[None
 
 
 class _Layer(Sums):
-    """One int8 or simulated layer, its float original, and the measurements so far."""
+    """One quantized or simulated layer, its float original, and the measurements so far."""
 
     def __init__(self, name: str, original: nn.Module, layer: Quantized) -> None:
         super().__init__()
@@ -186,11 +186,13 @@ class Probes:
                 of.add(a, b)
             of.clipped += _beyond_amax(of.layer, x)
             return
-        if of.layer.output_scale is not None:
-            zero = 0 if of.layer.output_zero_point is None else of.layer.output_zero_point
-            got = (got.int() - zero) * of.layer.output_scale
-        of.add(expected.relu() if of.layer.relu else expected, got)
-        of.clipped += _saturated(of.layer, x)
+        if isinstance(of.layer, Int8Layer):
+            if of.layer.output_scale is not None:
+                zero = 0 if of.layer.output_zero_point is None else of.layer.output_zero_point
+                got = (got.int() - zero) * of.layer.output_scale
+            expected = expected.relu() if of.layer.relu else expected
+            of.clipped += _saturated(of.layer, x)
+        of.add(expected, got)
         if self.repeats:
             calls = {"float": functools.partial(of.original.forward, x), "int8": functools.partial(of.layer, x)}
             times = _least_seconds(calls, self.repeats, x.device)
@@ -221,7 +223,7 @@ class Probes:
 
 
 def pairs(op: str, float_model: nn.Module, model: nn.Module) -> dict[str, tuple[nn.Module, Quantized]]:
-    """Name, float original and quantized layer, of all int8 and simulated layers of ``model``."""
+    """Name, float original and quantized layer, of all quantized and simulated layers of ``model``."""
     modules = dict(float_model.named_modules(remove_duplicate=False))
     found: dict[str, tuple[nn.Module, Quantized]] = {}
     for name, layer in model.named_modules():
@@ -247,7 +249,7 @@ def _is_original(module: nn.Module, layer: Quantized) -> bool:
     """Whether the quantized layer may have been made of the module."""
     if isinstance(layer, SimulatedLayer):
         return isinstance(module, layer.float_class) and not isinstance(module, Recast) and _shapes(module) == _shapes(layer)
-    return INT8_LAYERS.get(exact_class(module)) is type(layer) and as_linear(module).weight.shape == layer.weight.shape
+    return is_original(module, type(layer)) and as_linear(module).weight.shape == layer.weight.shape
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -329,7 +331,7 @@ def _now(layer: Int8Layer, values: Tensor | None) -> Any:
 
 
 def _chained(layer: Quantized, input_dtype: torch.dtype | None) -> str:
-    if isinstance(layer, SimulatedLayer):
+    if not isinstance(layer, Int8Layer):
         return ""
     if layer.output_scale is not None:
         return "it gives int8 to the next layer"

@@ -1,4 +1,4 @@
-"""Returns int8 and simulated layers to float where that helps the model's output most, and only there.
+"""Returns quantized and simulated layers to float where that helps the model's output most, and only there.
 
 Each candidate is measured by what its return gains in the whole model. A layer's own error ranks it too, but says little about
 the output; the better of both searches is kept. Read next: compare.py.
@@ -8,10 +8,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from .._models import Result, Table, reasons
+from ..nn import QuantizedLayer, show_forms
 from ..simulation.layers import SimulatedLayer
 from .compare import Quantized, difference, outputs, pairs, quiet
 from .error import decibel
@@ -31,7 +33,7 @@ class FallbackResult(Result):
         reached: whether the target is met; None without a target.
         skipped: name and reason of each layer that had to stay as it was.
         target: what was to be reached; None without a target.
-        kind: what the layers were: "int8", or "simulated" if any of them was.
+        kind: what the layers were: "int8", "int4", "int8 and int4", or "simulated" if any of them was.
     """
 
     returned: list[str] = dataclasses.field(default_factory=list)
@@ -61,7 +63,7 @@ def fallback_(
     metric: Callable[[nn.Module], float] | None = None,
     float_model: nn.Module | None = None,
 ) -> FallbackResult:
-    """Returns to float, in place, the int8 and simulated layers whose return helps the model's output most, and no others.
+    """Returns to float, in place, the quantized and simulated layers whose return helps the model's output most, and no others.
 
     Candidates are returned one after another, each time the one that gains most by measurement, and in the order of their own
     errors; the better outcome is kept, and what turns out to be needless in it is taken back. This takes about one run of the
@@ -74,7 +76,7 @@ def fallback_(
         target: return as few layers as are found to be enough for ``metric(model) >= target``. At least one layer that the report
             has measured stays as it is: a target that only the float model meets is not met.
         metric: larger is better, e.g. an accuracy; by default the SQNR (dB) of the model's output on the report's batch.
-        float_model: where the float layers of int8 ones are copied from; by default the one that the report was made with. A
+        float_model: where the float layers of quantized ones are copied from; by default the one that the report was made with. A
             simulated layer becomes its ``to_float()``, with the parameters that it has now.
 
     Returns:
@@ -107,7 +109,9 @@ def fallback_(
     result = FallbackResult(
         skipped=[(name, "the batch of the report did not reach it") for name in report.unreached],
         target=target,
-        kind="simulated" if report.simulated else "int8",
+        kind="simulated"
+        if report.simulated
+        else show_forms(layer.form for _, layer in originals.values() if isinstance(layer, QuantizedLayer)),
     )
     candidates: dict[str, tuple[nn.Module, Quantized]] = {}
     chained = 0
@@ -160,19 +164,23 @@ class _Switches:
         self._put({name: self._now.get(name) or self._float(name) for name in names})
 
     def keep(self, names: Iterable[str]) -> None:
-        """Makes these candidates float for good: simulated ones with their own parameters, int8 ones as copies of the originals."""
-        self._put({name: self._float(name, copied=True) for name in names})
+        """Makes these candidates float for good: simulated ones with their own parameters, others as copies of the originals.
+
+        Originals that have one weight in common are copied with one weight in common.
+        """
+        copies: dict[int, Any] = {}
+        self._put({name: self._float(name, copies) for name in names})
         for name, layer in self._now.items():
             layer.train(self._layers[name][1].training)
         for original, mode in self._modes:
             original.train(mode)
 
-    def _float(self, name: str, copied: bool = False) -> nn.Module:
+    def _float(self, name: str, copies: dict[int, Any] | None = None) -> nn.Module:
         original, layer = self._layers[name]
         if isinstance(layer, SimulatedLayer):
             return layer.to_float()
         device = layer.device
-        return original if original.weight.device == device and not copied else copy.deepcopy(original).to(device)
+        return original if original.weight.device == device and copies is None else copy.deepcopy(original, copies).to(device)
 
     def _put(self, layers: dict[str, nn.Module]) -> None:
         for name in {**self._now, **layers}:

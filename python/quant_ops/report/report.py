@@ -1,4 +1,4 @@
-"""The report of :func:`quant_ops.compare`: what int8 or other formats cost each layer, as a table, JSON and picture.
+"""The report of :func:`quant_ops.compare`: what int8, int4 or other formats cost each layer, as a table, JSON and picture.
 
 What the figures mean: error.py. How they are measured: compare.py.
 """
@@ -18,7 +18,7 @@ from .error import decibel
 
 @dataclasses.dataclass
 class LayerReport:
-    """One int8 or simulated layer against its float original.
+    """One quantized or simulated layer against its float original.
 
     Attributes:
         name, kind: its name in the model and its class.
@@ -59,7 +59,7 @@ class Report(Printed):
     """What :func:`compare` found. It prints as its table, also in a notebook.
 
     Attributes:
-        layers: the int8 and simulated layers that the batch reached, in the model's order.
+        layers: the quantized and simulated layers that the batch reached, in the model's order.
         unreached: names of those that it did not reach.
         error, cosine: of the whole model's output; ``sqnr`` in dB.
         float_bytes, bytes: memory that the tensors of the whole models hold, those that stayed float included; weights of
@@ -100,7 +100,7 @@ class Report(Printed):
     def table(self) -> str:
         """The layers in the model's order, one a line, then the whole model."""
         timed = _timed(self) and all(map(_timed, self.layers))
-        header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", _form(self), "us float", "int8"]
+        header = ["layer", "class", "calls", "SQNR dB", "cosine", "clipped", "KiB float", _form(self), "us float", _form(self)]
         rows = [
             [
                 layer.name,
@@ -207,7 +207,7 @@ def _plot_sqnr(axes: Any, layers: list[LayerReport], model: float) -> None:
 def _plot_times(axes: Any, layers: list[LayerReport]) -> None:
     places = range(len(layers))
     axes.barh([p - 0.2 for p in places], [1e6 * (x.float_seconds or 0) for x in layers], 0.4, label="float", color="tab:gray")
-    axes.barh([p + 0.2 for p in places], [1e6 * (x.seconds or 0) for x in layers], 0.4, label="int8", color="tab:blue")
+    axes.barh([p + 0.2 for p in places], [1e6 * (x.seconds or 0) for x in layers], 0.4, label="quantized", color="tab:blue")
     axes.set(yticks=places, yticklabels=[], xlabel="time (microseconds)")
     _rows(axes, len(layers))
 
@@ -226,7 +226,9 @@ def _finite(value: Any) -> Any:
 
 def _form(report: Report) -> str:
     """What stands beside float, for headings."""
-    return "formats" if report.simulated else "int8"
+    if report.simulated:
+        return "formats"
+    return "packed" if any(layer.kind.startswith("WeightOnly") for layer in report.layers) else "int8"
 
 
 def _timed(layer: LayerReport | Report) -> bool:
