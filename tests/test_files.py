@@ -63,6 +63,7 @@ def test_version_2_files_are_still_read(isa, tmp_path):
     run = load_file(FIXTURES / "format_2_run.safetensors")
     assert torch.equal(fresh(run["x"]), run["y"])
     assert repr(fresh) == repr(expected)
+    assert fresh.head.shares_weight(fresh.embedding)
     qo.save(fresh, tmp_path / "m")
     assert (tmp_path / "m").read_bytes() == (FIXTURES / "format_2.safetensors").read_bytes()
 

@@ -191,6 +191,66 @@ def test_refused_modules():
         qo.WeightOnlyLinear.from_float(float_layer)
 
 
+# ---- embeddings --------------------------------------------------------------------------------------------------------------
+
+
+def embedding(rows=40, size=77, padding_idx=None, seed=0, dtype=torch.float32, **kwargs):
+    torch.manual_seed(seed)
+    return qo.WeightOnlyEmbedding.from_float(nn.Embedding(rows, size, padding_idx, sparse=True).to(dtype), **kwargs)
+
+
+@settings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_an_embedding_looks_up_the_values(settings, dtype):
+    """Those of a linear layer of the same weight, rounded once to the dtype that the model has."""
+    layer = embedding(padding_idx=3, dtype=dtype, **settings)
+    same = nn.Linear(77, 40).to(dtype)
+    torch.manual_seed(0)
+    same.weight.data = nn.Embedding(40, 77, 3).to(dtype).weight.data
+    w = qo.WeightOnlyLinear.from_float(same, **settings).dequantize().weight
+    for x in (
+        torch.randint(40, (2, 5)),
+        torch.randint(40, (3,), dtype=torch.int32),
+        torch.tensor(7),
+        torch.zeros(0, 4, dtype=torch.long),
+    ):
+        y = layer(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, w.to(dtype)[x.long()])
+        with torch.inference_mode():
+            assert torch.equal(layer(x), y)
+    assert (layer(torch.tensor([3])) == 0).all()
+    restored = layer.dequantize()
+    assert (type(restored), restored.padding_idx) == (nn.Embedding, 3)
+    assert torch.equal(restored.weight, w)
+    assert torch.equal(layer.weight, w.to(dtype))
+    x = torch.arange(40)
+    assert torch.equal(nn.functional.embedding(x, layer.weight), w.to(dtype))
+    state = layer.state_dict()
+    assert "bias" not in state
+    for variant in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), qo.WeightOnlyEmbedding(40, 77, 3, **settings)):
+        variant.to(dtype).load_state_dict(state)
+        assert torch.equal(variant(x), w.to(dtype))
+        assert repr(variant) == repr(layer)
+    other = embedding(padding_idx=3, seed=1, dtype=dtype, **settings)
+    assert torch.equal(torch.func.functional_call(layer, other.state_dict(), x), other(x))
+
+
+def test_embeddings_that_are_refused():
+    assert (
+        repr(embedding(padding_idx=-1, bits=4)) == "WeightOnlyEmbedding(40, 77, padding_idx=39, weight=int4 symmetric per channel)"
+    )
+    for index in (-1, 40):
+        with pytest.raises(IndexError, match=r"^quant_ops\.weight_only_embedding: expected "):
+            embedding()(torch.tensor([0, index]))
+    with pytest.raises(TypeError, match=r"^quant_ops\.weight_only_embedding: expected indices.dtype in"):
+        embedding()(torch.ones(3))
+    with pytest.raises(ValueError, match=r"^quant_ops\.WeightOnlyEmbedding.from_float: expected max_norm=None, got 1.0, which"):
+        qo.WeightOnlyEmbedding.from_float(nn.Embedding(4, 3, max_norm=1.0))
+    with pytest.raises(TypeError, match=r"from_float: expected an nn\.Embedding, got EmbeddingBag"):
+        qo.WeightOnlyEmbedding.from_float(nn.EmbeddingBag(4, 3))
+
+
 # ---- one copy of the weight, wherever the layer goes -------------------------------------------------------------------------
 
 
@@ -205,6 +265,7 @@ def test_the_weight_is_held_once(settings):
     assert {name for name, _ in layer.named_buffers()} == names
     assert state.keys() == names - {"packed_weight"} | {"qweight"}
     assert state["weight_scale"].shape == (40, {-1: 1, 32: 3, 64: 2}[layer.group_size])
+    assert all(tensor.is_contiguous() for tensor in state.values())
     if layer.bits == 4:
         halves = torch.stack([state["qweight"] & 15, state["qweight"] >> 4], 2).flatten(1).int() - 8
         assert state["qweight"].shape == (40, 39)
@@ -295,12 +356,17 @@ def test_codes_can_be_assigned():
 
 
 def tied(**settings):
-    """Two layers of one float weight, and one beside them."""
+    """An embedding and a head of one float weight, and a layer beside them."""
     torch.manual_seed(0)
-    layers = [nn.Linear(77, 40) for _ in range(3)]
-    first = qo.WeightOnlyLinear.from_float(layers[0], **settings)
-    second = qo.WeightOnlyLinear.from_float(layers[0], **settings, dynamic=True, shared_with=first)
-    return nn.Sequential(first, second, qo.WeightOnlyLinear.from_float(layers[2], **settings))
+    table, head, other = nn.Embedding(40, 77), nn.Linear(77, 40), nn.Linear(77, 40)
+    head.weight = table.weight
+    first = qo.WeightOnlyEmbedding.from_float(table, **settings)
+    second = qo.WeightOnlyLinear.from_float(head, **settings, dynamic=True, shared_with=first)
+    return nn.Sequential(first, second, qo.WeightOnlyLinear.from_float(other, **settings))
+
+
+def outputs(model):
+    return [model[0](torch.arange(40)), *(layer(randn(3, 77)) for layer in model[1:])]
 
 
 def is_tied(model):
@@ -313,8 +379,9 @@ def is_tied(model):
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 4, "group_size": 32, "asymmetric": True}], ids=["8", "4"])
 def test_a_shared_weight_stays_shared(settings):
-    model, x = tied(**settings), randn(3, 77)
-    expected = [layer(x) for layer in model]
+    model = tied(**settings)
+    expected = outputs(model)
+    assert torch.equal(expected[0], model[1].dequantize().weight)
     state = model.state_dict()
     for name in ("qweight", "weight_scale"):
         assert state[f"0.{name}"].data_ptr() == state[f"1.{name}"].data_ptr() != state[f"2.{name}"].data_ptr()
@@ -323,7 +390,7 @@ def test_a_shared_weight_stays_shared(settings):
     assert len(file.getvalue()) < 6500 + 2 * sum(t.nbytes for name, t in state.items() if name.startswith("0."))
     other = tied(**settings)
     other[0].qweight = torch.zeros(40, 77, dtype=torch.int8)  # which is that layer's own
-    assert torch.equal(other[1](x), expected[1])
+    assert torch.equal(outputs(other)[1], expected[1])
     other = copy.deepcopy(model)
     for tensor in other.buffers():
         tensor.data.zero_()
@@ -341,13 +408,13 @@ def test_a_shared_weight_stays_shared(settings):
     variants[-1].load_state_dict(state)
     for variant in variants:
         assert is_tied(variant)
-        assert all(torch.equal(layer(x), y) for layer, y in zip(variant, expected, strict=True))
+        assert all(map(torch.equal, outputs(variant), expected))
 
 
 def test_a_state_dict_of_a_shared_weight_is_of_now():
     model, changed = tied(bits=4), tied(bits=4)
     before = model.state_dict()
-    changed[0].load_state_dict(linear(bits=4, seed=9).state_dict())
+    changed[0].load_state_dict(embedding(bits=4, seed=9).state_dict())
     model.load_state_dict(changed.state_dict())
     after = model.state_dict()
     assert not torch.equal(after["0.qweight"], before["0.qweight"])
@@ -363,10 +430,19 @@ nets = pytest.mark.parametrize("config", NETS, ids=lambda config: type(config)._
 
 
 def net(config):
+    """An embedding, two layers, and a head of the embedding's weight."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 9)).eval()
+    model = nn.Sequential(
+        nn.Embedding(50, 20), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 20), nn.Linear(20, 50, bias=False)
+    ).eval()
+    model[4].weight = model[0].weight
     qo.quantize_(model, config)
+    assert isinstance(config, qo.Int8DynamicInt4Weight) or model[0].shares_weight(model[4])
     return model
+
+
+def indices(batch=5):
+    return torch.arange(batch * 3).reshape(batch, 3) * 7 % 50
 
 
 @nets
@@ -376,17 +452,19 @@ def test_compile_equals_eager_without_recompiling(config):
     try:
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         with torch.no_grad():
+            frames = []
             for batch in (4, 7, 3):
-                x = randn(batch, 20)
+                x = indices(batch)
                 assert torch.equal(compiled(x), model(x))
-        assert counter.frame_count == 1
+                frames.append(counter.frame_count)
+        assert set(frames) == {1 if isinstance(model[0], qo.WeightOnlyEmbedding) else 2}  # as with any float embedding
     finally:
         torch._dynamo.reset()
 
 
 @nets
 def test_export_trace_and_fx(config):
-    model, x = net(config), randn(5, 20)
+    model, x = net(config), indices()
     with torch.no_grad():
         expected = model(x)
         for strict in (False, True):
@@ -395,13 +473,26 @@ def test_export_trace_and_fx(config):
             assert torch.equal(exported.module()(x[:3]), expected[:3])
         assert torch.equal(torch.jit.trace(model, (x,))(x), expected)
         graph = torch.fx.symbolic_trace(model)
-        assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+        assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
         for traced in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
             assert torch.equal(traced(x), expected)
-    with pytest.raises(RuntimeError, match=r"^quant_ops\.WeightOnlyLinear: expected no torch\.jit\.script of quantized layers"):
+    with pytest.raises(RuntimeError, match=r"^quant_ops\.WeightOnly\w+: expected no torch\.jit\.script of quantized layers"):
         torch.jit.script(model)
-    with pytest.raises(RuntimeError, match=r"^quant_ops\.WeightOnlyLinear: expected no torch\.onnx\.export of quantized layers"):
+    with pytest.raises(RuntimeError, match=r"^quant_ops\.WeightOnly\w+: expected no torch\.onnx\.export of quantized layers"):
         torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)
+
+
+@pytest.mark.slow
+def test_ahead_of_time_compilation(tmp_path):
+    """The C++ runtime gives the same bits, and holds the shared weight once."""
+    model, batch = net(NETS[1]), torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (indices(),), dynamic_shapes=({0: batch},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for count in (5, 1, 9):
+            assert torch.equal(loaded(indices(count)), model(indices(count)))
+    assert len([name for name in loaded.get_constant_fqns() if name.endswith("packed_weight")]) == 3
 
 
 def work(model, x, results):
@@ -410,7 +501,7 @@ def work(model, x, results):
 
 
 def test_spawned_workers_get_the_packed_weight():
-    model, x = net(NETS[1]), randn(3, 20)
+    model, x = net(NETS[1]), indices()
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=work, args=(model, x, results))

@@ -76,7 +76,7 @@ void define_operators(Library& m) {
       "ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "weight_only_embedding(Tensor indices, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, int bits=8, "
-      "int group_size=-1, *, Tensor? packed_weight=None, ScalarType out_dtype=float32) -> Tensor");
+      "int group_size=-1, *, Tensor? packed_weight=None, ScalarType? out_dtype=None) -> Tensor");
   m.def("pack_weight_only(Tensor weight, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight_only(Tensor packed_weight, int[] shape, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");

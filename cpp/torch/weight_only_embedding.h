@@ -10,14 +10,15 @@ namespace quant_ops {
 template <class Backend>
 Tensor weight_only_embedding(const Tensor& indices, const Tensor& weight, const Tensor& weight_scale,
                              const std::optional<Tensor>& weight_zero_point, int64_t bits, int64_t group_size,
-                             const std::optional<Tensor>& packed_weight, ScalarType out_dtype) {
+                             const std::optional<Tensor>& packed_weight, std::optional<ScalarType> out_dtype) {
   const char* op = "weight_only_embedding";
   QO_EXPECT_DTYPE(is_one_of(indices.scalar_type(), {ScalarType::Int, ScalarType::Long}), op,
                   "indices.dtype in (int32, int64), got ", dtype_name(indices.scalar_type()));
   expect_int8(op, "weight", weight);
   const WeightOnlyShape w = weight_only_shape(op, sizes_of(weight), bits, group_size);
-  QO_EXPECT_DTYPE(is_one_of(out_dtype, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
-                  "out_dtype in (float32, float16, bfloat16), got ", dtype_name(out_dtype));
+  const ScalarType type = out_dtype.value_or(ScalarType::Float);
+  QO_EXPECT_DTYPE(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
+                  "out_dtype in (float32, float16, bfloat16), got ", dtype_name(type));
   Ints shape = sizes_of(indices);
   expect_elements(op, "indices", shape);
   shape.push_back(w.k);
@@ -41,9 +42,9 @@ Tensor weight_only_embedding(const Tensor& indices, const Tensor& weight, const 
   const Tensor index = as_contiguous(indices);
   p.index = index.const_data_ptr();
   p.index_is_int64 = index.scalar_type() == ScalarType::Long;
-  Tensor y = empty(shape, out_dtype, indices);
+  Tensor y = empty(shape, type, indices);
   p.y = y.mutable_data_ptr();
-  p.y_dtype = to_dtype(out_dtype);
+  p.y_dtype = to_dtype(type);
   Backend::weight_only_embedding(p, indices);
   return y;
 }

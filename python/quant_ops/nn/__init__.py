@@ -9,7 +9,7 @@ from .conv import QuantConv1d, QuantConv2d
 from .int8 import Int8Layer, quantize_weight
 from .linear import QuantLinear
 from .transposed import TransposedLinear, as_linear, exact_class
-from .weight_only import GROUP_SIZES, WeightOnlyLayer, WeightOnlyLinear
+from .weight_only import GROUP_SIZES, WeightOnlyEmbedding, WeightOnlyLayer, WeightOnlyLinear
 
 # each under the float layer in whose place it stands
 INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
@@ -18,6 +18,7 @@ INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
 }
 WEIGHT_ONLY_LAYERS: dict[type[nn.Module], type[WeightOnlyLayer]] = {
     nn.Linear: WeightOnlyLinear,
+    nn.Embedding: WeightOnlyEmbedding,
     TransposedLinear: WeightOnlyLinear,
 }
 QUANTIZED_LAYERS: dict[str, type[QuantizedLayer]] = {
@@ -52,6 +53,7 @@ __all__ = [
     "QuantLinear",
     "QuantizedLayer",
     "TransposedLinear",
+    "WeightOnlyEmbedding",
     "WeightOnlyLayer",
     "WeightOnlyLinear",
     "as_linear",

@@ -22,9 +22,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _library
 from ..ops import choose_qparams, pack_weight_only, quant_tensor_forward, unpack_weight_only
+from ..ops._register import call
 from .base import QuantizedLayer
+from .weight import placeholder
 
 _linear = torch.ops.quant_ops.weight_only_linear.default
+_embedding = torch.ops.quant_ops.weight_only_embedding.default
 _Self = TypeVar("_Self", bound="WeightOnlyLayer")
 
 GROUP_SIZES = (-1, 32, 64, 128, 256)
@@ -48,8 +51,10 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool
     n, k = weight.shape
     groups = _groups(k, group_size)
     size = max(k, 1) if groups == 1 else group_size
-    values = F.pad(weight, (0, groups * size - k)).reshape(n, groups, size)  # a zero changes neither amax nor the widened range
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    missing = groups * size - k
+    values = F.pad(weight, (0, missing)) if missing else weight  # a zero changes neither amax nor the widened range
+    values = values.reshape(n, groups, size)
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if asymmetric:
         scale, zero_point = choose_qparams(values, [2], low, high, asymmetric=True)
     elif bits == 8:
@@ -57,7 +62,7 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool
         scale, zero_point = choose_qparams(values, [2], low, high)
     else:
         scale, zero_point = choose_qparams(values, [2], -15, 15)
-        scale = 2 * scale
+        scale = 2 * scale  # amax / 7.5, to the bit
     codes = quant_tensor_forward(values, scale, zero_point, low, high, asymmetric=asymmetric, simulate=False)
     zeros = _by_columns(zero_point.reshape(n, groups).to(torch.int8)) if asymmetric else None
     return codes.reshape(n, groups * size)[:, :k].contiguous(), _by_columns(scale.reshape(n, groups).float()), zeros
@@ -72,20 +77,35 @@ def _by_columns(parameters: Tensor) -> Tensor:
     return parameters if parameters.t().is_contiguous() else parameters.t().contiguous().t()
 
 
-def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
-    """(q - z) * s in float32, rounded once to the dtype."""
-    k = codes.shape[1]
-    spread = functools.partial(torch.repeat_interleave, repeats=max(k, 1) if group_size == -1 else group_size, dim=1)
-    values = codes.float()
-    if zero_point is not None:
-        values = values - spread(zero_point)[:, :k]
-    return (values * spread(scale)[:, :k]).to(dtype)
-
-
 def _values_of(held: tuple[Any, ...], shape: torch.Size, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    saved, packed, scale, zero_point = held
-    codes = unpack_weight_only(packed, shape, bits, group_size) if saved is None else _loaded_codes(saved, shape, bits)
-    return _dequantized(codes, scale, zero_point, group_size, dtype)
+    """(q - z) * s in float32, rounded once to the dtype: every row looked up."""
+    lent, packed, scale, zero_point = held
+    codes = placeholder(shape, scale.device) if lent is None else _loaded_codes(lent, shape, bits)
+    return _looked_up(
+        torch.arange(shape[0], device=scale.device),
+        codes,
+        scale,
+        zero_point,
+        bits,
+        group_size,
+        packed if lent is None else None,
+        dtype,
+    )
+
+
+def _looked_up(
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group_size: int,
+    packed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    made = {} if dtype in (torch.float32, torch.float64) else {"out_dtype": dtype}
+    rows: Tensor = call(_embedding, indices, codes, scale, zero_point, bits, group_size, packed_weight=packed, **made)
+    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 # ---- the codes in a state_dict -------------------------------------------------------------------------------------------
@@ -105,19 +125,19 @@ def _loaded_codes(saved: Tensor, shape: torch.Size, bits: int) -> Tensor:
     return torch.stack([saved & 15, saved >> 4], 2).flatten(1)[:, : shape[1]].to(torch.int8) - 8
 
 
-# For each packed weight what its state_dict got last, so that layers which share one have one tensor there too; and the versions
-# of both, since either may be written into.
+# For each buffer what a state_dict got last in its place, so that layers which share one have one tensor there too; and the
+# versions of both, since either may be written into.
 _last_saved: Any = WeakIdKeyDictionary()
 
 
-def _saved_once(packed: Tensor, save: Callable[[], Tensor]) -> Tensor:
-    if packed.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+def _saved_once(buffer: Tensor, save: Callable[[], Tensor]) -> Tensor:
+    if buffer.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return save()  # such tensors have no version
-    reference, versions = _last_saved.get(packed, (lambda: None, None))
+    reference, versions = _last_saved.get(buffer, (lambda: None, None))
     saved: Tensor | None = reference()
-    if saved is None or versions != (packed._version, saved._version):
+    if saved is None or versions != (buffer._version, saved._version):
         saved = save()
-        _last_saved[packed] = weakref.ref(saved), (packed._version, saved._version)
+        _last_saved[buffer] = weakref.ref(saved), (buffer._version, saved._version)
     return saved
 
 
@@ -294,6 +314,14 @@ class WeightOnlyLayer(QuantizedLayer):
         packed = self.packed_weight
         return save() if packed is None or self._buffers["qweight"] is not None else _saved_once(packed, save)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Scales and zero points row by row, since safetensors refuses another order."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight_scale", "weight_zero_point"):
+            parameters = self._buffers[name]
+            if parameters is not None and not keep_vars and not parameters.is_contiguous():
+                destination[prefix + name] = _saved_once(parameters, parameters.contiguous)
+
     def _codes_of(self, saved: Tensor) -> Tensor:
         return _loaded_codes(saved, self._weight_shape, self.bits)
 
@@ -421,3 +449,79 @@ class WeightOnlyLinear(WeightOnlyLayer):
         if self.device.type != "cpu":
             return self.device.type
         return _library.kernels()[("nibbles" if self.bits == 4 else "gemm") if self.dynamic else "float_tile"]
+
+
+class WeightOnlyEmbedding(WeightOnlyLayer):
+    """nn.Embedding with an int8 or int4 weight, for inference: rows are looked up and dequantized, one operator call.
+
+    Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; the state_dict is that of
+    :class:`WeightOnlyLinear` without a bias. A head with the same float weight can share the packed one. ``padding_idx`` matters to
+    training alone and is only kept.
+
+    Shapes: indices of any shape, int32 or int64; output ``(*indices.shape, embedding_dim)`` in ``compute_dtype``, the dtype of the
+    float layer as ``.half()`` and ``.to()`` have changed it.
+    """
+
+    float_class = nn.Embedding
+    geometry = ("num_embeddings", "embedding_dim", "padding_idx")
+    has_bias = False
+
+    max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        *,
+        bits: int = 8,
+        group_size: int | None = -1,
+        asymmetric: bool = False,
+    ) -> None:
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta").padding_idx
+        super().__init__((num_embeddings, embedding_dim), False, device, bits, group_size, asymmetric)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        *,
+        bits: int = 8,
+        group_size: int | None = -1,
+        asymmetric: bool = False,
+        shared_with: WeightOnlyLayer | None = None,
+    ) -> "WeightOnlyEmbedding":
+        """The weight-only layer of an nn.Embedding, which is left as it is.
+
+        Args:
+            bits, group_size, asymmetric, shared_with: as in :meth:`WeightOnlyLinear.from_float`; -1: one scale per row.
+
+        Raises:
+            TypeError: module is of another class.
+            ValueError: NaN or Inf in the weights, a ``max_norm``, or ``shared_with`` has another kind of weight.
+        """
+        layer, module = cls._like(module, bits=bits, group_size=group_size, asymmetric=asymmetric)
+        if module.max_norm is not None:
+            raise ValueError(
+                f"quant_ops.WeightOnlyEmbedding.from_float: expected max_norm=None, got {module.max_norm}, which changes the "
+                "weight in every call. Scale the rows once and set it to None."
+            )
+        return layer._take(module, shared_with)
+
+    def _run(self, x: Tensor) -> Tensor:
+        b = self._buffers
+        lent = b["qweight"] is not None  # by functional_call
+        codes, packed = (self.qweight, None) if lent else (self._placeholder, b["packed_weight"])
+        scale, zero_point = b["weight_scale"], b["weight_zero_point"]
+        assert scale is not None
+        return _looked_up(x, codes, scale, zero_point, self.bits, self.group_size, packed, self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._describe()}"
