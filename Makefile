@@ -36,6 +36,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks.packages.conv2d
 	$(BIN)/python -m benchmarks.packages.models
 	$(BIN)/python -m benchmarks.packages.networks
+	$(BIN)/python -m benchmarks.packages.generation
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,6 +50,8 @@ def made(name: str, command: list[str], inputs: list[Path] | None = None) -> Pat
         tell = ["-MMD", "-MF", dependencies] if inputs is None else []
         done = subprocess.run([*command, *tell, "-o", partial], cwd=ROOT, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        if "-fsyntax-only" in command:  # which writes nothing; the file then says that the command has succeeded
+            Path(partial).touch()
         os.replace(partial, output)  # a library that another process has loaded stays as it is
         if inputs is None:
             inputs = [Path(path) for path in Path(dependencies).read_text().replace("\\\n", " ").split(":", 1)[1].split()]
@@ -57,17 +59,26 @@ def made(name: str, command: list[str], inputs: list[Path] | None = None) -> Pat
     return output
 
 
-def compiled(name: str, sources: Iterable[str | Path], compile_flags: list[str], *, compiler: str = CXX, link_flags=()) -> Path:
+def compiled(
+    name: str,
+    sources: Iterable[str | Path],
+    compile_flags: list[str] | Mapping[str | Path, list[str]],
+    *,
+    compiler: str = CXX,
+    link_flags=(),
+) -> Path:
     """The program, or with -shared among the flags of the linker the library, of sources and of objects (.o).
 
-    Paths that are not absolute start at the root of the project. The objects are compiled side by side.
+    Paths that are not absolute start at the root of the project. The objects are compiled side by side, with the same flags or each
+    with its own.
     """
 
     def object_of(source: str | Path) -> Path:
+        flags = compile_flags[source] if isinstance(compile_flags, Mapping) else compile_flags
         source = Path(source)
         if source.suffix == ".o":
             return ROOT / source
-        return made(f"{source.stem}.o", [compiler, *compile_flags, "-c", str(source)])
+        return made(f"{source.stem}.o", [compiler, *flags, "-c", str(source)])
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(object_of, sources))

@@ -23,16 +23,14 @@ def core_sources() -> list[str]:
 
 
 def built_objects() -> list[str]:
-    """What `make test` has compiled already, or nothing where that is missing or older than the sources."""
-    folder = ROOT / "build/editable/CMakeFiles/core.dir"
-    header = max(path.stat().st_mtime for path in (ROOT / "cpp").rglob("*.h"))
-    objects = []
-    for source in core_sources():
-        built = folder / f"{source}.o"
-        if not built.exists() or built.stat().st_mtime < max(header, (ROOT / source).stat().st_mtime):
-            return []
-        objects.append(str(built))
-    return objects
+    """What `make test` has compiled already, or nothing where ninja would compile any of it again."""
+    cache = ROOT / "build/editable/CMakeCache.txt"
+    program = re.search(r"^CMAKE_MAKE_PROGRAM:\w+=(.*ninja.*)$", cache.read_text() if cache.exists() else "", re.MULTILINE)
+    if program is None or not Path(program[1]).exists():
+        return []
+    done = subprocess.run([program[1], "-C", cache.parent, "-n", "core"], check=False, capture_output=True, text=True)
+    folder = cache.parent / "CMakeFiles/core.dir"
+    return [str(folder / f"{source}.o") for source in core_sources()] if "no work to do" in done.stdout else []
 
 
 # The flags of CMakeLists.txt that matter for the bits: without -ffp-contract=off, gcc contracts on aarch64.

@@ -87,6 +87,22 @@ def test_networks_script(tmp_path):
     assert all(row["sqnr_db"] > 20 for row in rows)
 
 
+def test_generation_script(tmp_path):
+    out = tmp_path / "generation.json"
+    options = ("--smoke", "--threads", "1", "--prompts", "16", "--tied", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    own = [f"ours {scheme}" for scheme in ("int8 dynamic", "int8 weight-only", "int4 weight-only", "W4A8")]
+    stdout = run("-m", "benchmarks.packages.generation", *options, "--contenders", *own, "bf16")
+    if stdout.startswith("skipped: "):
+        pytest.skip(stdout)
+    assert shown(out) == stdout
+    rows = json.loads(out.read_text())["results"]
+    assert {(row["stem"], row["contender"]) for row in rows} == {
+        (stem, name) for stem in ("prompt", "decode", "layers") for name in (*own, "fp32", "bf16")
+    }
+    size = {row["contender"]: row["bytes"] for row in rows}
+    assert size["ours int4 weight-only"] < size["ours W4A8"] < size["ours int8 weight-only"] < size["bf16"] < size["fp32"]
+
+
 def test_calibration_script():
     stdout = run("-m", "benchmarks.packages.calibration", "--smoke")
     observers = ("minmax", "ema", "percentile", "mse", "entropy", "histogram", "lsq")

@@ -62,6 +62,17 @@ def test_simulation(tmp_path):
     assert abs(sqnr["E5M2"] - sqnr["E3M2"]) < 0.5
 
 
+def test_generation(tmp_path):
+    command = [sys.executable, EXAMPLES / "generation.py", "--quick", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("OK: files give the same bits, and perplexities are near that of float32\n")
+    rows = {line[:20].strip(): [float(figure) for figure in line[20:].split()] for line in done.stdout.splitlines()[1:6]}
+    assert list(rows) == ["float32", "int8 dynamic", "int8 weight-only", "int4 weight-only", "int4, int8 inputs"]
+    assert rows["int4 weight-only"][1] < 0.75 * rows["int8 weight-only"][1] < 0.25 * rows["float32"][1]
+    assert 1 < rows["float32"][0] < 40
+
+
 SIMULATED = {
     "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
     "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),

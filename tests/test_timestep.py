@@ -217,6 +217,7 @@ def test_a_compiled_model_counts(compiled):
             assert torch.equal(fast(x), single(step)(x))
 
 
+@pytest.mark.slow  # the tests above compile the same graph with aot_eager
 def test_compiled_by_inductor():
     torch._dynamo.reset()
     model, x = converted(), batch(9)

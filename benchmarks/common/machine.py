@@ -17,7 +17,7 @@ try:
 except ImportError:  # an ordinary install leaves the test module out; the share of the peak is then not reported
     _kernels = None
 
-PACKAGES = ("torchao", "onnxruntime", "onnx", "transformers")
+PACKAGES = ("torchao", "onnxruntime", "onnx", "transformers", "llama_cpp_python")
 
 
 def checked():

@@ -129,6 +129,38 @@ def _closeness(rows):
     return f"Signal to noise of the last hidden state against fp32, in dB: {_sqnr(rows[0])}."
 
 
+def generation(data):
+    """A row per contender: bytes, tokens a second of prompts and of what follows them, milliseconds of the Linear layers."""
+    rows = table.grouped(data["results"], "threads", "stem", "shape")
+    head, cells = ["", "MB", "dB"], {name: [] for name in table.contenders(rows)}
+    for (threads, stem, shape), row in rows.items():
+        length = shape.split("+")[0]
+        title = {"prompt": f"prompt of {length}", "decode": f"after {length}", "layers": "Linear layers, ms"}[stem]
+        head.append(f"{title}, {threads} thread(s)")
+        for name, line in cells.items():
+            if name not in row:
+                line.append("")
+            elif stem == "layers":
+                line.append(f"{row[name]['min_us'] / 1e3:.2f}")
+            else:
+                line.append(f"{1e6 * row[name]['tokens'] / row[name]['min_us']:.1f}")
+    decoded = next(row for (_, stem, _), row in rows.items() if stem == "decode")
+    lines = [
+        [name, f"{decoded[name]['bytes'] / 1e6:.0f}", f"{decoded[name]['sqnr_db']:.0f}", *line]
+        for name, line in cells.items()
+        if name in decoded
+    ]
+    return "\n".join(
+        [
+            f"{table.whose(data['machine'], 'transformers', 'torchao', 'llama_cpp_python')}. Tokens a second, at their best: of a "
+            "prompt, and one by one after it. MB are those of the weights, dB is the signal to noise of the logits against fp32.",
+            "",
+            table.markdown(head, lines),
+            *table.missing(data),
+        ]
+    )
+
+
 def _milliseconds(row):
     return {name: r["min_us"] / 1e3 for name, r in row.items()}
 
