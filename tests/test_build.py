@@ -82,9 +82,12 @@ def test_wide_instructions_stay_in_their_kernels():
 
 
 def test_kernel_headers_open_alone():
-    """As an editor opens them: with explicit includes, and a scalar Simd where no instruction set is named."""
+    """As an editor opens them: with explicit includes, and a scalar Simd where no instruction set is named.
+
+    Not module.h, which needs pybind11.
+    """
     root = Path(__file__).parent.parent
-    headers = [str(path.relative_to(root)) for path in sorted((root / "cpp/kernels").rglob("*.h"))]
+    headers = [str(path.relative_to(root)) for path in sorted((root / "cpp/kernels").rglob("*.h")) if path.name != "module.h"]
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", "-Wno-psabi", "-x", "c++", "-Icpp", *headers]
     if shutil.which(command[0]) is None:
         pytest.skip("no C++ compiler")
