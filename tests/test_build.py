@@ -80,11 +80,14 @@ def test_wide_instructions_stay_in_their_kernels():
 
 
 def test_kernel_headers_open_alone():
-    """As an editor opens them: with explicit includes, and a scalar Simd where no instruction set is named."""
+    """As an editor opens them: with explicit includes, and a scalar Simd where no instruction set is named.
+
+    Not module.h, which needs pybind11.
+    """
     if CXX is None:
         pytest.skip("no C++ compiler")
     flags = ["-std=c++20", "-fsyntax-only", "-Wno-psabi", "-x", "c++", "-Icpp"]
-    for path in sorted((ROOT / "cpp/kernels").rglob("*.h")):
+    for path in sorted(path for path in (ROOT / "cpp/kernels").rglob("*.h") if path.name != "module.h"):
         made(path.name, [CXX, *flags, str(path.relative_to(ROOT))])
 
 
