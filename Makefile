@@ -32,6 +32,7 @@ test-all: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/operators $(PYTEST_FLAGS)
 	$(BIN)/python -m benchmarks.packages.linear
+	$(BIN)/python -m benchmarks.packages.weight_only
 	$(BIN)/python -m benchmarks.packages.conv2d
 	$(BIN)/python -m benchmarks.packages.models
 	$(BIN)/python -m benchmarks.packages.networks

@@ -14,10 +14,18 @@ from pathlib import Path
 from benchmarks.common import results
 from benchmarks.gpu.table import gpu
 from benchmarks.operators import table as operators
-from benchmarks.packages.table import conv2d, linear, model, networks
+from benchmarks.packages.table import conv2d, linear, model, networks, weight_only
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-SHOW = {"operators": operators.show, "linear": linear, "conv2d": conv2d, "networks": networks, "model": model, "gpu": gpu}
+SHOW = {
+    "operators": operators.show,
+    "linear": linear,
+    "weight_only": weight_only,
+    "conv2d": conv2d,
+    "networks": networks,
+    "model": model,
+    "gpu": gpu,
+}
 
 
 def kind(data):

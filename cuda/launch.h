@@ -69,6 +69,8 @@ void quantize_affine_cuda(const AffineParams& p, const Launch& at);
 void dequantize_affine_cuda(const AffineParams& p, const Launch& at);
 void choose_qparams_affine_cuda(const ChooseAffineParams& p, const Launch& at);
 
+void weight_only_embedding_cuda(const WeightOnlyEmbeddingParams& p, const Launch& at);
+
 void quantize_float_cuda(const QuantizeFloatParams& p, const Launch& at);
 
 // How long blocks are cut into parts.

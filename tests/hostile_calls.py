@@ -109,6 +109,10 @@ def good(op: str) -> dict[str, object]:
         "weight_only_linear": {"x": x, "weight": codes % 8, "weight_scale": filled([3], torch.float32) + 1,
                                "weight_zero_point": None, "bias": None, "bits": 4, "group_size": -1, "packed_weight": None,
                                "dynamic": True, "asymmetric": False, "out_dtype": None},
+        "weight_only_embedding": {"indices": filled([2, 3], torch.int64) % 3, "weight": codes % 8,
+                                  "weight_scale": filled([3], torch.float32) + 1, "weight_zero_point": None, "bits": 4,
+                                  "group_size": -1, "packed_weight": qo.pack_weight_only(codes % 8, 4),
+                                  "out_dtype": torch.bfloat16},
         "pack_weight_only": {"weight": codes % 8, "bits": 4, "group_size": 32},
         "unpack_weight_only": {"packed_weight": qo.pack_weight_only(codes % 8, 4, 32), "shape": [3, 20], "bits": 4,
                                "group_size": 32},
@@ -119,7 +123,7 @@ OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
     "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
     "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
-    "weight_only_linear", "pack_weight_only", "unpack_weight_only",
+    "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 
@@ -174,7 +178,7 @@ def outcome(function: object, arguments: dict[str, object]) -> tuple[str, object
     """What a call gives, as text, and the exception."""
     try:
         result = function(**arguments)  # type: ignore[operator]
-    except (TypeError, ValueError, RuntimeError, MemoryError, NotImplementedError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError, MemoryError, NotImplementedError) as error:
         return str(error).split("\n")[0], error
     return " ".join(f"{tuple(r.shape)} {r.dtype}" for r in (result if isinstance(result, tuple) else (result,))), None
 
@@ -187,7 +191,9 @@ def describe(arguments: dict[str, object]) -> str:
 
 
 # Reasons that only a call with data has.
-ONLY_WITH_DATA = re.compile(r"bytes of memory|enough memory|zero_point in \[|codes of four bits in|packed_weight made by")
+ONLY_WITH_DATA = re.compile(
+    r"bytes of memory|enough memory|zero_point in \[|codes of four bits in|packed_weight made by|indices >= 0"
+)
 
 
 def main(seed: int, count: int) -> None:

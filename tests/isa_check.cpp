@@ -433,6 +433,24 @@ void check_weight_only(Random* random, int i, Log* log) {
   const std::string name = named("weight_only: bits, codes, M, N, K, group", {p.bits, p.codes, p.M, p.N, p.K, p.group});
   log->add(name, y.data(), y_bytes, p.y_dtype);
   log->add(name + " unpacked", unpacked.data(), p.N * p.K, DType::kInt8);
+
+  WeightOnlyEmbeddingParams e{.M = 5, .N = p.N, .K = p.K, .group = p.group, .bits = p.bits};
+  const Edge<int32_t> index(e.M, [&](int64_t m) { return static_cast<int32_t>(m == 0 ? p.N - 1 : random->between(0, p.N - 1)); });
+  const int64_t rows_bytes = e.M * e.K * dtype_bytes(p.y_dtype);
+  const Bytes rows(rows_bytes);
+  e.index = index.data();
+  e.packed = random->one_in(4) ? nullptr : packed.data();
+  e.weight = w.data();
+  e.weight_stride = e.K;
+  e.scale = p.scale;
+  e.zero_point = p.zero_point;
+  e.float_zero = p.float_zero;
+  set_strides(e.scale_stride);
+  set_strides(e.zero_stride);
+  e.y = rows.data();
+  e.y_dtype = p.y_dtype;
+  weight_only_embedding_cpu(e);
+  log->add(name + " looked up", rows.data(), rows_bytes, e.y_dtype);
 }
 
 void check_conv2d(Random* random, Activation mode, int i, Log* log) {

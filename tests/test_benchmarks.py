@@ -39,6 +39,18 @@ def test_linear_script(tmp_path):
     assert all(reason for reasons in data["missing"].values() for reason in reasons.values())
 
 
+def test_weight_only_script(tmp_path):
+    out = tmp_path / "weight_only.json"
+    stdout = run("-m", "benchmarks.packages.weight_only", "--shapes", "smoke", "--seconds", "0", "--rounds", "1", "--out", str(out))
+    assert shown(out) == stdout
+    data = json.loads(out.read_text())
+    timed = {(row["stem"], row["contender"]) for row in data["results"]}
+    ours = {("4 bits", "ours W4A8"), ("4 bits", "ours W4A16"), ("8 bits", "ours W8A8"), ("8 bits", "ours W8A16 bf16")}
+    torchs = {("4 bits", "fp32"), ("4 bits", "int4pack_mm"), ("8 bits", "int8pack_mm bf16")}
+    assert ours | torchs <= timed, data["missing"]
+    assert all(row["sqnr_db"] > 15 and 0 < row["min_us"] <= row["median_us"] for row in data["results"])
+
+
 def test_model_script(tmp_path):
     out = tmp_path / "model.json"
     options = ("--smoke", "--batch", "1", "--seconds", "0", "--rounds", "1", "--out", str(out))

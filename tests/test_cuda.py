@@ -504,6 +504,29 @@ class KernelCases:
                 for result in FLOATS[:3]:
                     subject.check("dequantize_affine", codes, block_size, scale, zero, -8, 7, domain, output_dtype=result)
 
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_weight_only_embedding(self, subject, bits):
+        for (n, k), group, zeros in itertools.product(
+            [(19, 37), (70, 256), (33, 1), (5, 0)], [32, -1], ["none", "integer", "float"]
+        ):
+            groups = 1 if group == -1 else max(1, -(-k // group))
+            low = -(1 << (bits - 1))
+            weight = torch.randint(low, -low, (n, k), dtype=torch.int8)
+            zero = {"none": None, "integer": torch.randint(low, -low, (n, groups), dtype=torch.int8)}.get(
+                zeros, torch.randn(n, groups)
+            )
+            packed = torch.ops.quant_ops.pack_weight_only(weight, bits, group)
+            scale = torch.rand(groups, n).T
+            for indices, result in itertools.product(
+                [torch.randint(n, (3, 5)), torch.arange(n, dtype=torch.int32).flip(0), torch.zeros(2, 0, dtype=torch.int64)],
+                FLOATS[:3],
+            ):
+                arguments = (indices, weight, scale, zero, bits, group)
+                subject.check("weight_only_embedding", *arguments, out_dtype=result)
+                moved = subject.move(packed)
+                got = subject.ops.weight_only_embedding(*map(subject.move, arguments), packed_weight=moved, out_dtype=result)
+                assert_same(got, torch.ops.quant_ops.weight_only_embedding(*arguments, out_dtype=result))
+
     def test_backward_over_chunks_of_chunks(self, subject):
         x, grad = torch.randn(2**20 + 1030), torch.randn(2**20 + 1030)
         subject.check("quant_tensor_backward", grad, x, torch.tensor(0.02), torch.tensor(3.0), -128, 127, True)

@@ -42,6 +42,7 @@ OPERATORS = [
     "weight_only_linear",
     "pack_weight_only",
     "unpack_weight_only",
+    "weight_only_embedding",
 ]
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 needs_library = pytest.mark.skipif(not BUILT.is_file(), reason=f"{BUILT.relative_to(ROOT)} is not built: make cuda-build")
@@ -52,6 +53,20 @@ class TestEmulated(KernelCases):
     @pytest.fixture
     def subject(self, emulated):
         return Subject(emulated, "cpu")
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_out_of_range_is_asserted(emulated, index):
+    library = next(path for path in torch.ops.loaded_libraries if "emulated" in path)
+    code = (
+        f"import torch; import quant_ops; torch.ops.load_library({library!r})\n"
+        "weight = torch.zeros(3, 8, dtype=torch.int8)\n"
+        f"torch.ops.quant_ops_emulated.weight_only_embedding(torch.tensor([0, {index}]), weight, torch.ones(3))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode < 0
+    assert "quant_ops.weight_only_embedding: indices" in done.stderr
 
 
 ARITHMETIC = r"""

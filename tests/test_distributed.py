@@ -191,6 +191,50 @@ def test_dtensors(tmp_path):
     )
 
 
+def test_dtensors_of_weight_only_operators(tmp_path):
+    """Rows and indices stay where they are; a weight is gathered."""
+    in_two_processes(
+        tmp_path,
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        def same(got, expected):
+            assert got.shape == expected.shape and torch.equal(full(got), expected)
+
+        torch.manual_seed(0)
+        codes, scale, bias = torch.randint(-8, 8, (9, 70), dtype=torch.int8), torch.rand(9, 3), torch.randn(9)
+        weight = [codes, scale, torch.randint(-8, 8, (9, 3), dtype=torch.int8)]
+        packed = qo.pack_weight_only(codes, 4, 32)
+        for placed in (Replicate(), Shard(0)):
+            there = [distribute_tensor(t, mesh, [placed]) for t in (*weight, bias, packed)]
+            for shape in ((6,), (7, 1), (1, 3, 4)):
+                x, indices = torch.randn(*shape, 70), torch.randint(9, shape)
+                for placement in (*map(Shard, range(len(shape) + 1)), Replicate()):
+                    at = distribute_tensor(x, mesh, [placement])
+                    split = placement == Shard(len(shape))
+                    for dynamic in (True, False):
+                        for pack in (False, True):
+                            options = [{"packed_weight": p if pack else None, "dynamic": dynamic} for p in (there[4], packed)]
+                            got = qo.weight_only_linear(at, *there[:4], 4, 32, **options[0])
+                            expected = qo.weight_only_linear(x, *weight, bias, 4, 32, **options[1])
+                            assert got.placements == ((Replicate(),) if split else (placement,))
+                            if dynamic:
+                                same(got, expected)
+                            else:
+                                torch.testing.assert_close(full(got), expected)
+                    if split:
+                        continue
+                    at = distribute_tensor(indices, mesh, [placement])
+                    for p, plain in ((None, None), (there[4], packed)):
+                        got = qo.weight_only_embedding(at, *there[:3], 4, 32, packed_weight=p)
+                        assert got.placements == (placement,)
+                        same(got, qo.weight_only_embedding(indices, *weight, 4, 32, packed_weight=plain))
+        mixed = (qo.weight_only_linear, there[0].float(), codes, scale)
+        refused(TypeError, "expected all tensors to be DTensors, got plain ['weight', 'weight_scale']", *mixed)
+        """,
+    )
+
+
 def test_dtensors_of_floating_formats(tmp_path):
     """As test_dtensors. What rounds stochastically is gathered, with one seed for all processes."""
     in_two_processes(

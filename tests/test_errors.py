@@ -56,6 +56,9 @@ def good(op):
         "pack_weight": {"weight": i8(6, 4, 3, 3)},
         "unpack_weight": {"packed_weight": qo.pack_weight(i8(6, 4, 3, 3)), "shape": [6, 4, 3, 3]},
         "weight_only_linear": {"x": f32(2, 40), "weight": i8(3, 40), "weight_scale": f32(3, 2), "bits": 4, "group_size": 32},
+        "weight_only_embedding": {
+            **{"indices": torch.tensor([2, 0]), "weight": i8(3, 40), "weight_scale": f32(3, 2), "bits": 4, "group_size": 32}
+        },
         "pack_weight_only": {"weight": i8(3, 40), "bits": 4, "group_size": 32},
         "unpack_weight_only": {
             **{"packed_weight": qo.pack_weight_only(i8(3, 40), 4, 32), "shape": [3, 40], "bits": 4, "group_size": 32}
@@ -240,9 +243,10 @@ _strided = torch.zeros(2 * qo.pack_weight(i8(3, 4)).numel(), dtype=torch.int8)[:
 add("int8_linear", _sentence, packed_weight=_strided.copy_(qo.pack_weight(i8(3, 4))))
 add("int8_conv2d", _sentence, fake=False, packed_weight=qo.pack_weight(i8(6, 4, 1, 9)))
 
-# ---- weight_only_linear and its packing ---------------------------------------------------------------------------------------
+# ---- weight_only_linear, weight_only_embedding and their packing --------------------------------------------------------------
 
-_WEIGHT_ONLY = "weight_only_linear pack_weight_only"
+_GROUPED = "weight_only_linear weight_only_embedding"
+_WEIGHT_ONLY = f"{_GROUPED} pack_weight_only"
 _ANY_WEIGHT_ONLY = f"{_WEIGHT_ONLY} unpack_weight_only"
 add(_WEIGHT_ONLY, f"weight.dtype int8, got float32. {FIRST}", TypeError, weight=f32(3, 40))
 add(_WEIGHT_ONLY, "weight.dtype int8, got uint8", TypeError, weight=i8(3, 40).to(torch.uint8))
@@ -263,33 +267,43 @@ add("weight_only_linear", "x.dtype in (float32, float16, bfloat16), got float64"
 add("weight_only_linear", "x to have at least one dimension, got shape ()", x=f32())
 add("weight_only_linear", "x.shape[-1] == weight.shape[1], got 41 and 40", x=f32(2, 41))
 add("weight_only_linear", "asymmetric=True only with dynamic=True, got it alone", asymmetric=True)
-add("weight_only_linear", f"weight_scale.dtype in {FLOATING}, got int8", TypeError, weight_scale=i8(3, 2))
+add(_GROUPED, f"weight_scale.dtype in {FLOATING}, got int8", TypeError, weight_scale=i8(3, 2))
 for _shape in ((3,), (2, 3), (3, 1), (3, 2, 1), (1, 2), ()):
-    add("weight_only_linear", f"weight_scale.shape (N, groups) = (3, 2), got {_shape}", weight_scale=f32(*_shape))
-    add("weight_only_linear", f"weight_zero_point.shape (N, groups) = (3, 2), got {_shape}", weight_zero_point=i8(*_shape))
+    add(_GROUPED, f"weight_scale.shape (N, groups) = (3, 2), got {_shape}", weight_scale=f32(*_shape))
+    add(_GROUPED, f"weight_zero_point.shape (N, groups) = (3, 2), got {_shape}", weight_zero_point=i8(*_shape))
 _sentence = "weight_zero_point.dtype integer or floating, got bool"
-add("weight_only_linear", _sentence, TypeError, weight_zero_point=torch.ones(3, 2, dtype=torch.bool))
+add(_GROUPED, _sentence, TypeError, weight_zero_point=torch.ones(3, 2, dtype=torch.bool))
 for _zero in (128, -129, 2**31 - 1):
     _zeros = torch.full((3, 2), _zero, dtype=torch.int32)
-    add("weight_only_linear", f"weight_zero_point in [-128, 127], got {_zero}", fake=False, weight_zero_point=_zeros)
+    add(_GROUPED, f"weight_zero_point in [-128, 127], got {_zero}", fake=False, weight_zero_point=_zeros)
 add("weight_only_linear", f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(3))
 add("weight_only_linear", "bias.shape == (3,), got (2,)", bias=f32(2))
-add("weight_only_linear", "out_dtype in (float32, float16, bfloat16), got int8", TypeError, out_dtype=torch.int8)
-add("weight_only_linear", f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(64))
+add(_GROUPED, "out_dtype in (float32, float16, bfloat16), got int8", TypeError, out_dtype=torch.int8)
+add(_GROUPED, f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(64))
 _sentence = "packed_weight made by pack_weight_only from this weight, with these bits and this group_size, got another one. "
 _sentence += "Call pack_weight_only(weight, bits, group_size) again."
 _right = qo.pack_weight_only(i8(3, 40), 4, 32)
 for _other in (i8(5), _right[:-1], qo.pack_weight_only(i8(3, 40), 8, 32), qo.pack_weight_only(i8(3, 40), 4, -1)):
-    add("weight_only_linear", _sentence, packed_weight=_other)
-add("weight_only_linear", _sentence, fake=False, packed_weight=qo.pack_weight_only(i8(4, 40), 4, 32))  # of the right length
+    add(_GROUPED, _sentence, packed_weight=_other)
+add(_GROUPED, _sentence, fake=False, packed_weight=qo.pack_weight_only(i8(4, 40), 4, 32))  # of the right length
 _strided = torch.zeros(2 * _right.numel(), dtype=torch.int8)[::2].copy_(_right)
-add("weight_only_linear", _sentence, packed_weight=_strided)
+add(_GROUPED, _sentence, packed_weight=_strided)
 _sentence = (
     "packed_weight made by pack_weight_only from a weight of this shape, with these bits and this group_size, got another one"
 )
 add("unpack_weight_only", _sentence, packed_weight=i8(5))
 add("unpack_weight_only", _sentence, group_size=-1)
 add("unpack_weight_only", _sentence, bits=8)
+for _dtype in ("int8", "int16", "uint8", "bool", "float32"):
+    _wrong = torch.ones(2, dtype=getattr(torch, _dtype))
+    add("weight_only_embedding", f"indices.dtype in (int32, int64), got {_dtype}", TypeError, indices=_wrong)
+for _index in (3, -1, 2**31 - 1, 2**40, -(2**63)):
+    _sentence = f"indices >= 0 and below the 3 rows of the weight, got {_index}"
+    add("weight_only_embedding", _sentence, IndexError, fake=False, indices=torch.tensor([[0], [_index]]))
+_sentence = "indices >= 0 and below the 3 rows of the weight, got -3"
+add("weight_only_embedding", _sentence, IndexError, fake=False, indices=torch.tensor([-3], dtype=torch.int32))
+_none = {"weight": i8(0, 40), "weight_scale": f32(0, 2)}
+add("weight_only_embedding", "no indices of a weight without rows, got 2", IndexError, **_none)
 _GROUPS = "groups of at most {} k so that the int32 sum is exact, got {}. Choose a group_size."
 for _bound, _change in (
     (131071, {}),
@@ -364,11 +378,14 @@ _deep = torch.empty(0, 4, 2**30, 2**30, dtype=torch.int8)
 add("int8_conv2d pack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), weight=_deep)
 add("unpack_weight", _ELEMENTS.format("weight", tuple(_deep.shape)), shape=list(_deep.shape))
 _long = torch.empty(0, 2**46, dtype=torch.int8)
-add("weight_only_linear pack_weight_only", _ELEMENTS.format("weight", tuple(_long.shape)), weight=_long)
+add(_WEIGHT_ONLY, _ELEMENTS.format("weight", tuple(_long.shape)), weight=_long)
 add("unpack_weight_only", _ELEMENTS.format("weight", tuple(_long.shape)), shape=list(_long.shape))
 add("pack_weight", f"groups <= 2^45, got {2**46}", weight=torch.empty(0, 1, 1, 1, dtype=torch.int8), groups=2**46)
 add("unpack_weight", f"groups <= 2^45, got {2**46}", shape=[0, 1, 1, 1], groups=2**46)
 add("unpack_weight", "sizes >= 0, got shape (6, -4, 3, 3)", shape=[6, -4, 3, 3])
+_long = torch.zeros(1, dtype=torch.int64).expand(2**40)
+add("weight_only_embedding", _ELEMENTS.format("a result", f"({2**40}, 40)"), indices=_long)
+add("weight_only_embedding", _ELEMENTS.format("indices", f"({2**46},)"), indices=_long[:1].expand(2**46))
 _long = f32(1, 4).expand(2**40, 4)
 add("int8_linear", _ELEMENTS.format("a result", f"({2**40}, 64)"), x=_long, weight=i8(64, 4), weight_scale=f32())
 add("int8_linear", _ELEMENTS.format("x", f"({2**44}, 4)"), x=f32(1, 4).expand(2**44, 4))
@@ -401,7 +418,7 @@ def test_operator(case):
 
 @every_case
 def test_wrapper(case):
-    with pytest.raises((TypeError, ValueError), match=pattern(case)) as caught:
+    with pytest.raises((TypeError, ValueError, IndexError), match=pattern(case)) as caught:
         getattr(qo, case.op)(**good(case.op) | case.change)
     assert caught.type is case.kind
     assert caught.value.__cause__ is None
@@ -466,6 +483,7 @@ _WITHOUT_MEMORY = {
     "int8_conv2d": {"x": f32(1, 4, 1, 1).expand(1, 4, 2**21, 2**21)},
     "pack_weight": {"weight": i8(1, 4).expand(2**40, 4)},
     "weight_only_linear": {"x": f32(1, 40).expand(2**38, 40)},
+    "weight_only_embedding": {"indices": torch.zeros(1, dtype=torch.int32).expand(2**39)},
     "pack_weight_only": {"weight": i8(1, 40).expand(2**38, 40)},
 }
 

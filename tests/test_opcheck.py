@@ -221,6 +221,19 @@ _WEIGHT_ONLY = {
     "transposed": call(floats(37, 5).T, codes(37, 19).T, scales(2, 19).T, None, _BIAS, 8, 32, dynamic=True),
     "empty_batch": call(floats(0, 37), _W4, _WS, None, None, 4),
 }
+_INDICES = torch.tensor([[3, 0, 18], [3, 7, 3]])
+_EMBEDDING = {
+    "int8": call(_INDICES, _W, _WS),
+    "int8_groups": call(_INDICES.int(), _W, _GROUP_SCALES, codes(19, 2), 8, 32),
+    "int4": call(_INDICES, _W4, scales(19, 1).half(), None, 4, out_dtype=torch.bfloat16),
+    "int4_groups": call(_INDICES, _W4, _GROUP_SCALES, floats(19, 2), 4, 32),
+    "packed": call(_INDICES, _W4, _GROUP_SCALES, None, 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
+    "packed_int8": call(_INDICES, _W, _WS, None, packed_weight=ops.pack_weight_only(_W), out_dtype=torch.float16),
+    "transposed": call(_INDICES.T, codes(37, 19).T, scales(2, 19).T, None, 8, 32),
+    "scalar": call(torch.tensor(5), _W, _WS),
+    "empty": call(torch.zeros(2, 0, dtype=torch.int64), _W4, _WS, None, 4),
+    "no_columns": call(_INDICES, codes(19, 0), _WS),
+}
 _PACK_WEIGHT_ONLY = {
     "int8": call(_W),
     "int8_groups": call(_W, 8, 32),
@@ -308,6 +321,7 @@ SAMPLES = {
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
     "weight_only_linear": _WEIGHT_ONLY,
+    "weight_only_embedding": _EMBEDDING,
     "pack_weight_only": _PACK_WEIGHT_ONLY,
     "unpack_weight_only": {
         name: call(ops.pack_weight_only(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK_WEIGHT_ONLY.items()

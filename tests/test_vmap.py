@@ -63,6 +63,29 @@ LINEAR = {
     "out_scale": (lambda x, s: qo.int8_linear(x, W, WS, B, out_scale=s), [0, 0], X, scales(3)),
     "no rows": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 0, 8)),
 }
+W4, W4S, W4Z = codes(6, 40).bitwise_and(7), scales(6, 2), zeros(6, 2)
+W4P = qo.pack_weight_only(W4, 4, 32)
+ROW = floats(3, 4, 40)
+INDICES = torch.randint(6, (3, 4, 5))
+
+
+def w4a8(x, w=W4, s=W4S, z=None, b=None, asymmetric=False):
+    return qo.weight_only_linear(x, w, s, z, b, 4, 32, dynamic=True, asymmetric=asymmetric)
+
+
+WEIGHT_ONLY = {
+    "dynamic": (w4a8, [0], ROW),
+    "asymmetric, second": (lambda x: w4a8(x, z=W4Z, b=B, asymmetric=True), [1], ROW),
+    "last": (w4a8, [-1], floats(4, 40, 3)),
+    "vectors": (w4a8, [0], ROW[0]),
+    "packed": (lambda x: qo.weight_only_linear(x, W4, W4S, None, B, 4, 32, packed_weight=W4P, dynamic=True), [0], ROW.half()),
+    "weights": (w4a8, [None, 0, 1], ROW[0], codes(3, 6, 40).bitwise_and(7), scales(6, 3, 2)),
+    "no rows": (w4a8, [0], floats(3, 0, 40)),
+    "lookup": (lambda i: qo.weight_only_embedding(i, W4, W4S, W4Z, 4, 32), [0], INDICES),
+    "lookup, last": (lambda i: qo.weight_only_embedding(i, W4, W4S, None, 4, 32, packed_weight=W4P), [2], INDICES),
+    "lookup, numbers": (lambda i: qo.weight_only_embedding(i, W4, W4S, None, 4, 32), [0], INDICES[0, 0].int()),
+    "lookup, scales": (lambda i, s: qo.weight_only_embedding(i, W4, s, None, 4, 32), [None, 2], INDICES, scales(6, 2, 3)),
+}
 K, KS = codes(6, 2, 3, 3), scales(6)
 IMAGES = floats(3, 2, 4, 7, 5)
 GEOMETRY = ([1, 2], [1], [1], 2)
@@ -205,7 +228,16 @@ BLOCK = {
         scales(3) * 0.01,
     ),
 }
-SAMPLES = {"linear": LINEAR, "conv2d": CONV, "gemm": GEMM, "rows": ROWS, "quantize": QUANTIZE, "float": FLOAT, "block": BLOCK}
+SAMPLES = {
+    "linear": LINEAR,
+    "weight_only": WEIGHT_ONLY,
+    "conv2d": CONV,
+    "gemm": GEMM,
+    "rows": ROWS,
+    "quantize": QUANTIZE,
+    "float": FLOAT,
+    "block": BLOCK,
+}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +263,11 @@ def test_drawn_seeds_follow_the_randomness_of_vmap():
 
 def test_an_empty_batch():
     assert torch.vmap(lambda x: qo.int8_linear(x, W, WS))(floats(0, 2, 8)).shape == (0, 2, 6)
+
+
+def test_floating_rows_are_those_of_one_call():
+    got = torch.vmap(lambda x: qo.weight_only_linear(x, W4, W4S, None, B, 4, 32))(ROW)
+    assert torch.equal(got, qo.weight_only_linear(ROW, W4, W4S, None, B, 4, 32))
 
 
 def test_nested():
@@ -260,6 +297,8 @@ def test_layers(config):
     "f",
     [
         lambda x: qo.int8_linear(x, W, WS),
+        lambda x: w4a8(x, W4[:, :8], W4S[:, :1]),
+        lambda x: qo.weight_only_embedding(x.abs().int() % 6, W, WS),
         e4m3,
         lambda x: e2m1_gradient(x, x),
         nvfp4,
@@ -287,6 +326,8 @@ def test_calls_once(f):
     [
         lambda: torch.vmap(qo.quantize_rows)(floats(3)),
         lambda: torch.vmap(lambda x: qo.int8_linear(x, W[:, :3], WS))(floats(3)),
+        lambda: torch.vmap(lambda x: w4a8(x, W4[:, :3], W4S[:, :1]))(floats(3)),
+        lambda: torch.vmap(lambda x: w4a8(x, W4, W4S[:, 0]))(ROW),
         lambda: torch.vmap(lambda x: qo.quant_tensor_forward(x, S, None, -7, 7))(floats(3)),
         lambda: torch.vmap(lambda x, s: qo.quant_tensor_forward(x, s, None, -7, 7))(floats(3), scales(3, 3)),
         lambda: torch.vmap(lambda x: qo.choose_qparams(x, [1], -7, 7))(floats(3, 4)),

@@ -105,6 +105,24 @@ def test_floating_products_keep_their_bound(isa, bits, group):
         assert reference.same_bits(rounded, y.to(dtype))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tiny_rows_keep_the_bound(isa, bits):
+    """Subnormal elements of x and those next to them, alone and beside large ones that meet weights of zero."""
+    for (m, n, k), zeros, dtype, beside in itertools.product(
+        [(1, 20, 70), (4, 33, 200), (9, 16, 300)], ZEROS, [torch.float32, torch.bfloat16], [False, True]
+    ):
+        codes, scale, zero = problem(n, k, bits, 64, zeros)
+        scale = scale * 2.0**40  # so that results are no subnormal numbers
+        zero = zero * 2.0**40 if zeros == "float" else zero
+        exponent = torch.randint(-149, -110, (m, 1)).double()
+        x = (torch.randn(m, k).double() * 2.0**exponent).to(dtype)
+        if beside and zeros == "none":
+            x[:, ::5], codes[:, ::5] = 1e30, 0
+        w = dequantized(codes, scale, zero, 64)
+        y = qo.weight_only_linear(x, codes, scale, zero, None, bits, 64, out_dtype=torch.float32)
+        assert ((y.double() - x.double() @ w.T).abs() <= 2 * EPS * (x.double().abs() @ w.abs().T)).all(), (m, zeros, dtype, beside)
+
+
 def test_long_sums_of_one_sign_keep_the_bound(isa):
     """Where nothing cancels the rounding errors are largest, relative to the bound's sum."""
     for bits, group in itertools.product([4, 8], [-1, 128]):

@@ -77,6 +77,14 @@ PACKAGES_LINEAR = {
     "torch_quantizer": [Linear(512, 960, 960)],
 }
 
+# Weights (N, K) of weight_only.py.
+WEIGHT_ONLY = {
+    "tiny": [(64, 256)],
+    "llama": [(4096, 4096), (4096, 14336)],
+    "bert-base": [(768, 3072)],
+    "opt-1.3b": [(2048, 2048)],
+}
+
 CONV = {
     "tiny": [Conv(1, 8, 8, 16, 3, 1), Conv(2, 8, 8, 8, 3, 1, groups=8)],
     "resnet-50": [

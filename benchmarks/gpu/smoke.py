@@ -109,6 +109,15 @@ def convolutions(device: str, few: bool) -> None:
             qo.int8_conv2d(x, weight, scale, stride=2, padding=k // 2, groups=groups, asymmetric=asymmetric)
 
 
+def embeddings(device: str, few: bool) -> None:
+    for (N, K), bits in itertools.product([(40, 96), (33, 7)][: 1 if few else None], (4, 8)):
+        weight = torch.randint(-8, 8, (N, K), dtype=torch.int8)
+        packed = qo.pack_weight_only(weight, bits).to(device)
+        indices, scale = torch.randint(N, (3, 5), device=device), torch.rand(N, device=device)
+        for packed_weight in (packed, None):
+            qo.weight_only_embedding(indices, weight.to(device), scale, None, bits, packed_weight=packed_weight)
+
+
 GROUPS = {
     elementwise: ("quant_tensor_forward", "quant_tensor_backward", "dequant_tensor"),
     floats: ("quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward"),
@@ -117,6 +126,7 @@ GROUPS = {
     products: ("int8_gemm", "int8_linear", "pack_weight"),
     weights_alone: ("weight_only_linear", "pack_weight_only", "unpack_weight_only"),
     convolutions: ("int8_conv2d",),
+    embeddings: ("weight_only_embedding",),
 }
 
 

@@ -19,6 +19,29 @@ def linear(data):
     )
 
 
+def weight_only(data):
+    """Minima in microseconds. The best other contender is compared with the best of ours."""
+    parts = [table.heading(data["machine"], "torchao", "onnxruntime", "onnx")]
+    for bits in dict.fromkeys(r["stem"] for r in data["results"]):
+        rows = table.grouped(data["results"], "set", "shape", stem=bits)
+        names = table.contenders(rows)
+        own = [name for name in names if table.is_ours(name)]
+        lines, ratios = [], []
+        for (group, shape), row in rows.items():
+            limits = [f"{row[name]['percent_of_limit']:.0f}" if "percent_of_limit" in row[name] else "" for name in own]
+            ours = table.fastest(row[name] for name in own)
+            other = table.fastest(r for name, r in row.items() if not table.is_ours(name))
+            ratios.append(other["min_us"] / ours["min_us"])
+            lines.append([f"{group} {shape}", *table.times(row, names), *limits, other["contender"], f"{ratios[-1]:.2f}"])
+        head = [f"{bits}, M x N x K", *names, *(f"{name}: % of limit" for name in own), "best other", "best other / best ours"]
+        parts += [table.markdown(head, lines), table.summary(ratios)]
+    parts.append(
+        "The limit is the larger of all products at the peak (of int8 for A8, of torch's float32 or bfloat16 product for A16) and "
+        "one read of the weight at the bandwidth measured in the same process for its size."
+    )
+    return "\n".join(["\n\n".join(parts), *table.missing(data)])
+
+
 def conv2d(data):
     """Minima in microseconds, from float to float and from codes to codes."""
     parts = [table.heading(data["machine"], "onnxruntime")]

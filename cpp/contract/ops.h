@@ -307,8 +307,29 @@ struct WeightOnlyParams {
   int64_t y_stride;
 };
 
+// weight_only_embedding: y[m,k] = w[index[m],k] of such a weight, in float32: float(q - zero_point) * scale, or
+// float(q) * scale + float_zero in two roundings; then rounded once to y's dtype.
+struct WeightOnlyEmbeddingParams {
+  int64_t M, N, K;
+  int64_t group;
+  int bits;
+  const void* index;  // contiguous; on the CPU each is in [0, N), on CUDA the kernel asserts it
+  bool index_is_int64;
+  const int8_t* packed;   // from pack_weight_only; null: `weight` is read
+  const int8_t* weight;   // [N, K], its k contiguous
+  int64_t weight_stride;  // between columns
+  const float* scale;
+  int64_t scale_stride[2];   // of a column, of a group
+  const int8_t* zero_point;  // null: none
+  const float* float_zero;   // null: none; at most one of the two is there
+  int64_t zero_stride[2];    // of the one that is there
+  void* y;                   // contiguous; float32, float16 or bfloat16
+  DType y_dtype;
+};
+
 void int8_linear_cpu(const Int8LinearParams& p);
 void weight_only_linear_cpu(const WeightOnlyParams& p);
+void weight_only_embedding_cpu(const WeightOnlyEmbeddingParams& p);
 void int8_conv2d_cpu(const Int8Conv2dParams& p);
 
 }  // namespace quant_ops

@@ -7,6 +7,7 @@
 #include "cpu/weight_only.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "cpu/activations.h"
@@ -181,6 +182,15 @@ Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t thre
 
 constexpr float kOnes[kNibbleColumns] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
+// Whether any element but 0 has a product with few_factor that is no normal number.
+bool holds_tiny(const float* x, int64_t n) {
+  constexpr float kSmallestFactor = few_factor(4, 5);
+  const uint32_t least = float_bits(0x1p-126f / kSmallestFactor);
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= (float_bits(x[i]) & 0x7fffffffu) - 1 < least - 1;
+  return found != 0;
+}
+
 class WeightOnly {
  public:
   WeightOnly(const Plan& plan, const WeightOnlyParams& p)
@@ -231,13 +241,20 @@ class WeightOnly {
   void prepare() {
     if (plan_.in_place) return;
     any_row_zero_ = p_.in.mode == Activation::kDynamicAsymmetric;
+    few_rows_ = plan_.few_rows;
+    write_rows();
+    if (plan_.few_rows && !few_rows_) write_rows();
+  }
+
+  void write_rows() {
     parallel_for(pass_rows_, std::max<int64_t>(1, kPreparedPerThread / std::max<int64_t>(p_.K, 1)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t m = begin; m < end; ++m) p_.codes ? write_codes_of(m) : write_floats(m);
                  });
   }
 
-  void write_floats(int64_t m) const {
+  // For few_rows times its factors, unless an element would lose bits to them: then the rows are written anew, as they are.
+  void write_floats(int64_t m) {
     const char* x = static_cast<const char*>(p_.in.x) + (pass_first_ + m) * p_.x_stride * dtype_bytes(p_.in.dtype);
     float* to = reinterpret_cast<float*>(rows_ + m * plan_.row_bytes);
     if (p_.in.dtype == DType::kFloat32)
@@ -245,7 +262,11 @@ class WeightOnly {
     else
       table_.widen(x, p_.in.dtype, p_.K, to);
     for (int64_t k = p_.K; k < round_up(p_.K, kOctet); ++k) to[k] = 0.0f;
-    for (int64_t k = 0; plan_.few_rows && k < p_.K; ++k) to[k] *= few_factor(p_.bits, k);
+    if (!few_rows_) return;
+    if (holds_tiny(to, p_.K))
+      few_rows_ = false;
+    else
+      for (int64_t k = 0; k < p_.K; ++k) to[k] *= few_factor(p_.bits, k);
   }
 
   // Signed codes for the nibbles, unsigned ones for the GEMM; either with zeros beyond K.
@@ -296,7 +317,7 @@ class WeightOnly {
           multiply_panel(first, last, panel, worker);
           continue;
         }
-        if (plan_.few_rows) {
+        if (few_rows_) {
           multiply_few(first, last, panel, worker);
           continue;
         }
@@ -472,6 +493,7 @@ class WeightOnly {
   const float* float_zero_;
   const float* bias_;
   bool any_row_zero_ = false;
+  std::atomic<bool> few_rows_ = false;  // plan_.few_rows, and these rows can be multiplied by its factors
   int64_t pass_first_ = 0, pass_rows_ = 0;
 };
 

@@ -1,14 +1,10 @@
 // quant_ops._kernels: every micro-kernel callable by instruction set on numpy arrays, without torch, for tests and
 // micro-benchmarks. Outputs are written into arrays of the caller, who can surround them with guards.
-// float16 is numpy's; bfloat16 travels as uint16 bits with dtype="bfloat16".
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// float16 is numpy's; bfloat16 travels as uint16 bits with dtype="bfloat16". Weights in groups: module_weight_only.cpp.
+#include "kernels/module.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <optional>
-#include <string>
 #include <vector>
 
 #include "cpu/columns.h"
@@ -40,6 +36,8 @@ std::vector<std::string> emulated_isas() {
   return {};
 }
 
+}  // namespace
+
 const KernelTable& table_of(const std::string& isa) {
   const KernelTable* tables[8];
   for (int i = 0, n = runnable_kernels(tables); i < n; ++i)
@@ -62,6 +60,8 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("unknown dtype '" + name + "'");
 }
 
+namespace {
+
 std::vector<std::string> isas() {
   const KernelTable* tables[8];
   std::vector<std::string> names;
@@ -76,9 +76,6 @@ py::array_t<int8_t> pack_weight(const py::array_t<int8_t, py::array::c_style>& w
   pack_weight_cpu(w.data(), layout, packed.mutable_data());
   return packed;
 }
-
-template <class T>
-using Vector = py::array_t<T, py::array::c_style>;
 
 // y[M, N] from codes a[taps][M, 4 quads] and weights w[N, k, taps], in tiles of `rows` rows.
 void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
@@ -304,16 +301,6 @@ void codes(const std::string& isa, const py::array& x, const std::string& dtype,
 
 // ---- floating formats -----------------------------------------------------------------------------------------------
 
-template <class T>
-const T* data_or_null(const std::optional<Vector<T>>& v) {
-  return v ? v->data() : nullptr;
-}
-const void* data_or_null(const std::optional<py::array>& v) { return v ? v->data() : nullptr; }
-
-void expect_size(int64_t size, int64_t expected) {
-  if (size != expected) throw py::value_error("inconsistent shapes");
-}
-
 void quantize_float(const std::string& isa, const py::array& x, py::array y, const std::string& dtype, const FloatFormat& format,
                     const std::optional<Vector<float>>& scale, const std::optional<Vector<uint32_t>>& random,
                     const std::optional<py::array>& grad) {
@@ -454,6 +441,7 @@ PYBIND11_MODULE(_kernels, m) {
         "grad"_a = py::none());
   m.def("affine", &q::affine, "isa"_a, "quantizes"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "factor"_a, "offset"_a, "domain"_a,
         "narrow"_a = false, "lo"_a = 0.0f, "hi"_a = 0.0f, "mid"_a = 0.0f, "quantize_affine or dequantize_affine of a row.");
+  q::add_weight_only(m);
   m.def("random_words", &q::random_words, "isa"_a, "seed"_a, "first"_a, "words"_a.noconvert(), "Those of stochastic rounding.");
   m.def("peak", &q::peak, "isa"_a, "iterations"_a, "Runs the multiply-accumulate instruction alone; returns the MACs done.");
 }

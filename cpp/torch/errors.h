@@ -1,7 +1,7 @@
 // The sentences that refuse an argument: "quant_ops.<op>: expected <relation>, got <values>. <remedy>". Each is written once, where
 // it is checked, for every device and for the fake kernels (library_meta.cpp). torch raises it as RuntimeError; for the wrappers of
-// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE) or a ValueError (QO_EXPECT). Memory that
-// cannot be had is a RuntimeError there too (named_errors).
+// python/quant_ops/ops the check also decides whether it is a TypeError (QO_EXPECT_DTYPE), an IndexError (QO_EXPECT_INDEX) or a
+// ValueError (QO_EXPECT). Memory that cannot be had is a RuntimeError there too (named_errors).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
-enum class Refusal : int32_t { kValue, kDtype, kMemory };
+enum class Refusal : int32_t { kValue, kDtype, kMemory, kIndex };
 
 // The last refusal on this thread that was not of a value: the first line of its text. A sentence always comes from the same check,
 // so an old one is never mistaken for a refusal of another kind.
@@ -64,6 +64,7 @@ void named_errors(const char* op, const F& run) {
   } while (0)
 #define QO_EXPECT(condition, op, ...) QO_EXPECT_OF(::quant_ops::Refusal::kValue, condition, op, __VA_ARGS__)
 #define QO_EXPECT_DTYPE(condition, op, ...) QO_EXPECT_OF(::quant_ops::Refusal::kDtype, condition, op, __VA_ARGS__)
+#define QO_EXPECT_INDEX(condition, op, ...) QO_EXPECT_OF(::quant_ops::Refusal::kIndex, condition, op, __VA_ARGS__)
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {

@@ -83,5 +83,5 @@ QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
   });
 }
 
-// What a sentence of this thread refused, as its check decided: 0 a value, 1 a dtype, 2 memory.
+// What a sentence of this thread refused, as its check decided: 0 a value, 1 a dtype, 2 memory, 3 an index.
 QO_EXPORT int quant_ops_refusal(const char* sentence) { return static_cast<int>(quant_ops::refusal_of(sentence)); }

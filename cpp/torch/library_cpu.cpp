@@ -56,6 +56,23 @@ std::vector<int32_t> zero_point_values(const char* op, const char* name, const T
   return values;
 }
 
+// An element of an integer tensor that is not in [low, high], if there is one.
+std::optional<int64_t> value_outside(const Tensor& t, int64_t low, int64_t high) {
+  const auto find = [&](const auto* values) -> std::optional<int64_t> {
+    auto least = *values, most = *values;  // a loop that the compiler vectorizes
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      least = std::min(least, values[i]);
+      most = std::max(most, values[i]);
+    }
+    if (least >= low && most <= high) return std::nullopt;
+    return int64_t{least < low ? least : most};
+  };
+  if (t.numel() == 0) return std::nullopt;
+  if (t.scalar_type() == ScalarType::Char) return find(as_contiguous(t).const_data_ptr<int8_t>());
+  if (t.scalar_type() == ScalarType::Int) return find(as_contiguous(t).const_data_ptr<int32_t>());
+  return find(as_contiguous(to_type(t, ScalarType::Long)).const_data_ptr<int64_t>());
+}
+
 struct Cpu {
   static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
@@ -126,19 +143,14 @@ struct Cpu {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
   }
   static void expect_between(const char* op, const char* name, const Tensor& t, int64_t low, int64_t high) {
-    const auto expect = [&](const auto* values) {
-      auto least = *values, most = *values;  // a loop that the compiler vectorizes
-      for (int64_t i = 0; i < t.numel(); ++i) {
-        least = std::min(least, values[i]);
-        most = std::max(most, values[i]);
-      }
-      QO_EXPECT(least >= low && most <= high, op, name, " in [", low, ", ", high, "], got ", int64_t{least < low ? least : most});
-    };
-    if (t.numel() == 0) return;
-    if (t.scalar_type() == ScalarType::Char)
-      expect(as_contiguous(t).const_data_ptr<int8_t>());
-    else
-      expect(as_contiguous(to_type(t, ScalarType::Long)).const_data_ptr<int64_t>());
+    const std::optional<int64_t> outside = value_outside(t, low, high);
+    QO_EXPECT(!outside, op, name, " in [", low, ", ", high, "], got ", *outside);
+  }
+
+  static void weight_only_embedding(const WeightOnlyEmbeddingParams& p, const Tensor&) { weight_only_embedding_cpu(p); }
+  static void expect_indices(const char* op, const Tensor& indices, int64_t rows) {
+    const std::optional<int64_t> outside = value_outside(indices, 0, rows - 1);
+    QO_EXPECT_INDEX(!outside, op, "indices >= 0 and below the ", rows, " rows of the weight, got ", *outside);
   }
 
   // what int8_gemm, which has no scales, gives for a weight's

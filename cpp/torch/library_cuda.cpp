@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "contract/weight_only_layout.h"
 #include "launch.h"
 #include "torch/operators.h"
 
@@ -207,6 +208,12 @@ struct Cuda {
     return packed.numel() == weight_only_bytes(w) && reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
   }
   static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
+
+  static void weight_only_embedding(const WeightOnlyEmbeddingParams& p, const Tensor& indices) {
+    const OnDeviceOf device("weight_only_embedding", indices);
+    weight_only_embedding_cuda(p, device.launch());
+  }
+  static void expect_indices(const char*, const Tensor&, int64_t) {}  // the kernel asserts it
 };
 
 }  // namespace

@@ -47,6 +47,8 @@ struct Meta {
   static void unpack(const Tensor&, const WeightOnlyShape&, Tensor&) {}
   static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) { return packed.numel() == weight_only_bytes(w); }
   static void expect_between(const char*, const char*, const Tensor&, int64_t, int64_t) {}
+  static void weight_only_embedding(const WeightOnlyEmbeddingParams&, const Tensor&) {}
+  static void expect_indices(const char*, const Tensor&, int64_t) {}
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 //   int8_conv2d                             conv2d.h
 //   pack_weight, unpack_weight              pack.h
 //   weight_only_linear and its packing      weight_only.h
+//   weight_only_embedding                   weight_only_embedding.h
 // Read next: one of these; python/quant_ops/ops for the documentation of an operator, its fake kernel and its gradient.
 #pragma once
 
@@ -17,6 +18,7 @@
 #include "torch/quantize.h"
 #include "torch/quantize_float.h"
 #include "torch/weight_only.h"
+#include "torch/weight_only_embedding.h"
 
 namespace quant_ops {
 
@@ -72,6 +74,9 @@ void define_operators(Library& m) {
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
       "int bits=8, int group_size=-1, *, Tensor? packed_weight=None, bool dynamic=False, bool asymmetric=False, "
       "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "weight_only_embedding(Tensor indices, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, int bits=8, "
+      "int group_size=-1, *, Tensor? packed_weight=None, ScalarType out_dtype=float32) -> Tensor");
   m.def("pack_weight_only(Tensor weight, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight_only(Tensor packed_weight, int[] shape, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
@@ -103,6 +108,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_conv2d, Backend);
   QO_IMPLEMENT(m, pack_weight, Backend);
   QO_IMPLEMENT(m, weight_only_linear, Backend);
+  QO_IMPLEMENT(m, weight_only_embedding, Backend);
   QO_IMPLEMENT(m, pack_weight_only, Backend);
   QO_IMPLEMENT(m, unpack_weight_only, Backend);
 }

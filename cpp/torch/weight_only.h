@@ -2,7 +2,7 @@
 //   weight_only(op, params, x), weight_only_bytes(shape), pack(weight, shape, packed), unpack(packed, shape, weight),
 //   is_packed_for(packed, shape)           of a WeightOnlyShape
 //   expect_between(op, name, tensor, low, high)   the values of an integer tensor, where they can be looked at
-// Read next: cpu/weight_only.h.
+// Read next: weight_only_embedding.h; contract/weight_only_layout.h.
 #pragma once
 
 #include "torch/int8.h"
@@ -69,6 +69,42 @@ inline void group_strides(const char* op, const char* name, const Tensor& t, con
   stride[1] = vector ? 0 : t.stride(1);
 }
 
+// Scales and zero points of the groups, where the tensors or `holder` keep them; `like` is the operator's first argument. Returns
+// whether the zero points are integers.
+template <class Backend, class Params>
+bool take_groups(const char* op, const Tensor& weight_scale, const std::optional<Tensor>& weight_zero_point,
+                 const WeightOnlyShape& w, const Tensor& like, Holder* holder, Params* p) {
+  expect_floating(op, "weight_scale", weight_scale);
+  expect_device(op, "weight_scale", weight_scale, like);
+  const Tensor scale = holder->tensors.emplace_back(to_type(weight_scale, ScalarType::Float));
+  group_strides(op, "weight_scale", scale, w, p->scale_stride);
+  p->scale = static_cast<const float*>(scale.const_data_ptr());
+  if (!weight_zero_point) return false;
+  const char* name = "weight_zero_point";
+  expect_zero_point_dtype(op, name, *weight_zero_point);
+  expect_device(op, name, *weight_zero_point, like);
+  const bool integer = !is_floating(weight_zero_point->scalar_type());
+  if (integer && weight_zero_point->scalar_type() != ScalarType::Char)
+    Backend::expect_between(op, name, *weight_zero_point, -128, 127);
+  const Tensor zero = holder->tensors.emplace_back(to_type(*weight_zero_point, integer ? ScalarType::Char : ScalarType::Float));
+  group_strides(op, name, zero, w, p->zero_stride);
+  if (integer)
+    p->zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
+  else
+    p->float_zero = static_cast<const float*>(zero.const_data_ptr());
+  return integer;
+}
+
+// Refuses a packed weight that was made of another shape, or for other bits or groups.
+template <class Backend>
+void expect_packed_weight_only(const char* op, const Tensor& packed_weight, const WeightOnlyShape& w, const Tensor& like) {
+  expect_int8(op, "packed_weight", packed_weight);
+  expect_device(op, "packed_weight", packed_weight, like);
+  QO_EXPECT(packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, w), op,
+            "packed_weight made by pack_weight_only from this weight, with these bits and this group_size, got another one. Call "
+            "pack_weight_only(weight, bits, group_size) again.");
+}
+
 template <class Backend>
 Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                           const std::optional<Tensor>& weight_zero_point, const std::optional<Tensor>& bias, int64_t bits,
@@ -99,25 +135,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   p.M = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) p.M *= shape[d];
 
-  expect_floating(op, "weight_scale", weight_scale);
-  expect_device(op, "weight_scale", weight_scale, x);
-  const Tensor& scale = keep(to_type(weight_scale, ScalarType::Float));
-  group_strides(op, "weight_scale", scale, w, p.scale_stride);
-  p.scale = static_cast<const float*>(scale.const_data_ptr());
-  const bool integer_zero = weight_zero_point && !is_floating(weight_zero_point->scalar_type());
-  if (weight_zero_point) {
-    const char* name = "weight_zero_point";
-    expect_zero_point_dtype(op, name, *weight_zero_point);
-    expect_device(op, name, *weight_zero_point, x);
-    if (integer_zero && weight_zero_point->scalar_type() != ScalarType::Char)
-      Backend::expect_between(op, name, *weight_zero_point, -128, 127);
-    const Tensor& zero = keep(to_type(*weight_zero_point, integer_zero ? ScalarType::Char : ScalarType::Float));
-    group_strides(op, name, zero, w, p.zero_stride);
-    if (integer_zero)
-      p.zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
-    else
-      p.float_zero = static_cast<const float*>(zero.const_data_ptr());
-  }
+  const bool integer_zero = take_groups<Backend>(op, weight_scale, weight_zero_point, w, x, &holder, &p);
   if (dynamic) {
     // the largest |a - zero_a| times the largest |q - zero|
     const int64_t code = p.bits == 4 ? 8 : 128, largest = integer_zero ? code - 1 + 128 : code;
@@ -137,11 +155,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   p.y_dtype = to_dtype(type);
 
   if (packed_weight) {
-    expect_int8(op, "packed_weight", *packed_weight);
-    expect_device(op, "packed_weight", *packed_weight, x);
-    QO_EXPECT(packed_weight->is_contiguous() && Backend::is_packed_for(*packed_weight, w), op,
-              "packed_weight made by pack_weight_only from this weight, with these bits and this group_size, got another one. Call "
-              "pack_weight_only(weight, bits, group_size) again.");
+    expect_packed_weight_only<Backend>(op, *packed_weight, w, x);
     p.packed = packed_weight->const_data_ptr<int8_t>();
   } else {
     expect_device(op, "weight", weight, x);

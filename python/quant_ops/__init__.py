@@ -71,6 +71,7 @@ from .ops import (  # noqa: E402
     quantize_rows,
     unpack_weight,
     unpack_weight_only,
+    weight_only_embedding,
     weight_only_linear,
 )
 from .report.compare import compare  # noqa: E402
@@ -162,6 +163,7 @@ __all__ = [
     "timestep",
     "unpack_weight",
     "unpack_weight_only",
+    "weight_only_embedding",
     "weight_only_linear",
     "with_gradient",
 ]

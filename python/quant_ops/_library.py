@@ -105,7 +105,7 @@ def refusal_kind(sentence: str) -> type[Exception]:
     """The exception for an operator's sentence that was raised on this thread, as the check decided."""
     text = sentence.encode()
     kind = _library().quant_ops_refusal(text) or (_c_cuda.quant_ops_cuda_refusal(text) if _c_cuda is not None else 0)
-    return (ValueError, TypeError, RuntimeError)[kind]
+    return (ValueError, TypeError, RuntimeError, IndexError)[kind]
 
 
 def isa() -> str:

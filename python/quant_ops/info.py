@@ -16,6 +16,7 @@ _ENTRIES = {
     "int8_linear": ("gemm", "gemm_few_rows"),
     "int8_conv2d": ("gemm", "gemm_few_rows", "depthwise"),
     "weight_only_linear": ("nibbles", "gemm", "gemm_few_rows", "fold", "few_rows", "expand", "float_tile"),
+    "weight_only_embedding": ("store",),
     "quant_tensor_forward": ("quantize",),
     "quant_tensor_backward": ("straight_through", "straight_through_columns"),
     "dequant_tensor": ("dequantize",),

@@ -10,7 +10,7 @@ from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight,
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
 from quant_ops.ops.quantize_float import quant_block_backward, quant_block_forward, quant_float_backward, quant_float_forward
 from quant_ops.ops.sharding import register_rules
-from quant_ops.ops.weight_only import pack_weight_only, unpack_weight_only, weight_only_linear
+from quant_ops.ops.weight_only import pack_weight_only, unpack_weight_only, weight_only_embedding, weight_only_linear
 
 register_rules()
 
@@ -36,5 +36,6 @@ __all__ = [
     "quantize_rows",
     "unpack_weight",
     "unpack_weight_only",
+    "weight_only_embedding",
     "weight_only_linear",
 ]

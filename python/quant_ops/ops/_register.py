@@ -42,8 +42,16 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def call_fast(function: Callable[..., Any], tensors: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-    """As ``call`` with ``(*tensors, *args)``, past the autograd kernel, which is Python, where none of the tensors needs it."""
-    if torch.compiler.is_compiling() or in_transform() is not None or wants_derivative(tensors):
+    """As ``call`` with ``(*tensors, *args)``, past the autograd kernel, which is Python, where none of the tensors needs it.
+
+    In inference mode torch itself goes past it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or in_transform() is not None
+        or wants_derivative(tensors)
+    ):
         return call(function, *tensors, *args, **kwargs)
     with _below_autograd():
         return call(function, *tensors, *args, **kwargs)

@@ -1,7 +1,8 @@
 """torch.vmap of the operators: the batch dimension becomes one of rows, samples or blocks, so that a batch is one call.
 
-The results are those of a loop, bit for bit, since no operator's result for a row or sample depends on the others. A rule returns
-None where it does not apply, as with a batch of weights or stochastic rounding: then there is a loop.
+The results are those of a loop, bit for bit, since no operator's result for a row or sample depends on the others; only those of
+``weight_only_linear`` in float32 may differ, within its bound. A rule returns None where it does not apply, as with a batch of
+weights or stochastic rounding: then there is a loop.
 ``torch.library.register_vmap`` takes no operator with tensors that are keyword-only, hence the registration here.
 ``quant_tensor_backward`` has no rule: torch loops.
 """
@@ -117,6 +118,22 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     for name in ("x_scale", "x_zero_point"):
         named[name] = _for_rows(named[name], dims[name], x, [1])
     return _ops.int8_linear(**named), 0
+
+
+@_register("weight_only_linear")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x"):
+        return None
+    x = named["x"] = named["x"].movedim(dims["x"], 0)
+    return None if x.dim() < 2 else (_ops.weight_only_linear(**named), 0)
+
+
+@_register("weight_only_embedding")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "indices"):
+        return None
+    named["indices"] = named["indices"].movedim(dims["indices"], 0)
+    return _ops.weight_only_embedding(**named), 0
 
 
 @_register("int8_conv2d")

@@ -1,9 +1,10 @@
-"""The quantize family on DTensors: a slice that shares a scale has to lie in one process; what is split is gathered first.
+"""DTensors: in the quantize family a slice that shares a scale has to lie in one process; what is split is gathered first.
 
 So the results are those of one process, bit for bit. They are sharded like the tensor; a scale or zero point is sharded with it
 where it has one element for every index, and replicated elsewhere. With stochastic rounding an element's random bits depend on its
-index in the whole tensor, which is gathered; the seed is that of the mesh's first process. torch.distributed.tensor takes a second
-to import: the rules are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
+index in the whole tensor, which is gathered; the seed is that of the mesh's first process. The weight-only operators compute rows
+of x, or indices, where they lie, with a weight that every process has whole. torch.distributed.tensor takes a second to import: the
+rules are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
 """
 
 import sys
@@ -30,8 +31,10 @@ def register_rules() -> bool:
 
 
 def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., Any]) -> Callable[..., Any]:
-    """``dims`` are those along which the tensor may be sharded; ``results`` the shape of each and whose placements it has."""
+    """``dims`` are those along which the first argument that may be sharded may be; ``results`` the shape of each and whose
+    placements it has."""
     schema = getattr(_ops, name).default._schema.arguments
+    first = next(argument.name for argument in schema if argument.name in ("tensor", "x", "indices"))
 
     def run(cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         from torch.distributed.tensor import DTensor
@@ -47,14 +50,15 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
                 f"quant_ops.{name}: expected all tensors to be DTensors, got plain {plain}. Use distribute_tensor, with "
                 "Replicate() for a scale that every process has."
             )
-        tensor = tensors["x" if "x" in tensors else "tensor"]
+        tensor = tensors[first]
         mesh, allowed = tensor.device_mesh, dims(**named)
 
         where = {key: _placements(value, tensor, () if key in _WHOLE else allowed) for key, value in tensors.items()}
         local = {key: value.redistribute(mesh, where[key]).to_local() for key, value in tensors.items()}
+        given = named | local
         found = func(
-            *({**named, **local}[argument.name] for argument in schema if not argument.kwarg_only),
-            **{argument.name: named[argument.name] for argument in schema if argument.kwarg_only},
+            *(given[argument.name] for argument in schema if not argument.kwarg_only),
+            **{argument.name: given[argument.name] for argument in schema if argument.kwarg_only},
         )
         wrapped = [
             DTensor.from_local(
@@ -72,8 +76,8 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
     return run
 
 
-# arguments of one element whatever the tensor's shape
-_WHOLE = ("seed", "tensor_scale")
+# arguments of one element whatever the tensor's shape, and those of a weight
+_WHOLE = ("seed", "tensor_scale", "weight", "weight_scale", "weight_zero_point", "bias", "packed_weight")
 
 
 def _seed_of_first_process(seed: Tensor, mesh: Any) -> Tensor:
@@ -136,6 +140,14 @@ _WAITING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_rows": (
         lambda x, **_: range(x.dim() - 1),
         lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
+    ),
+    "weight_only_linear": (
+        lambda x, **_: range(x.dim() - 1),
+        lambda x, weight, **_: [((*x.shape[:-1], weight.shape[0]), "x")],
+    ),
+    "weight_only_embedding": (
+        lambda indices, **_: range(indices.dim()),
+        lambda indices, weight, **_: [((*indices.shape, weight.shape[1]), "indices")],
     ),
     "quant_tensor_forward": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
     "dequant_tensor": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),

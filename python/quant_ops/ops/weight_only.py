@@ -1,6 +1,6 @@
-"""Linear layers whose weight alone is quantized beforehand, in groups along K, to int8 or int4: one section each operator.
+"""Linear layers and embeddings whose weight alone is quantized, in groups along K, to int8 or int4: one section each operator.
 
-Schemas are in ``cpp/torch/operators.h``, checks in ``cpp/torch/weight_only.h``, the formula in ``cpp/contract/ops.h``.
+Schemas are in ``cpp/torch/operators.h``, checks in ``cpp/torch/weight_only*.h``, formulas in ``cpp/contract/ops.h``.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant_ops import _library
-from quant_ops.ops._register import call, fake_kernel, inference_only
+from quant_ops.ops._register import call, call_fast, fake_kernel, inference_only
 
 _ops = torch.ops.quant_ops
 
@@ -64,13 +64,9 @@ def weight_only_linear(
             stream); with ``dynamic``, groups so long that a sum could overflow.
         RuntimeError: a gradient is asked for.
     """
-    return call(
+    return call_fast(
         _ops.weight_only_linear.default,
-        x,
-        weight,
-        weight_scale,
-        weight_zero_point,
-        bias,
+        (x, weight, weight_scale, weight_zero_point, bias),
         bits,
         group_size,
         packed_weight=packed_weight,
@@ -86,6 +82,64 @@ def _(checked: Tensor, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
 
 
 inference_only("weight_only_linear")
+
+
+# ---- weight_only_embedding ---------------------------------------------------------------------------------------------
+
+
+def weight_only_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    bits: int = 8,
+    group_size: int = -1,
+    *,
+    packed_weight: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of a weight of 8 or 4 bits, dequantized: ``F.embedding(indices, w)`` for the ``w`` of :func:`weight_only_linear`.
+
+    Only the rows asked for are read. One packed weight serves both operators, so that a head can share its embedding's.
+
+    Args:
+        indices: int32 or int64, of any shape; each in [0, N).
+        weight: int8 ``(N, K)``; codes in [-8, 7] for 4 bits. With ``packed_weight`` only its shape is read; without it rows are
+            read where they lie, and codes of 4 bits looked through for one that is outside.
+        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Copied to float32 where it is not.
+        weight_zero_point: of the same shape; int8, another integer dtype with values of int8, or floating.
+        bits: 8 or 4.
+        group_size: 32, 64, 128, 256, or -1 for one group a row. The last group of a row may be shorter.
+        packed_weight: ``pack_weight_only(weight, bits, group_size)``.
+        out_dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``(*indices.shape, K)``, contiguous: ``(weight - weight_zero_point) * weight_scale``, or with floating zero points
+        ``weight * weight_scale + weight_zero_point``, each operation rounded to float32 and the result once to ``out_dtype``. The
+        same bits on every device.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        IndexError: an index is negative, or not below N. On CUDA, where looking would wait for the device, the kernel asserts it.
+        ValueError: shapes do not fit; codes or zero points outside their range.
+        RuntimeError: a gradient is asked for.
+    """
+    return call_fast(
+        _ops.weight_only_embedding.default,
+        (indices, weight, weight_scale, weight_zero_point),
+        bits,
+        group_size,
+        packed_weight=packed_weight,
+        out_dtype=out_dtype,
+    )
+
+
+@fake_kernel("weight_only_embedding")
+def _(checked: Tensor, indices: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    return indices.new_empty((*indices.shape, weight.shape[1]), dtype=checked.dtype)
+
+
+inference_only("weight_only_embedding")
 
 
 # ---- pack_weight_only --------------------------------------------------------------------------------------------------
