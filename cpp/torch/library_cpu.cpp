@@ -130,7 +130,6 @@ struct Cpu {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
   }
 
-  static void expect_weight_only(const char*) {}
   static void weight_only(const char*, const WeightOnlyParams& p, const Tensor&) { weight_only_linear_cpu(p); }
   static WeightOnlyLayout layout_of(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group); }
   static int64_t weight_only_bytes(const WeightOnlyShape& w) { return layout_of(w).bytes; }

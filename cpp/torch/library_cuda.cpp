@@ -186,7 +186,6 @@ struct Cuda {
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
 
-  static void expect_weight_only(const char*) {}
   static void weight_only(const char* op, const WeightOnlyParams& p, const Tensor& x) {
     if (p.M == 0 || p.N == 0) return;
     const OnDeviceOf device(op, x);

@@ -41,7 +41,6 @@ struct Meta {
     return packed.numel() == packed_bytes(w) || packed.numel() == cuda_weights(w.o, w.c, w.r, w.s, w.groups).bytes;
   }
 
-  static void expect_weight_only(const char*) {}
   static void weight_only(const char*, const WeightOnlyParams&, const Tensor&) {}
   static int64_t weight_only_bytes(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group).bytes; }
   static void pack(const Tensor&, const WeightOnlyShape&, Tensor&) {}

@@ -1,5 +1,4 @@
 // weight_only_linear, pack_weight_only and unpack_weight_only: checks, allocation, WeightOnlyParams. `Backend` supplies
-//   expect_weight_only(op)                 refuses where its device has no kernels for them
 //   weight_only(op, params, x), weight_only_bytes(shape), pack(weight, shape, packed), unpack(packed, shape, weight),
 //   is_packed_for(packed, shape)           of a WeightOnlyShape
 //   expect_between(op, name, tensor, low, high)   the values of an integer tensor, where they can be looked at
@@ -44,7 +43,6 @@ Tensor packed_weight_only(const char* op, const Tensor& weight, const WeightOnly
 template <class Backend>
 Tensor pack_weight_only(const Tensor& weight, int64_t bits, int64_t group_size) {
   const char* op = "pack_weight_only";
-  Backend::expect_weight_only(op);
   expect_int8(op, "weight", weight);
   return packed_weight_only<Backend>(op, weight, weight_only_shape(op, sizes_of(weight), bits, group_size));
 }
@@ -52,7 +50,6 @@ Tensor pack_weight_only(const Tensor& weight, int64_t bits, int64_t group_size) 
 template <class Backend>
 Tensor unpack_weight_only(const Tensor& packed_weight, const Ints& shape, int64_t bits, int64_t group_size) {
   const char* op = "unpack_weight_only";
-  Backend::expect_weight_only(op);
   expect_int8(op, "packed_weight", packed_weight);
   const WeightOnlyShape of = weight_only_shape(op, shape, bits, group_size);
   QO_EXPECT(
@@ -114,7 +111,6 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
                           int64_t group_size, const std::optional<Tensor>& packed_weight, bool dynamic, bool asymmetric,
                           std::optional<ScalarType> out_dtype) {
   const char* op = "weight_only_linear";
-  Backend::expect_weight_only(op);
   QO_EXPECT_DTYPE(is_one_of(x.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
                   "x.dtype in (float32, float16, bfloat16), got ", dtype_name(x.scalar_type()));
   expect_int8(op, "weight", weight);
