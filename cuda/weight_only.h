@@ -20,7 +20,7 @@ struct WeightOnlyArgs {
   const int32_t* row_zero;   // null: none
   const int32_t* row_sum;    // [groups][M] sums of a - zero_a; null: neither zero_point nor float_zero is there
   const int8_t* codes;       // of the packed weight
-  const int32_t* code_sums;  // likewise, [groups][padded_n]
+  const int32_t* code_sums;  // likewise: sum_place
   int64_t column_bytes, padded_n;
   int64_t weight_k;  // that the weight has
   int steps, groups;

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) pack_sums_kernel(const QO_GRID_CONST
   const int64_t sums_end = WeightOnlyLayout::kSumsOffset + a.l.groups * a.l.padded_n * 4;
   if (blockIdx.x == 0 && static_cast<int64_t>(threadIdx.x) < a.l.codes_offset - sums_end) a.packed[sums_end + threadIdx.x] = 0;
   if (n >= a.l.padded_n) return;
-  int32_t* const sums = reinterpret_cast<int32_t*>(a.packed + WeightOnlyLayout::kSumsOffset) + n;
+  int32_t* const sums = reinterpret_cast<int32_t*>(a.packed + WeightOnlyLayout::kSumsOffset);
   for (int64_t g = 0; g < a.l.groups; ++g) {
     const int64_t begin = g * a.l.group, end = a.l.k - begin < a.l.group ? a.l.k : begin + a.l.group;
     int32_t sum = 0;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) pack_sums_kernel(const QO_GRID_CONST
       for (int64_t k = begin + lane; k < end; k += kWarp) sum += a.weight[n * a.l.k + k] + (a.l.bits == 4 ? kNibbleOffset : 0);
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-    if (lane == 0) sums[g * a.l.padded_n] = sum;
+    if (lane == 0) sums[sum_place(a.l.bits, a.l.groups, a.l.padded_n, g, n)] = sum;
   }
 }
 

@@ -2,7 +2,8 @@
 // in it.
 //
 //   header    64 bytes that name the shape it was made for
-//   sums      int32 [groups][padded columns]        sums over the k of a group of the codes, of four bits plus 8
+//   sums      4 bits: int32 [columns / 16][groups][16]     sums over the k of a group of the codes, of four bits plus 8
+//             8 bits: int32 [columns / 64][groups][width]  (sum_place)
 //   codes     4 bits: [columns / 16][k / 8][16][4]  a byte is the codes of k and k + 4, plus 8 each (NibbleTile in table.h)
 //             8 bits: panels as in pack.h           [columns / 64][k / 4][width][4]
 // Padded k and columns are zero bytes. A weight without k has one group. Read next: cpu/weight_only.h.
@@ -60,6 +61,13 @@ static_assert(sizeof(WeightOnlyHeader) <= WeightOnlyLayout::kSumsOffset);
 
 inline WeightOnlyHeader header_of(const WeightOnlyLayout& l) {
   return {.magic = {'q', 'o', 'g', 'r', 'o', 'u', 'p', '1'}, .n = l.n, .k = l.k, .bits = l.bits, .group = l.group};
+}
+
+// Where the sum of a column's group lies among the sums.
+QO_HD int64_t sum_place(int bits, int64_t groups, int64_t padded_n, int64_t group, int64_t column) {
+  const int64_t columns = bits == 4 ? WeightOnlyLayout::kColumnStep : WeightOnlyLayout::kColumns;
+  const int64_t first = column / columns * columns, width = padded_n - first < columns ? padded_n - first : columns;
+  return first * groups + group * width + column - first;
 }
 
 // The codes of one column, as words of 32 bits that lie `step` bytes apart: eight k each (4 bits), or four.

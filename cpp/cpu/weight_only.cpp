@@ -13,6 +13,7 @@
 #include "cpu/columns.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/transpose.h"
 
 namespace quant_ops {
 
@@ -39,7 +40,7 @@ void pack_nibbles(const int8_t* weight, const WeightOnlyLayout& l, int64_t colum
       int8_t& to = block[nibble_place(column, k)];
       to = static_cast<int8_t>(to | (k % kOctet < kQuad ? code : code << 4));
     }
-    sums[g * l.padded_n + column] = sum;
+    sums[sum_place(4, l.groups, l.padded_n, g, column)] = sum;
   }
 }
 
@@ -71,7 +72,7 @@ void pack_weight_only_cpu(const int8_t* weight, const WeightOnlyLayout& l, int8_
                         .width = width,
                         .k = l.group_end(g) - g * l.group,
                         .packed = to + g * l.group * width,
-                        .column_sum = sums + g * l.padded_n + panel * kPanel});
+                        .column_sum = sums + sum_place(8, l.groups, l.padded_n, g, panel * kPanel)});
     }
   });
 }
@@ -108,7 +109,6 @@ constexpr int64_t kPassBytes = int64_t{8} << 20;          // of the rows of a pa
 constexpr int64_t kBlockBytes = int64_t{256} << 10;       // codes of a block of rows: they stay in the L2 cache
 constexpr int64_t kFloatBlock = 240;                      // rows that share a dequantized chunk; a multiple of kFloatRows
 constexpr int64_t kPreparedPerThread = int64_t{1} << 16;  // elements that are worth a thread
-constexpr int64_t kColumnsPerThread = int64_t{1} << 14;   // likewise, of scales
 
 struct Plan {
   const KernelTable* table;
@@ -120,9 +120,9 @@ struct Plan {
   int64_t pass_rows, block_rows, tile_rows;
   bool sums_rows;  // the fold reads sums of the codes of x
   // scratch: what is not needed has no bytes; kNoCopy: the caller's array
-  int64_t scale_at, zero_at, bias_at;
+  int64_t bias_at;
   int64_t rows_at, row_scale_at, row_zero_at, row_sum_at;
-  int64_t workers_at, worker_bytes;
+  int64_t workers_at, worker_bytes, parameter_bytes;
   int64_t scratch_bytes;
 
   static constexpr int64_t kNoCopy = -1;
@@ -134,7 +134,18 @@ struct Worker {
   int32_t* sums;  // a tile's
   float* w;       // a dequantized chunk
   float* part;    // sums of kChunksTogether chunks, of kFloatBlock rows of 16 columns
+  void* scale;    // of up to kPanel columns, [groups][columns]
+  void* zero;     // likewise; integers or floats
 };
+
+// What columns have in every group, [groups][columns]: in a weight's order of groups they would lie a page apart.
+struct Columns {
+  int64_t first, count;
+  const float* scale;
+  const int8_t* zero;
+  const float* float_zero;
+};
+
 // An expanded chunk may end in up to seven k more than it has.
 constexpr int64_t kTileFloats = std::max<int64_t>(kMaxGemmRows * kPanel, kFloatBlock* kNibbleColumns);
 constexpr int64_t kSumsBytes = kMaxGemmRows * kPanel * int64_t{sizeof(int32_t)};
@@ -142,11 +153,6 @@ constexpr int64_t kWorkerBytes =
     kTileFloats * int64_t{sizeof(float)} + kSumsBytes + (kWeightChunk + 8 + kFloatBlock) * kNibbleColumns * int64_t{sizeof(float)};
 // Float32 sums of chunks are added up on their own before they meet the others, so that no chain of additions is long.
 constexpr int64_t kChunksTogether = 16;
-
-// Whether an array over columns and groups lies as the kernels read it.
-bool lies_by_groups(const WeightOnlyLayout& l, const int64_t (&stride)[2]) {
-  return l.padded_n == l.n && stride[0] == 1 && (l.groups == 1 || stride[1] == l.n);
-}
 
 // Rows that lie a multiple of 4096 bytes apart would share a set of the cache.
 int64_t apart(int64_t row_bytes) { return row_bytes % 2048 == 0 ? row_bytes + 64 : row_bytes; }
@@ -166,18 +172,15 @@ Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t thre
   plan.sums_rows = p.codes && (p.bits == 4 || p.zero_point != nullptr || p.float_zero != nullptr);
 
   ScratchLayout scratch;
-  const int64_t columns = l.groups * l.padded_n;
-  const auto copy = [&](bool needed, int64_t bytes) { return needed ? scratch.add(bytes) : Plan::kNoCopy; };
-  plan.scale_at = copy(!lies_by_groups(l, p.scale_stride), columns * int64_t{sizeof(float)});
-  const bool zeros = p.zero_point != nullptr || p.float_zero != nullptr;
-  plan.zero_at = copy(zeros && !lies_by_groups(l, p.zero_stride), columns * int64_t{sizeof(float)});
-  plan.bias_at = copy(p.bias == nullptr || l.padded_n != l.n, l.padded_n * int64_t{sizeof(float)});
+  const bool pads_bias = p.bias == nullptr || l.padded_n != l.n;
+  plan.bias_at = pads_bias ? scratch.add(l.padded_n * int64_t{sizeof(float)}) : Plan::kNoCopy;
   plan.rows_at = scratch.add(plan.in_place ? 0 : plan.pass_rows * plan.row_bytes);
   plan.row_scale_at = scratch.add(plan.pass_rows * int64_t{sizeof(float)});
   plan.row_zero_at = scratch.add(plan.pass_rows * int64_t{sizeof(int32_t)});
   plan.row_sum_at = scratch.add(plan.sums_rows ? plan.pass_rows * l.groups * int64_t{sizeof(int32_t)} : 0);
-  plan.worker_bytes = kWorkerBytes;
-  plan.workers_at = scratch.add(threads * kWorkerBytes);
+  plan.parameter_bytes = l.groups * kPanel * int64_t{sizeof(float)};
+  plan.worker_bytes = kWorkerBytes + 2 * plan.parameter_bytes;
+  plan.workers_at = scratch.add(threads * plan.worker_bytes);
   plan.scratch_bytes = scratch.bytes;
   return plan;
 }
@@ -196,9 +199,6 @@ class WeightOnly {
         row_scale_(scratch_.at<float>(plan.row_scale_at)),
         row_zero_(scratch_.at<int32_t>(plan.row_zero_at)),
         row_sum_(scratch_.at<int32_t>(plan.row_sum_at)) {
-    scale_ = by_groups(plan.scale_at, p.scale, p.scale_stride);
-    zero_ = by_groups(plan.zero_at, p.zero_point, p.zero_stride);
-    float_zero_ = by_groups(plan.zero_at, p.float_zero, p.zero_stride);
     bias_ = p.bias;
     if (plan.bias_at != Plan::kNoCopy) {
       float* to = scratch_.at<float>(plan.bias_at);
@@ -216,17 +216,30 @@ class WeightOnly {
   }
 
  private:
-  // The array as the kernels read it, [groups][padded_n].
+  // Elements of columns [n, n + count) and all groups, as [groups][count]; zeros beyond the weight.
   template <class T>
-  const T* by_groups(int64_t at, const T* from, const int64_t (&stride)[2]) const {
-    if (from == nullptr || at == Plan::kNoCopy) return from;
-    T* to = scratch_.at<T>(at);
-    const int64_t columns = std::max<int64_t>(1, kColumnsPerThread / l_.groups);
-    parallel_for(l_.padded_n, columns, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        for (int64_t g = 0; g < l_.groups; ++g) to[g * l_.padded_n + n] = n < l_.n ? from[n * stride[0] + g * stride[1]] : T{0};
-    });
+  const T* take(const T* from, const int64_t (&stride)[2], int64_t n, int64_t count, void* scratch) const {
+    if (from == nullptr) return nullptr;
+    const int64_t real = std::min(count, l_.n - n);
+    from += n * stride[0];
+    if (l_.groups == 1 && stride[0] == 1 && real == count) return from;
+    T* to = static_cast<T*>(scratch);
+    if (stride[1] == 1) {
+      transpose(from, stride[0], real, l_.groups, to, count);
+    } else {
+      for (int64_t g = 0; g < l_.groups; ++g)
+        for (int64_t c = 0; c < real; ++c) to[g * count + c] = from[c * stride[0] + g * stride[1]];
+    }
+    for (int64_t g = 0; real < count && g < l_.groups; ++g) std::fill(to + g * count + real, to + (g + 1) * count, T{0});
     return to;
+  }
+
+  Columns take_columns(int64_t n, int64_t count, const Worker& worker) const {
+    return {.first = n,
+            .count = count,
+            .scale = take(p_.scale, p_.scale_stride, n, count, worker.scale),
+            .zero = take(p_.zero_point, p_.zero_stride, n, count, worker.zero),
+            .float_zero = take(p_.float_zero, p_.zero_stride, n, count, worker.zero)};
   }
 
   // ---- rows of x ------------------------------------------------------------------------------------------------------
@@ -304,6 +317,8 @@ class WeightOnly {
     worker.sums = reinterpret_cast<int32_t*>(worker.y + kTileFloats);
     worker.w = reinterpret_cast<float*>(worker.sums + kSumsBytes / int64_t{sizeof(int32_t)});
     worker.part = worker.w + (kWeightChunk + 8) * kNibbleColumns;
+    worker.scale = worker.part + kFloatBlock * kNibbleColumns;
+    worker.zero = static_cast<char*>(worker.scale) + plan_.parameter_bytes;
     for (int64_t first = row_begin, last; first < row_end; first = last) {
       last = std::min(first + block_rows, row_end);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -322,17 +337,19 @@ class WeightOnly {
     }
   }
 
-  GroupFold fold() const {
-    return {.scale = scale_,
-            .zero = zero_,
-            .float_zero = float_zero_,
-            .code_sum = p_.bits == 4 && any_row_zero_ ? l_.sums(p_.packed) : nullptr,  // the GEMM corrects its sums itself
-            .stride = l_.padded_n,
-            .offset = p_.bits == 4 ? kNibbleOffset : 0,
-            .row_scale = row_scale_,
-            .row_zero = row_zero_,
-            .row_sum = plan_.sums_rows ? row_sum_ : nullptr,
-            .groups = l_.groups};
+  GroupFold fold(const Columns& columns, int64_t row) const {
+    const GroupFold all{.scale = columns.scale,
+                        .zero = columns.zero,
+                        .float_zero = columns.float_zero,
+                        // the GEMM corrects its sums itself
+                        .code_sum = p_.bits == 4 && any_row_zero_ ? l_.sums(p_.packed) + columns.first * l_.groups : nullptr,
+                        .stride = columns.count,
+                        .offset = p_.bits == 4 ? kNibbleOffset : 0,
+                        .row_scale = row_scale_,
+                        .row_zero = row_zero_,
+                        .row_sum = plan_.sums_rows ? row_sum_ : nullptr,
+                        .groups = l_.groups};
+    return all.from_row(row);
   }
 
   void start(float* y, int64_t stride, int64_t rows, int64_t column, int64_t columns) const {
@@ -351,6 +368,7 @@ class WeightOnly {
   }
 
   void multiply_nibbles(int64_t first, int64_t last, int64_t n, const Worker& worker) const {
+    const Columns columns = take_columns(n, kNibbleColumns, worker);
     NibbleTile tile{.k = l_.padded_k,
                     .group = l_.groups == 1 ? l_.padded_k : l_.group,
                     .a = nullptr,
@@ -362,7 +380,7 @@ class WeightOnly {
     for (int64_t m = first, rows; m < last; m += rows) {
       rows = quant_ops::tile_rows(last - m, plan_.tile_rows);
       tile.a = reinterpret_cast<const int8_t*>(rows_) + m * plan_.row_bytes;
-      tile.fold = fold().from(n, m);
+      tile.fold = fold(columns, m);
       start(worker.y, kNibbleColumns, rows, n, kNibbleColumns);
       table_.nibbles(tile, rows);
       store(worker.y, kNibbleColumns, m, rows, n, kNibbleColumns);
@@ -371,6 +389,8 @@ class WeightOnly {
 
   void multiply_panel(int64_t first, int64_t last, int64_t panel, const Worker& worker) const {
     const int64_t width = l_.width(panel), column = panel * kPanel;
+    const Columns columns = take_columns(column, width, worker);
+    const int32_t* sums = l_.sums(p_.packed) + column * l_.groups;
     GemmTile tile;
     tile.taps = 1;
     tile.a = reinterpret_cast<const uint8_t*>(rows_);
@@ -379,8 +399,8 @@ class WeightOnly {
     tile.out.y_stride = kPanel;
     tile.out.dtype = DType::kInt32;
     tile.out.columns = width;
-    tile.out.column_scale = scale_ + column;  // read, not used
-    tile.out.bias = bias_ + column;           // likewise
+    tile.out.column_scale = columns.scale;  // read, not used
+    tile.out.bias = bias_ + column;         // likewise
     tile.out.row_step = 1;
     for (int64_t m = first, rows; m < last; m += rows) {
       rows = quant_ops::tile_rows(table_, last - m, width <= kSlimColumns);
@@ -394,14 +414,14 @@ class WeightOnly {
         tile.quads = ceil_div(l_.group_end(g) - g * l_.group, kQuad);
         tile.b = l_.codes(p_.packed, column) + g * l_.group * width;
         tile.ahead = g + 1 < l_.groups ? tile.b + l_.group * width : tile.b;
-        tile.out.column_sum = l_.sums(p_.packed) + g * l_.padded_n + column;
+        tile.out.column_sum = sums + g * width;
         table_.gemm(tile, rows, width);
         table_.fold({.sums = worker.sums,
                      .stride = kPanel,
                      .rows = rows,
                      .columns = width,
                      .group = g,
-                     .fold = fold().from(column, m),
+                     .fold = fold(columns, m),
                      .y = worker.y});
       }
       store(worker.y, kPanel, m, rows, column, width);
@@ -411,22 +431,23 @@ class WeightOnly {
   // Chunk by chunk of the columns' k: multiply(chunk of the weight, sums) adds to sums [rows][stride], which are added to y
   // kChunksTogether at a time.
   template <class Multiply>
-  void sum_chunks(int64_t n, int64_t columns, int64_t elements, const Worker& worker, const Multiply& multiply) const {
+  void sum_chunks(int64_t n, int64_t count, int64_t elements, const Worker& worker, const Multiply& multiply) const {
+    const Columns columns = take_columns(n, count, worker);
     std::memset(worker.part, 0, static_cast<size_t>(elements) * sizeof(float));
     const int64_t panel = n / kPanel, block_bytes = kNibbleColumns * l_.column_bytes;
     int64_t chunks = 0;
     for (int64_t g = 0; g < l_.groups; ++g) {
-      const int64_t at = g * l_.padded_n + n;
+      const int64_t at = g * count;
       WeightChunk chunk{.bits = p_.bits,
                         .b = p_.bits == 4 ? l_.codes(p_.packed, n) : l_.codes(p_.packed, panel * kPanel) + n % kPanel * kQuad,
                         .block_step = p_.bits == 4 ? block_bytes : kNibbleColumns * kQuad,
                         .quad_step = l_.width(panel) * kQuad,
                         .first = 0,
                         .last = 0,
-                        .columns = columns,
-                        .scale = scale_ + at,
-                        .zero = zero_ ? zero_ + at : nullptr,
-                        .float_zero = float_zero_ ? float_zero_ + at : nullptr};
+                        .columns = count,
+                        .scale = columns.scale + at,
+                        .zero = columns.zero ? columns.zero + at : nullptr,
+                        .float_zero = columns.float_zero ? columns.float_zero + at : nullptr};
       for (int64_t k = g * l_.group; k < l_.group_end(g); k = chunk.last) {
         chunk.first = k;
         chunk.last = std::min(k + kWeightChunk, l_.group_end(g));
@@ -477,9 +498,6 @@ class WeightOnly {
   float* const row_scale_;
   int32_t* const row_zero_;
   int32_t* const row_sum_;
-  const float* scale_;
-  const int8_t* zero_;
-  const float* float_zero_;
   const float* bias_;
   bool any_row_zero_ = false;
   bool few_rows_ = false;  // of this pass

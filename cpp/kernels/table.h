@@ -135,13 +135,9 @@ struct GroupFold {
   const int32_t* row_sum;   // [rows][groups]: the sum of a - row_zero; null: zero, offset and float_zero are not there
   int64_t groups;
 
-  // The same from column n and row r on.
-  __attribute__((always_inline)) inline GroupFold from(int64_t n, int64_t r) const {
+  // The same from row r on.
+  __attribute__((always_inline)) inline GroupFold from_row(int64_t r) const {
     GroupFold f = *this;
-    f.scale += n;
-    if (zero != nullptr) f.zero += n;
-    if (float_zero != nullptr) f.float_zero += n;
-    if (code_sum != nullptr) f.code_sum += n;
     f.row_scale += r;
     f.row_zero += r;
     if (row_sum != nullptr) f.row_sum += r * groups;

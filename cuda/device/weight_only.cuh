@@ -287,7 +287,7 @@ struct FoldColumn {
 
 // The sum of the codes of group g of column n, without what was added to codes of four bits.
 __device__ __forceinline__ int32_t sum_of_codes(const WeightOnlyArgs& a, int bits, int64_t g, int64_t n) {
-  const int32_t sum = a.code_sums[g * a.padded_n + n];
+  const int32_t sum = a.code_sums[sum_place(bits, a.groups, a.padded_n, g, n)];
   if (bits == 8) return sum;
   const int64_t group = a.groups == 1 ? a.weight_k : int64_t{kStepK} << a.group_shift, left = a.weight_k - g * group;
   return sum - 8 * static_cast<int32_t>(left < group ? left : group);

@@ -12,24 +12,30 @@ namespace quant_ops::QO_ISA {
 namespace {
 
 constexpr int64_t kNibblesAhead = 4096;  // bytes of the weight fetched ahead: a few rows are bound by memory
-constexpr int64_t kGroupsAhead = 4;      // groups whose scales are: they lie far apart
 constexpr int kFewSums = 4;              // with so few, each sixteen k start a chain of additions of their own
 
 // kVectors vectors of columns from column n on.
-template <class Dot, int kRows, int kVectors>
+template <class Dot, int kRows, int kVectors, Folds kFolds>
 QO_INLINE void nibble_sweep(const NibbleTile& t, int64_t n) {
   using I = typename Simd::I;
+  using F = typename Simd::F;
+  constexpr bool kFew = kRows * kVectors <= kFewSums;  // the results stay in registers
+  const auto each = [&](const auto& f) QO_LAMBDA {
+    unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { f(r, v); }); });
+  };
+  const auto result = [&](auto r, auto v) QO_LAMBDA { return t.y + r.value * t.y_stride + n + v.value * Simd::N; };
   constexpr int64_t kOctetBytes = kNibbleColumns * kQuad;
   const I low = Simd::set_bytes(0x0f);
   const int8_t* b = t.b + n * kQuad;
   const int8_t* a[kRows];
   unroll<kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + r.value * t.a_stride; });
+  F y[kRows][kVectors];
+  if constexpr (kFew) each([&](auto r, auto v) QO_LAMBDA { y[r.value][v.value] = Simd::load(result(r, v)); });
   int64_t k = 0;
   for (int64_t g = 0; g < t.fold.groups; ++g) {
     const int64_t end = t.k - k < t.group ? t.k : k + t.group;
-    __builtin_prefetch(t.fold.scale + (g + kGroupsAhead < t.fold.groups ? g + kGroupsAhead : g) * t.fold.stride + n);
     I sum[kRows][kVectors];
-    unroll<kRows>([&](auto r) QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set_int(0); }); });
+    each([&](auto r, auto v) QO_LAMBDA { sum[r.value][v.value] = Simd::set_int(0); });
     for (; k < end; k += kNibbleStep, b += 2 * kOctetBytes) {
       I w[kVectors][4];
       unroll<2>([&](auto octet) QO_LAMBDA { __builtin_prefetch(b + octet.value * kOctetBytes + kNibblesAhead); });
@@ -41,28 +47,38 @@ QO_INLINE void nibble_sweep(const NibbleTile& t, int64_t n) {
           w[v.value][2 * octet.value + 1] = Simd::and_bits(Simd::shift_right(both, 4), low);
         });
       });
-      unroll<kRows>([&](auto r) QO_LAMBDA {
-        unroll<kVectors>([&](auto v) QO_LAMBDA {
-          I& to = sum[r.value][v.value];
-          if constexpr (kRows * kVectors <= kFewSums)
-            to = Simd::add(to, Dot::add(Simd::set_int(0), a[r.value] + k, w[v.value]));
-          else
-            to = Dot::add(to, a[r.value] + k, w[v.value]);
-        });
+      each([&](auto r, auto v) QO_LAMBDA {
+        I& to = sum[r.value][v.value];
+        if constexpr (kFew)
+          to = Simd::add(to, Dot::add(Simd::set_int(0), a[r.value] + k, w[v.value]));
+        else
+          to = Dot::add(to, a[r.value] + k, w[v.value]);
       });
     }
-    unroll<kRows>([&](auto r) QO_LAMBDA {
-      unroll<kVectors>([&](auto v) QO_LAMBDA {
-        float* y = t.y + r.value * t.y_stride + n + v.value * Simd::N;
-        Simd::store(y, fold_sum(t.fold, g, r.value, n + v.value * Simd::N, sum[r.value][v.value], Simd::load(y)));
-      });
+    each([&](auto r, auto v) QO_LAMBDA {
+      const F before = kFew ? y[r.value][v.value] : Simd::load(result(r, v));
+      const F after = fold_sum<kFolds>(t.fold, g, r.value, n + v.value * Simd::N, sum[r.value][v.value], before);
+      if constexpr (kFew)
+        y[r.value][v.value] = after;
+      else
+        Simd::store(result(r, v), after);
     });
   }
+  if constexpr (kFew) each([&](auto r, auto v) QO_LAMBDA { Simd::store(result(r, v), y[r.value][v.value]); });
+}
+
+template <class Dot, int kRows, int kVectors, Folds kFolds>
+QO_INLINE void nibble_sweeps(const NibbleTile& t) {
+  for (int64_t n = 0; n < kNibbleColumns; n += kVectors * Simd::N) nibble_sweep<Dot, kRows, kVectors, kFolds>(t, n);
 }
 
 template <class Dot, int kRows, int kVectors>
 QO_INLINE void nibble_tile(const NibbleTile& t) {
-  for (int64_t n = 0; n < kNibbleColumns; n += kVectors * Simd::N) nibble_sweep<Dot, kRows, kVectors>(t, n);
+  switch (nibble_folds(t.fold)) {
+    case Folds::kNibbles: return nibble_sweeps<Dot, kRows, kVectors, Folds::kNibbles>(t);
+    case Folds::kShiftedNibbles: return nibble_sweeps<Dot, kRows, kVectors, Folds::kShiftedNibbles>(t);
+    case Folds::kAny: return nibble_sweeps<Dot, kRows, kVectors, Folds::kAny>(t);
+  }
 }
 
 }  // namespace

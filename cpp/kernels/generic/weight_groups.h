@@ -158,8 +158,10 @@ void expand(const WeightChunk& t, float* w) {
   with_zeros(t, [&](auto bits, auto zeros) QO_LAMBDA { expand_typed<bits.value, zeros.value>(t, w); });
 }
 
-constexpr int64_t kFewAhead = 2048;  // bytes of the weight fetched ahead
-constexpr int kFewChains = 8;        // chains of additions at most: they hide each other's latency
+// Bytes of the weight fetched ahead. Of eight bits sixteen columns take a line of every fourth one, and so the next chunk.
+template <int kBits>
+constexpr int64_t kFewAhead = kBits == 4 ? 2048 : 8192;
+constexpr int kFewChains = 8;  // chains of additions at most: they hide each other's latency
 
 // kVectors vectors of columns from column n on.
 template <int kBits, Zeros kZeros, int kRows, int kVectors>
@@ -185,7 +187,7 @@ QO_INLINE void few_columns(const FewRows& t, int64_t n) {
   const float* a = t.a + c.first;
   for (int64_t k = c.first; k < c.last; k += Weights::kK, a += Weights::kK) {  // beyond `last` a is zero
     unroll<kVectors>([&](auto v) QO_LAMBDA {
-      if constexpr (v.value * N * kQuad % 64 == 0) __builtin_prefetch(b[v.value] + kFewAhead);  // a line of the cache
+      if constexpr (v.value * N * kQuad % 64 == 0) __builtin_prefetch(b[v.value] + kFewAhead<kBits>);  // a line of the cache
       weights[v.value].load(b[v.value]);
       b[v.value] += step;
     });

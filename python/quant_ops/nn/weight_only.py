@@ -64,17 +64,12 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool
         scale, zero_point = choose_qparams(values, [2], -15, 15)
         scale = 2 * scale  # amax / 7.5, to the bit
     codes = quant_tensor_forward(values, scale, zero_point, low, high, asymmetric=asymmetric, simulate=False)
-    zeros = _by_columns(zero_point.reshape(n, groups).to(torch.int8)) if asymmetric else None
-    return codes.reshape(n, groups * size)[:, :k].contiguous(), _by_columns(scale.reshape(n, groups).float()), zeros
+    zeros = zero_point.reshape(n, groups).to(torch.int8) if asymmetric else None
+    return codes.reshape(n, groups * size)[:, :k].contiguous(), scale.reshape(n, groups).float(), zeros
 
 
 def _groups(k: int, group_size: int) -> int:
     return 1 if group_size == -1 else max(1, -(-k // group_size))
-
-
-def _by_columns(parameters: Tensor) -> Tensor:
-    """(N, groups) in the layout that the operators read without a copy: each group's are contiguous."""
-    return parameters if parameters.t().is_contiguous() else parameters.t().contiguous().t()
 
 
 def _values_of(held: tuple[Any, ...], shape: torch.Size, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -194,9 +189,8 @@ class WeightOnlyLayer(QuantizedLayer):
             )
         scale_shape = weight_shape[0], _groups(weight_shape[1], self.group_size)
         super().__init__(weight_shape, scale_shape, bias, device)
-        self.weight_scale = _by_columns(self.weight_scale)
         if asymmetric:
-            self.weight_zero_point = _by_columns(torch.zeros(scale_shape, dtype=torch.int8, device=device))
+            self.weight_zero_point = torch.zeros(scale_shape, dtype=torch.int8, device=device)
         self._check(self._buffers)
 
     def _take(self: _Self, module: Any, shared_with: "WeightOnlyLayer | None") -> _Self:
@@ -314,14 +308,6 @@ class WeightOnlyLayer(QuantizedLayer):
         packed = self.packed_weight
         return save() if packed is None or self._buffers["qweight"] is not None else _saved_once(packed, save)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Scales and zero points row by row, since safetensors refuses another order."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight_scale", "weight_zero_point"):
-            parameters = self._buffers[name]
-            if parameters is not None and not keep_vars and not parameters.is_contiguous():
-                destination[prefix + name] = _saved_once(parameters, parameters.contiguous)
-
     def _codes_of(self, saved: Tensor) -> Tensor:
         return _loaded_codes(saved, self._weight_shape, self.bits)
 
@@ -332,12 +318,6 @@ class WeightOnlyLayer(QuantizedLayer):
         if name == "weight_zero_point" and self._buffers[name] is None:  # a checkpoint says whether there are any
             self._buffers[name] = torch.empty_like(self.weight_scale, dtype=torch.int8)
         return stored
-
-    def _loaded(self) -> None:
-        for name in ("weight_scale", "weight_zero_point"):
-            parameters = self._buffers[name]
-            if parameters is not None:
-                self._buffers[name] = _by_columns(parameters)
 
     def _describe(self) -> str:
         """The part of ``extra_repr`` that is the same for every layer."""

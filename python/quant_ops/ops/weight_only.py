@@ -40,9 +40,9 @@ def weight_only_linear(
         x: ``(..., K)``, float32, float16 or bfloat16.
         weight: int8 ``(N, K)``; codes in [-8, 7] for 4 bits. With ``packed_weight`` only its shape is read, so that one byte
             expanded to it will do.
-        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32
-            and, on the CPU, its columns are contiguous (the transpose of a contiguous ``(groups, N)``) and 16 divides N.
-        weight_zero_point: of the same shape, laid out likewise; int8, another integer dtype with values of int8, or floating.
+        weight_scale: floating ``(N, ceil(K / group_size))``, or ``(N,)`` with one group. Read without a copy where it is float32;
+            on the CPU contiguous ones are the fastest.
+        weight_zero_point: of the same shape; int8, another integer dtype with values of int8, or floating.
         bias: floating ``(N,)``.
         bits: 8 or 4.
         group_size: 32, 64, 128, 256, or -1 for one group a row. The last group of a row may be shorter.
