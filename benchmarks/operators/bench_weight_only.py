@@ -24,7 +24,7 @@ def operands(n, k, bits):
     generator = torch.Generator().manual_seed(0)
     group, low = (GROUP, -8) if bits == 4 else (-1, -128)
     codes = torch.randint(low, -low, (n, k), generator=generator, dtype=torch.int8)
-    scale = (torch.rand(k // GROUP if bits == 4 else 1, n, generator=generator) * 0.01 + 0.01).T
+    scale = torch.rand(n, k // GROUP if bits == 4 else 1, generator=generator) * 0.01 + 0.01
     packed = qo.pack_weight_only(codes, bits, group)
     return codes, scale, packed, qo.weight_only_embedding(torch.arange(n), codes, scale, None, bits, group, packed_weight=packed)
 

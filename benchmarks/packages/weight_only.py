@@ -28,12 +28,11 @@ LEAST_SQNR = {4: 15.0, 8: 30.0}  # dB against float32
 class Problem(LinearProblem):
     @functools.cached_property
     def nibbles(self):
-        """(codes in [-8, 7], scales and integer zero points [N, groups] of `weight`), stored a group after the other."""
+        """(codes in [-8, 7], scales and integer zero points [N, groups] of `weight`)."""
         weight = self.float_layer.weight
         scale, zero = qo.choose_qparams_affine(weight, "ASYMMETRIC", (1, GROUP), torch.uint4, zero_point_dtype=torch.int32)
         codes = qo.quantize_affine(weight, (1, GROUP), scale, zero, torch.uint4)
-        by_groups = scale.T.contiguous().T, (zero - 8).to(torch.int8).T.contiguous().T
-        return (codes.to(torch.int8) - 8, *by_groups)
+        return codes.to(torch.int8) - 8, scale, (zero - 8).to(torch.int8)
 
     @functools.cached_property
     def bytes(self):
