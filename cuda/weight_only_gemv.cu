@@ -68,10 +68,14 @@ __device__ __forceinline__ void load_round(const GemvArgs& a, const SharedRound&
       if (a.row_zero != nullptr) r.code_sum[to] = sum_of_codes(a, kBits, group, n);
     }
   };
+  // Unrolled, these loops would need more registers than there are.
   if (a.scale_stride[1] == 1) {
+#pragma unroll 1
     for (int c = warp; c < kWeightOnlyColumns; c += warps)
+#pragma unroll 1
       for (int g = lane; g < count; g += kWarp) take(g, c);
   } else {
+#pragma unroll 1
     for (int g = warp; g < count; g += warps) take(g, lane);
   }
   if constexpr (kCodes) {

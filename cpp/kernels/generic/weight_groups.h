@@ -161,7 +161,8 @@ void expand(const WeightChunk& t, float* w) {
 // Bytes of the weight fetched ahead. Of eight bits sixteen columns take a line of every fourth one, and so the next chunk.
 template <int kBits>
 constexpr int64_t kFewAhead = kBits == 4 ? 2048 : 8192;
-constexpr int kFewChains = 8;  // chains of additions at most: they hide each other's latency
+// Chains of additions of a result: a few rows hide each other's latency so. The same for every instruction set, as are the bits.
+constexpr int few_chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 // kVectors vectors of columns from column n on.
 template <int kBits, Zeros kZeros, int kRows, int kVectors>
@@ -169,7 +170,7 @@ QO_INLINE void few_columns(const FewRows& t, int64_t n) {
   using F = typename Simd::F;
   using Weights = Unpacked<kBits, kZeros>;
   constexpr int64_t N = Simd::N;
-  constexpr int kChains = kFewChains / (kRows * kVectors) > 1 ? kFewChains / (kRows * kVectors) : 1;
+  constexpr int kChains = few_chains(kRows);
   const WeightChunk& c = t.weight;
   F sum[kRows][kVectors][kChains];
   const auto each = [&](const auto& f) QO_LAMBDA {

@@ -97,7 +97,7 @@ def weight_only_embedding(
     group_size: int = -1,
     *,
     packed_weight: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows of a weight of 8 or 4 bits, dequantized: ``F.embedding(indices, w)`` for the ``w`` of :func:`weight_only_linear`.
 
@@ -112,7 +112,7 @@ def weight_only_embedding(
         bits: 8 or 4.
         group_size: 32, 64, 128, 256, or -1 for one group a row. The last group of a row may be shorter.
         packed_weight: ``pack_weight_only(weight, bits, group_size)``.
-        out_dtype: float32, float16 or bfloat16.
+        out_dtype: float32, float16 or bfloat16; default float32.
 
     Returns:
         ``(*indices.shape, K)``, contiguous: ``(weight - weight_zero_point) * weight_scale``, or with floating zero points
