@@ -49,8 +49,8 @@ def output_arguments(out: torch.dtype | None, x: torch.Tensor) -> dict:
     return {} if out is None else {"out_dtype": out}
 
 
-class IgemmCases:
-    """Every case takes a fixture ``subject``."""
+class KernelCases:
+    """Every case takes a fixture ``subject``, and chooses its kernel by set_kernel."""
 
     @pytest.fixture(autouse=True)
     def _automatic(self, subject, monkeypatch):
@@ -59,6 +59,8 @@ class IgemmCases:
         yield
         subject.set_kernel(None)
 
+
+class IgemmCases(KernelCases):
     @pytest.mark.parametrize("parts", ["", ":2", ":3", ":7"])
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_products_of_every_kernel(self, subject, kernel, parts):

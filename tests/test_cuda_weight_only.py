@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from test_cuda_build import BUILD, needs_compiler, needs_library
-from test_cuda_igemm import IgemmSubject, activations
+from test_cuda_igemm import IgemmSubject, KernelCases, activations
 from test_weight_only import EPS, ZEROS, dequantized, problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,16 +31,7 @@ def linear(subject, x, codes, scale, zero, *args, **kwargs):
     return subject.ops.weight_only_linear(*(subject.move(t) for t in (x, codes, scale, zero)), *args, **kwargs).cpu()
 
 
-class WeightOnlyCases:
-    """Every case takes a fixture ``subject``."""
-
-    @pytest.fixture(autouse=True)
-    def _automatic(self, subject, monkeypatch):
-        monkeypatch.delenv("QUANT_OPS_CUDA_KERNEL", raising=False)
-        subject.set_kernel(None)
-        yield
-        subject.set_kernel(None)
-
+class WeightOnlyCases(KernelCases):
     @pytest.mark.parametrize("group", GROUPS)
     @pytest.mark.parametrize("bits", [8, 4])
     def test_packed_bytes(self, subject, bits, group):

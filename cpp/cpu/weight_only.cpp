@@ -138,7 +138,8 @@ struct Worker {
   void* zero;     // likewise; integers or floats
 };
 
-// What columns have in every group, [groups][columns]: in a weight's order of groups they would lie a page apart.
+// The scales and zero points of some columns, [groups][count]. The kernels read one group after the other; in the caller's tensors
+// the columns of a group may lie a page or more apart.
 struct Columns {
   int64_t first, count;
   const float* scale;
@@ -337,12 +338,17 @@ class WeightOnly {
     }
   }
 
+  // Of the codes of the columns from the first of a panel, or of a block of four bits, on: [groups][columns].
+  const int32_t* sums_of(int64_t column) const {
+    return l_.sums(p_.packed) + sum_place(p_.bits, l_.groups, l_.padded_n, 0, column);
+  }
+
   GroupFold fold(const Columns& columns, int64_t row) const {
     const GroupFold all{.scale = columns.scale,
                         .zero = columns.zero,
                         .float_zero = columns.float_zero,
                         // the GEMM corrects its sums itself
-                        .code_sum = p_.bits == 4 && any_row_zero_ ? l_.sums(p_.packed) + columns.first * l_.groups : nullptr,
+                        .code_sum = p_.bits == 4 && any_row_zero_ ? sums_of(columns.first) : nullptr,
                         .stride = columns.count,
                         .offset = p_.bits == 4 ? kNibbleOffset : 0,
                         .row_scale = row_scale_,
@@ -390,7 +396,7 @@ class WeightOnly {
   void multiply_panel(int64_t first, int64_t last, int64_t panel, const Worker& worker) const {
     const int64_t width = l_.width(panel), column = panel * kPanel;
     const Columns columns = take_columns(column, width, worker);
-    const int32_t* sums = l_.sums(p_.packed) + column * l_.groups;
+    const int32_t* sums = sums_of(column);
     GemmTile tile;
     tile.taps = 1;
     tile.a = reinterpret_cast<const uint8_t*>(rows_);
