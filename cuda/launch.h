@@ -177,6 +177,7 @@ struct WeightOnlyPlan {
   WeightOnlyEngine engine{};
   WarpsOverK warps{};       // of the engines that have it
   WeightOnlyTiles tiles{};  // likewise
+  int wgmma_tile = -1;      // likewise; its splits are those of `tiles`, in stages
   int64_t row_bytes = 0;    // of the codes of a row
   Slot<int8_t> codes{};     // where x becomes codes, as are the next three
   Slot<float> row_scale{};

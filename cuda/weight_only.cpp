@@ -11,6 +11,9 @@
 #include "contract/dtypes.h"
 #include "engine/remembered.h"
 #include "launch.h"
+#if defined(QUANT_OPS_SM90)
+#include "engine/sm90/weight_only.h"
+#endif
 
 namespace quant_ops {
 namespace {
@@ -136,8 +139,37 @@ std::string name_of(const WeightOnlyPlan& plan) {
   switch (plan.engine) {
     case WeightOnlyEngine::kFloats: return "weight_only_float32";
     case WeightOnlyEngine::kGemv: return kGemvOnlyName;
+#if defined(QUANT_OPS_SM90)
+    case WeightOnlyEngine::kWgmma: return sm90::kWeightOnlyTiles[plan.wgmma_tile].name;
+#endif
     default: return tiles_name(plan.tiles.rows);
   }
+}
+
+// Clocks of the GEMV for more than eight rows on an NVIDIA H200; for fewer it is the fastest.
+double gemv_clocks(const WeightOnlyParams& p, const GpuLimits& gpu) {
+  if (p.M <= 8) return 0.0;
+  const double of_weight = p.codes ? 0.11 : p.bits == 4 ? 0.065 : 0.12;
+  return of_weight * static_cast<double>(p.N * p.K) / static_cast<double>(gpu.multiprocessors);
+}
+
+// Gives the product to the Hopper engine, to the tile of that name if there is one; false if it does not take the operands.
+bool choose_wgmma(const WeightOnlyParams& p, const GpuLimits& gpu, const std::string& name, int64_t splits, WeightOnlyPlan* plan) {
+#if defined(QUANT_OPS_SM90)
+  if (gpu.arch != 90 || (p.codes && p.K > kExactTileK)) return false;
+  const auto choose = [&] { return sm90::choose_weight_only(p, gpu.multiprocessors, name, splits); };
+  const std::array<int64_t, 7> key{p.M, p.N, p.K, p.bits, p.group, p.codes, gpu.multiprocessors};
+  const bool remembers = name.empty() && p.float_zero == nullptr && (p.zero_point == nullptr || !p.codes);
+  const sm90::WeightOnlyChoice choice = remembers ? remembered(key, choose) : choose();
+  if (choice.tile < 0 || (name.empty() && p.M <= kGemvRows && choice.clocks >= gemv_clocks(p, gpu))) return false;
+  plan->engine = WeightOnlyEngine::kWgmma;
+  plan->wgmma_tile = choice.tile;
+  plan->tiles = {.rows = 0, .splits = choice.splits, .split_steps = choice.split_stages};
+  return true;
+#else
+  static_cast<void>(p), static_cast<void>(gpu), static_cast<void>(name), static_cast<void>(splits), static_cast<void>(plan);
+  return false;
+#endif
 }
 
 // Which product computes it. QUANT_OPS_CUDA_KERNEL may name one; other names are for other operators.
@@ -154,6 +186,8 @@ void choose_product(const WeightOnlyParams& p, const GpuLimits& gpu, const Kerne
     for (int rows : kWeightOnlyTileRows)
       if (named && wanted.name == tiles_name(rows)) tile_rows = rows;
     const bool gemv = (p.M <= kGemvRows && tile_rows == 0) || (named && wanted.name == kGemvOnlyName);
+    const bool wgmma = named ? tile_rows == 0 && wanted.name != kGemvOnlyName : true;
+    if (wgmma && choose_wgmma(p, gpu, named ? wanted.name : "", wanted.splits, plan)) return;
     if (!gemv && named)
       plan->tiles = choose_tiles(p, a.steps, tile_rows, p.codes ? 1 : wanted.splits, gpu);
     else if (!gemv)
@@ -241,6 +275,14 @@ void run_weight_only(const WeightOnlyPlan& plan, const WeightOnlyParams& p, cons
     case WeightOnlyEngine::kTiles:
       return run_weight_only_tiles(a, p.bits, of_rows, plan.tiles, plan.parts.in(at.memory), plan.early, at);
     case WeightOnlyEngine::kFloats: return run_weight_only_floats(a, p.bits, of_rows, plan.warps, at);
+#if defined(QUANT_OPS_SM90)
+    case WeightOnlyEngine::kWgmma: {
+      const sm90::WeightOnlyChoice choice{plan.wgmma_tile, plan.tiles.splits, plan.tiles.split_steps};
+      return sm90::run_weight_only(a, p.bits, of_rows, choice, plan.parts.in(at.memory), plan.early, at);
+    }
+#else
+    case WeightOnlyEngine::kWgmma: return;
+#endif
   }
 }
 

@@ -42,6 +42,7 @@ enum class WeightOnlyEngine : int32_t {
   kGemv,    // the warps of a block share K; up to 16 rows of codes or of 16-bit floats (weight_only_gemv.cu)
   kTiles,   // tiles of the result, likewise (weight_only_tiles.cu)
   kFloats,  // float32 products, of any x and of weights with float_zero (weight_only_floats.cu)
+  kWgmma,   // tiles of the Hopper engine (engine/sm90/weight_only.cuh)
 };
 
 // GEMV and float32 products: 32 columns of the result of a block, whose warps share K. What a group needs is in shared memory for
@@ -74,6 +75,9 @@ struct WeightOnlyTiles {
 int tiles_shared_bytes(const WeightOnlyTiles& tiles, int bits, bool codes);
 void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, const WeightOnlyTiles& tiles, float* parts, bool early,
                            const Launch& at);
+
+// y = the sum of `parts`, [splits][M][N], and the bias (weight_only_tiles.cu).
+void join_weight_only_parts(const WeightOnlyArgs& a, float* parts, int splits, const Launch& at);
 
 // ---- operands (weight_only_pack.cu) ---------------------------------------------------------------------------------
 

@@ -387,7 +387,14 @@ void run_weight_only_tiles(const WeightOnlyArgs& a, int bits, DType x_dtype, con
   args.parts = tiles.splits > 1 ? parts : nullptr;
   args.total_steps = has_totals(codes, tiles) ? kTotalSteps : 0;
   launch(at, kernel, blocks, dim3(kThreads), args, tiles_shared_bytes(tiles, bits, codes), early ? Start::kEarly : Start::kInOrder);
-  if (tiles.splits == 1) return;
+  if (tiles.splits > 1) join_weight_only_parts(a, parts, tiles.splits, at);
+}
+
+void join_weight_only_parts(const WeightOnlyArgs& a, float* parts, int splits, const Launch& at) {
+  TileArgs args{};
+  static_cast<WeightOnlyArgs&>(args) = a;
+  args.splits = splits;
+  args.parts = parts;
   const int64_t fours = a.M * ((a.N + kLaneColumns - 1) / kLaneColumns);
   launch(at, join_tiles_kernel, (fours + kThreads - 1) / kThreads, dim3(kThreads), args);
 }

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from compiled import ROOT
 from test_cuda_build import BUILD, needs_compiler, needs_library
 from test_cuda_igemm import IgemmSubject, KernelCases, activations
 from test_weight_only import EPS, ZEROS, dequantized, problem
@@ -20,6 +21,8 @@ from quant_ops import _library
 
 GEMV = "weight_only_gemv"
 TILES = ["weight_only_32x128", "weight_only_64x128", "weight_only_128x128"]
+HOPPER = (ROOT / "cuda" / "engine" / "sm90" / "weight_only.h").read_text()
+WGMMA = re.findall(r'\{"(weight_only_\w+_wgmma)"', HOPPER)
 GROUPS = [32, 64, 128, 256, -1]
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALVES]
@@ -254,10 +257,25 @@ class TestCudaWeightOnly(WeightOnlyCases):
     @pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 17, 64, 100, 300])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_large_products(self, subject, bits, m):
-        for n, k, group in [(4096, 4096, 128), (1000, 14336, 32), (48, 65536, -1)]:
+        for n, k, group in [(4096, 4096, 128), (1000, 14336, 32), (48, 32768, -1)]:
             self.check_codes(subject, m, k, n, bits, group, "none", False, torch.bfloat16)
             self.check_codes(subject, m, k, n, bits, group, "integer", True, torch.bfloat16)
             self.check_floats(subject, torch.randn(m, k).bfloat16(), bits, group, "integer", n)
+
+    @pytest.mark.parametrize("kernel", WGMMA)
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_hopper_tiles(self, subject, bits, kernel):
+        """Tails of M, N and K, groups within and across stages, fewer rows than a tile has, several tiles each way."""
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the kernels are for compute capability 9.0")
+        subject.set_kernel(kernel)
+        cases = [(1, 1, 1, -1), (17, 97, 17, 32), (35, 320, 130, 64), (70, 704, 48, 128), (9, 1100, 33, 256), (130, 515, 20, -1)]
+        for (m, k, n, group), asymmetric in itertools.product(
+            [*cases, (300, 4096, 1001, 32), (257, 2080, 1030, 128)], [False, True]
+        ):
+            self.check_codes(subject, m, k, n, bits, group, "none", asymmetric)
+            x = (torch.randn(m, k) * 3).to(HALVES[asymmetric])
+            self.check_floats(subject, x, bits, group, ZEROS[(m + asymmetric) % 2], n, torch.randn(n) if m % 2 else None)
 
     def test_captured_graph_sees_new_rows(self, subject):
         codes, scale, zero = (t.cuda() for t in problem(512, 1024, 4, 128, "integer"))

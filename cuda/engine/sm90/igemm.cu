@@ -34,7 +34,9 @@ void expect_encoded(CUresult result, const char* what, const Launch& at) {
 
 CUtensorMapSwizzle swizzle_of(int load) { return load == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B; }
 
-CUtensorMap encode(const int8_t* codes, const MatrixMap& m, int load, const char* what, const Launch& at) {
+}  // namespace
+
+CUtensorMap encode_matrix(const int8_t* codes, const MatrixMap& m, int load, const char* what, const Launch& at) {
   static const auto encode_tiled = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   cuuint64_t size[5], stride[4];
@@ -48,7 +50,9 @@ CUtensorMap encode(const int8_t* codes, const MatrixMap& m, int load, const char
   return map;
 }
 
-CUtensorMap encode(const int8_t* codes, const ImageMap& m, int load, const Launch& at) {
+namespace {
+
+CUtensorMap encode_image(const int8_t* codes, const ImageMap& m, int load, const Launch& at) {
   static const auto encode_im2col = driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
   cuuint64_t size[4], stride[3];
   std::copy(m.size, m.size + 4, size);
@@ -76,13 +80,13 @@ Args args_of(const Problem& p, const KernelPlan& plan, int32_t* sums, const Laun
   const Schedule schedule = schedule_of(p, plan);
   const MatrixMap weight =
       matrix_map(p.K, p.N * p.groups, p.b_stride, weight_order(p, t), load, t.swapped ? schedule.first_load : schedule.second_load);
-  const CUtensorMap b = encode(p.b, weight, load, "weight", at);
+  const CUtensorMap b = encode_matrix(p.b, weight, load, "weight", at);
   const CUtensorMap a =
       p.gathers
-          ? encode(g.codes, image_map(g, p.groups * g.group, p.samples, load, schedule.first_load), load, at)
-          : encode(p.a,
-                   matrix_map(p.K, p.M, p.a_stride, Order::kPlain, load, t.swapped ? schedule.second_load : schedule.first_load),
-                   load, "activations", at);
+          ? encode_image(g.codes, image_map(g, p.groups * g.group, p.samples, load, schedule.first_load), load, at)
+          : encode_matrix(
+                p.a, matrix_map(p.K, p.M, p.a_stride, Order::kPlain, load, t.swapped ? schedule.second_load : schedule.first_load),
+                load, "activations", at);
   const int64_t columns = p.N * p.groups;
   Args args{
       .first = t.swapped ? b : a, .second = t.swapped ? a : b, .schedule = schedule, .out = p.out, .split_stride = p.M * columns};

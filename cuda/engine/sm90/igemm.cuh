@@ -35,19 +35,6 @@ struct Turns {
   }
 };
 
-// The stage of the ring that comes next, and the parity of its barriers' phase.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // A block's ring and barriers, by their addresses in shared memory.
 template <int kStages>
 struct Shared {

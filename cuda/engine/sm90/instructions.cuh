@@ -52,6 +52,19 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// The stage of the ring that comes next, and the parity of its barriers' phase.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
 __device__ __forceinline__ uint32_t block_of_cluster() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -84,6 +97,10 @@ __device__ __forceinline__ void load_cluster(uint32_t from, uint32_t block, int3
       : "memory");
 }
 
+__device__ __forceinline__ void load_shared(uint32_t from, uint32_t (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from));
+}
+
 // The registers of every thread of the warpgroup, from now on.
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
@@ -98,6 +115,13 @@ __device__ __forceinline__ void give_registers() {
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// `bytes` that follow each other, a multiple of 16, as the addresses are.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // A box of a matrix in five dimensions (MatrixMap): k first, then its rows.
@@ -154,6 +178,11 @@ __device__ __forceinline__ void keep(int32_t (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
+template <int kCount>
+__device__ __forceinline__ void keep(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
 
 #define QO_LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define QO_LIST_16 QO_LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -203,5 +232,34 @@ QO_WGMMA(160, 80, 80, 81, 82)
 QO_WGMMA(192, 96, 96, 97, 98)
 QO_WGMMA(256, 128, 128, 129, 130)
 #undef QO_WGMMA
+
+#define QO_FLOATS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define QO_FLOATS_16(i) QO_FLOATS_4(i), QO_FLOATS_4(i + 4), QO_FLOATS_4(i + 8), QO_FLOATS_4(i + 12)
+#define QO_FLOATS_32(i) QO_FLOATS_16(i), QO_FLOATS_16(i + 16)
+#define QO_FLOATS_64(i) QO_FLOATS_32(i), QO_FLOATS_32(i + 32)
+
+// The same with a in registers, those of mma.m16n8k32 of a warp's 16 rows; or of 16-bit floats, c[64 x kColumns] of a[64 x 16]
+// and b[kColumns x 16]^T, summed in float32.
+template <class X, int kColumns>
+struct WgmmaOfRegisters;
+#define QO_WGMMA_REGISTERS(X, TYPE, SUM, LIST, COLUMNS, COUNT, A0, A1, A2, A3, B, P, K, ENDS)                                     \
+  template <>                                                                                                                     \
+  struct WgmmaOfRegisters<X, COLUMNS> {                                                                                           \
+    __device__ __forceinline__ static void run(SUM (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, int accumulate) {             \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k" #K "." TYPE \
+                   " {" QO_LIST_##COUNT "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add" ENDS ";\n}\n"                 \
+                   : LIST(0)                                                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                        \
+    }                                                                                                                             \
+  };
+#define QO_WGMMA_OF_REGISTERS(COLUMNS, COUNT, A0, A1, A2, A3, B, P)                                                        \
+  QO_WGMMA_REGISTERS(int8_t, "s32.s8.s8", int32_t, QO_SUMS_##COUNT, COLUMNS, COUNT, A0, A1, A2, A3, B, P, 32, "")          \
+  QO_WGMMA_REGISTERS(Half, "f32.f16.f16", float, QO_FLOATS_##COUNT, COLUMNS, COUNT, A0, A1, A2, A3, B, P, 16, ", 1, 1, 0") \
+  QO_WGMMA_REGISTERS(BFloat16, "f32.bf16.bf16", float, QO_FLOATS_##COUNT, COLUMNS, COUNT, A0, A1, A2, A3, B, P, 16, ", 1, 1, 0")
+QO_WGMMA_OF_REGISTERS(32, 16, 16, 17, 18, 19, 20, 21)
+QO_WGMMA_OF_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37)
+QO_WGMMA_OF_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69)
+#undef QO_WGMMA_OF_REGISTERS
+#undef QO_WGMMA_REGISTERS
 
 }  // namespace quant_ops::sm90

@@ -9,6 +9,9 @@
 
 namespace quant_ops::sm90 {
 
+// What TMA is told about a matrix whose loads bring `load` bytes of a row, 128 or 64; `what` it is, for an error. In igemm.cu.
+CUtensorMap encode_matrix(const int8_t* codes, const MatrixMap& m, int load, const char* what, const Launch& at);
+
 struct Args {
   CUtensorMap first, second;
   Schedule schedule;
