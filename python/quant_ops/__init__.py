@@ -8,6 +8,7 @@ from . import _library
 
 _library.load()
 
+from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -91,6 +92,7 @@ __version__ = _library.VERSION
 
 __all__ = [
     "ABFP",
+    "AUTOQUANT_CACHE",
     "BF16",
     "E1M2",
     "E2M1",
@@ -110,6 +112,7 @@ __all__ = [
     "MXINT8",
     "NVFP4",
     "NVFP4_TWO_LEVEL",
+    "AutoquantResult",
     "BlockFloat",
     "ConversionResult",
     "FallbackResult",
@@ -123,6 +126,7 @@ __all__ = [
     "Int8Static",
     "Int8WeightOnly",
     "IntFormat",
+    "LayerChoice",
     "LayerReport",
     "MappingType",
     "NVFP4Format",
@@ -131,11 +135,13 @@ __all__ = [
     "QuantLinear",
     "Report",
     "Simulated",
+    "TimingCache",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",
     "WithGradient",
     "ZeroPointDomain",
     "__version__",
+    "autoquant_",
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
