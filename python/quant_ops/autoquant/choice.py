@@ -5,6 +5,7 @@ error = sum (y - y_q)^2 / sum y^2 of the layer's output over the sample; time = 
 
 import contextlib
 import dataclasses
+import functools
 import random
 import statistics
 import time
@@ -173,10 +174,9 @@ def _time(
     case: Key, seen: Seen, made: Mapping[Scheme, Any], configs: Mapping[Scheme, Scheme], cache: TimingCache, seconds: float
 ) -> None:
     """Puts the medians of the case into the cache, all of them measured in turns."""
-    layers: dict[Scheme | None, Any] = {None: seen.layer}
-    layers.update(made)
+    layers: dict[Any, Any] = {None: seen.layer, **made}
     x = input_of(case, seen.samples[case])
-    calls = {str(i): (lambda layer=layer: layer.forward(x)) for i, layer in enumerate(layers.values())}
+    calls = {str(i): functools.partial(layer.forward, x) for i, layer in enumerate(layers.values())}
     with _as_recorded(case):
         for call in calls.values():  # what the first call alone does
             call()
