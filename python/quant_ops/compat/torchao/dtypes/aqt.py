@@ -87,6 +87,9 @@ class _Wrapper(Tensor):
         if func is _aten.clone.default:
             return args[0]._mapped(torch.clone)
         if func is _aten._to_copy.default:
+            dtype = kwargs.get("dtype")
+            if dtype is not None and dtype not in _FLOATING:
+                _refuse(cls.__name__, f"to(dtype) with float32, float16 or bfloat16, got {dtype}")
             return args[0]._moved(**kwargs)
         transposed = func is _aten.t.default
         transposed |= func is _aten.transpose.int and {d % 2 for d in args[1:]} == {0, 1} and args[0].dim() == 2
@@ -272,8 +275,6 @@ class AffineQuantizedTensor(_Wrapper):
         return cls(tensors["int_data"], tensors["scale"], tensors.get("zero_point"), *context)
 
     def _moved(self, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> _Wrapper:
-        if dtype is not None and dtype not in _FLOATING:
-            _refuse(type(self).__name__, f"to(dtype) with float32, float16 or bfloat16, got {dtype}")
         return self._mapped(lambda t: torch.clone(t if device is None else t.to(device)), dtype=dtype or self.dtype)
 
     def _transposed(self) -> _Wrapper:

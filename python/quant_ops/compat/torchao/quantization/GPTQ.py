@@ -116,8 +116,9 @@ def batches_of(op: str, inputs: Any) -> list[tuple[Any, ...]]:
         )
     inputs = list(inputs)
     if inputs and all(isinstance(one, MultiInput) for one in inputs):
-        return list(zip(*(one.values for one in inputs), strict=True))
-    batches = [tuple(one) if isinstance(one, tuple | list) else (one,) for one in inputs]
+        batches = list(zip(*(one.values for one in inputs), strict=True))
+    else:
+        batches = [tuple(one) if isinstance(one, tuple | list) else (one,) for one in inputs]
     if not batches:
         raise ValueError(f"quant_ops.{op}: expected inputs to calibrate with, got none. Record some with InputRecorder.")
     return batches
