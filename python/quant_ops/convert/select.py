@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from .._description import Config
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import INT8_LAYERS, WEIGHT_ONLY_LAYERS, QuantizedLayer, TransposedLinear, WeightOnlyLayer, as_linear, exact_class
+from ..nn.groups import most_products
 from ..nn.loading import check_loads
-from ..nn.weight_only import most_products
 from ..observers import Observer
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
