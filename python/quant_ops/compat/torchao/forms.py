@@ -198,7 +198,7 @@ def layer_of(name: str, linear: nn.Linear) -> nn.Module:
         return DequantizedLinear(weight, bias).train(linear.training)
     if dynamic is not None and form.is_int8_per_channel:
         return int8_layer(form.codes(weight), form.scale.flatten(), bias, dynamic.asymmetric, weight.dtype).train(linear.training)
-    settings = {} if dynamic is None else {"dynamic": True, "asymmetric_input": dynamic.asymmetric}
+    settings: dict[str, Any] = {} if dynamic is None else {"dynamic": True, "asymmetric_input": dynamic.asymmetric}
     layer = qo.WeightOnlyLinear(
         weight.shape[1],
         weight.shape[0],
@@ -207,6 +207,7 @@ def layer_of(name: str, linear: nn.Linear) -> nn.Module:
         bits=form.bits,
         group_size=form.group_size,
         asymmetric=form.zero_point is not None,
+        zero_point="float" if form.is_floating else "int",
         **settings,
     )
     layer.weight_scale = form.scale.clone()

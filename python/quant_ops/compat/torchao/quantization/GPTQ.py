@@ -49,7 +49,9 @@ class Int8DynActInt4WeightQuantizer(_Int4Quantizer):
 
     def quantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """Replaces the linear layers, in place, and returns the model."""
-        qo.quantize_(model, qo.Int8DynamicInt4Weight(group_size=self.groupsize))
+        from .quant_api import change, get_apply_8da4w_quant
+
+        change(model, get_apply_8da4w_quant(self.groupsize))
         return model
 
 

@@ -150,8 +150,8 @@ def _expect_group(op: str, groupsize: Any) -> None:
 # ---- layers --------------------------------------------------------------------------------------------------------------
 
 
-def _change(model: nn.Module, apply: Apply, filter_fn: FilterFn | None) -> None:
-    """The layers that ``unwrap_tensor_subclass`` makes, one after the other in memory, and all or none in the model."""
+def change(model: nn.Module, apply: Apply, filter_fn: FilterFn | None = None) -> None:
+    """Puts the layers that ``unwrap_tensor_subclass`` makes of what a function makes of the weights in place, all or none."""
     chosen = filter_fn or _is_linear
     made: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
@@ -179,12 +179,12 @@ def change_linear_weights_to_int8_dqtensors(model: nn.Module, filter_fn: FilterF
         filter_fn: of module and name, in place of that rule. Further arguments are accepted and ignored.
     """
     wide = filter_fn or (lambda module, *_: _is_linear(module) and module.in_features > 16)
-    _change(model, get_apply_int8dyn_quant(), wide)
+    change(model, get_apply_int8dyn_quant(), wide)
 
 
 def change_linear_weights_to_int8_woqtensors(model: nn.Module, filter_fn: FilterFn | None = None, **kwargs: Any) -> None:
     """Gives the linear layers int8 weights, in place; inputs and products stay floating."""
-    _change(model, get_apply_int8wo_quant(), filter_fn)
+    change(model, get_apply_int8wo_quant(), filter_fn)
 
 
 def change_linear_weights_to_int4_woqtensors(
@@ -195,7 +195,7 @@ def change_linear_weights_to_int4_woqtensors(
     Raises:
         ValueError: a group size other than 32, 64, 128 and 256.
     """
-    _change(model, get_apply_int4wo_quant(groupsize), filter_fn)
+    change(model, get_apply_int4wo_quant(groupsize), filter_fn)
 
 
 def apply_dynamic_quant(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
@@ -249,4 +249,4 @@ def quantize_(model: nn.Module, config: Any, filter_fn: FilterFn | None = None) 
         chosen = filter_fn or _is_linear
         qo.quantize_(model, config, include=[lambda name, module: chosen(module, name)])
         return
-    _change(model, apply, filter_fn)
+    change(model, apply, filter_fn)
