@@ -106,6 +106,21 @@ def test_a_cache_decides_alone(winner, monkeypatch):
         assert torch.equal(net(x), expected(x))
 
 
+@pytest.mark.parametrize("winner", [DYNAMIC, WEIGHT_ONLY, STATIC])
+def test_scaled_layers_keep_their_multiplier(winner):
+    layer, x = qo.ScaledLinear.from_linear(nn.Linear(24, 8), torch.rand(24) + 0.5), torch.randn(16, 24)
+    net, expected = nn.Sequential(layer).eval(), nn.Sequential(copy.deepcopy(layer)).eval()
+    result = qo.autoquant_(net, x, candidates=(DYNAMIC, WEIGHT_ONLY, STATIC), cache=fast(winner))
+    assert result.converted == ["0"]
+    if winner is STATIC:
+        qo.prepare_(expected, STATIC)
+        qo.calibrate(expected, [x])
+        qo.convert_(expected)
+    else:
+        qo.quantize_(expected, winner)
+    assert torch.equal(net(x), expected(x))
+
+
 def test_float_is_kept_unless_a_candidate_is_faster():
     for seconds in (1.0, 0.98):
         net = model()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import types
 from pathlib import Path
@@ -25,8 +26,8 @@ from quant_ops.compat.torchao.quantization.GPTQ import batches_of
 from quant_ops.compat.torchao.quantization.utils import compute_error, get_model_size_in_bytes, unwrap_tensor_subclass
 from quant_ops.report.error import sqnr
 
-# The document's code blocks in its order. Import lines are changed; without CUDA `"cuda"` and `.cuda()` are the CPU. torch.compile is
-# without inductor, which would take a minute. What else is mended is said above each block.
+# The document's code blocks in its order. Import lines are changed; without CUDA `"cuda"` and `.cuda()` are the CPU. torch.compile
+# is without inductor, which would take a minute. What else is mended is said above each block.
 
 # `import torchao` is `from quant_ops.compat import torchao`.
 AUTOQUANT = """
@@ -83,8 +84,8 @@ from quant_ops.compat.torchao.quantization import quant_api
 quant_api.change_linear_weights_to_int4_woqtensors(model)
 """
 
-# What is not imported is the test's: torch, Path, Transformer, SentencePieceProcessor, prepare_inputs_for_model. The calibration's text
-# takes the place of the task's name.
+# What is not imported is the test's: torch, Path, Transformer, SentencePieceProcessor, prepare_inputs_for_model. A text takes the place
+# of the task's name.
 GPTQ = """
 from quant_ops.compat.torchao._eval import InputRecorder, TransformerEvalWrapper
 from quant_ops.compat.torchao.quantization.GPTQ import Int4WeightOnlyGPTQQuantizer
@@ -215,8 +216,8 @@ m = torch.export.export(m_unwrapped, example_inputs).module()
 compiled = torch._export.aot_compile(m_unwrapped, example_inputs)
 """
 
-# do_bench_gpu, which is not used, is not imported: torch 2.13 has none. The printed output below the code is left out. The model and
-# the number of runs are smaller: their lines are the test's.
+# do_bench_gpu, which is not used, is not imported: torch 2.13 has none. The printed output below the code is left out. The test makes
+# the model and the number of runs smaller.
 EXAMPLE = """
 import torch
 from quant_ops.compat.torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
@@ -356,15 +357,16 @@ def test_document_autoquant(tmp_path, monkeypatch):
     assert len(qo.AUTOQUANT_CACHE) == 3
     known, config = dict(qo.AUTOQUANT_CACHE), compiled.autoquant_result.layers[0].config
     block(CACHE)
-    assert pickle.loads(Path("quantization-cache.pkl").read_bytes()) == known == dict(torchao.quantization.AUTOQUANT_CACHE)
+    assert pickle.loads(Path("quantization-cache.pkl").read_bytes()) == known
     assert torchao.quantization.AUTOQUANT_CACHE is qo.AUTOQUANT_CACHE
+    assert dict(qo.AUTOQUANT_CACHE) == known
 
     qo.AUTOQUANT_CACHE.clear()  # another process
     block(CACHE.replace("pickle.dump(torchao", "{}  # ").replace('"wb"', '"rb"'))
     monkeypatch.setattr(choice_module, "interleave", None)
     again = block(AUTOQUANT)["model"]
     assert again.autoquant_result.layers[0].config == config
-    assert qo.AUTOQUANT_CACHE == known
+    assert known == qo.AUTOQUANT_CACHE
     for key in known:  # int8 is the fastest from now on
         qo.AUTOQUANT_CACHE[key] = 1.0 if "Int8Dynamic" in key.candidate else 2.0
     found = block(AUTOQUANT)
@@ -651,7 +653,7 @@ def test_a_quantized_parameter(name, dtype):
         assert sqnr(y, other(x)) > (55 if other is moved else 1000)
     with torch.inference_mode():
         assert torch.equal(net(x), y)
-    for operator in (lambda: w + 1, lambda: w[0], lambda: w.sum(), lambda: w.to(torch.int32)):
+    for operator in (lambda: w + 1, lambda: w[0], w.sum, lambda: w.to(torch.int32)):
         with pytest.raises(NotImplementedError, match=rf"^quant_ops\.{type(w).__name__}: expected .* Dequantize it first"):
             operator()
     assert (w.dequantize() + 1).shape == (64, 96)
@@ -714,11 +716,16 @@ def test_quantized_inputs(asymmetric):
     codes = function(x)
     assert codes.int_data.shape == x.shape
     assert sqnr(expected, F.linear(codes, weight, layer.bias)) > 70
-    for func in (function, lambda x: function(x)):
+    for func in (function, lambda x: to_aq(x, *function_settings(asymmetric))):
         layer.weight = nn.Parameter(to_laq(weight, func), requires_grad=False)
         assert sqnr(expected, layer(x)) > 70
     plain = nn.Linear(96, 64)
     assert sqnr(plain(codes.dequantize()), F.linear(codes, plain.weight, plain.bias)) > 1000
+
+
+def function_settings(asymmetric):
+    blocks = (1, 1, 96)
+    return ("ASYMMETRIC", blocks, torch.int8) if asymmetric else ("SYMMETRIC", blocks, torch.int8, -127, 127)
 
 
 def test_any_number_of_features():
@@ -778,7 +785,7 @@ def test_input_recorder_and_perplexity():
     tokenizer = types.SimpleNamespace(encode=tokenizer.encode)
     probabilities = logits.double().log_softmax(1)
     windows = [tokens[:4], tokens[4:8], tokens[8:]]
-    total = sum(float(probabilities[a, b]) for window in windows for a, b in zip(window, window[1:], strict=False))
+    total = sum(float(probabilities[a, b]) for window in windows for a, b in itertools.pairwise(window))
     found = TransformerEvalWrapper(net, tokenizer, 4).run_eval([text], limit=3)["results"]["texts"]
     assert found == pytest.approx(
         {

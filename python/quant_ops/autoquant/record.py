@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..convert.config import Int8Static, Scheme
 from ..convert.prepared import PREPARED, Prepared
-from ..nn import TransposedLinear, as_linear, exact_class, float_class
+from ..nn import TransposedLinear, as_linear, float_class
 from .cache import FLOAT, Key, short
 
 _SAMPLE = 2**18  # elements of the input of a case that are kept, but at least a row (an image)
@@ -66,8 +66,7 @@ class Seen:
         self.counts[case] = self.counts.get(case, 0) + 1
         self._keep(case, x)
         for prepared in self.prepared.values():
-            assert prepared.observer is not None
-            prepared.observer(x)
+            prepared.observe(x)
 
     def _keep(self, case: Key, x: Tensor) -> None:
         kept = self.samples.setdefault(case, [])
@@ -98,7 +97,7 @@ def _case(layer: Any, x: Tensor) -> Key:
     device = layer.weight.device
     plain: Any = as_linear(layer)
     weight, bias = plain.weight, plain.bias
-    kind = exact_class(layer).__name__
+    kind = type(layer).__name__
     if hasattr(layer, "stride"):
         kind += "".join(f" {name}={getattr(layer, name)}" for name in _GEOMETRY)
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():

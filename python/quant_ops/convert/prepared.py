@@ -138,6 +138,10 @@ class Prepared(Recast):
             self._see(self.output_observer, y, self.output_layout, self.config.output_per)  # type: ignore[union-attr]
         return y
 
+    def observe(self, x: Tensor) -> None:
+        """Observes an input as a call of the layer would, which is not computed."""
+        self._observe(self._taken(x))
+
     def _observe(self, x: Tensor) -> None:
         """Once for each batch, also with gradient checkpointing, which repeats the forward."""
         if self.observer is None or is_recomputing():

@@ -13,7 +13,7 @@ Differences from the original:
   compiled, exported and saved; biases are kept. ``quantize`` puts tensors into nn.Linear, for eager mode:
   ``unwrap_tensor_subclass`` makes layers of them, where the original registers a parametrization.
 * ``to_laq`` takes any function that quantizes the input; a ``QuantizeRows`` (those of ``get_apply_*``) is done by the operator.
-* A quantized tensor refuses operators other than linear, mm, addmm, detach, clone, to, t and copy_. ``dequantize()`` gives the values.
+* A quantized tensor refuses operators other than linear, mm, addmm, detach, clone, to, t and copy_; it has ``dequantize()``.
 * ``autoquant`` times each layer alone, with the values that it has seen, and prints nothing: ``model.autoquant_result`` is a table.
   AUTOQUANT_CACHE has seconds by ``quant_ops.autoquant.cache.Key``, and refuses the times of another machine or version.
 * The GPTQ quantizers are ``quant_ops.gptq_``: by hooks, block by block, in place, and a layer is quantized with the inputs that the
