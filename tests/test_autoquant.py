@@ -74,7 +74,7 @@ def test_times_everything_and_shows_it():
     for layer in result.layers:
         best = min(layer.seconds, key=layer.seconds.get)
         assert layer.config is None or type(layer.config).__name__ == best
-        assert f"{layer.name}: 1 x {next(iter(layer.shapes))}; float " in str(result)
+        assert f"{layer.name}: 1 x {next(iter(layer.inputs))[0]} float32; float " in str(result)
     assert " dB" in str(result)
     key = next(key for key in cache if key.layer == "Linear")
     assert key[1:5] == ((2, 72), (5, 72), (5,), "float32")
@@ -138,7 +138,7 @@ def test_shapes_are_weighed_by_times_seen():
         inputs = [torch.randn(n, 24) for n in rows]
         result = qo.autoquant_(net, inputs, candidates=[DYNAMIC], cache=times, forward=lambda net, inputs: [net(x) for x in inputs])
         assert type(net[0]).__name__ == layers
-        assert result.layers[0].shapes == {(1, 24): rows.count(1), (16, 24): rows.count(16)}
+        assert result.layers[0].inputs == {((1, 24), "float32"): rows.count(1), ((16, 24), "float32"): rows.count(16)}
         assert result.layers[0].seconds == {
             "float": 10.0 * rows.count(1) + rows.count(16),
             "Int8Dynamic": 4.0 * 3,
@@ -217,6 +217,16 @@ def test_the_budget_is_shared(monkeypatch):
     assert Budget(100.0, 2).share() == 0.5
 
 
+def test_a_spent_budget_leaves_out_the_shapes_with_the_least_work():
+    net, cache = model(), qo.TimingCache()
+    rows = [1, 1, 1, 4, 16, 2]
+    inputs = [torch.randn(n, 24) for n in rows]
+    result = qo.autoquant_(net, inputs, seconds=0.0, cache=cache, forward=lambda net, inputs: [net(x) for x in inputs])
+    assert {key.activation for key in cache} == {(16, 24), (16, 40)}
+    assert sum(result.layers[0].inputs.values()) == 6
+    assert result.layers[0].seconds["float"] == next(t for key, t in cache.items() if key[:2] == ("float", (16, 24)))
+
+
 # ---- when it chooses -----------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +263,7 @@ def test_a_compiled_model(manual):
         compiled(x), compiled(x[:1]), compiled(x[:1])
         assert not graphs
         assert result.finalize() is result
-        assert result.layers[0].shapes == {(5, 24): 1, (1, 24): 2}
+        assert result.layers[0].inputs == {((5, 24), "float32"): 1, ((1, 24), "float32"): 2}
         assert compiled.forward is forward
     y = compiled(x)
     assert result.converted == ["0", "2"]

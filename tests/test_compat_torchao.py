@@ -84,8 +84,8 @@ from quant_ops.compat.torchao.quantization import quant_api
 quant_api.change_linear_weights_to_int4_woqtensors(model)
 """
 
-# What is not imported is the test's: torch, Path, Transformer, SentencePieceProcessor, prepare_inputs_for_model. A text takes the place
-# of the task's name.
+# What is not imported is the test's: torch, Path, Transformer, SentencePieceProcessor, prepare_inputs_for_model. A text takes the
+# place of the task's name.
 GPTQ = """
 from quant_ops.compat.torchao._eval import InputRecorder, TransformerEvalWrapper
 from quant_ops.compat.torchao.quantization.GPTQ import Int4WeightOnlyGPTQQuantizer
@@ -216,8 +216,8 @@ m = torch.export.export(m_unwrapped, example_inputs).module()
 compiled = torch._export.aot_compile(m_unwrapped, example_inputs)
 """
 
-# do_bench_gpu, which is not used, is not imported: torch 2.13 has none. The printed output below the code is left out. The test makes
-# the model and the number of runs smaller.
+# do_bench_gpu, which is not used, is not imported: torch 2.13 has none. The printed output below the code is left out. The model
+# and the number of runs are smaller.
 EXAMPLE = """
 import torch
 from quant_ops.compat.torchao.quantization.quant_primitives import MappingType, ZeroPointDomain
@@ -918,6 +918,6 @@ def test_autoquant_manual(monkeypatch):
     net(torch.randn(3, 96)), net(torch.randn(5, 96))
     assert not quantized.autoquant_result.finished
     net.finalize_autoquant()
-    assert net.autoquant_result.layers[0].shapes == {(3, 96): 1, (5, 96): 1}
+    assert net.autoquant_result.layers[0].inputs == {((3, 96), "float32"): 1, ((5, 96), "float32"): 1}
     assert not hasattr(net, "finalize_autoquant")
     assert pickle.loads(pickle.dumps(net.autoquant_result)).finished

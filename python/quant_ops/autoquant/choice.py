@@ -6,6 +6,7 @@ error = sum (y - y_q)^2 / sum y^2 of the layer's output over the sample; time = 
 import contextlib
 import dataclasses
 import functools
+import math
 import random
 import statistics
 import time
@@ -37,8 +38,8 @@ class LayerChoice:
         config: the candidate that was chosen; None: it stays float.
         reason: why it stays float, or what else there is to say.
         calls: how often it was called while shapes were recorded.
-        shapes: of its inputs, with how often each was seen; those of linear layers as rows and columns.
-        seconds: of all of these calls, by "float" and the candidates' names.
+        inputs: how often each shape and dtype was seen; shapes of linear layers are rows and columns.
+        seconds: of all of these calls whose shapes were timed, by "float" and the candidates' names.
         errors: normalised errors of the output on a sample of the recorded inputs, by the candidates' names.
     """
 
@@ -46,13 +47,13 @@ class LayerChoice:
     config: Scheme | None = None
     reason: str = ""
     calls: int = 0
-    shapes: dict[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+    inputs: dict[tuple[tuple[int, ...], str], int] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """For the result's table."""
-        shapes = ", ".join(f"{count} x {shape}" for shape, count in self.shapes.items())
+        shapes = ", ".join(f"{count} x {shape} {dtype}" for (shape, dtype), count in self.inputs.items())
         times = [
             f"{name} {_show_seconds(seconds)}{f' at {decibel(self.errors[name]):.1f} dB' if name in self.errors else ''}"
             for name, seconds in self.seconds.items()
@@ -84,6 +85,10 @@ class Budget:
     def __init__(self, seconds: float, cases: int) -> None:
         self._end, self._left = time.perf_counter() + seconds, cases
 
+    @property
+    def is_spent(self) -> bool:
+        return time.perf_counter() >= self._end
+
     def share(self) -> float:
         """For the next case."""
         seconds = (self._end - time.perf_counter()) / max(self._left, 1)
@@ -109,10 +114,10 @@ def choose(
     Args:
         configs: the candidates, each with the config that its layer is made by.
     """
-    shapes: dict[tuple[int, ...], int] = {}
+    choice = LayerChoice(name, reason=seen.left_out, calls=seen.calls)
     for case, count in seen.counts.items():
-        shapes[case.activation] = shapes.get(case.activation, 0) + count
-    choice = LayerChoice(name, reason=seen.left_out, calls=seen.calls, shapes=shapes)
+        of = (case.activation, case.dtype)
+        choice.inputs[of] = choice.inputs.get(of, 0) + count
     if seen.left_out or not seen.samples:
         choice.reason = choice.reason or "its inputs were empty"
         return choice, None
@@ -124,13 +129,8 @@ def choose(
         made[config] = _make(seen, config, fit)
     errors = _errors(seen, made)
     choice.errors = {label(config): error for config, error in errors.items()}
-    for case in seen.samples:
-        if not is_known(case, {config: configs[config] for config in made}, cache):
-            _time(case, seen, made, configs, cache, budget.share())
-    seconds = {
-        config: sum(count * cache[keys_of(case, configs)[config]] for case, count in seen.counts.items() if case in seen.samples)
-        for config in (None, *made)
-    }
+    timed = _timed(seen, made, configs, cache, budget)
+    seconds = {config: sum(seen.counts[case] * cache[keys_of(case, configs)[config]] for case in timed) for config in (None, *made)}
     choice.seconds = {FLOAT if config is None else label(config): total for config, total in seconds.items()}
     faster = sorted((config for config in made if seconds[config] < _GAIN * seconds[None]), key=lambda config: seconds[config])
     for config in faster:
@@ -140,6 +140,20 @@ def choose(
         choice.reason = f"{label(config)} is faster, but its error {errors[config]:.2g} is more than {max_error:.2g}"
     choice.reason = choice.reason or "no candidate is faster"
     return choice, None
+
+
+def _timed(
+    seen: Seen, made: Mapping[Scheme, Any], configs: Mapping[Scheme, Scheme], cache: TimingCache, budget: Budget
+) -> list[Key]:
+    """The cases whose times the cache has now: all, or those with the most work, one at least, if the budget is spent."""
+    timed: list[Key] = []
+    for case in sorted(seen.samples, key=lambda case: -seen.counts[case] * math.prod(case.activation)):
+        if not is_known(case, {config: configs[config] for config in made}, cache):
+            if timed and budget.is_spent:
+                continue
+            _time(case, seen, made, configs, cache, budget.share())
+        timed.append(case)
+    return timed
 
 
 def _make(seen: Seen, config: Scheme, fit: Scheme) -> nn.Module:

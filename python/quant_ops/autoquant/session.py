@@ -118,7 +118,8 @@ def autoquant_(
         example_inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments; with ``forward`` anything.
         candidates: configs without data (``Int8Dynamic``, ``Int8WeightOnly``, ``Int4WeightOnly``, ``Int8DynamicInt4Weight``), and
             ``Int8Static``, calibrated with the recorded inputs.
-        seconds: for timing, shared among the new shapes; each is measured three times at least, whatever this says.
+        seconds: for timing, shared among the new shapes. When it is spent, a layer's shapes with the least work are left out; one
+            of each layer is measured three times at least.
         max_error: a candidate is refused for a layer if ``sum (y - y_q)^2 / sum y^2`` of the layer's output is more, on at most
             2^18 elements of the recorded inputs of each shape. 0.01 is an SQNR of 20 dB; None allows any.
         cache: a :class:`TimingCache` or the path of one, which need not exist yet: what is measured is added and saved, even if
