@@ -12,6 +12,7 @@ from test_transposed import Conv1D
 from torch import nn
 
 import quant_ops as qo
+from quant_ops.compat import int_fp_qsim
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 WEIGHT_ONLY = {
@@ -325,6 +326,15 @@ def test_simulated_layers_round_the_product():
     seen = nn.Sequential(copy.deepcopy(float_model.up)).eval()
     with torch.no_grad(), qo.simulated_products(qo.Simulated(input=qo.INT8, weight=None)):
         assert torch.equal(seen(x), plain(product))
+    qo.simulate_products_(seen, qo.Simulated(input=qo.INT8, weight=None))  # which leaves layers as they are
+    with torch.no_grad():
+        assert torch.equal(seen(x), float_model.up(x))
+
+
+def test_calibrated_inputs_are_the_products():
+    model, x = nn.Sequential(scaled()).eval(), randn(6, 40)
+    int_fp_qsim.calibrate_inputs(model, 8, [x])
+    assert torch.equal(model[0].amax_input, (x * model[0].input_multiplier).abs().max())
 
 
 def test_reports_and_fallback():
