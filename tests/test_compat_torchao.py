@@ -414,7 +414,7 @@ class Characters:
 
 
 class Transformer(language_model.Decoder):
-    """gpt-fast's, by name: with positions, a config and caches."""
+    """gpt-fast's, by name: in bfloat16, with positions, a config and caches."""
 
     caches = None
 
@@ -429,12 +429,17 @@ class Transformer(language_model.Decoder):
         self.caches = max_batch_size, max_seq_length
 
     def forward(self, tokens, positions):
-        assert positions.tolist() == list(range(tokens.shape[1]))
-        return super().forward(tokens)
+        half = language_model.WIDTH // language_model.HEADS // 2
+        angles = positions[:, None] * 1e4 ** (-torch.arange(half) / half)
+        x = self.embed_tokens(tokens)
+        rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary=rotary)
+        return self.lm_head(self.norm(x))
 
 
-def test_document_gptq(tmp_path, monkeypatch):
-    pytest.importorskip("quant_ops.accuracy.gptq")
+def test_document_gptq(tmp_path, monkeypatch, threads):
+    threads(1)  # more would mostly wait for each other in a model this small
     import pydoc_data.topics
 
     folder = tmp_path / "gpt-fast" / "checkpoints" / "meta-llama" / "Llama-2-7b-chat-hf"
@@ -451,18 +456,19 @@ def test_document_gptq(tmp_path, monkeypatch):
         Transformer=Transformer,
         SentencePieceProcessor=Characters,
         prepare_inputs_for_model=lambda tokens: (tokens, torch.arange(tokens.shape[1])),
-        calibration_text=written[24000:30000],
+        calibration_text=written[24000:25250],
     )
     net, inputs = found["model"], found["inputs"]
     assert net.caches == (1, 100)
-    assert [len(argument.values) for argument in inputs] == [60, 60]
+    assert [len(argument.values) for argument in inputs] == [12, 12]
     linear = [name for name, layer in language_model.original().named_modules() if isinstance(layer, nn.Linear)]
     assert all(isinstance(net.get_submodule(name), qo.WeightOnlyLinear) for name in linear)
-    tokens = Characters(folder / "tokenizer.model").encode(written[:12000])
+    tokens = Characters(folder / "tokenizer.model").encode(written[:9600])
 
     def perplexity(net):
-        net = copy.deepcopy(net).to(torch.bfloat16)
-        wrapper = TransformerEvalWrapper(net, None, 64, lambda tokens: (tokens, torch.arange(tokens.shape[1])))
+        wrapper = TransformerEvalWrapper(
+            copy.deepcopy(net).float(), None, 64, lambda tokens: (tokens, torch.arange(tokens.shape[1]))
+        )
         return wrapper.run_eval([tokens])["results"]["texts"]["perplexity"]
 
     floating, rounded = Transformer.from_name("Llama-2-7b-chat-hf"), Transformer.from_name("Llama-2-7b-chat-hf")
@@ -471,7 +477,8 @@ def test_document_gptq(tmp_path, monkeypatch):
     rounded.to(torch.bfloat16)
     torchao.quantization.Int4WeightOnlyQuantizer(groupsize=128).quantize(rounded)
     base, plain, gptq = perplexity(floating), perplexity(rounded), perplexity(net)
-    assert base < gptq < plain
+    assert gptq < plain
+    assert gptq < 1.01 * base
 
 
 def test_document_smoothquant():
@@ -657,6 +664,8 @@ def test_a_quantized_parameter(name, dtype):
         with pytest.raises(NotImplementedError, match=rf"^quant_ops\.{type(w).__name__}: expected .* Dequantize it first"):
             operator()
     assert (w.dequantize() + 1).shape == (64, 96)
+    if dtype == torch.float32:
+        assert torch.equal(torch.compile(net)(x), y)
     size = get_model_size_in_bytes(net)
     unwrapped = unwrap_tensor_subclass(net)
     assert unwrapped is net

@@ -106,8 +106,8 @@ def autoquant_(
     The inputs of the layers are recorded in a call of the model, in eval mode and without gradients: with ``example_inputs`` now;
     without them before the model's next call, which then already runs with the chosen layers; with ``manual`` in all of the user's
     calls until ``result.finalize()``. For every shape that is new the float layer and the candidates are timed in turns, each on
-    the recorded values, and the median is kept. A layer becomes the candidate whose times, each multiplied by how often its shape
-    was seen, have the smallest sum, unless float is as fast within 3 %.
+    the recorded values, and the median of the calls that nothing interrupted is kept. A layer becomes the candidate whose times,
+    each multiplied by how often its shape was seen, have the smallest sum, unless float is as fast within 3 %.
 
     A model that ``torch.compile`` has wrapped is recorded eagerly, and compiled, or compiled again, with the chosen layers in its
     next call. Layers are timed alone: what the compiler would fuse with them is not seen. Given the times in ``cache``, the choice

@@ -10,8 +10,8 @@ Differences from the original:
 * Codes, scales and zero points of weights are torchao's, to the bit; products are computed by the operators of ``quant_ops``, on
   CPU and CUDA, in eager mode as well as compiled. Weights of any number of features may be int4 ones; torchao pads them.
 * ``change_linear_weights_to_*``, ``quantize_`` and the quantizers put layers of ``quant_ops`` in place of nn.Linear, which can be
-  compiled, exported and saved; biases are kept. ``quantize`` puts tensors into nn.Linear, for eager mode:
-  ``unwrap_tensor_subclass`` makes layers of them, where the original registers a parametrization.
+  compiled, exported and saved; biases are kept. ``quantize`` puts tensors into nn.Linear, and ``unwrap_tensor_subclass`` makes
+  layers of them, where the original registers a parametrization.
 * ``to_laq`` takes any function that quantizes the input; a ``QuantizeRows`` (those of ``get_apply_*``) is done by the operator.
 * A quantized tensor refuses operators other than linear, mm, addmm, detach, clone, to, t and copy_; it has ``dequantize()``.
 * ``autoquant`` times each layer alone, with the values that it has seen, and prints nothing: ``model.autoquant_result`` is a table.
