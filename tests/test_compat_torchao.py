@@ -547,7 +547,7 @@ def test_document_ahead_of_time_compilation():
     quant_api.quantize(net, quant_api.get_apply_int8dyn_quant())
     y = net(x)
     compiled = block(EXPORT, torch=torch, m=net, example_inputs=(x,))["compiled"]
-    assert torch.equal(torch._export.aot_load(compiled, "cpu")(x), y)
+    assert sqnr(y, torch._export.aot_load(compiled, "cpu")(x)) > 45  # the compiled GELU has other last bits
 
 
 def test_document_example(capsys):
