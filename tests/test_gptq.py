@@ -134,6 +134,28 @@ def test_transformers_conv1d():
     assert torch.equal(model[0].qweight, gptq_reference.gptq(weight, x, 4, 32, "int")[0])
 
 
+@pytest.mark.parametrize("config", [qo.Int4WeightOnly(32), qo.Int8Static(weight_bits=4)])
+def test_multipliers(config):
+    """The Hessian is that of the input times the multiplier, which layers may have in common, and the layer keeps it."""
+    torch.manual_seed(0)
+    float_model, x = nn.ModuleList(nn.Linear(64, 12) for _ in range(4)), correlated(200, 64)
+    multipliers = [torch.rand(64) + 0.1] * 2 + [torch.rand(64) + 0.1, torch.ones(64)]
+    layers = [qo.ScaledLinear.from_linear(*pair) for pair in zip(float_model, multipliers, strict=True)]
+    model = nn.ModuleList([*layers[:3], copy.deepcopy(float_model[3])])
+    result = qo.gptq_(model, [x], config, forward=lambda model, x: [layer(x) for layer in model], blocks=[])
+    group, kind = (32, "int") if isinstance(config, qo.Int4WeightOnly) else (64, "narrow")
+    for layer, linear, multiplier in zip(model, float_model, multipliers, strict=True):
+        expected, *_ = gptq_reference.gptq(linear.weight.detach(), x * multiplier, 4, group, kind)
+        assert torch.equal(layer.qweight, expected)
+        if layer is not model[3]:
+            assert torch.equal(layer.input_multiplier, multiplier)
+    if group == 64:
+        assert [model[i].input_scale.item() for i in (0, 2, 3)] == pytest.approx(
+            [((x * m).amax().clamp(min=0) - (x * m).amin().clamp(max=0)).item() / 255 for m in multipliers[1:]]
+        )
+    assert len(result.errors) == 4
+
+
 # ---- Hessians ----------------------------------------------------------------------------------------------------------------
 
 
