@@ -205,6 +205,25 @@ def test_fused_encoders_and_autocast_are_seen():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize("winner", [DYNAMIC, WEIGHT_ONLY, STATIC])
+def test_inference_mode(winner):
+    """The layers can be used outside of it, and moved."""
+    net, x = model().eval(), torch.randn(16, 24)
+    with torch.inference_mode():
+        qo.autoquant_(net, x, candidates=[winner], cache=fast(winner))
+        y = net(x)
+    assert torch.equal(net(x), y)
+    assert not any(tensor.is_inference() for tensor in net.state_dict().values())
+    other = model().eval()
+    qo.autoquant_(other, x, candidates=[winner], cache=fast(winner))
+    assert torch.equal(other(x), y)
+
+
+def test_nothing_to_choose_for():
+    with pytest.warns(UserWarning, match="expected at least one Linear, Conv1d or Conv2d, got none: the model stays as it was"):
+        assert not qo.autoquant_(nn.Sequential(nn.Embedding(3, 4)), torch.arange(3)).layers
+
+
 def test_the_budget_is_shared(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(choice_module.time, "perf_counter", lambda: now[0])

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -212,6 +213,12 @@ class _Session:
         for module, seen in self._seen.items():
             for config, fit in self._configs[module].items():
                 seen.prepare(config, fit)
+        if not self._seen:
+            warnings.warn(
+                "quant_ops.autoquant_: expected at least one Linear, Conv1d or Conv2d, got none: the model stays as it was.",
+                stacklevel=3,
+            )
+        for module, seen in self._seen.items():  # last, since nothing may fail after it
             self._handles.append(module.register_forward_pre_hook(seen.record, with_kwargs=True))
 
     def run(self, call_model: Callable[[nn.Module], Any]) -> None:
@@ -267,17 +274,22 @@ class _Session:
         choices: list[LayerChoice] = []
         layers: dict[nn.Module, nn.Module] = {}
         try:
-            for module, place in self._places.items():
-                if not (seen := self._seen[module]).calls:
-                    continue
-                choice, layer = choose(place.name, seen, self._configs[module], known, budget, self.settings["max_error"])
-                choices.append(choice)
-                if layer is not None:
-                    layers[module] = layer
+            with torch.inference_mode(False):  # its tensors would be refused outside of inference mode
+                self._choose(choices, layers, budget)
         finally:
             if self.path is not None:
                 known.save(self.path)
         self._finish(choices, layers, unseen)
+
+    def _choose(self, choices: list[LayerChoice], layers: dict[nn.Module, nn.Module], budget: Budget) -> None:
+        """Adds the choice for each layer that was called, and the layer that takes its place."""
+        for module, place in self._places.items():
+            if not (seen := self._seen[module]).calls:
+                continue
+            choice, layer = choose(place.name, seen, self._configs[module], self.times, budget, self.settings["max_error"])
+            choices.append(choice)
+            if layer is not None:
+                layers[module] = layer
 
     def _finish(self, choices: list[LayerChoice], layers: dict[nn.Module, nn.Module], unseen: list[str]) -> None:
         result = self.result
