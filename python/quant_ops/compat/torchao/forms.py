@@ -22,7 +22,7 @@ from ..._models import has_hooks, patched
 from ...nn import GROUP_SIZES
 from ...nn.weight import placeholder
 from ...ops import MappingType, ZeroPointDomain
-from .dtypes.aqt import AffineQuantizedTensor, LinearActQuantizedTensor, QuantizeRows, Scheme, dequantized
+from .dtypes.aqt import AffineQuantizedTensor, LinearActQuantizedTensor, QuantizeRows, dequantized
 
 _forms: Any = WeakIdKeyDictionary()  # by codes: versions of codes and scales, and the form
 
@@ -72,8 +72,7 @@ class Form:
         self, weight: AffineQuantizedTensor, x: Any, x_scale: Tensor | None, x_zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """The layer's output for an input that is quantized by rows."""
-        made = {"out_dtype": x.dtype}
-        return self._int8(weight, x.int_data, bias, x_scale=x_scale, x_zero_point=x_zero_point, **made)
+        return self._int8(weight, x.int_data, bias, x_scale=x_scale, x_zero_point=x_zero_point, out_dtype=x.dtype)
 
     def of_rows(self, weight: AffineQuantizedTensor, x: Tensor, bias: Tensor | None, asymmetric: bool) -> Tensor:
         """The layer's output for a floating input whose rows the operator quantizes."""
@@ -112,12 +111,13 @@ def _form(weight: AffineQuantizedTensor) -> Form | None:
     groups = -1 if group == -1 else -(-shape[1] // group)
     scale = weight.scale.reshape(shape[0], groups).float()
     zero = weight.zero_point
-    if zero is None or (scheme.domain is not ZeroPointDomain.FLOAT and scheme.mapping is not MappingType.ASYMMETRIC):
-        middle = 0 if zero is None or least < 0 else (most + least + 1) // 2
-        return Form(bits, group, shift, scale, None) if middle == (shift if zero is not None else 0) else None
+    middle = most + least + 1  # twice the zero point of a symmetric mapping, and the code of z in the domain FLOAT
+    if zero is None:
+        return Form(bits, group, shift, scale, None) if shift == 0 else None
     if scheme.domain is ZeroPointDomain.FLOAT:
-        floating = zero.reshape(scale.shape).float()
-        return Form(bits, group, shift, scale, floating) if (most + least + 1) // 2 == shift else None
+        return Form(bits, group, shift, scale, zero.reshape(scale.shape).float()) if middle == 2 * shift else None
+    if scheme.mapping is not MappingType.ASYMMETRIC and int(middle / 2) == shift:
+        return Form(bits, group, shift, scale, None)
     shifted = zero.reshape(scale.shape).to(torch.int64) - shift
     fits = bool(((shifted >= -128) & (shifted <= 127)).all())
     return Form(bits, group, shift, scale, shifted.to(torch.int8)) if fits else None
@@ -130,7 +130,9 @@ def quantized_rows(x: AffineQuantizedTensor) -> tuple[Tensor, Tensor | None] | N
     if not by_rows or x.int_data.dtype != torch.int8 or scheme.domain is not ZeroPointDomain.INT or x.is_transposed:
         return None
     rows = (*shape[:-1], 1)
-    symmetric = scheme.mapping is not MappingType.ASYMMETRIC or x.zero_point is None
+    symmetric = x.zero_point is None or (
+        scheme.mapping is not MappingType.ASYMMETRIC and abs(scheme.quant_min + scheme.quant_max) < 2
+    )
     return x.scale.reshape(rows), None if symmetric else x.zero_point.reshape(rows)  # type: ignore[union-attr]
 
 
@@ -156,7 +158,7 @@ class DequantizedLinear(nn.Module):
 
     def __init__(self, weight: AffineQuantizedTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.scheme, self.dtype = weight.scheme, weight.dtype
+        self.scheme = weight.scheme
         self.out_features, self.in_features = weight.shape
         for name in ("int_data", "scale", "zero_point"):
             self.register_buffer(name, getattr(weight, name))
@@ -263,16 +265,3 @@ def replaced(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
             if child in made:
                 setattr(parent, name, made[child])
     return made.get(model, model)
-
-
-__all__ = [
-    "DequantizedLinear",
-    "Form",
-    "Scheme",
-    "dynamic_form_of",
-    "form_of",
-    "int8_layer",
-    "layer_of",
-    "quantized_rows",
-    "unwrap",
-]
