@@ -693,7 +693,6 @@ def _other(layer):
         (("SYMMETRIC", (1, 96), torch.int8, -100, 127), True),
         (("SYMMETRIC", (1, 32), torch.int8, None, None, None, None, None, True, "NONE"), True),
         (("ASYMMETRIC", (1, 32), torch.uint8, None, None, None, None, torch.float32, False, "FLOAT"), True),
-        (("ASYMMETRIC", (1, 32), torch.int8, -127, 127, None, None, torch.float32, False, "FLOAT"), False),
         (("SYMMETRIC", (1, 16), torch.int8), False),
         (("SYMMETRIC", (96, 96), torch.int8), False),
         (("SYMMETRIC", (16, 96), torch.int8), False),
