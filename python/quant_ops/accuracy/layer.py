@@ -12,7 +12,7 @@ from ..nn import as_linear
 from ..nn.groups import code_range, group_parameters
 from ..ops import choose_qparams
 from .hessian import Hessian, as_matrices, sum_dtype
-from .solver import Grid, Solution, inverse_factor, nearest, permuted_hessian, relative_error, solve
+from .solver import Grid, Solution, inverse_factor, nearest, permuted_hessian, relative_errors, solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,12 @@ def solved(layer: nn.Module, config: Scheme, hessian: Hessian, factor: "Factor",
     live = weight.masked_fill(factor.dead[:, None], 0)
     solution = solve(live.clone(), factor.upper, grid, settings.block_size, factor.order)
     rounded = nearest(as_matrices(layer).float(), grid)
-    errors = [relative_error(weight, one.values(grid, dtype), hessian.matrix) for one in (solution, rounded)]
+    errors = relative_errors(weight, [one.values(grid, dtype) for one in (solution, rounded)], hessian.matrix)
     notes = []
     if dead := int(factor.dead.sum()):
         notes.append(f"{dead} of its {factor.dead.numel()} inputs were always zero: weights 0")
+    if hessian.rows < weight.shape[2]:
+        notes.append(f"{hessian.rows} rows of data are few for its {weight.shape[2]} inputs")
     if factor.damping != settings.damping:
         notes.append(f"damping {factor.damping:g} was needed")
     return Solved(_as_given(layer, solution), (errors[0], errors[1]), notes)
