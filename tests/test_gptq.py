@@ -480,7 +480,7 @@ def test_a_call_goes_on_from_its_checkpoint(order, tmp_path):
 
 def test_interrupted_within_the_blocks(tmp_path, monkeypatch):
     """The float layers come back wherever it stops, with and without a folder."""
-    import quant_ops.accuracy.gptq as module
+    import quant_ops.accuracy.gptq_run as module
 
     before, solve, model, done = Net(), module.solved, Net(), []
 

@@ -1,6 +1,7 @@
-"""GPTQ of one layer, from the Hessian of its inputs to the quantized layer. Read first: solver.py; next: gptq.py."""
+"""GPTQ of one layer, from the Hessian of its inputs to the quantized layer. Read first: solver.py; next: gptq_run.py."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -118,3 +119,21 @@ def made_layer(layer: nn.Module, config: Scheme, one: Solved) -> nn.Module:
     if "weight_scale" in given:
         given["weight_scale"] = given["weight_scale"].flatten()
     return to_int8(layer, config, **given)
+
+
+# ---- in a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def for_checkpoint(layers: Mapping[str, Solved]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Layers as tensors, and as what JSON can hold."""
+    tensors = {f"{name}/{key}": tensor for name, one in layers.items() for key, tensor in one.tensors.items()}
+    return tensors, {name: {"errors": one.errors, "notes": one.notes} for name, one in layers.items()}
+
+
+def from_checkpoint(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Solved]:
+    """What :func:`for_checkpoint` was given."""
+    layers = {name: Solved({}, said["errors"] and tuple(said["errors"]), list(said["notes"])) for name, said in notes.items()}
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition("/")
+        layers[layer].tensors[key] = tensor
+    return layers
