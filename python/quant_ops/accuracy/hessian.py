@@ -1,11 +1,11 @@
 """Hessians of layers from what they are called with: H = 2/n sum x x^T over the n columns x that a weight has been multiplied by.
 
 The mean is kept while it is summed, so that nothing grows with the data. On the CPU sums are in float64, elsewhere in float32.
-Layers that get the same tensor, such as the projections to queries, keys and values, share one Hessian. Read next: gptq.py.
+Layers that get the same tensor, such as the projections to queries, keys and values, share one Hessian. Read next: layer.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,16 +123,16 @@ class Collector:
     It gets a copy as soon as the two see different inputs.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], observers: Mapping[nn.Module, Any]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], observers: Mapping[nn.Module, Any]) -> None:
         """``observers``: of layers with static activations, a prepared layer that observes what the layer sees."""
-        self._names = {layer: name for name, layer in layers.items()}
+        self._layers = layers
         self._observers = observers
         self._hessians: dict[nn.Module, Hessian] = {}
         self._calls: dict[nn.Module, int] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        for layer in self._names:
+        for layer in self._layers:
             self._handles.append(layer.register_forward_pre_hook(self._called, with_kwargs=True))
         return self
 
