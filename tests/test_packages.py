@@ -18,7 +18,9 @@ BELOW = {
     "simulation": {"", "ops", "nn", "formats", "observers"},
     "convert": {"", "ops", "nn", "formats", "observers", "simulation"},
     "report": {"", "ops", "nn", "formats", "simulation"},
-    "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report"},
+    "accuracy": {"", "ops", "nn", "observers", "convert"},
+    "autoquant": {"", "nn", "convert", "report"},
+    "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report", "autoquant"},
     "cli": {"", "nn", "convert", "report"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line

@@ -8,6 +8,8 @@ from . import _library
 
 _library.load()
 
+from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
+from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -91,6 +93,7 @@ __version__ = _library.VERSION
 
 __all__ = [
     "ABFP",
+    "AUTOQUANT_CACHE",
     "BF16",
     "E1M2",
     "E2M1",
@@ -110,6 +113,7 @@ __all__ = [
     "MXINT8",
     "NVFP4",
     "NVFP4_TWO_LEVEL",
+    "AutoquantResult",
     "BlockFloat",
     "ConversionResult",
     "FallbackResult",
@@ -117,12 +121,14 @@ __all__ = [
     "FloatFormat",
     "FoldResult",
     "Format",
+    "GPTQResult",
     "Int4WeightOnly",
     "Int8Dynamic",
     "Int8DynamicInt4Weight",
     "Int8Static",
     "Int8WeightOnly",
     "IntFormat",
+    "LayerChoice",
     "LayerReport",
     "MappingType",
     "NVFP4Format",
@@ -132,11 +138,13 @@ __all__ = [
     "Report",
     "ScaledLinear",
     "Simulated",
+    "TimingCache",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",
     "WithGradient",
     "ZeroPointDomain",
     "__version__",
+    "autoquant_",
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
@@ -149,6 +157,7 @@ __all__ = [
     "fallback_",
     "fold_batchnorm_",
     "format_from_json",
+    "gptq_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",

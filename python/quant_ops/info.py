@@ -32,7 +32,8 @@ _ENTRIES = {
 }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """For people, and to tell machines apart."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -81,7 +82,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "library": str(_library.cpu_library),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "isa_available": _library.isas(),
         "isa_override": os.environ.get("QUANT_OPS_ISA"),

@@ -3,6 +3,7 @@
     from quant_ops.compat import torch_quantizer as tq
     from quant_ops.compat.torch_quant import Quantizer
     from quant_ops.compat import torch_quant_ext
+    from quant_ops.compat import torchao
     from quant_ops.compat.int_fp_qsim.replace import replace_layers
     from quant_ops.compat.qtorch.quant import quantizer
 

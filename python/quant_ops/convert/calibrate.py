@@ -47,16 +47,16 @@ def _calibrating(model: nn.Module, layers: Iterable[Prepared]) -> Iterator[None]
                 layer.end_calibration()
 
 
-def _progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
+def progress(data: Iterable[Any], total: int | None, what: str = "calibrate") -> Iterable[Any]:
     """With a bar on a terminal, if tqdm is installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return data
-    return tqdm(data, desc="calibrate", total=total, disable=None, leave=False)
+    return tqdm(data, desc=what, total=total, disable=None, leave=False)
 
 
-def _on(device: torch.device | None, batch: Any) -> Any:
+def to_device(device: torch.device | None, batch: Any) -> Any:
     """The batch with its tensors on the device, if there is one for all."""
     if device is None:
         return batch
@@ -102,8 +102,8 @@ def calibrate(
     batches, left_out_before = 0, _left_out(layers)
     with _calibrating(model, layers.values()):
         try:
-            for batch in _progress(data, total):
-                call(model, batch if forward is not None else _on(device, batch), forward)
+            for batch in progress(data, total):
+                call(model, batch if forward is not None else to_device(device, batch), forward)
                 batches += 1
                 if batches == steps:
                     break

@@ -56,7 +56,7 @@ def _member(op: str, argument: str, kind: type[Enum], value: Any) -> int:
     return number
 
 
-def _code_range(op: str, dtype: torch.dtype, quant_min: float | None, quant_max: float | None) -> tuple[int, int]:
+def code_range(op: str, dtype: torch.dtype, quant_min: float | None, quant_max: float | None) -> tuple[int, int]:
     """The range of codes: that of the dtype, or the given one within it."""
     if dtype not in _CODES:
         _refuse(TypeError, op, "a dtype of codes in (uint1 to uint8, int1 to int8, int16, int32)", dtype)
@@ -116,7 +116,7 @@ def choose_qparams_affine(
         ValueError: blocks do not divide the input or have no elements, or arguments that do not go together.
     """
     op = "choose_qparams_affine"
-    least, most = _code_range(op, target_dtype, quant_min, quant_max)
+    least, most = code_range(op, target_dtype, quant_min, quant_max)
     domain = _member(op, "zero_point_domain", ZeroPointDomain, zero_point_domain)
     if domain == ZeroPointDomain.FLOAT.value and zero_point_dtype is not None and not zero_point_dtype.is_floating_point:
         zero_point_dtype = None
@@ -186,7 +186,7 @@ def quantize_affine(
         ValueError: blocks do not divide the input, or there is not one scale and zero point for each.
     """
     op = "quantize_affine"
-    least, most = _code_range(op, output_dtype, quant_min, quant_max)
+    least, most = code_range(op, output_dtype, quant_min, quant_max)
     stored = torch.uint8 if output_dtype in _SMALL_UNSIGNED else output_dtype
     if stored in _SMALL_SIGNED:
         _refuse(TypeError, op, "output_dtype in (uint1 to uint8, int8, int16, int32)", f"{output_dtype}, which torch cannot store")
@@ -234,7 +234,7 @@ def dequantize_affine(
         ValueError: blocks do not divide the input, or there is not one scale and zero point for each.
     """
     op = "dequantize_affine"
-    least, most = _code_range(op, input_dtype, quant_min, quant_max)
+    least, most = code_range(op, input_dtype, quant_min, quant_max)
     if input_dtype not in _SMALL_UNSIGNED and input.dtype != input_dtype:
         _refuse(TypeError, op, f"input.dtype to be input_dtype, {input_dtype}", input.dtype)
     domain = _member(op, "zero_point_domain", ZeroPointDomain, zero_point_domain)
