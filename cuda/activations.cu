@@ -465,6 +465,39 @@ void launch_codes(CodesArgs a, const Launch& at) {
   launch_any<X>(a, at);
 }
 
+struct MultiplyRowsArgs {
+  static constexpr bool kBarriers = false;
+  MultiplyRowsParams p;
+  FastDiv vectors;  // of a row
+  int64_t total;    // likewise, of all rows
+};
+
+// V neighbouring elements of a row a thread.
+template <class X, int V>
+__global__ void __launch_bounds__(kThreads) multiply_rows_kernel(const QO_GRID_CONSTANT MultiplyRowsArgs a) {
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.total; i += step) {
+    const int64_t m = a.vectors.quotient(i), k = (i - m * a.vectors.divisor) * V;
+    const Vector<X, V> x = load_vector<V>(static_cast<const X*>(a.p.x) + m * a.p.x_stride + k);
+    const Vector<float, V> multiplier = load_vector<V>(a.p.multiplier + k);
+    float products[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) products[v] = widen(x.get(v)) * multiplier.get(v);
+    store_vector<V>(a.p.to + i * V, products);
+  }
+}
+
+template <class X>
+void launch_multiply_rows(const MultiplyRowsParams& p, const Launch& at) {
+  constexpr int V = 4;
+  const bool whole = p.columns % V == 0 && (p.x_stride % V == 0 || p.rows == 1) && is_aligned(p.x, V * sizeof(X)) &&
+                     is_aligned(p.multiplier, V * sizeof(float)) && is_aligned(p.to, V * sizeof(float));
+  const int64_t vectors = p.columns / (whole ? V : 1);
+  const MultiplyRowsArgs a{.p = p, .vectors = FastDiv(vectors), .total = p.rows * vectors};
+  launch(at, whole ? multiply_rows_kernel<X, V> : multiply_rows_kernel<X, 1>, blocks_for(a.total, kThreads, kMaxGrid),
+         dim3(kThreads), a);
+}
+
 }  // namespace
 
 void write_codes_cuda(const CodesParams& params, const Launch& at) {
@@ -478,6 +511,15 @@ void write_codes_cuda(const CodesParams& params, const Launch& at) {
     case DType::kBFloat16: return launch_codes<BFloat16>(a, at);
     case DType::kInt8: return launch_codes<int8_t>(a, at);
     default: return launch_codes<uint8_t>(a, at);
+  }
+}
+
+void multiply_rows_cuda(const MultiplyRowsParams& p, const Launch& at) {
+  if (p.rows * p.columns == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat16: return launch_multiply_rows<Half>(p, at);
+    case DType::kBFloat16: return launch_multiply_rows<BFloat16>(p, at);
+    default: return launch_multiply_rows<float>(p, at);
   }
 }
 

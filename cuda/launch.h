@@ -139,6 +139,17 @@ struct CodesParams {
 };
 void write_codes_cuda(const CodesParams& p, const Launch& at);
 
+// float32(x) * multiplier of rows of floats, as contiguous float32 rows.
+struct MultiplyRowsParams {
+  int64_t rows, columns;
+  const void* x;
+  int64_t x_stride;
+  DType dtype;
+  const float* multiplier;
+  float* to;
+};
+void multiply_rows_cuda(const MultiplyRowsParams& p, const Launch& at);
+
 // Scales and zero points as arrays with one element a sample, zero points less `offset`, and 16 codes of each zero point. Null
 // results are not wanted; a null scale is 1, a null zero point 0.
 struct SampleParams {

@@ -104,6 +104,17 @@ class IgemmCases(KernelCases):
             for x in (wide[:, :k].contiguous(), wide[:, 3 : k + 3]):
                 subject.check("int8_linear", x, weight, scale, torch.randn(n), **kwargs)
 
+    @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_multiplied_columns(self, subject, dtype, mode):
+        """Few rows and many, whole vectors and broken ones, any stride; NaN and infinities of x stay in their rows."""
+        kwargs = {"dynamic": {}, "asymmetric": {"asymmetric": True}, "static": {"x_scale": torch.tensor(0.03)}}[mode]
+        for m, n, k in [(1, 1, 1), (1, 33, 64), (5, 16, 101), (40, 20, 520), (3, 5, 0), (0, 5, 8)]:
+            wide, weight, scale = activations((m, k + 11), dtype), codes((n, k), torch.int8), torch.rand(n) * 0.1
+            multiplier = torch.randn(k + 1) * 3
+            for x, columns in ((wide[:, :k], multiplier[1:]), (wide[:, 3 : k + 3].contiguous(), multiplier[:k].contiguous())):
+                subject.check("int8_linear", x, weight, scale, torch.randn(n), x_multiplier=columns, **kwargs)
+
     def test_products_of_any_strides(self, subject):
         for dtype in (torch.int8, torch.uint8):
             wide, tall = codes((40, 200), dtype), codes((70, 300), torch.int8)

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from reference import same_bits
 from test_cuda_build import BUILD, needs_compiler, needs_library
 from test_cuda_igemm import IgemmSubject, KernelCases, activations
 from test_weight_only import EPS, ZEROS, dequantized, problem
@@ -32,6 +33,27 @@ def linear(subject, x, codes, scale, zero, *args, **kwargs):
 
 
 class WeightOnlyCases(KernelCases):
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_multiplied_columns(self, subject, dtype):
+        """With codes the CPU's bits; without them the bits of the same call on the product."""
+        for (m, k, n), bits, zeros in itertools.product(SHAPES, [8, 4], ZEROS):
+            codes, scale, zero = problem(n, k, bits, 64, zeros)
+            x, multiplier = activations((m, k), dtype), torch.rand(k) * 3 - 1
+            for asymmetric in (False, True):
+                kwargs = {"dynamic": True, "asymmetric": asymmetric}
+                expected = qo.weight_only_linear(x, codes, scale, zero, None, bits, 64, x_multiplier=multiplier, **kwargs)
+                y = linear(subject, x, codes, scale, zero, None, bits, 64, x_multiplier=subject.move(multiplier), **kwargs)
+                assert same_bits(y, expected), (m, k, n, bits, zeros)
+            y = linear(subject, x, codes, scale, zero, None, bits, 64, x_multiplier=subject.move(multiplier))
+            product = x.float() * multiplier
+            assert same_bits(y, linear(subject, product, codes, scale, zero, None, bits, 64, out_dtype=dtype)), (
+                m,
+                k,
+                n,
+                bits,
+                zeros,
+            )
+
     @pytest.mark.parametrize("group", GROUPS)
     @pytest.mark.parametrize("bits", [8, 4])
     def test_packed_bytes(self, subject, bits, group):

@@ -207,6 +207,8 @@ def test_dtensors_of_weight_only_operators(tmp_path):
         packed = qo.pack_weight_only(codes, 4, 32)
         for placed in (Replicate(), Shard(0)):
             there = [distribute_tensor(t, mesh, [placed]) for t in (*weight, bias, packed)]
+            multiplier = torch.rand(70)
+            multiplier_there = distribute_tensor(multiplier, mesh, [placed])
             for shape in ((6,), (7, 1), (1, 3, 4)):
                 x, indices = torch.randn(*shape, 70), torch.randint(9, shape)
                 for placement in (*map(Shard, range(len(shape) + 1)), Replicate()):
@@ -214,7 +216,10 @@ def test_dtensors_of_weight_only_operators(tmp_path):
                     split = placement == Shard(len(shape))
                     for dynamic in (True, False):
                         for pack in (False, True):
-                            options = [{"packed_weight": p if pack else None, "dynamic": dynamic} for p in (there[4], packed)]
+                            options = [
+                                {"packed_weight": p if pack else None, "dynamic": dynamic, "x_multiplier": m if pack else None}
+                                for p, m in ((there[4], multiplier_there), (packed, multiplier))
+                            ]
                             got = qo.weight_only_linear(at, *there[:4], 4, 32, **options[0])
                             expected = qo.weight_only_linear(x, *weight, bias, 4, 32, **options[1])
                             assert got.placements == ((Replicate(),) if split else (placement,))

@@ -198,6 +198,14 @@ _unsigned = {"x_scale": f32(), "x_zero_point": torch.tensor(-1)}
 add("int8_linear", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4).to(torch.uint8), **_unsigned)
 add("int8_conv2d", "x_zero_point in [0, 255], got -1", fake=False, x=i8(2, 4, 5, 5).to(torch.uint8), **_unsigned)
 
+_sentence = "x_multiplier only with a floating x, got x.dtype int8. "
+_sentence += "Multiply before x is quantized, or fold the multiplier into the weight."
+add("int8_linear", _sentence, TypeError, x=i8(2, 4), x_scale=f32(), x_multiplier=f32(4))
+_sentence = "x_multiplier.shape == (4,), one element for each column of x, got {}"
+for _shape in ((), (1,), (3,), (1, 4)):
+    add("int8_linear", _sentence.format(_shape), x_multiplier=f32(*_shape))
+add("int8_linear", f"x_multiplier.dtype in {FLOATING}, got int32", TypeError, x_multiplier=torch.ones(4, dtype=torch.int32))
+
 _sentence = "{} to have one element or the shape {}, got {}"
 add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(2,)"), x_scale=f32(2))
 add("int8_linear", _sentence.format("x_scale", "(2, 1)", "(4,)"), x_scale=f32(4))
@@ -278,6 +286,9 @@ for _zero in (128, -129, 2**31 - 1):
     add(_GROUPED, f"weight_zero_point in [-128, 127], got {_zero}", fake=False, weight_zero_point=_zeros)
 add("weight_only_linear", f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(3))
 add("weight_only_linear", "bias.shape == (3,), got (2,)", bias=f32(2))
+_sentence = "x_multiplier.shape == (40,), one element for each column of x, got (3,)"
+add("weight_only_linear", _sentence, x_multiplier=f32(3))
+add("weight_only_linear", f"x_multiplier.dtype in {FLOATING}, got int8", TypeError, x_multiplier=i8(40))
 add(_GROUPED, "out_dtype in (float32, float16, bfloat16), got int8", TypeError, out_dtype=torch.int8)
 add(_GROUPED, f"packed_weight.dtype int8, got float32. {FIRST}", TypeError, packed_weight=f32(64))
 _sentence = "packed_weight made by pack_weight_only from this weight, with these bits and this group_size, got another one. "

@@ -164,6 +164,18 @@ def test_widening_every_number(isa, dtype):
         assert reference.same_bits(torch.from_numpy(to.copy()), part.float())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_products_are_those_of_float32(isa, dtype):
+    x = torch.randn(300) * 1e4 if dtype == "float32" else all_16_bit(dtype)[::211]
+    multiplier = torch.randn(len(x)) * 10.0 ** torch.randint(-38, 38, (len(x),))
+    multiplier[::17], multiplier[1::17] = 0.0, torch.inf
+    for n in [0, *range(1, 36), 63, 64, 65, len(x)]:
+        to = walled(np.zeros(n, np.float32))
+        kernels.multiply(isa, walled(as_numpy(x[:n])), dtype, walled(multiplier[:n].numpy()), to)
+        assert reference.same_bits(torch.from_numpy(to.copy()), x[:n].float() * multiplier[:n])
+
+
 def chunks(rng, bits):
     """WeightChunks at the ends of their weight: (chunk, codes [columns, k] of its k, scale, zero, float_zero, first)."""
     low = -(1 << (bits - 1))

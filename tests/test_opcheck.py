@@ -159,6 +159,8 @@ _LINEAR = {
     "sliced": call(floats(4, 3, 40)[:, ::2, 1:38], _W, scales(38)[::2]),
     "empty_batch": call(floats(0, 37), _W, _WS),
     "one": call(floats(1, 1), codes(1, 1), scales(1)),
+    "multiplier": call(floats(5, 37, dtype=torch.float16), _W, _WS, _BIAS, x_multiplier=floats(37)),
+    "multiplier_static": call(floats(2, 5, 37), _W, _WS, None, _S, _Z, x_multiplier=floats(74)[::2]),
 }
 _K = codes(8, 6, 3, 3)
 _KS = scales(8)
@@ -221,6 +223,8 @@ _WEIGHT_ONLY = {
     "float16_to_float32": call(floats(37, dtype=torch.float16), _W, _WS, out_dtype=torch.float32),
     "transposed": call(floats(37, 5).T, codes(37, 19).T, scales(2, 19).T, None, _BIAS, 8, 32, dynamic=True),
     "empty_batch": call(floats(0, 37), _W4, _WS, None, None, 4),
+    "multiplier": call(floats(5, 37).bfloat16(), _W4, _GROUP_SCALES, None, _BIAS, 4, 32, x_multiplier=floats(37)),
+    "multiplier_dynamic": call(floats(5, 37), _W, _WS, dynamic=True, x_multiplier=floats(37).double()),
 }
 _INDICES = torch.tensor([[3, 0, 18], [3, 7, 3]])
 _EMBEDDING = {

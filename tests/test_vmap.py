@@ -62,10 +62,13 @@ LINEAR = {
     "weights": (lambda x, w, s: qo.int8_linear(x, w, s, B), [None, 0, 1], X[0], codes(3, 6, 8), scales(6, 3)),
     "out_scale": (lambda x, s: qo.int8_linear(x, W, WS, B, out_scale=s), [0, 0], X, scales(3)),
     "no rows": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 0, 8)),
+    "multiplier": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, None], X, floats(8)),
+    "multipliers": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, 1], X, floats(8, 3)),
+    "multipliers for one x": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [None, 0], X[0], floats(3, 8)),
 }
 W4, W4S, W4Z = codes(6, 40).bitwise_and(7), scales(6, 2), zeros(6, 2)
 W4P = qo.pack_weight_only(W4, 4, 32)
-ROW = floats(3, 4, 40)
+ROW, M, M4 = floats(3, 4, 40), floats(40), floats(4, 40)
 INDICES = torch.randint(6, (3, 4, 5))
 
 
@@ -81,6 +84,8 @@ WEIGHT_ONLY = {
     "packed": (lambda x: qo.weight_only_linear(x, W4, W4S, None, B, 4, 32, packed_weight=W4P, dynamic=True), [0], ROW.half()),
     "weights": (w4a8, [None, 0, 1], ROW[0], codes(3, 6, 40).bitwise_and(7), scales(6, 3, 2)),
     "no rows": (w4a8, [0], floats(3, 0, 40)),
+    "multiplier": (lambda x, m: qo.weight_only_linear(x, W4, W4S, None, B, 4, 32, dynamic=True, x_multiplier=m), [0, None], ROW, M),
+    "multipliers": (lambda x, m: qo.weight_only_linear(x, W4, W4S, None, B, 4, 32, dynamic=True, x_multiplier=m), [1, 0], ROW, M4),
     "lookup": (lambda i: qo.weight_only_embedding(i, W4, W4S, W4Z, 4, 32), [0], INDICES),
     "lookup, last": (lambda i: qo.weight_only_embedding(i, W4, W4S, None, 4, 32, packed_weight=W4P), [2], INDICES),
     "lookup, numbers": (lambda i: qo.weight_only_embedding(i, W4, W4S, None, 4, 32), [0], INDICES[0, 0].int()),

@@ -253,6 +253,9 @@ struct InputParams {
   int64_t scale_stride;
   const int32_t* zero_point;
   int64_t zero_point_stride;
+  // [K] of a linear layer with a floating x: what is quantized, or multiplied as it is, is float32(x[m,k]) * multiplier[k], in one
+  // float32 multiplication. Null: x itself.
+  const float* multiplier;
 };
 inline bool is_dynamic(const InputParams& in) {
   return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;

@@ -1,13 +1,34 @@
 // Activations as unsigned codes: see activations.h. The vector loops are KernelTable::range and KernelTable::codes.
 #include "cpu/activations.h"
 
+#include <algorithm>
 #include <cstring>
 
+#include "cpu/staging.h"
+
 namespace quant_ops {
+namespace {
+
+// each(products, k, count) for `count` products from column k on. They are made again for every walk over a row, in memory that
+// stays in the first cache: that costs less than keeping a row of them.
+template <class Each>
+void for_each_product(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, const Each& each) {
+  alignas(64) float products[kStage];
+  for (int64_t k = 0, count; k < n; k += count) {
+    count = std::min(kStage, n - k);
+    table.multiply(element(in.x, in.dtype, offset + k), in.dtype, in.multiplier + k, count, products);
+    each(products, k, count);
+  }
+}
+
+}  // namespace
 
 void find_range(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, Range* range) {
-  const void* x = static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype);
-  table.range(x, in.dtype, n, in.mode == Activation::kDynamic, range);
+  const bool only_magnitude = in.mode == Activation::kDynamic;
+  if (in.multiplier == nullptr) return table.range(element(in.x, in.dtype, offset), in.dtype, n, only_magnitude, range);
+  for_each_product(table, in, offset, n, [&](const float* products, int64_t, int64_t count) {
+    table.range(products, DType::kFloat32, count, only_magnitude, range);
+  });
 }
 
 QParams<float> dynamic_qparams(const Range& range, bool asymmetric) {
@@ -35,8 +56,12 @@ void write_codes(const KernelTable& table, const InputParams& in, int64_t offset
     for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(x[k]) ^ 0x80u;
   } else {
     // symmetric codes need no clamp to [1, 255]: |x| <= absmax, so none is 0
-    const void* x = static_cast<const char*>(in.x) + offset * dtype_bytes(in.dtype);
-    table.codes(x, in.dtype, n, qparams.scale, qparams.zero_point, codes);
+    const auto write = [&](const void* x, DType dtype, int64_t count, uint8_t* to) {
+      table.codes(x, dtype, count, qparams.scale, qparams.zero_point, to);
+    };
+    if (in.multiplier == nullptr) return write(element(in.x, in.dtype, offset), in.dtype, n, codes);
+    for_each_product(table, in, offset, n,
+                     [&](const float* products, int64_t k, int64_t count) { write(products, DType::kFloat32, count, codes + k); });
   }
 }
 

@@ -16,6 +16,9 @@ constexpr int32_t kSignedOffset = 128;
 // Of no elements. It contains 0, as choose_qparams_of wants it.
 constexpr Range kZeroRange{0.0f, 0.0f, 0};
 
+// The n elements of x from element `offset` on are those of columns 0 to n - 1 where there is a multiplier, of which they then are
+// the products.
+
 // Folds the range of n contiguous elements from element `offset` of x into `range`: for symmetric codes the magnitude alone.
 void find_range(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, Range* range);
 

@@ -164,7 +164,8 @@ Plan make_plan(const WeightOnlyParams& p, const KernelTable& table, int64_t thre
   plan.threads = threads;
   const WeightOnlyLayout l = plan.layout = weight_only_layout(p.N, p.K, p.bits, p.group);
   plan.few_rows = !p.codes && p.M <= kFewRows;
-  plan.in_place = !p.codes && p.in.dtype == DType::kFloat32 && (!plan.few_rows || p.K % kOctet == 0);
+  const bool as_they_are = p.in.dtype == DType::kFloat32 && p.in.multiplier == nullptr;
+  plan.in_place = !p.codes && as_they_are && (!plan.few_rows || p.K % kOctet == 0);
   plan.row_bytes = apart(p.codes ? l.padded_k : round_up(p.K, kOctet) * int64_t{sizeof(float)});
   plan.tile_rows = !p.codes ? kFloatRows : p.bits == 4 ? table.nibble_rows : table.gemm_rows;
   const int64_t row_bytes = std::max<int64_t>(plan.row_bytes, 1), tile = plan.tile_rows;
@@ -270,7 +271,9 @@ class WeightOnly {
   void write_floats(int64_t m) const {
     const char* x = static_cast<const char*>(p_.in.x) + (pass_first_ + m) * p_.x_stride * dtype_bytes(p_.in.dtype);
     float* to = reinterpret_cast<float*>(rows_ + m * plan_.row_bytes);
-    if (p_.in.dtype == DType::kFloat32)
+    if (p_.in.multiplier != nullptr)
+      table_.multiply(x, p_.in.dtype, p_.in.multiplier, p_.K, to);
+    else if (p_.in.dtype == DType::kFloat32)
       std::memcpy(to, x, static_cast<size_t>(p_.K) * sizeof(float));
     else
       table_.widen(x, p_.in.dtype, p_.K, to);

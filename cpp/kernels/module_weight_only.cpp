@@ -96,6 +96,13 @@ void widen(const std::string& isa, const py::array& x, const std::string& dtype,
   table_of(isa).widen(x.data(), dtype_of(dtype), x.size(), to.mutable_data());
 }
 
+void multiply(const std::string& isa, const py::array& x, const std::string& dtype, Vector<const float> multiplier,
+              Vector<float> to) {
+  expect_size(multiplier.size(), x.size());
+  expect_size(to.size(), x.size());
+  table_of(isa).multiply(x.data(), dtype_of(dtype), multiplier.data(), x.size(), to.mutable_data());
+}
+
 void expand(const std::string& isa, const ChunkArrays& chunk, Vector<float> w) {
   table_of(isa).expand(chunk.chunk(), w.mutable_data());
 }
@@ -147,6 +154,7 @@ void add_weight_only(py::module_& m) {
   m.def("nibbles", &nibbles, "isa"_a, "a"_a.noconvert(), "k"_a, "group"_a, "b"_a.noconvert(), "fold"_a, "y"_a.noconvert());
   m.def("fold", &fold, "isa"_a, "sums"_a.noconvert(), "group"_a, "fold"_a, "y"_a.noconvert());
   m.def("sum_codes", &sum_codes, "isa"_a, "codes"_a.noconvert(), "flip"_a);
+  m.def("multiply", &multiply, "isa"_a, "x"_a, "dtype"_a, "multiplier"_a, "to"_a.noconvert());
   m.def("widen", &widen, "isa"_a, "x"_a, "dtype"_a, "to"_a.noconvert());
   m.def("expand", &expand, "isa"_a, "chunk"_a, "w"_a.noconvert());
   m.def("few_rows", &few_rows, "isa"_a, "chunk"_a, "a"_a.noconvert(), "y"_a.noconvert());

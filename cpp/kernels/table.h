@@ -388,6 +388,8 @@ struct VectorKernels {
   void (*quantize_blocks)(const BlockRun&);                         // contiguous blocks
   void (*quantize_block_columns)(const BlockRun&);                  // blocks down the rows
   void (*widen)(const void* x, DType dtype, int64_t n, float* to);  // float16 or bfloat16
+  // float32(x) * multiplier; x is float32, float16 or bfloat16
+  void (*multiply)(const void* x, DType dtype, const float* multiplier, int64_t n, float* to);
   void (*fold)(const FoldRun&);
   // Unsigned codes to signed ones, if `flip`; returns the sum of the unsigned ones.
   int32_t (*sum_codes)(uint8_t* codes, int64_t n, bool flip);

@@ -88,6 +88,19 @@ InputParams input_params(const char* op, const Tensor& x, const ActivationArgs& 
   return in;
 }
 
+// The multipliers of the columns of x, of which there are k; null without any.
+inline const float* input_multiplier(const char* op, const Tensor& x, const std::optional<Tensor>& multiplier, int64_t k,
+                                     Holder* holder) {
+  if (!multiplier) return nullptr;
+  QO_EXPECT_DTYPE(is_floating(x.scalar_type()), op, "x_multiplier only with a floating x, got x.dtype ",
+                  dtype_name(x.scalar_type()), ". Multiply before x is quantized, or fold the multiplier into the weight.");
+  expect_floating(op, "x_multiplier", *multiplier);
+  expect_device(op, "x_multiplier", *multiplier, x);
+  QO_EXPECT(sizes_of(*multiplier) == Ints{k}, op, "x_multiplier.shape == (", k, ",), one element for each column of x, got ",
+            shape_text(*multiplier));
+  return holder->floats(*multiplier);
+}
+
 // ---- the result -----------------------------------------------------------------------------------------------------
 
 struct ResultArgs {

@@ -55,6 +55,33 @@ class Workspace {
   std::optional<Tensor> tensor_;
 };
 
+// Rows of x times their multiplier, as float32 rows in memory of their own, which take the place of x in the parameters of a linear
+// layer. Without a multiplier nothing happens.
+class MultipliedRows {
+ public:
+  template <class Params>
+  MultipliedRows(Params* p, const OnDeviceOf& device, const Tensor& x)
+      : memory_(p->in.multiplier == nullptr ? 0 : p->M * p->K * int64_t{sizeof(float)}, x) {
+    if (p->in.multiplier == nullptr) return;
+    float* to = static_cast<float*>(memory_.memory());
+    multiply_rows_cuda({.rows = p->M,
+                        .columns = p->K,
+                        .x = p->in.x,
+                        .x_stride = p->x_stride,
+                        .dtype = p->in.dtype,
+                        .multiplier = p->in.multiplier,
+                        .to = to},
+                       device.launch());
+    p->in.x = to;
+    p->in.dtype = DType::kFloat32;
+    p->in.multiplier = nullptr;
+    p->x_stride = p->K;
+  }
+
+ private:
+  Workspace memory_;
+};
+
 struct Cuda {
   static void quantize(const QuantizeParams& p, const Tensor& x) {
     const OnDeviceOf device("quant_tensor_forward", x);
@@ -145,9 +172,10 @@ struct Cuda {
     return {z, small};
   }
 
-  static void linear(const char* op, const Int8LinearParams& p, const Tensor& x) {
+  static void linear(const char* op, Int8LinearParams p, const Tensor& x) {
     if (p.M == 0 || p.N == 0) return;
     const OnDeviceOf device(op, x);
+    const MultipliedRows rows(&p, device, x);
     const LinearPlan plan = plan_linear(p, gpu_limits(), kernel_choice());
     expect_kernel(op, plan.kernel, kernel_choice());
     Workspace workspace(plan.bytes, x);
@@ -186,9 +214,10 @@ struct Cuda {
   }
   static const float* one() { return nullptr; }  // an int32 result reads no scales
 
-  static void weight_only(const char* op, const WeightOnlyParams& p, const Tensor& x) {
+  static void weight_only(const char* op, WeightOnlyParams p, const Tensor& x) {
     if (p.M == 0 || p.N == 0) return;
     const OnDeviceOf device(op, x);
+    const MultipliedRows rows(&p, device, x);
     const WeightOnlyPlan plan = plan_weight_only(p, gpu_limits(), kernel_choice());
     Workspace workspace(plan.bytes, x);
     run_weight_only(plan, p, device.launch(workspace.memory()));

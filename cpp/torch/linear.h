@@ -46,7 +46,8 @@ template <class Backend>
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
                    const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
-                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu) {
+                   const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu,
+                   const std::optional<Tensor>& x_multiplier) {
   const char* op = "int8_linear";
   const ActivationArgs activation{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
   const ResultArgs result{.weight_scale = weight_scale,
@@ -74,6 +75,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const Tensor rows = as_rows(x, &p.x_stride);
   shape.back() = 1;
   p.in = input_params<Backend>(op, rows, activation, shape, &holder);
+  p.in.multiplier = input_multiplier(op, x, x_multiplier, p.K, &holder);
   expect_exact(op, "in_features", p.K, activation.unsigned_codes(x));
   ScalarType type;
   p.out = output_params<Backend>(op, x, result, p.N, &type, &holder);

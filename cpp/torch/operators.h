@@ -63,7 +63,7 @@ void define_operators(Library& m) {
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
       "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
-      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False) -> Tensor");
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False, Tensor? x_multiplier=None) -> Tensor");
   m.def(
       "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
@@ -73,7 +73,7 @@ void define_operators(Library& m) {
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
       "int bits=8, int group_size=-1, *, Tensor? packed_weight=None, bool dynamic=False, bool asymmetric=False, "
-      "ScalarType? out_dtype=None) -> Tensor");
+      "ScalarType? out_dtype=None, Tensor? x_multiplier=None) -> Tensor");
   m.def(
       "weight_only_embedding(Tensor indices, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, int bits=8, "
       "int group_size=-1, *, Tensor? packed_weight=None, ScalarType? out_dtype=None) -> Tensor");

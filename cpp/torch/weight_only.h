@@ -109,7 +109,7 @@ template <class Backend>
 Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                           const std::optional<Tensor>& weight_zero_point, const std::optional<Tensor>& bias, int64_t bits,
                           int64_t group_size, const std::optional<Tensor>& packed_weight, bool dynamic, bool asymmetric,
-                          std::optional<ScalarType> out_dtype) {
+                          std::optional<ScalarType> out_dtype, const std::optional<Tensor>& x_multiplier) {
   const char* op = "weight_only_linear";
   QO_EXPECT_DTYPE(is_one_of(x.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
                   "x.dtype in (float32, float16, bfloat16), got ", dtype_name(x.scalar_type()));
@@ -164,7 +164,8 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   const Tensor& rows = keep(as_rows(x, &p.x_stride));
   p.in = {.x = rows.const_data_ptr(),
           .dtype = to_dtype(x.scalar_type()),
-          .mode = asymmetric ? Activation::kDynamicAsymmetric : Activation::kDynamic};
+          .mode = asymmetric ? Activation::kDynamicAsymmetric : Activation::kDynamic,
+          .multiplier = input_multiplier(op, x, x_multiplier, p.K, &holder)};
   Tensor y = empty(shape, type, x);
   p.y = y.mutable_data_ptr();
   p.y_stride = p.N;

@@ -30,6 +30,7 @@ constexpr VectorKernels kVectorKernels = {
     .quantize_blocks = quantize_blocks,
     .quantize_block_columns = quantize_block_columns,
     .widen = widen,
+    .multiply = multiply,
     .fold = fold,
     .sum_codes = sum_codes,
     .expand = expand,

@@ -49,6 +49,20 @@ void widen(const void* x, DType dtype, int64_t n, float* to) {
   dtype == DType::kFloat16 ? widen_typed(static_cast<const Half*>(x), n, to) : widen_typed(static_cast<const BFloat16*>(x), n, to);
 }
 
+template <class T>
+QO_INLINE void multiply_typed(const T* x, const float* multiplier, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; k += Simd::N)
+    store_part(to + k, Simd::mul(load_part(x + k, n - k), load_part(multiplier + k, n - k)), n - k);
+}
+
+void multiply(const void* x, DType dtype, const float* multiplier, int64_t n, float* to) {
+  switch (dtype) {
+    case DType::kFloat16: return multiply_typed(static_cast<const Half*>(x), multiplier, n, to);
+    case DType::kBFloat16: return multiply_typed(static_cast<const BFloat16*>(x), multiplier, n, to);
+    default: return multiply_typed(static_cast<const float*>(x), multiplier, n, to);
+  }
+}
+
 // Where the zero points of a chunk are subtracted.
 enum class Zeros {
   kBytes,     // from the codes, as bytes: there are none, or q - zero is a byte for all of them

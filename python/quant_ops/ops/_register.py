@@ -51,6 +51,7 @@ def call_fast(function: Callable[..., Any], tensors: tuple[Any, ...], *args: Any
         or torch.is_inference_mode_enabled()
         or in_transform() is not None
         or wants_derivative(tensors)
+        or (kwargs.get("x_multiplier") is not None and wants_derivative((kwargs["x_multiplier"],)))
     ):
         return call(function, *tensors, *args, **kwargs)
     with _below_autograd():
@@ -149,10 +150,12 @@ class _Inference(torch.autograd.Function):
     """Computes without a graph; a gradient that is asked for gets a clear error instead of a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, kwargs: dict[str, Any], *args: Any) -> Tensor:
+    def forward(ctx: Any, op: Any, keywords: Sequence[str], *values: Any) -> Tensor:
+        """The last values are those of the keywords; a tensor has to be a value of its own for its gradient to be asked for."""
         ctx.name = op._schema.name.replace("::", ".")
-        ctx.like = [(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in args]
-        result: Tensor = op(*args, **kwargs)
+        ctx.like = [(a.shape, a.dtype) if isinstance(a, Tensor) else None for a in values]
+        positional = len(values) - len(keywords)
+        result: Tensor = op(*values[:positional], **dict(zip(keywords, values[positional:], strict=True)))
         if not result.is_floating_point():
             ctx.mark_non_differentiable(result)
         return result
@@ -188,8 +191,7 @@ def inference_only(name: str) -> None:
                     f"quant_ops.{name}: expected no derivative to be asked for, got a call inside torch.func.grad, vjp, jvp or "
                     "forward mode of an operator that is for inference. Differentiate the simulated quant_tensor_forward instead."
                 )
-            tensors = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            return _Inference.apply(op, tensors, *args)  # type: ignore[no-untyped-call]
+            return _Inference.apply(op, tuple(kwargs), *args, *kwargs.values())  # type: ignore[no-untyped-call]
         with _below_autograd():
             return op(*args, **kwargs)
 

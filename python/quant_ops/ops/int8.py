@@ -60,6 +60,7 @@ def int8_linear(
     out_zero_point: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     relu: bool = False,
+    x_multiplier: Tensor | None = None,
 ) -> Tensor:
     """Fused int8 linear layer: quantize, multiply exactly, scale, add bias, ReLU, convert, in one call.
 
@@ -80,12 +81,15 @@ def int8_linear(
         out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``) for the next layer.
         out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x).
         relu: clamp negative results to 0.
+        x_multiplier: floating ``(K,)``, for a floating x: ``float32(x) * x_multiplier``, in one float32 multiplication an element,
+            is quantized in place of x. With ``1 / s`` and a weight whose columns were multiplied by ``s`` this is SmoothQuant
+            (arXiv 2211.10438, eq. 3) of a layer whose input no layer before it can scale.
 
     Returns:
         ``(..., N)``. Row i of a batch equals row i alone, bit for bit, for any number of threads and instruction set.
 
     Raises:
-        TypeError: a dtype is not one of those above.
+        TypeError: a dtype is not one of those above, or ``x_multiplier`` comes with an integer x.
         ValueError: shapes do not fit; K > 131071 (65793 for uint8 or with a zero point); a zero point outside its range.
         RuntimeError: a gradient is asked for.
 
@@ -105,6 +109,7 @@ def int8_linear(
         out_zero_point=out_zero_point,
         out_dtype=out_dtype,
         relu=relu,
+        x_multiplier=x_multiplier,
     )
 
 

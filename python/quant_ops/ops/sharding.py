@@ -76,8 +76,8 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
     return run
 
 
-# arguments of one element whatever the tensor's shape, and those of a weight
-_WHOLE = ("seed", "tensor_scale", "weight", "weight_scale", "weight_zero_point", "bias", "packed_weight")
+# arguments of one element whatever the tensor's shape, those of a weight, and of columns that are summed over
+_WHOLE = ("seed", "tensor_scale", "weight", "weight_scale", "weight_zero_point", "bias", "packed_weight", "x_multiplier")
 
 
 def _seed_of_first_process(seed: Tensor, mesh: Any) -> Tensor:

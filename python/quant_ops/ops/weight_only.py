@@ -30,6 +30,7 @@ def weight_only_linear(
     dynamic: bool = False,
     asymmetric: bool = False,
     out_dtype: torch.dtype | None = None,
+    x_multiplier: Tensor | None = None,
 ) -> Tensor:
     """``x @ w.T + bias`` for a weight of 8 or 4 bits with a scale, perhaps a zero point, per group of ``group_size`` k of a row.
 
@@ -53,6 +54,8 @@ def weight_only_linear(
             zero points, which are exact in both.
         asymmetric: rows of x with a zero point; only with ``dynamic``.
         out_dtype: float32, float16 or bfloat16; default x's dtype.
+        x_multiplier: floating ``(K,)``: ``float32(x) * x_multiplier``, in one float32 multiplication an element, takes the place of
+            x, whatever its dtype. So on CUDA, without ``dynamic``, the products are those of a float32 x.
 
     Returns:
         ``(..., N)``. With ``dynamic`` row i of a batch equals row i alone, bit for bit, for any number of threads, instruction set
@@ -75,6 +78,7 @@ def weight_only_linear(
         dynamic=dynamic,
         asymmetric=asymmetric,
         out_dtype=out_dtype,
+        x_multiplier=x_multiplier,
     )
 
 
