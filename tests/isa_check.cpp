@@ -321,7 +321,7 @@ struct Input {
           return static_cast<int32_t>(dtype == DType::kUInt8 ? random->between(0, 255) : random->between(-128, 127));
         }) {
     fill(x, dtype, random, 4, random->one_in(2) ? 0 : 200);
-    params = {x.data(), dtype, mode, scale_.data(), slices > 1, zero_.data(), slices > 1};
+    params = {x.data(), dtype, mode, scale_.data(), slices > 1, zero_.data(), slices > 1, nullptr};
   }
 
  private:
@@ -370,7 +370,9 @@ void check_linear(Random* random, Activation mode, int i, Log* log) {
   const Input in(random, dtype, mode, x, random->one_in(2) ? 1 : p.M);
   const Edge<int8_t> w(p.N * p.K, [&](int64_t) { return static_cast<int8_t>(random->between(-128, 127)); });
   const Output out(random, kOutputs[i % 6], p.N, (p.M - 1) * p.y_stride + p.N);
+  const Edge<float> multiplier(p.K, [&](int64_t) { return random->real(4, 30); });
   p.in = in.params;
+  if (mode != Activation::kQuantized && random->one_in(3)) p.in.multiplier = multiplier.data();
   p.out = out.params;
   p.weight = w.data();
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
@@ -403,6 +405,8 @@ void check_weight_only(Random* random, int i, Log* log) {
   const Bytes x(x_elements * dtype_bytes(p.in.dtype));
   fill(x, p.in.dtype, random, 4, random->one_in(2) ? 0 : 200);
   p.in.x = x.data();
+  const Edge<float> multiplier(p.K, [&](int64_t) { return random->real(4, 30); });
+  if (random->one_in(3)) p.in.multiplier = multiplier.data();
   const int32_t low = p.bits == 4 ? -8 : -128;
   const Edge<int8_t> w(p.N * p.K, [&](int64_t) { return static_cast<int8_t>(random->between(low, -low - 1)); });
   const Edge<int8_t> packed(layout.bytes);

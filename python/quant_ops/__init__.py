@@ -54,7 +54,7 @@ from .formats import (  # noqa: E402
 )
 from .formats import from_json as format_from_json  # noqa: E402
 from .info import kernel_for  # noqa: E402
-from .nn import QuantConv1d, QuantConv2d, QuantLinear, WeightOnlyEmbedding, WeightOnlyLinear  # noqa: E402
+from .nn import QuantConv1d, QuantConv2d, QuantLinear, ScaledLinear, WeightOnlyEmbedding, WeightOnlyLinear  # noqa: E402
 from .ops import (  # noqa: E402
     MappingType,
     ZeroPointDomain,
@@ -130,6 +130,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "Report",
+    "ScaledLinear",
     "Simulated",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",

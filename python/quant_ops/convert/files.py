@@ -12,7 +12,7 @@ one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
 
 ``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled. Files from
 before ``compute_dtype`` and ``not_in_state_dict``, whose codes are called ``weight`` instead of ``qweight``, are read as well. The
-version is 2 where there are weight-only layers, which earlier versions of the package do not know, else 1.
+version is 2 where there are weight-only layers or multipliers of inputs, which earlier versions of the package do not know, else 1.
 """
 
 import contextlib
@@ -86,8 +86,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedLayer)
     }
+    version = max((_VERSIONS[entry["class"]] for entry in layers.values()), default=1)
     header = {
-        "format_version": max((_VERSIONS[entry["class"]] for entry in layers.values()), default=1),
+        "format_version": 2 if any(f"{name}.input_multiplier" in state for name in layers) else version,
         "quant_ops": _library.VERSION,
         "layers": layers,
         "shared": shared,
@@ -474,7 +475,7 @@ def _layer(
         if shared is not layer:
             with _usable(name, file):
                 layer.share_weight(shared)
-            sources, whole = {key: source for key, source in sources.items() if key == "bias"}, False
+            sources, whole = {key: source for key, source in sources.items() if key in ("bias", "input_multiplier")}, False
     state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
     for key, tensor in state.items():
         if tensor.dtype != (wanted := layer.dtypes()[key]):

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from .._models import count_batches, is_recomputing
 from ..formats import Format, WithGradient
-from ..nn import INT8_LAYERS, WEIGHT_ONLY_LAYERS, Int8Layer, WeightOnlyLayer, WeightOnlyLinear, as_linear, float_class
+from ..nn import (
+    INT8_LAYERS,
+    WEIGHT_ONLY_LAYERS,
+    Int8Layer,
+    ScaledLinear,
+    WeightOnlyLayer,
+    WeightOnlyLinear,
+    as_linear,
+    float_class,
+)
 from ..observers import Observer
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer
@@ -59,7 +68,7 @@ def _whole_layer(layer: Any) -> Any:
     """The layer, or one with all of its parameters where FSDP2 has left a part in each process."""
     if whole(layer.weight) is layer.weight:
         return layer
-    layer = recast(layer, float_class(layer))
+    layer = recast(layer, ScaledLinear if isinstance(layer, ScaledLinear) else float_class(layer))
     for name in ("weight", "bias"):
         if (parameter := layer._parameters.get(name)) is not None:
             layer._parameters[name] = nn.Parameter(whole(parameter.detach()))

@@ -14,7 +14,16 @@ from torch.nn.utils import parametrize
 
 from .._description import Config
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
-from ..nn import INT8_LAYERS, WEIGHT_ONLY_LAYERS, QuantizedLayer, TransposedLinear, WeightOnlyLayer, as_linear, exact_class
+from ..nn import (
+    INT8_LAYERS,
+    WEIGHT_ONLY_LAYERS,
+    QuantizedLayer,
+    ScaledLinear,
+    TransposedLinear,
+    WeightOnlyLayer,
+    as_linear,
+    exact_class,
+)
 from ..nn.loading import check_loads
 from ..nn.weight_only import most_products
 from ..observers import Observer
@@ -490,7 +499,7 @@ def leave_fused_paths(model: nn.Module) -> None:
     """Turns off the fused inference paths of torch's encoders, which read float weights and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, QuantizedLayer | Recast) for part in module.modules()
+            isinstance(part, QuantizedLayer | Recast | ScaledLinear) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # nested tensors are for the fused path

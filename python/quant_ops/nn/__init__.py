@@ -8,7 +8,8 @@ from .base import QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d
 from .int8 import Int8Layer, quantize_weight
 from .linear import QuantLinear
-from .transposed import TransposedLinear, as_linear, exact_class
+from .scaled import ScaledLinear
+from .transposed import TransposedLinear, as_linear, is_conv1d_of_transformers
 from .weight_only import GROUP_SIZES, WeightOnlyEmbedding, WeightOnlyLayer, WeightOnlyLinear
 
 # each under the float layer in whose place it stands
@@ -24,6 +25,14 @@ WEIGHT_ONLY_LAYERS: dict[type[nn.Module], type[WeightOnlyLayer]] = {
 QUANTIZED_LAYERS: dict[str, type[QuantizedLayer]] = {
     kind.__name__: kind for kind in (*INT8_LAYERS.values(), *WEIGHT_ONLY_LAYERS.values())
 }
+
+
+def exact_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, of which a subclass is another one; TransposedLinear for transformers' Conv1D, nn.Linear for a
+    ScaledLinear, whose multiplier goes over to whatever is made of it."""
+    if is_conv1d_of_transformers(type(module)):
+        return TransposedLinear
+    return nn.Linear if type(module) is ScaledLinear else type(module)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
@@ -52,6 +61,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "QuantizedLayer",
+    "ScaledLinear",
     "TransposedLinear",
     "WeightOnlyEmbedding",
     "WeightOnlyLayer",

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from torch.onnx import is_in_onnx_export
 
 from .saving import SavedState
+from .scaled import ScaledLinear, checked_multiplier
 from .transposed import as_linear
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -36,6 +37,7 @@ class QuantizedLayer(SavedState):
     geometry: ClassVar[tuple[str, ...]]  # arguments and attributes that the constructors of both layers share; bias is another
     settings: ClassVar[tuple[str, ...]]  # keyword arguments of the constructor, and attributes
     has_bias: ClassVar[bool] = True  # whether both constructors take bias
+    in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 
     config: Any = None  # what a converting call made the layer by
 
@@ -75,18 +77,36 @@ class QuantizedLayer(SavedState):
         """Whether these values, read from a file, can be the settings of a layer."""
         raise NotImplementedError
 
+    def _take_multiplier(self, module: nn.Module, given: Tensor | None) -> None:
+        """Takes the multiplier of the input that is given, or that of a ScaledLinear."""
+        name = f"{type(self).__name__}.from_float"
+        if given is None and isinstance(module, ScaledLinear):
+            given = module.input_multiplier
+        elif given is not None and isinstance(module, ScaledLinear):
+            raise ValueError(f"quant_ops.{name}: expected input_multiplier=None with a ScaledLinear, which has one, got both")
+        if given is None:
+            return
+        if "input_multiplier" not in self._buffers:
+            raise ValueError(f"quant_ops.{name}: expected input_multiplier only for a linear layer, got it for a convolution")
+        self._buffers["input_multiplier"] = checked_multiplier(name, given, self.in_features).to(self.device)
+
     def dequantize(self) -> nn.Module:
-        """A float32 layer of ``float_class`` with the weights that this layer computes with."""
+        """A float32 layer of ``float_class`` with the weights that this layer computes with; a ScaledLinear where its input has a
+        multiplier."""
         arguments = {name: getattr(self, name) for name in self.geometry}
         if self.has_bias:
             arguments["bias"] = self.bias is not None
-        layer: Any = self.float_class(**arguments, device=self.device, dtype=torch.float32)
+        multiplier = self._buffers.get("input_multiplier")
+        make = self.float_class if multiplier is None else ScaledLinear
+        layer: Any = make(**arguments, device=self.device, dtype=torch.float32)
         if self.channels_last:
             layer.to(memory_format=torch.channels_last)
         with torch.no_grad():
             layer.weight.copy_(self._values(torch.float32)())
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
+            if multiplier is not None:
+                layer.input_multiplier.copy_(multiplier)
         layer.train(self.training)
         return layer
 

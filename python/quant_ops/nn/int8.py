@@ -30,6 +30,7 @@ _DTYPES = {
     "input_zero_point": torch.int32,
     "output_scale": torch.float32,
     "output_zero_point": torch.int32,
+    "input_multiplier": torch.float32,  # of QuantLinear
 }
 
 
@@ -88,6 +89,7 @@ class Settings:
     output_scale: Tensor | float | None
     output_zero_point: Tensor | int | None
     relu: bool
+    input_multiplier: Tensor | None
 
     def check(self, layer: str) -> None:
         """Raises ValueError for settings that exclude each other; ``layer`` is the name of the class."""
@@ -105,7 +107,7 @@ class Int8Layer(QuantizedLayer):
     """Base class of the int8 layers. On the CPU, whose kernels read nothing else, the packed copy replaces the codes."""
 
     settings = ("asymmetric", "relu")
-    optional = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
+    optional: ClassVar[tuple[str, ...]] = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
     form = "int8"
     groups: int = 1
     _granularity: ClassVar[str]  # what one scale of dynamic quantization covers, for extra_repr
@@ -144,12 +146,13 @@ class Int8Layer(QuantizedLayer):
         output_scale: Tensor | float | None = None,
         output_zero_point: Tensor | int | None = None,
         relu: bool = False,
+        input_multiplier: Tensor | None = None,
     ) -> _Self:
         """The int8 layer of a float one, which is left as it is.
 
         Args:
-            module: an nn.Linear or transformers' Conv1D for QuantLinear, an nn.Conv2d for QuantConv2d, an nn.Conv1d for
-                QuantConv1d.
+            module: an nn.Linear, :class:`ScaledLinear` or transformers' Conv1D for QuantLinear, an nn.Conv2d for QuantConv2d, an
+                nn.Conv1d for QuantConv1d.
             weight_bits: 2 to 8.
             weight_scale: one per output channel; without it the largest magnitude becomes the largest code.
             input_scale, input_zero_point: static quantization of the input; without them every row (of a convolution: every sample)
@@ -157,10 +160,14 @@ class Int8Layer(QuantizedLayer):
             asymmetric: dynamic quantization with a zero point.
             output_scale, output_zero_point: int8 output for the next layer.
             relu: fuse a ReLU.
+            input_multiplier: of a linear layer, ``(in_features,)``: the input is multiplied by it, in float32, before it is
+                quantized (SmoothQuant). The weight is taken as it is: whoever wants the same function has divided its columns by
+                the multiplier. That of a ScaledLinear is taken over.
 
         Raises:
-            TypeError: module is of another class.
-            ValueError: NaN or Inf in the weights, a scale that is not positive and finite, or settings that exclude each other.
+            TypeError: module is of another class, or the multiplier no floating tensor.
+            ValueError: NaN or Inf in the weights or the multiplier, a scale that is not positive and finite, or settings that
+                exclude each other.
         """
         layer, module = cls._like(module)
         layer._take(
@@ -174,6 +181,7 @@ class Int8Layer(QuantizedLayer):
                 output_scale=output_scale,
                 output_zero_point=output_zero_point,
                 relu=relu,
+                input_multiplier=input_multiplier,
             ),
         )
         return layer
@@ -202,6 +210,7 @@ class Int8Layer(QuantizedLayer):
         codes, self.weight_scale = quantize_weight(weight, settings.weight_bits, settings.weight_scale)
         self.compute_dtype, self.channels_last = weight.dtype, is_channels_last(weight)
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
+        self._take_multiplier(module, settings.input_multiplier)
         self.input_scale = scalar("input_scale", torch.float32, steps=True)
         self.input_zero_point = scalar("input_zero_point", torch.int32, steps=True)
         if self.input_zero_point is not None and self.input_zero_point.numel() not in (1, self.num_steps):
@@ -227,6 +236,7 @@ class Int8Layer(QuantizedLayer):
         With an input scale the layer is static, and the zero point, not ``asymmetric``, tells whether sums are shifted.
         """
         self._check_scales(("weight_scale", "input_scale", "output_scale"), tensors)
+        self._check_multiplier(tensors)
         for side in ("input", "output"):
             scale, zero_point = tensors.get(f"{side}_scale"), tensors.get(f"{side}_zero_point")
             for name, tensor in ((f"{side}_scale", scale), (f"{side}_zero_point", zero_point)):
@@ -262,7 +272,7 @@ class Int8Layer(QuantizedLayer):
     # ---- the weight ------------------------------------------------------------------------------------------------------
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return _DTYPES
+        return {name: _DTYPES[name] for name in ("qweight", "weight_scale", *self.optional)}
 
     def _pack(self, codes: Tensor, in_place: bool) -> None:
         self._buffers["packed_weight"] = packed(codes, self.groups)
@@ -310,7 +320,7 @@ class Int8Layer(QuantizedLayer):
         self._hold(codes)
 
     def _make_room(self, name: str, stored: Tensor) -> Tensor:
-        if name.startswith(("input_", "output_")):
+        if name != "input_multiplier" and name.startswith(("input_", "output_")):
             if stored.numel() == 1:
                 stored = stored.reshape(())
             held = self._buffers[name]
@@ -318,7 +328,7 @@ class Int8Layer(QuantizedLayer):
                 self._buffers[name] = torch.empty_like(stored, device=self.device)
             if name == "input_scale":
                 self.asymmetric = False  # which is of layers that find the range of every input
-        return stored
+        return super()._make_room(name, stored)
 
     def _loaded(self) -> None:
         self._count_steps()
@@ -374,4 +384,5 @@ class Int8Layer(QuantizedLayer):
         kernel = _library.gemm_kernel() if self.device.type == "cpu" else self.device.type
         output = "" if self.output_scale is None else ", output=int8"
         relu = ", relu=True" if self.relu else ""
+        mode += " of multiplied columns" if self._buffers.get("input_multiplier") is not None else ""
         return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{relu}, kernel={kernel}"

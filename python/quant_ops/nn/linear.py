@@ -17,11 +17,17 @@ class QuantLinear(Int8Layer):
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
+
+    ``input_multiplier``, None or a float32 buffer ``(in_features,)``, multiplies a floating input before it is quantized; a layer
+    with one takes no int8.
     """
 
     float_class = nn.Linear
     geometry = ("in_features", "out_features")
+    optional = (*Int8Layer.optional, "input_multiplier")
     _granularity = "per row"
+
+    input_multiplier: Tensor | None
 
     def __init__(
         self,
@@ -39,8 +45,10 @@ class QuantLinear(Int8Layer):
 
     def _run(self, x: Tensor) -> Tensor:
         b = self._buffers
-        weight = b["qweight"]
-        return _linear(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **self._options())
+        weight, options = b["qweight"], self._options()
+        if (multiplier := b["input_multiplier"]) is not None:
+            options["x_multiplier"] = multiplier
+        return _linear(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **options)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -151,6 +151,8 @@ class SavedState(LayerState):
 
     def _make_room(self, name: str, stored: Tensor) -> Tensor:
         """Prepares a buffer for what is about to be loaded into it, which is returned, perhaps in another shape."""
+        if name == "input_multiplier" and self._buffers[name] is None:  # a checkpoint says whether there is one
+            self._buffers[name] = torch.empty_like(stored, device=self.device)
         return stored
 
     def _loaded(self) -> None:
@@ -166,6 +168,8 @@ class SavedState(LayerState):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in self.optional:  # that did not exist when the layer was pickled
+            self._buffers.setdefault(name, None)
         self._placeholder, self._stand_in = placeholder(self._weight_shape, self.device), NO_STAND_IN
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .scaled import multiplier_problem
 from .weight import DequantizedWeight, placeholder
 
 NO_STAND_IN: Any = ((None,) * 5, None)
@@ -79,6 +80,11 @@ class LayerState(nn.Module):
             scale = tensors.get(name)
             if scale is not None and not scale.is_meta and not is_scale(scale):
                 self._refuse(f"{name} > 0 and finite", scale[~((scale > 0) & torch.isfinite(scale))][0].item())
+
+    def _check_multiplier(self, tensors: Mapping[str, Tensor | None]) -> None:
+        multiplier = tensors.get("input_multiplier")
+        if multiplier is not None and (problem := multiplier_problem(multiplier, self._weight_shape[1])):
+            raise ValueError(f"quant_ops.{type(self).__name__}: expected {problem}")
 
     def _refuse(self, relation: str, got: Any) -> NoReturn:
         raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}, got {got}")

@@ -39,13 +39,11 @@ class TransposedLinear(nn.Module, metaclass=ABCMeta):
         return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"
 
 
-def exact_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, TransposedLinear for transformers' Conv1D; a subclass is another class."""
-    return TransposedLinear if is_conv1d_of_transformers(type(module)) else type(module)
-
-
 def as_linear(module: nn.Module) -> nn.Module:
-    """The nn.Linear of the same values, which shares them, for a Conv1D of transformers; every other module as it is."""
+    """The nn.Linear of the same values, which shares them, for a Conv1D of transformers; every other module as it is.
+
+    Of a :class:`ScaledLinear`, which is an nn.Linear, the caller asks for the multiplier.
+    """
     if not isinstance(module, TransposedLinear):
         return module
     weight, bias = module.weight.detach().t(), module.bias

@@ -170,7 +170,7 @@ class WeightOnlyLayer(QuantizedLayer):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "group_size", "asymmetric")
-    optional = ("weight_zero_point", "bias")
+    optional: ClassVar[tuple[str, ...]] = ("weight_zero_point", "bias")
     _held = operator.itemgetter("qweight", "packed_weight", "weight_scale", "weight_zero_point")
     _shared: ClassVar = ("packed_weight", "weight_scale", "weight_zero_point")
 
@@ -244,12 +244,14 @@ class WeightOnlyLayer(QuantizedLayer):
         return self._buffers["weight_zero_point"] is not None
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {
+        of = {
             "qweight": torch.int8 if self.bits == 8 else torch.uint8,
             "weight_scale": torch.float32,
             "weight_zero_point": torch.int8,
             "bias": torch.float32,
+            "input_multiplier": torch.float32,
         }
+        return {name: of[name] for name in ("qweight", "weight_scale", *self.optional)}
 
     def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Scales are positive and finite, and there is a zero point for each or for none."""
@@ -258,6 +260,7 @@ class WeightOnlyLayer(QuantizedLayer):
         assert scale is not None
         if zero_point is not None and zero_point.shape != scale.shape:
             self._refuse(f"weight_zero_point of shape {tuple(scale.shape)}", tuple(zero_point.shape))
+        self._check_multiplier(tensors)
 
     def _pack(self, codes: Tensor, in_place: bool) -> None:
         packed, held = pack_weight_only(codes, self.bits, self.group_size), self._buffers["packed_weight"]
@@ -317,7 +320,7 @@ class WeightOnlyLayer(QuantizedLayer):
     def _make_room(self, name: str, stored: Tensor) -> Tensor:
         if name == "weight_zero_point" and self._buffers[name] is None:  # a checkpoint says whether there are any
             self._buffers[name] = torch.empty_like(self.weight_scale, dtype=torch.int8)
-        return stored
+        return super()._make_room(name, stored)
 
     def _describe(self) -> str:
         """The part of ``extra_repr`` that is the same for every layer."""
@@ -335,12 +338,16 @@ class WeightOnlyLinear(WeightOnlyLayer):
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. The
     products are floating; with ``dynamic`` the rows of the input are quantized to int8 in every call, with a zero point if
-    ``asymmetric_input``, and the products of integers are exact: see :func:`weight_only_linear`.
+    ``asymmetric_input``, and the products of integers are exact: see :func:`weight_only_linear`. ``input_multiplier``, None or a
+    float32 buffer ``(in_features,)`` of the state_dict, multiplies the input first, in float32.
     """
 
     float_class = nn.Linear
     geometry = ("in_features", "out_features")
     settings = (*WeightOnlyLayer.settings, "dynamic", "asymmetric_input")
+    optional = (*WeightOnlyLayer.optional, "input_multiplier")
+
+    input_multiplier: Tensor | None
 
     def __init__(
         self,
@@ -378,11 +385,12 @@ class WeightOnlyLinear(WeightOnlyLayer):
         dynamic: bool = False,
         asymmetric_input: bool = False,
         shared_with: WeightOnlyLayer | None = None,
+        input_multiplier: Tensor | None = None,
     ) -> "WeightOnlyLinear":
         """The weight-only layer of a float one, which is left as it is.
 
         Args:
-            module: an nn.Linear or transformers' Conv1D.
+            module: an nn.Linear, :class:`ScaledLinear` or transformers' Conv1D.
             bits: 8 or 4.
             group_size: 32, 64, 128, 256: so many consecutive weights of a row share a scale, the last ones of a row perhaps fewer.
                 -1 or None: one scale per output channel.
@@ -391,14 +399,19 @@ class WeightOnlyLinear(WeightOnlyLayer):
             asymmetric_input: with a zero point.
             shared_with: a layer that was made from the same float weight with the same bits and group_size: its packed weight,
                 scales and zero points become those of this one too.
+            input_multiplier: ``(in_features,)``: the input is multiplied by it, in float32 (AWQ, SmoothQuant). The weight is taken
+                as it is: whoever wants the same function has divided its columns by the multiplier. That of a ScaledLinear is taken
+                over.
 
         Raises:
-            TypeError: module is of another class.
-            ValueError: NaN or Inf in the weights, settings that exclude each other, or ``shared_with`` has another kind of weight.
+            TypeError: module is of another class, or the multiplier no floating tensor.
+            ValueError: NaN or Inf in the weights or the multiplier, settings that exclude each other, or ``shared_with`` has
+                another kind of weight.
         """
         settings = {"asymmetric": asymmetric, "dynamic": dynamic, "asymmetric_input": asymmetric_input}
         layer, module = cls._like(module, bits=bits, group_size=group_size, **settings)
-        return layer._take(module, shared_with)
+        layer._take(module, shared_with)._take_multiplier(module, input_multiplier)
+        return layer
 
     def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
         super()._check(tensors)
@@ -411,17 +424,20 @@ class WeightOnlyLinear(WeightOnlyLayer):
     def _run(self, x: Tensor) -> Tensor:
         b = self._buffers
         scale, zero_point, bias = b["weight_scale"], b["weight_zero_point"], b["bias"]
+        options: dict[str, Any] = self._options
+        multiplier = b["input_multiplier"]
+        if multiplier is not None:
+            options = {**options, "x_multiplier": multiplier}
         if b["qweight"] is not None:  # which functional_call lends
-            return _linear(x, self.qweight, scale, zero_point, bias, self.bits, self.group_size, **self._options)
+            return _linear(x, self.qweight, scale, zero_point, bias, self.bits, self.group_size, **options)
         packed = b["packed_weight"]
-        return _linear(
-            x, self._placeholder, scale, zero_point, bias, self.bits, self.group_size, packed_weight=packed, **self._options
-        )
+        return _linear(x, self._placeholder, scale, zero_point, bias, self.bits, self.group_size, packed_weight=packed, **options)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         zero = "asymmetric" if self.asymmetric_input else "symmetric"
         x = f"int8 {zero} dynamic per row" if self.dynamic else "float"
+        x += " of multiplied columns" if self.input_multiplier is not None else ""
         return f"{shape}, {self._describe()}, input={x}, kernel={self._kernel()}"
 
     def _kernel(self) -> str:

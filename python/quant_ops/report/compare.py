@@ -273,7 +273,8 @@ def _saturated(layer: Int8Layer, x: Tensor) -> int:
     if layer.input_scale is None:
         return 0
     scale, zero_point = (_now(layer, values) for values in (layer.input_scale, layer.input_zero_point))
-    codes = torch.round(x.float() / scale) + (0 if zero_point is None else zero_point)
+    x, multiplier = x.float(), layer._buffers.get("input_multiplier")
+    codes = torch.round((x if multiplier is None else x * multiplier) / scale) + (0 if zero_point is None else zero_point)
     return int(((codes < -128) | (codes > 127)).sum())
 
 
@@ -282,7 +283,7 @@ def _beyond_amax(layer: SimulatedLayer, x: Tensor) -> int:
     amax, per, layout = layer.amax_input, layer.config.input_per, layer.input_layout
     if amax is None or not takes_amax(layer.config.input) or not x.is_floating_point():
         return 0
-    x = x.abs()
+    x = layer._taken(x).abs()
     if isinstance(per, int):
         x = blocks_of(x, layout.summed, per)
     elif per == "channel" and amax.dim() == 1:

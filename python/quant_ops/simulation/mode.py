@@ -20,6 +20,7 @@ from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from ..nn import ScaledLinear
 from .config import Simulated
 from .products import Products
 
@@ -126,7 +127,7 @@ class ProductMode(TorchFunctionMode):
         frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":  # of another mode
             frame = frame.f_back
-        return frame.f_code is nn.Linear.forward.__code__ or (func is torch.addmm and _is_transposed(frame.f_locals.get("self")))
+        return frame.f_code in _OF_LAYERS or (func is torch.addmm and _is_transposed(frame.f_locals.get("self")))
 
 
 # Where a graph breaks, Dynamo would compile the handler by itself, and take the result for one function for that of another: its
@@ -139,6 +140,9 @@ _frames.set_code_exec_strategy(ProductMode.__torch_function__.__code__, _skip)
 def _is_generated(frame: FrameType) -> bool:
     """Whether Inductor's code calls, which runs products that were simulated when they were traced as torch.mm and the like."""
     return "extern_kernels" in frame.f_globals or str(frame.f_globals.get("__name__")).startswith("torch._inductor")
+
+
+_OF_LAYERS = (nn.Linear.forward.__code__, ScaledLinear.forward.__code__)
 
 
 def _is_transposed(module: Any) -> bool:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import TransposedLinear
+from ..nn import ScaledLinear, TransposedLinear
+from ..nn.scaled import multiplied
 from .operand import Layout
 
 linear = torch.ops.aten.linear.default
@@ -89,7 +90,11 @@ class Recast(nn.Module):
         """The float layer's function, with the operands that the class makes of its own."""
         if not args:  # by its name, in transformers' Conv1D ``x``
             args = (kwargs.pop("input" if "input" in kwargs else "x"),)
-        return self._output(self.compute(self._input(args[0]), self._weight(), *args[1:], **kwargs))
+        return self._output(self.compute(self._input(self._taken(args[0])), self._weight(), *args[1:], **kwargs))
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """What takes the place of the input before all else."""
+        return x
 
     def _input(self, x: Tensor) -> Tensor:
         return x
@@ -125,12 +130,15 @@ class Recast(nn.Module):
 
 
 class Linear(Recast):
-    """Mixin: nn.Linear."""
+    """Mixin: nn.Linear, and ScaledLinear, whose product with the multiplier is the input."""
 
     float_class = nn.Linear
     bias: Any
     input_layout = Layout(summed=-1, channel=-1, row=(-1,))
     weight_layout = Layout(summed=-1, channel=-2, row=(-1,))
+
+    def _taken(self, x: Tensor) -> Tensor:
+        return multiplied(x, self.input_multiplier) if isinstance(self, ScaledLinear) else x
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         """As nn.Linear."""

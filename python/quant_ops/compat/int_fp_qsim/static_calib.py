@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 import quant_ops as qo
 
 from ..._models import call, evaluating
-from ...nn import TransposedLinear
+from ...nn import ScaledLinear, TransposedLinear
+from ...nn.scaled import multiplied
 from ...observers import Observer
 from ...simulation.layers import SimulatedLayer
 
@@ -71,11 +72,11 @@ def calibrate_inputs(
     observers: dict[str, Observer] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for x in (*args, *kwargs.values())[:1]:
                 if name not in observers:
                     observers[name] = _observer(settings, x.device)
-                observers[name](x)
+                observers[name](multiplied(x, layer.input_multiplier) if isinstance(layer, ScaledLinear) else x)
 
         return observe
 
