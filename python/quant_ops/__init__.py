@@ -8,6 +8,8 @@ from . import _library
 
 _library.load()
 
+from .accuracy.awq import AWQResult, awq_  # noqa: E402
+from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -110,6 +112,7 @@ __all__ = [
     "MXINT8",
     "NVFP4",
     "NVFP4_TWO_LEVEL",
+    "AWQResult",
     "BlockFloat",
     "ConversionResult",
     "FallbackResult",
@@ -132,11 +135,13 @@ __all__ = [
     "Report",
     "ScaledLinear",
     "Simulated",
+    "SmoothQuantResult",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",
     "WithGradient",
     "ZeroPointDomain",
     "__version__",
+    "awq_",
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
@@ -171,6 +176,7 @@ __all__ = [
     "save",
     "simulate_products_",
     "simulated_products",
+    "smoothquant_",
     "synchronize_",
     "timestep",
     "unpack_weight",
