@@ -236,6 +236,43 @@ def test_low_precision():
     assert result.folded == [("0", ["1"])]
 
 
+def test_a_compiled_model():
+    model = torch.compile(randomize_(LlamaBlock()), backend="eager")
+    x = data()[0]
+    expected = model(x).detach()
+    result = qo.smoothquant_(model, data(), None)
+    assert [name for name, _ in result.folded] == ["_orig_mod.norm1", "_orig_mod.norm2"]
+    assert (model(x) - expected).abs().max() < 3e-6 * expected.abs().max()
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 16}
+TRANSFORMERS = {  # settings, and how many layers are folded into norms, have a multiplier, or are tied
+    "LlamaForCausalLM": (SMALL, 6, 2, 0),
+    "GemmaForCausalLM": ({**SMALL, "head_dim": 8, "num_key_value_heads": 1}, 5, 2, 1),
+    "Qwen3ForCausalLM": ({**SMALL, "head_dim": 8, "num_key_value_heads": 2}, 6, 2, 0),
+    "PhiForCausalLM": (SMALL, 5, 2, 0),
+    "GPT2LMHeadModel": (GPT2, 2, 2, 1),
+    "BertForMaskedLM": (SMALL, 1, 6, 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_models_of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    settings, folded, multiplied, tied = TRANSFORMERS[name]
+    kind = getattr(transformers, name)
+    model = randomize_(kind(kind.config_class(**settings)))
+    batches = [{"input_ids": torch.randint(50, (2, 9))} for _ in range(2)]
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+        result = qo.smoothquant_(model, batches, None)
+        assert (model(**batches[0]).logits - expected).abs().max() < 3e-6 * expected.abs().max()
+    assert sum(len(names) for _, names in result.folded) == folded
+    assert sum(len(names) for names, _ in result.multiplied) == multiplied
+    assert sum("is tied to" in reason for _, reason in result.skipped) == tied
+
+
 def test_an_interrupted_run_changes_nothing():
     model = randomize_(LlamaBlock()).train()
     before = copy.deepcopy(model.state_dict())
@@ -248,7 +285,14 @@ def test_an_interrupted_run_changes_nothing():
 
     with pytest.raises(KeyboardInterrupt):
         qo.smoothquant_(model, data(), forward=forward)
-    for bad in ({"data": []}, {"alpha": 1.5}, {"alpha": {"*.gate": 0.2, "*": 0.4}}, {"steps": 0}, {"include": ["nothing"]}):
+    for bad in (
+        {"data": []},
+        {"alpha": 1.5},
+        {"alpha": {"*.gate": 0.2, "*": 0.4}},
+        {"alpha": {"typo": 0.2}},
+        {"steps": 0},
+        {"include": ["nothing"]},
+    ):
         with pytest.raises(ValueError, match=r"quant_ops\.smoothquant_: expected"):
             qo.smoothquant_(model, **({"data": data()} | bad))
     with pytest.raises(TypeError, match=r"Write \[batch\]"):

@@ -160,9 +160,13 @@ def test_other_observers_look_at_smoothed_inputs(block):
 def test_left_out_and_interrupted(block, monkeypatch):
     batches = data()
     batches[1][0, 0, 0] = float("nan")
-    result = qo.smoothquant_(copy.deepcopy(block), batches, None)
+    with pytest.warns(UserWarning, match=r"smoothquant_: expected finite activations, got .* at the inputs of attention.q \(1\)"):
+        result = qo.smoothquant_(copy.deepcopy(block), batches, qo.Int8Static())
     clean = qo.smoothquant_(copy.deepcopy(block), [batches[0], batches[2]], None)
     assert all(torch.equal(scale, clean.scales[name]) for name, scale in result.scales.items())
+    assert ("mlp.up", "NaN or Inf at its input: 1 batch left out") in result.conversion.notes
+    with pytest.warns(UserWarning, match="NaN or Inf"), pytest.raises(ValueError, match="convert_: expected calibration data"):
+        qo.smoothquant_(copy.deepcopy(block), [batches[1]], qo.Int8Static())
 
     expected = block(batches[0]).detach()
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..convert.select import Places, replace_
 from ..nn import ScaledLinear, as_linear
-from .consumers import Group, Producer, weight_of
+from .consumers import Group, weight_of
+from .watch import Producer
 
 _LEAST = 2.0**-0.5  # how much a rounded gain may miss the quotient; beyond, a low precision holds 1 + weight too coarsely
 

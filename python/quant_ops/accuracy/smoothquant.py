@@ -27,7 +27,7 @@ from ..convert.config import (
     WeightOnly,
 )
 from ..convert.prepared import Prepared, _settings, to_int8, to_weight_only
-from ..convert.select import Configs, ConversionResult, Filter, Places, _first, all_layers, replace_, select
+from ..convert.select import Configs, ConversionResult, Filter, Places, _first, _matches, all_layers, replace_, select
 from ..convert.workflow import convert_, prepare_, quantize_
 from ..nn import TransposedLinear
 from ..observers import Observer
@@ -151,6 +151,17 @@ def _alphas(alpha: Alpha | Mapping[Filter, Alpha]) -> Mapping[Filter, Alpha]:
     return given
 
 
+def _check_filters(alphas: Mapping[Filter, Alpha], names: Mapping[nn.Module, str]) -> None:
+    known = set(names.values())
+    for filter in alphas:
+        exact = isinstance(filter, str | type) and filter != "*"
+        if exact and not any(_matches(name, layer, filter, known) for layer, name in names.items()):
+            raise ValueError(
+                f"quant_ops.smoothquant_: expected the filter {filter!r} of alpha to match a Linear layer, got none of "
+                f"{sorted(known)}"
+            )
+
+
 def _alpha_of(group: Group, alphas: Mapping[Filter, Alpha], names: set[str]) -> Alpha:
     """That of all layers of a group."""
     found = {}
@@ -184,10 +195,10 @@ def _quantize(
     config: Configs,
     include: Sequence[Filter],
     exclude: Sequence[Filter],
-    extremes: dict[str, Tensor] | None,
+    extremes: dict[str, tuple[Tensor, int]] | None,
     rerun: Callable[[], Any],
 ) -> ConversionResult:
-    """``extremes``: of the smoothed input of every static layer, by its name; None: run the data again."""
+    """``extremes``: of the smoothed input of every static layer, and how often it held NaN or Inf; None: run the data again."""
     if not any(isinstance(one, Int8Static) for one in (config.values() if isinstance(config, Mapping) else [config])):
         return quantize_(model, config, include=include, exclude=exclude)
     prepare_(model, config, include=include, exclude=exclude)
@@ -197,7 +208,9 @@ def _quantize(
         else:
             for name, layer in model.named_modules():
                 if isinstance(layer, Prepared) and layer.observer is not None and name in extremes:
-                    layer.observer(extremes[name])
+                    both, left_out = extremes[name]
+                    layer.observer(both)
+                    layer.observer.left_out += left_out
         return convert_(model)
     except BaseException:
         left: dict[nn.Module, Places] = {}
@@ -265,6 +278,7 @@ def smoothquant_(
         if again:
             _once_more(data)
         names = scalable(places)
+        _check_filters(alphas, names)
         rows = _ROWS if "search" in alphas.values() else 0
         found = find_consumers("smoothquant_", model, names, data, forward, steps, rows)
         result = SmoothQuantResult(skipped=found.left_out(places, selected.skipped), batches=found.batches)
@@ -301,12 +315,12 @@ def _smooth(
     result.folded, result.multiplied, result.scales = done.folded, done.multiplied, done.scales
 
 
-def _extremes(found: Consumers, names: Mapping[nn.Module, str], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(2, K): least and greatest value of the smoothed input of each layer."""
+def _extremes(found: Consumers, names: Mapping[nn.Module, str], scales: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+    """(2, K), least and greatest value of the smoothed input of each layer; and the calls that held NaN or Inf."""
     extremes = {}
     for layer, statistics in found.statistics.items():
-        if statistics.count:
-            both = torch.stack([statistics.low, statistics.high])
-            scale = scales.get(names[layer])
-            extremes[names[layer]] = both if scale is None else both * scale.reciprocal().to(both.device)
+        both = torch.stack([statistics.low, statistics.high])  # empty without any rows
+        if statistics.count and (scale := scales.get(names[layer])) is not None:
+            both = both * scale.reciprocal().to(both.device)
+        extremes[names[layer]] = both, statistics.left_out
     return extremes
