@@ -73,6 +73,16 @@ def test_generation(tmp_path):
     assert 1 < rows["float32"][0] < 40
 
 
+def test_accuracy():
+    command = [sys.executable, EXAMPLES / "accuracy.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("OK: int8 costs less than a percent, and each method saves what it has to\n")
+    rows = {line[:28].strip(): line[28:].split() for line in done.stdout.splitlines()[1:-1]}
+    assert {"float32", "int8 dynamic", "int8 weight-only", "int4, rows", "int4, rows, GPTQ"} <= rows.keys()
+    assert all(0.99 < float(row[0]) / float(rows["float32"][0]) < 1.02 for row in rows.values())
+
+
 SIMULATED = {
     "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
     "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),

@@ -14,11 +14,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import quant_ops as qo
+from quant_ops.convert.files import read_header
 
 SETTINGS = [
     {"bits": bits, "group_size": group, "asymmetric": asymmetric}
     for bits, group, asymmetric in itertools.product((8, 4), (-1, 32, 64), (False, True))
 ]
+SETTINGS += [{"bits": bits, "group_size": 32, "asymmetric": True, "zero_point": "float"} for bits in (8, 4)]
 INPUTS = [{}, {"dynamic": True}, {"dynamic": True, "asymmetric_input": True}]
 settings = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 
@@ -32,12 +34,22 @@ def groups_of(k, group):
     return [slice(i, min(i + group, k)) for i in range(0, k, group)] if group > 0 else [slice(0, k)]
 
 
-def parameters(weight, bits, group_size, asymmetric):
+def parameters(weight, bits, group_size, asymmetric, zero_point="int"):
     """Codes, scales and zero points, group by group."""
     codes, scales, zeros = torch.empty(weight.shape, dtype=torch.int8), [], []
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for part in groups_of(weight.shape[1], group_size):
         w = weight[:, part]
+        if zero_point == "float":
+            least, most = w.amin(1), w.amax(1)
+            scale = torch.where(most == least, 1.0, divide(most - least, torch.tensor(high - low)))
+            zero = torch.where(most == least, least, least - low * scale)
+            codes[:, part] = (
+                (divide(w - (zero + low * scale)[:, None], scale[:, None]).round() + low).clamp(low, high).to(torch.int8)
+            )
+            scales.append(scale)
+            zeros.append(zero)
+            continue
         if asymmetric:
             least, most = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
             scale = divide(most - least, torch.tensor(high - low))
@@ -49,13 +61,14 @@ def parameters(weight, bits, group_size, asymmetric):
         codes[:, part] = (divide(w, scale[:, None]).round() + zero[:, None]).clamp(low, high).to(torch.int8)
         scales.append(scale)
         zeros.append(zero)
-    return codes, torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.int8)
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.float32 if zero_point == "float" else torch.int8)
 
 
 def values(codes, scale, zero, group_size):
     w = torch.empty(codes.shape)
     for g, part in enumerate(groups_of(codes.shape[1], group_size)):
-        w[:, part] = (codes[:, part].float() - zero[:, g : g + 1].float()) * scale[:, g : g + 1]
+        q, s, z = codes[:, part].float(), scale[:, g : g + 1], zero[:, g : g + 1]
+        w[:, part] = q * s + z if z.is_floating_point() else (q - z.float()) * s
     return w
 
 
@@ -250,6 +263,111 @@ def test_embeddings_that_are_refused():
         qo.WeightOnlyEmbedding.from_float(nn.EmbeddingBag(4, 3))
 
 
+# ---- given parameters and codes ----------------------------------------------------------------------------------------------
+
+
+@settings
+def test_given_codes_are_the_layers(settings):
+    """As GPTQ gives them: no rounding of the float weight leads to them."""
+    float_layer = nn.Linear(77, 40)
+    like = qo.WeightOnlyLinear.from_float(float_layer, **settings)
+    scale, zero = like.weight_scale * 1.25, like.weight_zero_point
+    low = -(2 ** (like.bits - 1))
+    codes = torch.randint(low, -low, (40, 77), dtype=torch.int8)
+    sizes = {name: value for name, value in settings.items() if name in ("bits", "group_size")}
+    layer = qo.WeightOnlyLinear.from_float(float_layer, **sizes, weight_scale=scale, weight_zero_point=zero, codes=codes)
+    assert torch.equal(layer.qweight, codes)
+    assert torch.equal(layer.weight_scale, scale)
+    assert (layer.asymmetric, layer.zero_point) == (like.asymmetric, like.zero_point)
+    w = values(codes, scale, torch.zeros(scale.shape) if zero is None else zero, like.group_size)
+    assert torch.equal(layer.weight.dequantize(), w)
+    x = randn(3, 77)
+    assert torch.allclose(layer(x), nn.functional.linear(x, w, float_layer.bias), atol=1e-4)
+    scale.zero_()  # the layer's own are copies
+    rounded = qo.WeightOnlyLinear.from_float(float_layer, **sizes, weight_scale=like.weight_scale, weight_zero_point=zero)
+    assert torch.equal(rounded.qweight, like.qweight)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"codes": torch.zeros(40, 77, dtype=torch.int8)},
+            "expected weight_scale together with weight_zero_point and codes, got none",
+        ),
+        (
+            {"weight_scale": torch.ones(40, 3), "asymmetric": True},
+            "expected weight_zero_point together with weight_scale in an asym",
+        ),
+        (
+            {"weight_scale": torch.ones(40, 2)},
+            r"expected weight_scale of shape \(40, 3\), one for each group of a row, got \(40, 2\)",
+        ),
+        ({"weight_scale": torch.zeros(40, 3)}, r"expected weight_scale > 0 and finite, got 0\.0"),
+        ({"weight_zero_point": torch.ones(40, 2)}, r"weight_zero_point of shape \(40, 3\), one for each group of a row, got"),
+        ({"weight_zero_point": torch.full((40, 3), math.inf)}, "expected finite weight_zero_point, got NaN or Inf"),
+        ({"weight_zero_point": torch.full((40, 3), 200)}, r"expected integer weight_zero_point in \[-128, 127\], got 200 to 200"),
+        (
+            {"codes": torch.zeros(40, 76, dtype=torch.int8)},
+            r"expected codes torch\.int8 of shape \(40, 77\), got torch\.int8 \(40, 76\)",
+        ),
+        ({"codes": torch.full((40, 77), 8, dtype=torch.int8)}, r"expected codes in \[-8, 7\], got 8 to 8"),
+        (
+            {"shared_with": linear(bits=4, group_size=32)},
+            "expected shared_with, or weight_scale, weight_zero_point and codes, got both",
+        ),
+        ({"zero_point": "float"}, "expected zero_point='float' only with asymmetric=True"),
+        ({"zero_point": "half"}, "expected zero_point 'int' or 'float', got 'half'"),
+    ],
+)
+def test_given_parameters_are_checked(given, message):
+    alone = given.keys() & {"zero_point"} or (given.keys() == {"codes"} and "together" in message)
+    with pytest.raises(ValueError, match=message):
+        linear(bits=4, group_size=32, **(given if alone else {"weight_scale": torch.ones(40, 3)} | given))
+
+
+def test_floating_zero_points_are_torchaos():
+    """Of both packages: quant_ops' own primitive of the FLOAT domain, and torchao where it is installed."""
+    weight = torch.randn(40, 128) + 3 * torch.rand(40, 1)  # 0 is outside of many ranges
+    module = nn.Linear(128, 40)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    layer = qo.WeightOnlyLinear.from_float(module, bits=4, group_size=32, asymmetric=True, zero_point="float")
+    settings = {"preserve_zero": False, "zero_point_domain": "FLOAT"}
+    scale, zero = qo.choose_qparams_affine(weight, "ASYMMETRIC", (1, 32), torch.int32, 0, 15, scale_dtype=torch.float32, **settings)
+    assert torch.equal(layer.weight_scale, scale)
+    assert torch.equal(layer.weight_zero_point, zero)
+    codes = qo.quantize_affine(weight, (1, 32), scale, zero, torch.int32, 0, 15, zero_point_domain="FLOAT")
+    assert torch.equal(layer.qweight.int() + 8, codes)
+    assert (layer.weight.dequantize() - weight).abs().max() <= scale.max() * 0.501
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    theirs = primitives._choose_qparams_affine_tinygemm(
+        weight, primitives.MappingType.ASYMMETRIC, (1, 32), torch.int32, 0, 15, None, torch.float32, torch.float32
+    )
+    assert torch.equal(theirs[0], scale)
+    assert torch.equal(theirs[1], zero)
+    assert torch.equal(primitives._quantize_affine_tinygemm(weight, (1, 32), *theirs, torch.int32, 0, 15), codes)
+
+
+def test_floating_zero_points_in_a_model_and_a_file(tmp_path):
+    config = qo.Int4WeightOnly(32, zero_point="float")
+    assert qo.config_from_json(config.to_json()) == config
+    model, plain = net(config), net(qo.Int4WeightOnly(32))
+    assert [model[i].zero_point for i in (0, 1, 3, 4)] == ["float"] * 4
+    assert model[0].shares_weight(model[4])
+    path, expected = tmp_path / "model.safetensors", model(indices())
+    qo.save(model, path)
+    assert "zero_point" in read_header(path)["layers"]["1"]["arguments"]
+    for fresh in (net(None), plain, net(qo.Int8WeightOnly())):
+        qo.load_(fresh, path)
+        assert torch.equal(fresh(indices()), expected)
+        assert fresh[1].config == config
+    qo.save(net(qo.Int4WeightOnly(32)), path)
+    assert "zero_point" not in read_header(path)["layers"]["1"]["arguments"]  # as earlier versions wrote it
+    with pytest.raises(RuntimeError, match=r"expected '1\.weight_zero_point' of dtype torch\.float32, got torch\.int8"):
+        model.load_state_dict(net(qo.Int4WeightOnly(32)).state_dict())
+
+
 # ---- one copy of the weight, wherever the layer goes -------------------------------------------------------------------------
 
 
@@ -423,8 +541,8 @@ def test_a_state_dict_of_a_shared_weight_is_of_now():
 
 # ---- torch.compile, export, fx -----------------------------------------------------------------------------------------------
 
-NETS = [qo.Int8WeightOnly(), qo.Int4WeightOnly(32), qo.Int8DynamicInt4Weight()]
-nets = pytest.mark.parametrize("config", NETS, ids=lambda config: type(config).__name__)
+NETS = [qo.Int8WeightOnly(), qo.Int4WeightOnly(32), qo.Int8DynamicInt4Weight(), qo.Int4WeightOnly(32, zero_point="float")]
+nets = pytest.mark.parametrize("config", NETS, ids=["int8", "int4", "int4 dynamic", "int4 float"])
 
 
 def net(config):
@@ -434,6 +552,8 @@ def net(config):
         nn.Embedding(50, 20), nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 20), nn.Linear(20, 50, bias=False)
     ).eval()
     model[4].weight = model[0].weight
+    if config is None:
+        return model
     qo.quantize_(model, config)
     assert isinstance(config, qo.Int8DynamicInt4Weight) or model[0].shares_weight(model[4])
     return model

@@ -9,6 +9,7 @@ from . import _library
 _library.load()
 
 from .accuracy.awq import AWQResult, awq_  # noqa: E402
+from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
 from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
@@ -120,6 +121,7 @@ __all__ = [
     "FloatFormat",
     "FoldResult",
     "Format",
+    "GPTQResult",
     "Int4WeightOnly",
     "Int8Dynamic",
     "Int8DynamicInt4Weight",
@@ -154,6 +156,7 @@ __all__ = [
     "fallback_",
     "fold_batchnorm_",
     "format_from_json",
+    "gptq_",
     "int8_conv2d",
     "int8_gemm",
     "int8_linear",

@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import _description
 from .._description import Config
-from ..nn import GROUP_SIZES
+from ..nn import GROUP_SIZES, ZERO_POINTS
 from ..observers import Observer
 from ..simulation.config import Simulated
 
@@ -111,13 +111,22 @@ class Int4WeightOnly(WeightOnly):
         group_size: 32, 64, 128 or 256 consecutive weights of a row share a scale; -1 or None: one scale per output channel. Smaller
             groups lose less.
         asymmetric: the groups have zero points, which uses all 16 codes of each.
+        zero_point: "int": zero points are codes, so that 0 is exact. "float": they are values of the weight, and the range need not
+            contain 0 (the FLOAT domain of torchao's int4_weight_only).
     """
 
     group_size: int = 128
     asymmetric: bool = True
+    zero_point: str = "int"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect_choice("zero_point", ZERO_POINTS)
+        self._expect(self.asymmetric or self.zero_point == "int", "zero_point='float' only with asymmetric=True, got False")
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": 4, "group_size": self.group_size, "asymmetric": self.asymmetric}
+        floating = {"zero_point": "float"} if self.zero_point == "float" else {}
+        return {"bits": 4, "group_size": self.group_size, "asymmetric": self.asymmetric, **floating}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,11 @@ def _describe(layer: QuantizedLayer) -> dict[str, Any]:
     settings = layer.config
     return {
         "class": type(layer).__name__,
-        "arguments": {name: getattr(layer, name) for name in (*layer.geometry, *layer.settings)},
+        "arguments": {
+            name: value
+            for name in (*layer.geometry, *layer.settings)
+            if (value := getattr(layer, name)) != layer.newer.get(name, ...)
+        },
         "weight_bits": layer.weight_bits,
         "compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
         "config": None if settings is None else json.loads(settings.to_json()),
@@ -335,7 +339,8 @@ def _check_header(header: dict[str, Any], names: list[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
     stored = set(names)
     for name, entry in header["layers"].items():
-        kind, arguments = QUANTIZED_LAYERS[entry["class"]], entry["arguments"]
+        kind = QUANTIZED_LAYERS[entry["class"]]
+        arguments = kind.newer | entry["arguments"]
         known = arguments.keys() == {*kind.geometry, *kind.settings} and kind.are_settings(arguments, entry["weight_bits"])
         if not known or entry.get("compute_dtype", "float32") not in _FLOATS:
             raise ValueError(f"layer {name!r}: {entry}")

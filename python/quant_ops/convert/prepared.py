@@ -75,11 +75,13 @@ def _whole_layer(layer: Any) -> Any:
     return layer
 
 
-def to_weight_only(layer: Any, config: WeightOnly, shared_with: WeightOnlyLayer | None = None) -> WeightOnlyLayer:
-    """The weight-only layer of a float one by its config; ``shared_with`` is that of ``from_float``."""
+def to_weight_only(
+    layer: Any, config: WeightOnly, shared_with: WeightOnlyLayer | None = None, **given: Tensor | None
+) -> WeightOnlyLayer:
+    """The weight-only layer of a float one by its config; the other arguments are those of ``from_float``."""
     kind: Any = WEIGHT_ONLY_LAYERS[float_class(layer)]
     settings = config.settings() | (config.linear_settings() if kind is WeightOnlyLinear else {})
-    made: WeightOnlyLayer = kind.from_float(_whole_layer(layer), **settings, shared_with=shared_with)
+    made: WeightOnlyLayer = kind.from_float(_whole_layer(layer), **settings, shared_with=shared_with, **given)
     made.config = config
     return made
 

@@ -24,8 +24,8 @@ from ..nn import (
     as_linear,
     exact_class,
 )
+from ..nn.groups import most_products
 from ..nn.loading import check_loads
-from ..nn.weight_only import most_products
 from ..observers import Observer
 from ..simulation.config import Simulated
 from ..simulation.layers import SIMULATED, SimulatedLayer

@@ -6,11 +6,12 @@ from torch import nn
 
 from .base import QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d
+from .groups import GROUP_SIZES, ZERO_POINTS
 from .int8 import Int8Layer, quantize_weight
 from .linear import QuantLinear
 from .scaled import ScaledLinear
 from .transposed import TransposedLinear, as_linear, is_conv1d_of_transformers
-from .weight_only import GROUP_SIZES, WeightOnlyEmbedding, WeightOnlyLayer, WeightOnlyLinear
+from .weight_only import WeightOnlyEmbedding, WeightOnlyLayer, WeightOnlyLinear
 
 # each under the float layer in whose place it stands
 INT8_LAYERS: dict[type[nn.Module], type[Int8Layer]] = {
@@ -56,6 +57,7 @@ __all__ = [
     "INT8_LAYERS",
     "QUANTIZED_LAYERS",
     "WEIGHT_ONLY_LAYERS",
+    "ZERO_POINTS",
     "Int8Layer",
     "QuantConv1d",
     "QuantConv2d",

@@ -36,6 +36,7 @@ class QuantizedLayer(SavedState):
     float_class: ClassVar[type[nn.Module]]
     geometry: ClassVar[tuple[str, ...]]  # arguments and attributes that the constructors of both layers share; bias is another
     settings: ClassVar[tuple[str, ...]]  # keyword arguments of the constructor, and attributes
+    newer: ClassVar[dict[str, Any]] = {}  # settings that earlier versions lack, which files leave out where they have these values
     has_bias: ClassVar[bool] = True  # whether both constructors take bias
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 

@@ -34,13 +34,16 @@ _DTYPES = {
 }
 
 
-def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, bits: int = 8, scale: Tensor | None = None, codes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes in ±(2^(bits-1) - 1) and one float32 scale per output channel (dimension 0).
 
-    The scale is the given one, one element per channel, or the largest magnitude / (2^(bits-1) - 1).
+    The scale is the given one, one element per channel, or the largest magnitude / (2^(bits-1) - 1). Codes may be given with it.
 
     Raises:
-        ValueError: bits outside 2..8, a weight that holds NaN or Inf, or a scale of another shape or not positive and finite.
+        ValueError: bits outside 2..8, a weight that holds NaN or Inf, a scale of another shape or not positive and finite, or codes
+            of another dtype or shape, out of range or without a scale.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"quant_ops.quantize_weight: expected 2 <= bits <= 8, got {bits}")
@@ -48,6 +51,10 @@ def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) 
     weight = weight.detach()
     if weight.numel() and not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError("quant_ops.quantize_weight: expected finite weights, got NaN or Inf")
+    if codes is not None:
+        codes = _check_codes(codes, weight, qmax)
+        if scale is None:
+            raise ValueError("quant_ops.quantize_weight: expected weight_scale together with codes, got codes alone")
     if scale is None:
         scale, _ = choose_qparams(weight, list(range(1, weight.dim())), -qmax, qmax)
     elif scale.numel() != weight.shape[0]:
@@ -57,8 +64,20 @@ def quantize_weight(weight: Tensor, bits: int = 8, scale: Tensor | None = None) 
     elif not (scale.is_meta or is_scale(scale)):
         raise ValueError(f"quant_ops.quantize_weight: expected scale > 0 and finite, got {scale.flatten().tolist()}")
     scale = scale.detach().to(weight.device).reshape(-1, *[1] * (weight.dim() - 1))
-    codes = quant_tensor_forward(weight, scale, None, -qmax, qmax, simulate=False)
+    if codes is None:
+        codes = quant_tensor_forward(weight, scale, None, -qmax, qmax, simulate=False)
     return codes.contiguous(), scale.reshape(-1).float()
+
+
+def _check_codes(codes: Tensor, weight: Tensor, qmax: int) -> Tensor:
+    """Given codes, on the weight's device."""
+    if codes.dtype != torch.int8 or codes.shape != weight.shape:
+        wanted = f"codes torch.int8 of shape {tuple(weight.shape)}"
+        raise ValueError(f"quant_ops.quantize_weight: expected {wanted}, got {codes.dtype} {tuple(codes.shape)}")
+    if not codes.is_meta and codes.numel() and not ((codes >= -qmax) & (codes <= qmax)).all():
+        got = f"{codes.min().item()} to {codes.max().item()}"
+        raise ValueError(f"quant_ops.quantize_weight: expected codes in [{-qmax}, {qmax}], got {got}")
+    return codes.detach().to(weight.device)
 
 
 def _at_step(step: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -90,6 +109,7 @@ class Settings:
     output_zero_point: Tensor | int | None
     relu: bool
     input_multiplier: Tensor | None
+    codes: Tensor | None
 
     def check(self, layer: str) -> None:
         """Raises ValueError for settings that exclude each other; ``layer`` is the name of the class."""
@@ -147,6 +167,7 @@ class Int8Layer(QuantizedLayer):
         output_zero_point: Tensor | int | None = None,
         relu: bool = False,
         input_multiplier: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> _Self:
         """The int8 layer of a float one, which is left as it is.
 
@@ -163,11 +184,12 @@ class Int8Layer(QuantizedLayer):
             input_multiplier: of a linear layer, ``(in_features,)``: the input is multiplied by it, in float32, before it is
                 quantized (SmoothQuant). The weight is taken as it is: whoever wants the same function has divided its columns by
                 the multiplier. That of a ScaledLinear is taken over.
+            codes: int8 of the weight's shape, in ±(2^(weight_bits-1) - 1), with ``weight_scale``: the weight is not rounded.
 
         Raises:
             TypeError: module is of another class, or the multiplier no floating tensor.
-            ValueError: NaN or Inf in the weights or the multiplier, a scale that is not positive and finite, or settings that
-                exclude each other.
+            ValueError: NaN or Inf in the weights or the multiplier, a scale that is not positive and finite, codes of another shape
+                or out of range, or settings that exclude each other.
         """
         layer, module = cls._like(module)
         layer._take(
@@ -182,6 +204,7 @@ class Int8Layer(QuantizedLayer):
                 output_zero_point=output_zero_point,
                 relu=relu,
                 input_multiplier=input_multiplier,
+                codes=codes,
             ),
         )
         return layer
@@ -207,7 +230,7 @@ class Int8Layer(QuantizedLayer):
                 tensor = tensor.round().clamp(-128, 127)  # a learned zero point
             return tensor.to(dtype, copy=True).reshape(() if tensor.numel() == 1 else -1)
 
-        codes, self.weight_scale = quantize_weight(weight, settings.weight_bits, settings.weight_scale)
+        codes, self.weight_scale = quantize_weight(weight, settings.weight_bits, settings.weight_scale, settings.codes)
         self.compute_dtype, self.channels_last = weight.dtype, is_channels_last(weight)
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
         self._take_multiplier(module, settings.input_multiplier)

@@ -1,14 +1,10 @@
 """Layers whose weight alone is quantized beforehand, to int8 or int4, a scale for each group of ``group_size`` weights of a row.
 
-    symmetric    w = q * s          s = amax / 127 and q in [-127, 127], or s = amax / 7.5 and q in [-8, 7]
-    asymmetric   w = (q - z) * s    s = (max - min) / 255 or / 15 with the range widened to contain 0, z = qmin - rne(min / s)
-    q = clamp(rne(w / s) + z)
-
-for 8 and 4 bits, the amax, min and max those of the group; the asymmetric q and z are in [-128, 127] or [-8, 7]. Codes and zero
-points of 4 bits are those in [0, 15] less 8. On every device a layer holds its weight in one packed form alone, which both
-operators read. Read first: base.py.
+On every device a layer holds its weight in one packed form alone, which both operators read. Read first: groups.py, the formulas;
+base.py.
 """
 
+import dataclasses
 import functools
 import operator
 import weakref
@@ -21,59 +17,19 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _library
-from ..ops import choose_qparams, pack_weight_only, quant_tensor_forward, unpack_weight_only
+from ..ops import pack_weight_only, unpack_weight_only
 from ..ops._register import call
 from .base import QuantizedLayer
+from .groups import GROUP_SIZES, ZERO_POINTS, code_range, group_count, most_products, quantize_groups
 from .weight import placeholder
 
 _linear = torch.ops.quant_ops.weight_only_linear.default
 _embedding = torch.ops.quant_ops.weight_only_embedding.default
 _Self = TypeVar("_Self", bound="WeightOnlyLayer")
 
-GROUP_SIZES = (-1, 32, 64, 128, 256)
-
-
-def most_products(bits: int, asymmetric: bool, asymmetric_input: bool) -> int:
-    """How many products of a group of int8 activations and codes an int32 sum holds exactly; the operator refuses more."""
-    largest = (1 << (bits - 1)) + (127 if asymmetric else 0)
-    return (2**31 - 1) // ((255 if asymmetric_input else 128) * largest)
-
-
-def quantize_groups(weight: Tensor, bits: int, group_size: int, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (N, K), and scales and zero points (N, groups) of a weight, by the formulas above.
-
-    Raises:
-        ValueError: the weight holds NaN or Inf.
-    """
-    weight = weight.detach()
-    if weight.numel() and not weight.is_meta and not torch.isfinite(weight).all():
-        raise ValueError("quant_ops.quantize_groups: expected finite weights, got NaN or Inf")
-    n, k = weight.shape
-    groups = _groups(k, group_size)
-    size = max(k, 1) if groups == 1 else group_size
-    missing = groups * size - k
-    values = F.pad(weight, (0, missing)) if missing else weight  # a zero changes neither amax nor the widened range
-    values = values.reshape(n, groups, size)
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    if asymmetric:
-        scale, zero_point = choose_qparams(values, [2], low, high, asymmetric=True)
-    elif bits == 8:
-        low = -high
-        scale, zero_point = choose_qparams(values, [2], low, high)
-    else:
-        scale, zero_point = choose_qparams(values, [2], -15, 15)
-        scale = 2 * scale  # amax / 7.5, to the bit
-    codes = quant_tensor_forward(values, scale, zero_point, low, high, asymmetric=asymmetric, simulate=False)
-    zeros = zero_point.reshape(n, groups).to(torch.int8) if asymmetric else None
-    return codes.reshape(n, groups * size)[:, :k].contiguous(), scale.reshape(n, groups).float(), zeros
-
-
-def _groups(k: int, group_size: int) -> int:
-    return 1 if group_size == -1 else max(1, -(-k // group_size))
-
 
 def _values_of(held: tuple[Any, ...], shape: torch.Size, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    """(q - z) * s in float32, rounded once to the dtype: every row looked up."""
+    """The weight's values in float32, rounded once to the dtype: every row looked up."""
     lent, packed, scale, zero_point = held
     codes = placeholder(shape, scale.device) if lent is None else _loaded_codes(lent, shape, bits)
     return _looked_up(
@@ -162,6 +118,27 @@ def _moved_once(fn: Any) -> Callable[[Tensor], Tensor]:
 # ---- the layers ----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Parameters and codes of a weight in place of those that rounding to the nearest would give; see ``from_float``."""
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    codes: Tensor | None
+
+    @staticmethod
+    def of(scale: Tensor | None, zero_point: Tensor | None, codes: Tensor | None, shared_with: Any) -> "Given | None":
+        """None if nothing is given."""
+        if scale is None and zero_point is None and codes is None:
+            return None
+        if shared_with is not None:
+            raise ValueError(
+                "quant_ops.WeightOnlyLinear: expected shared_with, or weight_scale, weight_zero_point and codes, got both. Give "
+                "them to the layer that is shared."
+            )
+        return Given(scale, zero_point, codes)
+
+
 class WeightOnlyLayer(QuantizedLayer):
     """Base class: a weight (N, K) of which ``packed_weight`` is all that is held, ``weight_scale`` and perhaps a zero point.
 
@@ -169,7 +146,8 @@ class WeightOnlyLayer(QuantizedLayer):
     copied, pickled, saved and loaded.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("bits", "group_size", "asymmetric")
+    settings: ClassVar[tuple[str, ...]] = ("bits", "group_size", "asymmetric", "zero_point")
+    newer: ClassVar[dict[str, Any]] = {"zero_point": "int"}
     optional: ClassVar[tuple[str, ...]] = ("weight_zero_point", "bias")
     _held = operator.itemgetter("qweight", "packed_weight", "weight_scale", "weight_zero_point")
     _shared: ClassVar = ("packed_weight", "weight_scale", "weight_zero_point")
@@ -177,7 +155,14 @@ class WeightOnlyLayer(QuantizedLayer):
     weight_zero_point: Tensor | None
 
     def __init__(
-        self, weight_shape: tuple[int, int], bias: bool, device: Any, bits: int, group_size: int | None, asymmetric: bool
+        self,
+        weight_shape: tuple[int, int],
+        bias: bool,
+        device: Any,
+        bits: int,
+        group_size: int | None,
+        asymmetric: bool,
+        zero_point: str,
     ) -> None:
         name = f"quant_ops.{type(self).__name__}"
         self.bits, self.group_size = bits, -1 if group_size is None else group_size
@@ -187,17 +172,31 @@ class WeightOnlyLayer(QuantizedLayer):
             raise ValueError(
                 f"{name}: expected group_size 32, 64, 128, 256 or -1 (one group a row of the weight), got {group_size}"
             )
-        scale_shape = weight_shape[0], _groups(weight_shape[1], self.group_size)
+        if zero_point not in ZERO_POINTS:
+            raise ValueError(f"{name}: expected zero_point 'int' or 'float', got {zero_point!r}")
+        if zero_point == "float" and not asymmetric:
+            raise ValueError(
+                f"{name}: expected zero_point='float' only with asymmetric=True, got it for a weight without zero points"
+            )
+        scale_shape = weight_shape[0], group_count(weight_shape[1], self.group_size)
         super().__init__(weight_shape, scale_shape, bias, device)
         if asymmetric:
-            self.weight_zero_point = torch.zeros(scale_shape, dtype=torch.int8, device=device)
+            dtype = torch.float32 if zero_point == "float" else torch.int8
+            self.weight_zero_point = torch.zeros(scale_shape, dtype=dtype, device=device)
         self._check(self._buffers)
 
-    def _take(self: _Self, module: Any, shared_with: "WeightOnlyLayer | None") -> _Self:
+    def _take(self: _Self, module: Any, shared_with: "WeightOnlyLayer | None", given: "Given | None" = None) -> _Self:
         """Takes over the weight of a float module, or what another layer has made of the same one."""
         weight, bias = module.weight, getattr(module, "bias", None)
         if shared_with is None:
-            codes, scale, zero_point = quantize_groups(weight, self.bits, self.group_size, self.asymmetric)
+            parameters = None if given is None else self._given_parameters(given, weight.device)
+            if given is None or given.codes is None:
+                codes, scale, zero_point = quantize_groups(
+                    weight, self.bits, self.group_size, self.asymmetric, self.zero_point, parameters
+                )
+            else:
+                assert parameters is not None
+                codes, (scale, zero_point) = self._given_codes(given.codes, weight.device), parameters
             self.weight_scale, self.weight_zero_point = scale, zero_point
             self._hold(codes)
         else:
@@ -205,6 +204,37 @@ class WeightOnlyLayer(QuantizedLayer):
         self.compute_dtype = weight.dtype
         self.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
         return self.train(module.training)
+
+    def _given_parameters(self, given: "Given", device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """float32 scales, and int8 or float32 zero points, one for each group, checked."""
+        scale, zero_point = given.scale, given.zero_point
+        if scale is None:
+            self._refuse("weight_scale together with weight_zero_point and codes", "none")
+        shape = self.weight_scale.shape
+        if self.asymmetric and zero_point is None:
+            self._refuse("weight_zero_point together with weight_scale in an asymmetric layer", "none")
+        tensors = {"weight_scale": scale.detach(), **({} if zero_point is None else {"weight_zero_point": zero_point.detach()})}
+        for name, tensor in tensors.items():
+            if tensor.shape != shape and not (shape[1] == 1 and tensor.shape == shape[:1]):
+                self._refuse(f"{name} of shape {tuple(shape)}, one for each group of a row", tuple(tensor.shape))
+            tensors[name] = tensor.reshape(shape).to(device, copy=True)
+        tensors["weight_scale"] = tensors["weight_scale"].float()
+        if zero_point is not None:
+            zeros = tensors["weight_zero_point"]
+            if not zeros.is_floating_point() and not zeros.is_meta and not ((zeros >= -128) & (zeros <= 127)).all():
+                self._refuse("integer weight_zero_point in [-128, 127]", f"{zeros.min().item()} to {zeros.max().item()}")
+            tensors["weight_zero_point"] = zeros.float() if zeros.is_floating_point() else zeros.to(torch.int8)
+        self._check(tensors)
+        return tensors["weight_scale"], tensors.get("weight_zero_point")
+
+    def _given_codes(self, codes: Tensor, device: torch.device) -> Tensor:
+        """The codes as the layer holds them, checked."""
+        if codes.dtype != torch.int8 or codes.shape != self._weight_shape:
+            self._refuse(f"codes torch.int8 of shape {tuple(self._weight_shape)}", f"{codes.dtype} {tuple(codes.shape)}")
+        low, high = code_range(self.bits, True)
+        if not codes.is_meta and codes.numel() and not ((codes >= low) & (codes <= high)).all():
+            self._refuse(f"codes in [{low}, {high}]", f"{codes.min().item()} to {codes.max().item()}")
+        return codes.detach().to(device).contiguous()
 
     def share_weight(self, other: "WeightOnlyLayer") -> None:
         """Takes the packed weight, scales and zero points of another layer in place of its own.
@@ -243,11 +273,17 @@ class WeightOnlyLayer(QuantizedLayer):
         """Whether the weight has zero points."""
         return self._buffers["weight_zero_point"] is not None
 
+    @property
+    def zero_point(self) -> str:
+        """ "float" if the zero points are values of the weight, else "int"."""
+        held = self._buffers["weight_zero_point"]
+        return "float" if held is not None and held.is_floating_point() else "int"
+
     def dtypes(self) -> dict[str, torch.dtype]:
         of = {
             "qweight": torch.int8 if self.bits == 8 else torch.uint8,
             "weight_scale": torch.float32,
-            "weight_zero_point": torch.int8,
+            "weight_zero_point": torch.float32 if self.zero_point == "float" else torch.int8,
             "bias": torch.float32,
             "input_multiplier": torch.float32,
         }
@@ -261,6 +297,8 @@ class WeightOnlyLayer(QuantizedLayer):
         if zero_point is not None and zero_point.shape != scale.shape:
             self._refuse(f"weight_zero_point of shape {tuple(scale.shape)}", tuple(zero_point.shape))
         self._check_multiplier(tensors)
+        if zero_point is not None and zero_point.is_floating_point() and not zero_point.is_meta and not zero_point.isfinite().all():
+            self._refuse("finite weight_zero_point", "NaN or Inf")
 
     def _pack(self, codes: Tensor, in_place: bool) -> None:
         packed, held = pack_weight_only(codes, self.bits, self.group_size), self._buffers["packed_weight"]
@@ -300,8 +338,9 @@ class WeightOnlyLayer(QuantizedLayer):
     @classmethod
     def are_settings(cls, arguments: dict[str, Any], weight_bits: Any) -> bool:
         sizes = [weight_bits, *(arguments[key] for key in ("bits", "group_size"))]
-        flags = [arguments[key] for key in cls.settings if key not in ("bits", "group_size")]
+        flags = [arguments[key] for key in cls.settings if key not in ("bits", "group_size", "zero_point")]
         right = all(type(size) is int for size in sizes) and all(type(flag) is bool for flag in flags)
+        right = right and arguments["zero_point"] in (ZERO_POINTS if arguments["asymmetric"] else ("int",))
         return right and weight_bits in (4, 8) and arguments["bits"] == weight_bits and arguments["group_size"] in GROUP_SIZES
 
     def _saved_codes(self) -> Tensor:
@@ -319,12 +358,13 @@ class WeightOnlyLayer(QuantizedLayer):
 
     def _make_room(self, name: str, stored: Tensor) -> Tensor:
         if name == "weight_zero_point" and self._buffers[name] is None:  # a checkpoint says whether there are any
-            self._buffers[name] = torch.empty_like(self.weight_scale, dtype=torch.int8)
+            self._buffers[name] = torch.empty_like(self.weight_scale, dtype=stored.dtype)
         return super()._make_room(name, stored)
 
     def _describe(self) -> str:
         """The part of ``extra_repr`` that is the same for every layer."""
         zero = "asymmetric" if self.asymmetric else "symmetric"
+        zero += " with floating zero points" if self.zero_point == "float" else ""
         groups = "per channel" if self.group_size == -1 else f"per group of {self.group_size}"
         return f"weight=int{self.bits} {zero} {groups}"
 
@@ -361,6 +401,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
         asymmetric: bool = False,
         dynamic: bool = False,
         asymmetric_input: bool = False,
+        zero_point: str = "int",
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
@@ -372,7 +413,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
                 "are not quantized."
             )
         self._options = {name: True for name, wanted in (("dynamic", dynamic), ("asymmetric", asymmetric_input)) if wanted}
-        super().__init__((out_features, in_features), bias, device, bits, group_size, asymmetric)
+        super().__init__((out_features, in_features), bias, device, bits, group_size, asymmetric, zero_point)
 
     @classmethod
     def from_float(
@@ -384,8 +425,12 @@ class WeightOnlyLinear(WeightOnlyLayer):
         asymmetric: bool = False,
         dynamic: bool = False,
         asymmetric_input: bool = False,
+        zero_point: str = "int",
         shared_with: WeightOnlyLayer | None = None,
         input_multiplier: Tensor | None = None,
+        weight_scale: Tensor | None = None,
+        weight_zero_point: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> "WeightOnlyLinear":
         """The weight-only layer of a float one, which is left as it is.
 
@@ -397,20 +442,28 @@ class WeightOnlyLinear(WeightOnlyLayer):
             asymmetric: zero points for the groups: for 8 bits seldom worth it, for 4 bits usually.
             dynamic: rows of the input are quantized to int8, from their data.
             asymmetric_input: with a zero point.
+            zero_point: "int": zero points are codes and ``w = (q - z) * s``; "float": they are values and ``w = q * s + z``, as
+                torchao's int4_weight_only has them.
             shared_with: a layer that was made from the same float weight with the same bits and group_size: its packed weight,
                 scales and zero points become those of this one too.
             input_multiplier: ``(in_features,)``: the input is multiplied by it, in float32 (AWQ, SmoothQuant). The weight is taken
                 as it is: whoever wants the same function has divided its columns by the multiplier. That of a ScaledLinear is taken
                 over.
+            weight_scale, weight_zero_point: ``(out_features, groups)``, to round with in place of those that the weight would get.
+                Zero points make the layer asymmetric; floating ones are those of ``zero_point="float"``.
+            codes: int8 ``(out_features, in_features)``, in [-8, 7] for 4 bits, with ``weight_scale``: the weight is not rounded.
 
         Raises:
             TypeError: module is of another class, or the multiplier no floating tensor.
-            ValueError: NaN or Inf in the weights or the multiplier, settings that exclude each other, or ``shared_with`` has
-                another kind of weight.
+            ValueError: NaN or Inf in the weights or the multiplier, settings that exclude each other, ``shared_with`` has another
+                kind of weight, or given parameters or codes of another shape or outside their range.
         """
-        settings = {"asymmetric": asymmetric, "dynamic": dynamic, "asymmetric_input": asymmetric_input}
+        given = Given.of(weight_scale, weight_zero_point, codes, shared_with)
+        if weight_zero_point is not None:
+            asymmetric, zero_point = True, "float" if weight_zero_point.is_floating_point() else "int"
+        settings = {"asymmetric": asymmetric, "dynamic": dynamic, "asymmetric_input": asymmetric_input, "zero_point": zero_point}
         layer, module = cls._like(module, bits=bits, group_size=group_size, **settings)
-        layer._take(module, shared_with)._take_multiplier(module, input_multiplier)
+        layer._take(module, shared_with, given)._take_multiplier(module, input_multiplier)
         return layer
 
     def _check(self, tensors: Mapping[str, Tensor | None]) -> None:
@@ -477,11 +530,12 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         bits: int = 8,
         group_size: int | None = -1,
         asymmetric: bool = False,
+        zero_point: str = "int",
     ) -> None:
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta").padding_idx
-        super().__init__((num_embeddings, embedding_dim), False, device, bits, group_size, asymmetric)
+        super().__init__((num_embeddings, embedding_dim), False, device, bits, group_size, asymmetric, zero_point)
 
     @classmethod
     def from_float(
@@ -491,18 +545,19 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         bits: int = 8,
         group_size: int | None = -1,
         asymmetric: bool = False,
+        zero_point: str = "int",
         shared_with: WeightOnlyLayer | None = None,
     ) -> "WeightOnlyEmbedding":
         """The weight-only layer of an nn.Embedding, which is left as it is.
 
         Args:
-            bits, group_size, asymmetric, shared_with: as in :meth:`WeightOnlyLinear.from_float`; -1: one scale per row.
+            bits, group_size, asymmetric, zero_point, shared_with: as in :meth:`WeightOnlyLinear.from_float`; -1: one scale per row.
 
         Raises:
             TypeError: module is of another class.
             ValueError: NaN or Inf in the weights, a ``max_norm``, or ``shared_with`` has another kind of weight.
         """
-        layer, module = cls._like(module, bits=bits, group_size=group_size, asymmetric=asymmetric)
+        layer, module = cls._like(module, bits=bits, group_size=group_size, asymmetric=asymmetric, zero_point=zero_point)
         if module.max_norm is not None:
             raise ValueError(
                 f"quant_ops.WeightOnlyEmbedding.from_float: expected max_norm=None, got {module.max_norm}, which changes the "
