@@ -146,6 +146,21 @@ def test_static_scales_of_one_pass(block, asymmetric):
             assert (mine.input_zero_point - theirs.input_zero_point).abs() <= 1
 
 
+def test_two_steps_a_report_and_a_file(block, tmp_path):
+    """A report wants the smoothed float model; quantizing a copy of it is what the call with a config does."""
+    float_model, at_once, fresh, x = copy.deepcopy(block), copy.deepcopy(block), copy.deepcopy(block), data(1, 5)[0]
+    qo.smoothquant_(float_model, data(), None)
+    quantized = copy.deepcopy(float_model)
+    qo.quantize_(quantized)
+    qo.smoothquant_(at_once, data(), qo.Int8Dynamic())
+    assert torch.equal(quantized(x), at_once(x))
+    report = qo.compare(float_model, quantized, x, repeats=0)
+    assert all(layer.sqnr > 30 for layer in report.layers)
+    qo.save(at_once, tmp_path / "model.safetensors")
+    qo.load_(fresh, tmp_path / "model.safetensors")
+    assert torch.equal(fresh(x), at_once(x))
+
+
 def test_other_observers_look_at_smoothed_inputs(block):
     config, twice = qo.Int8Static(observer="mse"), copy.deepcopy(block)
     qo.smoothquant_(block, data(), config)

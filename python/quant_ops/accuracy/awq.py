@@ -167,11 +167,11 @@ class _Alone:
     """Measures errors at the outputs of layers, for those that are in no block."""
 
     def __init__(self, group: Group) -> None:
-        self.rows = group.rows.float()
+        self.rows = group.rows
 
     def error(self, values: Mapping[nn.Module, Tensor]) -> float:
         """Squared error with other weights."""
-        changes = [F.linear(self.rows, value - weight_of(layer).float()) for layer, value in values.items()]
+        changes = [F.linear(self.rows.to(value), value - weight_of(layer).float()) for layer, value in values.items()]
         return sum(float(change.double().square().sum()) for change in changes)
 
 
@@ -196,7 +196,7 @@ def _search(group: Group, configs: Mapping[nn.Module, WeightOnly], at: _Block | 
     for name, layer in zip(group.names, group.layers, strict=True) if clip else ():
         config, s = configs[layer], scale.float()
         weight = weight_of(layer).float()
-        shares = clip_shares(weight * s.to(weight.device), group.rows.float() / s, config)
+        shares = clip_shares(weight * s.to(weight.device), (group.rows.float() / s).to(weight.device), config)
         # A layer's output is not all that counts: queries and keys meet in products, where the tails of both matter.
         plain, cut = (at.error({layer: _effective(layer, scale, config, given)}) for given in (None, shares))
         if cut < plain:
@@ -309,8 +309,8 @@ def _clip_(layer: nn.Module, rows: Tensor, scale: Tensor | None, config: WeightO
     tie, which the last bit decides.
     """
     weight = weight_of(layer)
-    rows = rows.float() if scale is None else rows.float() / scale.to(rows.device)
-    shares = clip_shares(weight, rows, config)
+    rows = rows.to(weight.device, torch.float32)
+    shares = clip_shares(weight, rows if scale is None else rows / scale.to(rows.device), config)
     made = clipped(weight, shares, config)
     assign_(layer, "weight", made if as_linear(layer) is layer else made.t())
     return float((shares < 1).double().mean())

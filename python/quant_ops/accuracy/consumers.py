@@ -185,9 +185,10 @@ def _conclude(watch: Watch, model: nn.Module, batches: int) -> Consumers:
     groups = []
     for layers in members.values():
         seen = [watch.statistics[layer] for layer in layers]
-        low, high, total = ([getattr(statistics, name) for statistics in seen] for name in ("low", "high", "total"))
+        device = seen[0].low.device  # experts may be on several
+        low, high, total = ([getattr(one, name).to(device) for one in seen] for name in ("low", "high", "total"))
         found = _producer(watch, set().union(*(watch.read_by[layer] for layer in layers)), low[0].numel(), unreached)
-        rows = [part for statistics in seen for part in statistics.rows]
+        rows = [part.to(device) for one in seen for part in one.rows]
         groups.append(
             Group(
                 names=[watch.layers[layer] for layer in layers],
@@ -196,7 +197,7 @@ def _conclude(watch: Watch, model: nn.Module, batches: int) -> Consumers:
                 reason=found if isinstance(found, str) else "",
                 low=functools.reduce(torch.minimum, low),
                 high=functools.reduce(torch.maximum, high),
-                mean=sum(total[1:], total[0]) / sum(statistics.count for statistics in seen),
+                mean=sum(total[1:], total[0]) / sum(one.count for one in seen),
                 rows=torch.cat(rows) if rows else low[0].new_empty(0, low[0].numel()),
             )
         )

@@ -92,7 +92,7 @@ def smoothing_scale(group: Group, alpha: float) -> Tensor:
     return activations**alpha / weights ** (1 - alpha)
 
 
-def _quantized_output(layer: nn.Module, weight: Tensor, rows: Tensor, low: Tensor, high: Tensor, config: Scheme) -> Tensor:
+def _quantized_output(weight: Tensor, rows: Tensor, low: Tensor, high: Tensor, config: Scheme) -> Tensor:
     """What the quantized layer of this weight, without a bias, gives for rows whose exact extremes are known."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -114,17 +114,16 @@ def _quantized_output(layer: nn.Module, weight: Tensor, rows: Tensor, low: Tenso
 
 def search_error(group: Group, scale: Tensor | None, configs: Sequence[Scheme]) -> float:
     """Squared error of the outputs of a group's quantized layers, over the sampled rows; None: without smoothing."""
-    rows, low, high = group.rows.float(), group.low, group.high
-    s = None if scale is None else scale.to(rows.device, torch.float32)
-    if s is not None:
-        rows, low, high = rows / s, low / s, high / s
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    total = 0.0
     for layer, config in zip(group.layers, configs, strict=True):
         weight = weight_of(layer).float()
-        expected = F.linear(group.rows.float(), weight)
-        got = _quantized_output(layer, weight if s is None else weight * s, rows, low, high, config)
-        total += (got - expected).double().square().sum()
-    return float(total)
+        rows, low, high = (values.to(weight.device, torch.float32) for values in (group.rows, group.low, group.high))
+        expected = F.linear(rows, weight)
+        if scale is not None:
+            s = scale.to(weight.device, torch.float32)
+            weight, rows, low, high = weight * s, rows / s, low / s, high / s
+        total += float((_quantized_output(weight, rows, low, high, config) - expected).double().square().sum())
+    return total
 
 
 def _search(group: Group, configs: Sequence[Scheme]) -> float | None:
