@@ -64,6 +64,33 @@ def test_a_chain_is_the_model():
             assert torch.equal(model.lm_head(model.norm(hidden)), model(batch))
 
 
+@pytest.mark.parametrize(
+    ("name", "norm", "sizes"),
+    [
+        ("Llama", "model.norm", {"num_key_value_heads": 2}),
+        ("Gemma2", "model.norm", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}),  # masks that differ by layer
+        ("GPT2", "transformer.ln_f", {"n_embd": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    ],
+)
+def test_a_chain_is_a_model_of_transformers(name, norm, sizes):
+    """Its blocks add to a cache of keys and values, which each run of one gets as it was; batches are padded."""
+    transformers = pytest.importorskip("transformers")
+    common = (
+        {} if name == "GPT2" else {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(vocab_size=50, **common, **sizes))
+    batches = [{"input_ids": torch.randint(50, (3, 9)), "attention_mask": torch.ones(3, 9).tril(6).long()} for _ in range(2)]
+    expected = []
+    handle = model.eval().get_submodule(norm).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+    chain = capture(model, find_blocks("op", model), batches)
+    handle.remove()
+    for _ in range(3):
+        list(chain.outputs())  # which leaves nothing behind
+        chain.advance()
+    assert len(chain.hidden) == 2
+    assert all(map(torch.equal, chain.hidden, expected))
+
+
 def test_blocks_see_what_earlier_ones_have_become():
     model, batches = Net().eval(), [torch.randn(3, 4), {"x": torch.randn(2, 4), "scale": 0.5}]
     chain = capture(model, find_blocks("op", model), batches)

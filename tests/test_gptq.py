@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import quant_ops as qo
+from quant_ops.accuracy.hessian import Hessian
 from quant_ops.accuracy.solver import inverse_factor
 
 CONFIGS = {
@@ -81,6 +82,17 @@ def test_codes_are_those_of_the_paper(name, act_order):
     assert f"{result.errors['0'][0]:.2e}, rounded" in str(result)
 
 
+def test_bfloat16():
+    """Weights and inputs are taken as they are, and updated in float64."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(80, 12).bfloat16(), correlated(60, 80).bfloat16()
+    model = nn.Sequential(copy.deepcopy(linear))
+    result = qo.gptq_(model, [x], qo.Int8Dynamic(weight_bits=4))
+    assert torch.equal(model[0].qweight, gptq_reference.gptq(linear.weight.detach(), x, 4, 80, "narrow")[0])
+    assert model[0](x).dtype == torch.bfloat16
+    assert result.notes == [("0", "60 rows of data are few for its 80 inputs")]
+
+
 @pytest.mark.parametrize("block_size", [1, 7, 32, 50, 1000])
 def test_blocks_of_updates_change_nothing(block_size):
     torch.manual_seed(0)
@@ -134,6 +146,28 @@ def test_transformers_conv1d():
     assert torch.equal(model[0].qweight, gptq_reference.gptq(weight, x, 4, 32, "int")[0])
 
 
+@pytest.mark.parametrize("config", [qo.Int4WeightOnly(32), qo.Int8Static(weight_bits=4)])
+def test_multipliers(config):
+    """The Hessian is that of the input times the multiplier, which layers may have in common, and the layer keeps it."""
+    torch.manual_seed(0)
+    float_model, x = nn.ModuleList(nn.Linear(64, 12) for _ in range(4)), correlated(200, 64)
+    multipliers = [torch.rand(64) + 0.1] * 2 + [torch.rand(64) + 0.1, torch.ones(64)]
+    layers = [qo.ScaledLinear.from_linear(*pair) for pair in zip(float_model, multipliers, strict=True)]
+    model = nn.ModuleList([*layers[:3], copy.deepcopy(float_model[3])])
+    result = qo.gptq_(model, [x], config, forward=lambda model, x: [layer(x) for layer in model], blocks=[])
+    group, kind = (32, "int") if isinstance(config, qo.Int4WeightOnly) else (64, "narrow")
+    for layer, linear, multiplier in zip(model, float_model, multipliers, strict=True):
+        expected, *_ = gptq_reference.gptq(linear.weight.detach(), x * multiplier, 4, group, kind)
+        assert torch.equal(layer.qweight, expected)
+        if layer is not model[3]:
+            assert torch.equal(layer.input_multiplier, multiplier)
+    if group == 64:
+        assert [model[i].input_scale.item() for i in (0, 2, 3)] == pytest.approx(
+            [((x * m).amax().clamp(min=0) - (x * m).amin().clamp(max=0)).item() / 255 for m in multipliers[1:]]
+        )
+    assert len(result.errors) == 4
+
+
 # ---- Hessians ----------------------------------------------------------------------------------------------------------------
 
 
@@ -155,9 +189,8 @@ class Shares(nn.Module):
 
 
 def test_layers_that_share_an_input_share_a_hessian(monkeypatch):
-    made = []
-    before = torch.Tensor.baddbmm_
-    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda self, *args, **kwargs: made.append(1) or before(self, *args, **kwargs))
+    made, add = [], Hessian.add
+    monkeypatch.setattr(Hessian, "add", lambda self, *args, **kwargs: made.append(1) or add(self, *args, **kwargs))
     x, y, z = (correlated(60, 32, seed) for seed in range(3))
     for calls, products in [
         ([(x, x, None), (y, y, None)], 4),  # one for q, k, v and late, one for o, in each call
@@ -298,7 +331,7 @@ def test_orders(order, config):
         assert torch.equal(model.eval()(*data[0]), expected(*data[0]))
 
 
-def test_the_result():
+def test_the_result(tmp_path):
     model = Net()
     result = qo.gptq_(model, tokens(), {"blocks.1.*": qo.Int8Dynamic(), "*": qo.Int4WeightOnly(32)}, exclude=["head"], steps=2)
     lines = str(result).splitlines()
@@ -312,6 +345,12 @@ def test_the_result():
     assert result.share < 1
     qo.quantize_(model, qo.Int4WeightOnly(32))
     assert isinstance(model.table, qo.WeightOnlyEmbedding)
+    qo.save(model, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        fresh = Net()
+    qo.load_(fresh, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(fresh(*tokens()[0]), model(*tokens()[0]))
 
 
 def test_a_model_without_a_chain_is_taken_as_a_whole():
@@ -441,7 +480,7 @@ def test_a_call_goes_on_from_its_checkpoint(order, tmp_path):
 
 def test_interrupted_within_the_blocks(tmp_path, monkeypatch):
     """The float layers come back wherever it stops, with and without a folder."""
-    import quant_ops.accuracy.gptq as module
+    import quant_ops.accuracy.gptq_run as module
 
     before, solve, model, done = Net(), module.solved, Net(), []
 

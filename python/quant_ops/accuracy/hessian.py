@@ -1,18 +1,18 @@
 """Hessians of layers from what they are called with: H = 2/n sum x x^T over the n columns x that a weight has been multiplied by.
 
 The mean is kept while it is summed, so that nothing grows with the data. On the CPU sums are in float64, elsewhere in float32.
-Layers that get the same tensor, such as the projections to queries, keys and values, share one Hessian. Read next: gptq.py.
+Layers that get the same tensor, such as the projections to queries, keys and values, share one Hessian. Read next: layer.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import as_linear
+from ..nn import ScaledLinear, as_linear
 
 _CHUNK = 1 << 24  # elements of the columns of a convolution that are written out at once
 
@@ -32,6 +32,8 @@ def as_matrices(layer: nn.Module) -> Tensor:
 
 def rows_of(layer: Any, x: Tensor) -> Iterator[Tensor]:
     """The columns that the layer's matrices are multiplied by, as rows (G, n, K), in chunks."""
+    if isinstance(layer, ScaledLinear):
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) * layer.input_multiplier  # not rounded, as the quantized layer has it
     if x.dim() == 0 or not isinstance(layer, nn.Conv1d | nn.Conv2d):
         yield x.reshape(1, -1, x.shape[-1])
         return
@@ -102,12 +104,16 @@ def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _geometry(layer: Any) -> tuple[Any, ...]:
-    """Layers that turn a tensor into the same rows."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return ("rows",)
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return (layer.weight.dim(), *(getattr(layer, name) for name in names))
+def _alike(layer: Any, other: Any) -> bool:
+    """Whether both turn a tensor into the same rows."""
+    if isinstance(layer, ScaledLinear) or isinstance(other, ScaledLinear):
+        both = isinstance(layer, ScaledLinear) and isinstance(other, ScaledLinear)
+        return both and torch.equal(layer.input_multiplier, other.input_multiplier)
+    are_convs = [isinstance(one, nn.Conv1d | nn.Conv2d) for one in (layer, other)]
+    if not all(are_convs):
+        return not any(are_convs)
+    names = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return all(getattr(layer, name) == getattr(other, name) for name in names)
 
 
 class Collector:
@@ -117,16 +123,16 @@ class Collector:
     It gets a copy as soon as the two see different inputs.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], observers: Mapping[nn.Module, Any]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], observers: Mapping[nn.Module, Any]) -> None:
         """``observers``: of layers with static activations, a prepared layer that observes what the layer sees."""
-        self._names = {layer: name for name, layer in layers.items()}
+        self._layers = layers
         self._observers = observers
         self._hessians: dict[nn.Module, Hessian] = {}
         self._calls: dict[nn.Module, int] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Collector":
-        for layer in self._names:
+        for layer in self._layers:
             self._handles.append(layer.register_forward_pre_hook(self._called, with_kwargs=True))
         return self
 
@@ -144,7 +150,7 @@ class Collector:
     def _called(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if (observer := self._observers.get(layer)) is not None:
-            observer._observe(x)
+            observer._observe(observer._taken(x))
         count = self._calls.get(layer, 0)
         self._calls[layer] = count + 1
         hessian = self._hessians.get(layer) or self._shared(layer, x)
@@ -160,7 +166,7 @@ class Collector:
 
     def _shared(self, layer: nn.Module, x: Tensor) -> Hessian | None:
         for hessian in dict.fromkeys(self._hessians.values()):
-            if hessian.calls == 1 and hessian.is_last(x) and _geometry(hessian.layers[0]) == _geometry(layer):
+            if hessian.calls == 1 and hessian.is_last(x) and _alike(hessian.layers[0], layer):
                 hessian.layers.append(layer)
                 self._hessians[layer] = hessian
                 return hessian

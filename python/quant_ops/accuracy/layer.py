@@ -1,6 +1,7 @@
-"""GPTQ of one layer, from the Hessian of its inputs to the quantized layer. Read first: solver.py; next: gptq.py."""
+"""GPTQ of one layer, from the Hessian of its inputs to the quantized layer. Read first: solver.py; next: gptq_run.py."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..nn import as_linear
 from ..nn.groups import code_range, group_parameters
 from ..ops import choose_qparams
 from .hessian import Hessian, as_matrices, sum_dtype
-from .solver import Grid, Solution, inverse_factor, nearest, permuted_hessian, relative_error, solve
+from .solver import Grid, Solution, inverse_factor, nearest, permuted_hessian, relative_errors, solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,12 @@ def solved(layer: nn.Module, config: Scheme, hessian: Hessian, factor: "Factor",
     live = weight.masked_fill(factor.dead[:, None], 0)
     solution = solve(live.clone(), factor.upper, grid, settings.block_size, factor.order)
     rounded = nearest(as_matrices(layer).float(), grid)
-    errors = [relative_error(weight, one.values(grid, dtype), hessian.matrix) for one in (solution, rounded)]
+    errors = relative_errors(weight, [one.values(grid, dtype) for one in (solution, rounded)], hessian.matrix)
     notes = []
     if dead := int(factor.dead.sum()):
         notes.append(f"{dead} of its {factor.dead.numel()} inputs were always zero: weights 0")
+    if hessian.rows < weight.shape[2]:
+        notes.append(f"{hessian.rows} rows of data are few for its {weight.shape[2]} inputs")
     if factor.damping != settings.damping:
         notes.append(f"damping {factor.damping:g} was needed")
     return Solved(_as_given(layer, solution), (errors[0], errors[1]), notes)
@@ -116,3 +119,21 @@ def made_layer(layer: nn.Module, config: Scheme, one: Solved) -> nn.Module:
     if "weight_scale" in given:
         given["weight_scale"] = given["weight_scale"].flatten()
     return to_int8(layer, config, **given)
+
+
+# ---- in a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def for_checkpoint(layers: Mapping[str, Solved]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Layers as tensors, and as what JSON can hold."""
+    tensors = {f"{name}/{key}": tensor for name, one in layers.items() for key, tensor in one.tensors.items()}
+    return tensors, {name: {"errors": one.errors, "notes": one.notes} for name, one in layers.items()}
+
+
+def from_checkpoint(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Solved]:
+    """What :func:`for_checkpoint` was given."""
+    layers = {name: Solved({}, said["errors"] and tuple(said["errors"]), list(said["notes"])) for name, said in notes.items()}
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition("/")
+        layers[layer].tensors[key] = tensor
+    return layers

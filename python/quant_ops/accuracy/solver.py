@@ -122,31 +122,32 @@ def solve(weight: Tensor, factor: Tensor, grid: Grid, block_size: int, order: Te
     if order is not None:
         static = nearest(weight, grid)
         weight = _permuted(weight, order)
-    group_of = torch.arange(columns, device=weight.device).expand(len(weight), -1) if order is None else order
-    group_of = group_of // grid.size
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales, zeros = list[Tensor](), list[Tensor | None]()
     start = 0
     while start < columns:
         end = _block_end(start, columns, block_size, columns if static is not None else grid.size)
-        errors = torch.empty_like(weight[..., start:end])
-        for j in range(start, end):
+        block = weight[..., start:end].transpose(1, 2).contiguous()  # (G, columns, R): what is updated together lies together
+        done = torch.empty(block.shape, dtype=torch.int8, device=weight.device)
+        for i in range(end - start):
+            j = start + i
             if static is not None:
-                place = group_of[:, j, None, None].expand(-1, weight.shape[1], 1)
-                scale = static.scale.gather(2, place).to(weight.dtype)
-                zero = None if static.zero_point is None else static.zero_point.gather(2, place)
+                assert order is not None
+                scale, zero = _of_column(static, order[:, j] // grid.size, weight.dtype)
             elif j % grid.size == 0:
-                scale, zero = grid.parameters_of(weight[..., j : j + grid.size])
-                scales.append(scale)
+                group = weight[..., j : j + grid.size] if i == 0 else block[:, i : i + grid.size].transpose(1, 2)
+                found, zero = grid.parameters_of(group)
+                scales.append(found)
                 zeros.append(zero)
-                scale = scale.to(weight.dtype)
-            column = weight[..., j : j + 1]
+                scale, zero = found[..., 0].to(weight.dtype), None if zero is None else zero[..., 0]
+            column = block[:, i]
             code = grid.codes(column, scale, zero)
-            codes[..., j : j + 1] = code
-            error = (column - grid.values(code, scale, zero)) / factor[:, j, j, None, None]
-            weight[..., j:end] -= error * factor[:, None, j, j:end]
-            errors[..., j - start : j - start + 1] = error
-        weight[..., end:] -= errors @ factor[:, start:end, end:]
+            done[:, i] = code
+            error = (column - grid.values(code, scale, zero)) / factor[:, j, j, None]
+            block[:, i:].baddbmm_(factor[:, j, j:end, None], error[:, None], alpha=-1)
+            block[:, i] = error  # the column itself is done with
+        weight[..., end:].baddbmm_(block.transpose(1, 2), factor[:, start:end, end:], alpha=-1)
+        codes[..., start:end] = done.transpose(1, 2)
         start = end
     if static is not None:
         assert order is not None
@@ -155,6 +156,13 @@ def solve(weight: Tensor, factor: Tensor, grid: Grid, block_size: int, order: Te
         )
     has_zeros = all(zero is not None for zero in zeros)
     return Solution(codes, torch.cat(scales, 2), torch.cat(zeros, 2) if has_zeros else None)  # type: ignore[arg-type]
+
+
+def _of_column(solution: Solution, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points (G, R) of a column of these groups (G,)."""
+    place = group[:, None, None].expand(-1, solution.scale.shape[1], 1)
+    zero = None if solution.zero_point is None else solution.zero_point.gather(2, place)[..., 0]
+    return solution.scale.gather(2, place)[..., 0].to(dtype), zero
 
 
 def _block_end(start: int, columns: int, block_size: int, group_size: int) -> int:
@@ -174,8 +182,15 @@ def permuted_hessian(hessian: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None].expand_as(rows))
 
 
-def relative_error(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """Of the output: the sum of squares of (weight - values) x over that of weight x."""
-    change = weight - values
-    lost, all_ = (float(((part @ hessian) * part).sum()) for part in (change, weight))
-    return lost / all_ if all_ > 0 else 0.0
+def relative_errors(weight: Tensor, others: list[Tensor], hessian: Tensor) -> list[float]:
+    """What each of these weights loses of the output: the sum of squares of (weight - other) x over that of weight x.
+
+    In float32, which is enough for sums of squares.
+    """
+    hessian = hessian.float()
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
+
+    whole = energy(weight.float())
+    return [energy((weight - other).float()) / whole if whole > 0 else 0.0 for other in others]

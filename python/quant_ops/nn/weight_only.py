@@ -296,9 +296,9 @@ class WeightOnlyLayer(QuantizedLayer):
         assert scale is not None
         if zero_point is not None and zero_point.shape != scale.shape:
             self._refuse(f"weight_zero_point of shape {tuple(scale.shape)}", tuple(zero_point.shape))
-        self._check_multiplier(tensors)
         if zero_point is not None and zero_point.is_floating_point() and not zero_point.is_meta and not zero_point.isfinite().all():
             self._refuse("finite weight_zero_point", "NaN or Inf")
+        self._check_multiplier(tensors)
 
     def _pack(self, codes: Tensor, in_place: bool) -> None:
         packed, held = pack_weight_only(codes, self.bits, self.group_size), self._buffers["packed_weight"]
