@@ -2,8 +2,8 @@
 //
 // The rows of x become int8 codes, each row with a scale from its own data (quantize_rows.cu) or with the given scale
 // (activations.cu). Codes that can be read where they are stay there. One integer product with its epilogue follows (problem.h).
-// Rows without a given scale are quantized by the product's kernel itself where that is faster (gemv.cu, fused.cu). Bits are those
-// of cpp/cpu/linear.cpp.
+// Rows without a given scale are quantized by the product's kernel itself where that is faster (gemv.cu, fused.cu). Where x has a
+// multiplier, library_cuda.cpp has put float32 rows of products in its place. Bits are those of cpp/cpu/linear.cpp.
 #include <cmath>
 
 #include "contract/dtypes.h"

@@ -1,4 +1,4 @@
-// Activations as unsigned codes: see activations.h. The vector loops are KernelTable::range and KernelTable::codes.
+// Activations as unsigned codes: see activations.h. The vector loops are KernelTable::range, codes and multiply.
 #include "cpu/activations.h"
 
 #include <algorithm>
