@@ -245,6 +245,17 @@ def test_a_compiled_model():
     assert (model(x) - expected).abs().max() < 3e-6 * expected.abs().max()
 
 
+def test_inference_mode_and_frozen_parameters():
+    with torch.inference_mode():
+        made = randomize_(LlamaBlock())
+    for model in (made, randomize_(LlamaBlock()).requires_grad_(False)):
+        with torch.inference_mode():
+            expected = model(data()[0])
+            qo.smoothquant_(model, data(), None)
+        assert not any(parameter.requires_grad for parameter in model.parameters()) or model is made
+        assert (model(data()[0]) - expected).abs().max() < 3e-6 * expected.abs().max()
+
+
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 16}
 TRANSFORMERS = {  # settings, and how many layers are folded into norms, have a multiplier, or are tied

@@ -172,7 +172,7 @@ def test_other_observers_look_at_smoothed_inputs(block):
     assert torch.equal(block(x), twice(x))
 
 
-def test_left_out_and_interrupted(block, monkeypatch):
+def test_left_out_and_interrupted(block, monkeypatch, caplog):
     batches = data()
     batches[1][0, 0, 0] = float("nan")
     with pytest.warns(UserWarning, match=r"smoothquant_: expected finite activations, got .* at the inputs of attention.q \(1\)"):
@@ -187,6 +187,14 @@ def test_left_out_and_interrupted(block, monkeypatch):
 
     def interrupted(*_):
         raise KeyboardInterrupt
+
+    half = copy.deepcopy(block)
+    with monkeypatch.context() as patched:
+        patched.setattr("quant_ops.accuracy.rescale.replace_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qo.smoothquant_(half, data(), None)
+    assert "scales were folded into ['norm1', 'norm2'], which changes no output" in caplog.text
+    torch.testing.assert_close(half(batches[0]), expected, rtol=1e-4, atol=1e-5)
 
     monkeypatch.setattr("quant_ops.accuracy.smoothquant.convert_", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -231,3 +239,13 @@ def test_perplexity_with_outliers():
     assert noise["smooth"] < noise["plain"] / 4
     assert noise["search"] < 1.1 * noise["smooth"]
     assert loss["smooth"] < loss["plain"] / 4
+
+
+def test_torchao_computes_the_same_scale(block):
+    core = pytest.importorskip("torchao.prototype.smoothquant.core")
+    x = inputs(block, data(), "mlp.down").float()
+    observer = core.SmoothQuantObserver(block.mlp.down.weight.detach().clone(), alpha=0.6)
+    observer(x)
+    expected = observer.calculate_qparams()[0]
+    result = qo.smoothquant_(block, data(), None, alpha=0.6)
+    torch.testing.assert_close(result.scales["mlp.down"], expected, rtol=1e-5, atol=0)

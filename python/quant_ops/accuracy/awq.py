@@ -280,7 +280,7 @@ def awq_(
     """
     if type(ratios) is not int or ratios < 1:
         raise ValueError(f"quant_ops.awq_: expected ratios >= 1, got {ratios!r}")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         places, selected = select("awq_", model, config, include, exclude, _KINDS)
         names = find_blocks("awq_", model, blocks)
         batches = batches_of("awq_", model, data, forward, steps)

@@ -107,6 +107,8 @@ def _unfit_layer(layer: nn.Module, watch: Watch) -> str | None:
         return "its input held NaN or Inf in every batch" if statistics.left_out else "its input had no rows"
     if layer in watch.read:
         return "something other than the layer itself reads its weight"
+    if not weight_of(layer).numel():
+        return "it has no weights"
     if any(is_sharded(parameter) or parameter.is_meta for parameter in layer.parameters(recurse=False)):
         return "its weight is sharded (DTensor) or has no data"
     return None

@@ -7,6 +7,7 @@ Read first: consumers.py, which finds groups and producers.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from ..nn import ScaledLinear, as_linear
 from .consumers import Group, weight_of
 from .watch import Producer
 
+_log = logging.getLogger("quant_ops")
 _LEAST = 2.0**-0.5  # how much a rounded gain may miss the quotient; beyond, a low precision holds 1 + weight too coarsely
 
 
@@ -129,27 +131,31 @@ def rescale_(
     Whenever this is interrupted the model computes what it did.
     """
     done, multiplied = Rescaled(), dict[nn.Module, Tensor]()
-    for group in reversed(groups):
-        if (scale := scale_of(group)) is None:
-            continue
-        found = fold_(group, scale)
-        if isinstance(found, str):
-            multiplied |= dict.fromkeys(group.layers, scale)
-            done.multiplied.insert(0, (group.names, found))
-        else:
-            assert group.producer is not None
-            scale = found
-            done.folded.insert(0, (group.producer.name, group.names))
-        done.scales |= dict.fromkeys(group.names, scale.float().cpu())
-
-    def make(layer: nn.Module, _: Places) -> nn.Module:
-        weight = weight_of(layer)
-        multiplier = multiplied[layer].to(weight.device, torch.float64).reciprocal().float()
-        linear = _with_weight(layer, scaled_weight(layer, multiplier.double().reciprocal()))
-        return ScaledLinear.from_linear(linear, multiplier)
-
-    replace_(model, {layer: places[layer] for layer in multiplied}, make)
+    try:
+        for group in reversed(groups):
+            if (scale := scale_of(group)) is None:
+                continue
+            found = fold_(group, scale)
+            if isinstance(found, str):
+                multiplied |= dict.fromkeys(group.layers, scale)
+                done.multiplied.insert(0, (group.names, found))
+            else:
+                assert group.producer is not None
+                scale = found
+                done.folded.insert(0, (group.producer.name, group.names))
+            done.scales |= dict.fromkeys(group.names, scale.float().cpu())
+        replace_(model, {layer: places[layer] for layer in multiplied}, lambda layer, _: _multiplying(layer, multiplied[layer]))
+    except BaseException:
+        names = [name for name, _ in done.folded]
+        _log.warning("quant_ops: interrupted; scales were folded into %s, which changes no output of the model", names)
+        raise
     return done
+
+
+def _multiplying(layer: nn.Module, scale: Tensor) -> nn.Module:
+    """The ScaledLinear of a layer, whose weight is multiplied by what the rounded multiplier is the inverse of."""
+    multiplier = scale.to(weight_of(layer).device, torch.float64).reciprocal().float()
+    return ScaledLinear.from_linear(_with_weight(layer, scaled_weight(layer, multiplier.double().reciprocal())), multiplier)
 
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:

@@ -271,7 +271,7 @@ def smoothquant_(
             after the run on the data, the layers smoothed until then stay smoothed, which changes no output.
     """
     alphas = _alphas(alpha)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         places, selected = select("smoothquant_", model, Int8Dynamic() if config is None else config, include, exclude, _KINDS)
         again = config is not None and _needs_second_pass(places)
         if again:

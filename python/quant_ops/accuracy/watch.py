@@ -322,8 +322,8 @@ class Watch(TorchDispatchMode):
                 root.source.seen_in.add(parent)
 
     def _read(self, layer: nn.Module, x: Any) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            self.unfit[layer] = "its input is no floating tensor"
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided or x.is_nested:
+            self.unfit[layer] = "its input is no dense floating tensor"
             return
         if (root := self._root(x)) is None:
             self._remember(x, root := _Root(None))
