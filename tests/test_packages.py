@@ -18,6 +18,7 @@ BELOW = {
     "simulation": {"", "ops", "nn", "formats", "observers"},
     "convert": {"", "ops", "nn", "formats", "observers", "simulation"},
     "report": {"", "ops", "nn", "formats", "simulation"},
+    "accuracy": {"", "ops", "nn", "observers", "convert"},
     "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report"},
     "cli": {"", "nn", "convert", "report"},
 }

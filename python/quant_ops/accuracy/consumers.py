@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._models import Forward, call, patched
+from .._models import Forward, call, patched, quiet
 from ..convert.calibrate import progress, to_device
 from ..convert.prepared import is_sharded
 from ..convert.select import Places
 from ..nn import ScaledLinear, TransposedLinear, as_linear, exact_class
-from ..report.compare import quiet
 from .watch import Producer, Source, Statistics, Watch
 
 
