@@ -1,6 +1,7 @@
 """Smoothing changes no output of a float model: what a scale is folded into, what forbids that, and which layers are left alone."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def switch(self, x):
     return self.b(h) if x.mean() > 1e3 else self.a(h)
 
 
+class Kernel(nn.Module):
+    """Reads its input past torch's operators, as a kernel of Triton does."""
+
+    def forward(self, x):
+        read = ctypes.c_float.from_address(x.data_ptr()).value
+        return torch.full((1,), read)
+
+
 CHANNELS = torch.arange(SIZE).flip(0)
 REFUSED = {  # the norm's output is used in other ways, or its reader in other places
     "residual": (lambda self, x: (h := self.norm(x)) + self.a(h), "uses it in add.Tensor"),
@@ -130,6 +139,7 @@ REFUSED = {  # the norm's output is used in other ways, or its reader in other p
     "reshaped": (lambda self, x: self.a(self.norm(x).transpose(1, 2).reshape(-1, SIZE)), "computed, by no module"),
     "relu": (lambda self, x: self.a(self.norm(x).relu_()), "uses it in relu_"),
     "elsewhere": (lambda self, x: self.a(self.norm(x)) * self.norm.weight, "reads its parameters"),
+    "unseen": (lambda self, x: self.a(h := self.norm(x)) + self.kernel(h), "is called with it, and is not seen to use it"),
     "not taken": (switch, "'b', which no data has reached, may read"),
     "twice": (twice, "reads the outputs of several modules"),
 }
@@ -138,7 +148,7 @@ REFUSED = {  # the norm's output is used in other ways, or its reader in other p
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_keeps_a_scale_from_being_folded(case):
     forward, reason = REFUSED[case]
-    result = smoothed(norm_and(forward, **({"other": nn.LayerNorm(SIZE)} if case == "twice" else {})))
+    result = smoothed(norm_and(forward, other=nn.LayerNorm(SIZE), kernel=Kernel()))
     assert not result.folded
     assert reason in " ".join(why for _, why in result.multiplied)
 

@@ -198,6 +198,7 @@ class Watch(TorchDispatchMode):
                     self.owners.setdefault(id(tensor), []).append(module)
         self.hooked = {module for module in self.names if has_hooks(module)}  # before this class adds its own
         self.inside: list[nn.Module] = []
+        self.given: list[dict[_Root, bool]] = []  # what each of these was called with, and whether anything has been seen to use it
         self.called: set[nn.Module] = set()
         self.known: dict[int, tuple[weakref.ref[Tensor], _Root]] = {}
         self.sources: dict[tuple[nn.Module, int], Source] = {}
@@ -250,6 +251,7 @@ class Watch(TorchDispatchMode):
             source.elsewhere = source.elsewhere or "something keeps it after the call"
         self.known.clear()
         self.inside.clear()
+        self.given.clear()
         self._reduced = (lambda: None, None)
 
     def _alive(self) -> Iterator[Source]:
@@ -275,8 +277,10 @@ class Watch(TorchDispatchMode):
             owners = self.owners.get(id(value), ())
             if inside not in owners:
                 self.read.update(owners)
-            root = self._root(value)
-            if root is None or (inside in self.layers and inside is not None):
+            if (root := self._root(value)) is None:
+                continue
+            self._touch(root)
+            if inside is not None and inside in self.layers:
                 continue
             if root.source is not None:
                 root.source.seen_in.add(inside)
@@ -292,8 +296,10 @@ class Watch(TorchDispatchMode):
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.inside.append(module)
         self.called.add(module)
-        for value in tree_leaves((args, kwargs)):
-            if (root := self._root(value)) is not None and root.source is not None:
+        roots = {root for value in tree_leaves((args, kwargs)) if (root := self._root(value)) is not None}
+        self.given.append(dict.fromkeys(roots, False))
+        for root in roots:
+            if root.source is not None:
                 root.source.seen_in.add(module)
         if module in self.layers:
             self._paused = True
@@ -303,6 +309,7 @@ class Watch(TorchDispatchMode):
                 self._paused = False
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = self.given.pop() if self.given else {}
         if self.inside:
             self.inside.pop()
         parent = self.inside[-1] if self.inside else None
@@ -320,6 +327,15 @@ class Watch(TorchDispatchMode):
                         self._paused = False
             if root.source is not None:
                 root.source.seen_in.add(parent)
+            given.pop(root, None)  # it is passed on
+        for root, used in given.items():
+            if not used and root.source is not None and root.source.elsewhere is None:  # a kernel that is no operator of torch?
+                root.source.elsewhere = f"{self.describe(module)} is called with it, and is not seen to use it"
+
+    def _touch(self, root: _Root) -> None:
+        for given in self.given:
+            if root in given:
+                given[root] = True
 
     def _read(self, layer: nn.Module, x: Any) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided or x.is_nested:
