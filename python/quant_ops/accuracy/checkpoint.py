@@ -40,12 +40,22 @@ def digest_of_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_of_data(batches: Sequence[Any]) -> str:
-    """Of all tensors, and of what else is in the batches."""
+def digest_of_data(op: str, batches: Sequence[Any]) -> str:
+    """Of all tensors, and of what else is in the batches.
+
+    Raises:
+        TypeError: it cannot be pickled.
+    """
     digest = hashlib.sha256()
     for batch in batches:
         for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
-            _add(digest, leaf)
+            try:
+                _add(digest, leaf)
+            except Exception as error:
+                raise TypeError(
+                    f"quant_ops.{op}: expected batches that can be told from others by a checkpoint, got one with a "
+                    f"{type(leaf).__name__} that cannot be pickled ({error}). Give tensors, or no checkpoint=."
+                ) from error
     return digest.hexdigest()
 
 

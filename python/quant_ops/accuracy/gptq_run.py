@@ -327,7 +327,7 @@ class Run:
         layers = {place.name: place.config.to_json() for place in self.places.values()}
         return {
             "model": digest_of_model(self.model),
-            "data": digest_of_data(self.batches),
+            "data": digest_of_data("gptq_", self.batches),
             "config": layers,
             "settings": {**dataclasses.asdict(self.settings), "forward": forward, "stages": [stage.where for stage in plan]},
         }
