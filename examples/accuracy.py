@@ -1,6 +1,6 @@
 """What methods with calibration data save of the perplexity that int8 and int4 weights cost: torchao's table, in small.
 
-    python examples/accuracy.py            about a minute; exit status 1 if a method does not do what it is for
+    python examples/accuracy.py            two minutes; exit status 1 if a method does not do what it is for
     python examples/accuracy.py --quick    fewer steps, less text, for the test
 
 The model is the decoder of generation.py, trained here on the same text: help("topics"), byte by byte. The linear layers of its
@@ -24,18 +24,29 @@ BLOCKS = ["blocks.*"]
 ROWS = qo.Int4WeightOnly(group_size=-1, asymmetric=False)  # one scale a row: what costs the most
 GROUPS = qo.Int4WeightOnly(group_size=32)
 
+
+def static(model: nn.Module, data: list[Tensor]) -> None:
+    qo.prepare_(model, qo.Int8Static(), include=BLOCKS)
+    qo.calibrate(model, data)
+    qo.convert_(model)
+
+
 # Each makes the model a quantized one, perhaps with batches of text.
 METHODS: dict[str, Callable[[nn.Module, list[Tensor]], object]] = {
     "float32": lambda model, _: None,
     "int8 dynamic": lambda model, _: qo.quantize_(model, qo.Int8Dynamic(), include=BLOCKS),
+    "int8 static": static,
+    "int8 static, SmoothQuant": lambda model, data: qo.smoothquant_(model, data, qo.Int8Static(), include=BLOCKS),
     "int8 weight-only": lambda model, _: qo.quantize_(model, qo.Int8WeightOnly(), include=BLOCKS),
     "int4, groups of 32": lambda model, _: qo.quantize_(model, GROUPS, include=BLOCKS),
     "int4, groups of 32, GPTQ": lambda model, data: qo.gptq_(model, data, GROUPS, include=BLOCKS),
+    "int4, groups of 32, AWQ": lambda model, data: qo.awq_(model, data[:2], GROUPS, include=BLOCKS),
     "int4, rows": lambda model, _: qo.quantize_(model, ROWS, include=BLOCKS),
     "int4, rows, GPTQ": lambda model, data: qo.gptq_(model, data, ROWS, include=BLOCKS),
+    "int4, rows, AWQ": lambda model, data: qo.awq_(model, data[:2], ROWS, include=BLOCKS),
 }
 # The share of the lost perplexity that each has to save, of the row whose loss it is for.
-SAVES = {"int4, rows, GPTQ": ("int4, rows", 0.4)}
+SAVES = {"int4, rows, GPTQ": ("int4, rows", 0.4), "int4, rows, AWQ": ("int4, rows", 0.2)}
 
 
 def main(arguments: list[str] | None = None) -> bool:

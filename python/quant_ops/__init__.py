@@ -8,7 +8,9 @@ from . import _library
 
 _library.load()
 
+from .accuracy.awq import AWQResult, awq_  # noqa: E402
 from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
+from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
@@ -113,6 +115,7 @@ __all__ = [
     "MXINT8",
     "NVFP4",
     "NVFP4_TWO_LEVEL",
+    "AWQResult",
     "AutoquantResult",
     "BlockFloat",
     "ConversionResult",
@@ -138,6 +141,7 @@ __all__ = [
     "Report",
     "ScaledLinear",
     "Simulated",
+    "SmoothQuantResult",
     "TimingCache",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",
@@ -145,6 +149,7 @@ __all__ = [
     "ZeroPointDomain",
     "__version__",
     "autoquant_",
+    "awq_",
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
@@ -180,6 +185,7 @@ __all__ = [
     "save",
     "simulate_products_",
     "simulated_products",
+    "smoothquant_",
     "synchronize_",
     "timestep",
     "unpack_weight",

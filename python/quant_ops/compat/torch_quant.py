@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 import quant_ops as qo
 
+from .._models import quiet
 from ..convert.prepared import Prepared
 from ..convert.qat import Qat
 from ..nn import Int8Layer
 from ..observers import LSQ, Histogram, MinMax, Observer
-from ..report.compare import Probes, quiet
+from ..report.compare import Probes
 from ..report.report import LayerReport
 
 __all__ = [

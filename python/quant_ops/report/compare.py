@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .._models import Forward, bytes_of, call, evaluating, held_bytes
+from .._models import Forward, bytes_of, call, held_bytes, quiet
 from ..formats import Format
 from ..nn import Int8Layer, QuantizedLayer, as_linear, is_original
 from ..simulation.layers import SimulatedLayer
@@ -106,18 +106,6 @@ def difference(expected: list[Tensor], got: list[Tensor]) -> tuple[float, float]
     for a, b in zip(expected, got, strict=True):
         sums.add(a, b)
     return sums.error, sums.cosine
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no fused encoder path, which would not call its layers. Every module gets its mode back."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextlib.contextmanager

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from .._models import Result, Table, reasons
+from .._models import Result, Table, quiet, reasons
 from ..nn import QuantizedLayer, show_forms
 from ..simulation.layers import SimulatedLayer
-from .compare import Quantized, difference, outputs, pairs, quiet
+from .compare import Quantized, difference, outputs, pairs
 from .error import decibel
 from .report import Report
 
