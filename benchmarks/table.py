@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.common import results
 from benchmarks.gpu.table import gpu
 from benchmarks.operators import table as operators
-from benchmarks.packages.table import conv2d, generation, linear, model, networks, weight_only
+from benchmarks.packages.table import accuracy, conv2d, generation, linear, model, networks, weight_only
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 SHOW = {
@@ -25,6 +25,7 @@ SHOW = {
     "networks": networks,
     "model": model,
     "generation": generation,
+    "accuracy": accuracy,
     "gpu": gpu,
 }
 

