@@ -454,6 +454,7 @@ def test_a_broken_entry_is_refused(change, tmp_path):
         ({"seconds": math.nan}, ValueError, "expected seconds >= 0, got nan"),
         ({"max_error": 0}, ValueError, "expected max_error > 0 or None, got 0"),
         ({"manual": True}, ValueError, "expected no example_inputs with manual=True, got both.*"),
+        ({"cache": 1}, TypeError, r"expected cache to be a TimingCache or the path of one, got int\. Make one with .*"),
         ({"include": ["no"]}, ValueError, "expected the pattern 'no' to match a .*"),
     ],
 )

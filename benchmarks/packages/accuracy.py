@@ -35,6 +35,9 @@ CONTENDERS = {
     "int8 dynamic, SmoothQuant": lambda model, data: qo.smoothquant_(model, data, qo.Int8Dynamic(), include=BLOCKS),
     "int8 static": static,
     "int8 static, SmoothQuant": lambda model, data: qo.smoothquant_(model, data, qo.Int8Static(), include=BLOCKS),
+    "int8 static, SmoothQuant, alpha searched": lambda model, data: qo.smoothquant_(
+        model, data, qo.Int8Static(), alpha="search", include=BLOCKS
+    ),
     "int8 weight-only": lambda model, _: qo.quantize_(model, qo.Int8WeightOnly(), include=BLOCKS),
     "int4, groups of 32": lambda model, _: qo.quantize_(model, GROUPS, include=BLOCKS),
     "int4, groups of 32, GPTQ": lambda model, data: qo.gptq_(model, data, GROUPS, include=BLOCKS),

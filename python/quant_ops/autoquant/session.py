@@ -136,12 +136,17 @@ def autoquant_(
         when the choice is made.
 
     Raises:
-        TypeError: a candidate is no such config, or a filter list is one string.
+        TypeError: a candidate is no such config, a filter list is one string, or cache is neither of the two.
         ValueError: no candidates, a pattern that matches nothing, NaN or Inf in a weight, a layer that was never called, or a
             cache of another machine or version. Whatever is raised, the interruption of the user too, the model is as it was.
     """
     _check(candidates, seconds, max_error, example_inputs, manual)
     path = None if cache is None or isinstance(cache, TimingCache) else cache
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"quant_ops.autoquant_: expected cache to be a TimingCache or the path of one, got {type(path).__name__}. Make "
+            "one with qo.TimingCache(times)."
+        )
     if path is not None:
         times = TimingCache.load(path, ignore_other=ignore_other) if os.path.exists(path) else TimingCache()
     else:
