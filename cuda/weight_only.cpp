@@ -1,7 +1,7 @@
 // weight_only_linear on CUDA: start reading here. The formula is in ops.h.
 //
 // Rows of x become int8 codes (quantize_rows.cu), with their sums over groups where the weight has zero points; or they are read
-// where they are, unless a row does not consist of whole aligned vectors. Then one product follows, of three (weight_only.h). The
+// where they are, unless a row does not consist of whole aligned vectors. Then one product follows, of four (weight_only.h). The
 // packed weight is that of the CPU. Bits of results from codes are those of cpp/cpu/weight_only.cpp, too.
 #include "weight_only.h"
 
