@@ -146,9 +146,8 @@ std::string name_of(const WeightOnlyPlan& plan) {
   }
 }
 
-// Clocks of the GEMV for more than eight rows on an NVIDIA H200; for fewer it is the fastest.
+// Clocks of the GEMV for more than eight rows on an NVIDIA H200.
 double gemv_clocks(const WeightOnlyParams& p, const GpuLimits& gpu) {
-  if (p.M <= 8) return 0.0;
   const double of_weight = p.codes ? 0.11 : p.bits == 4 ? 0.065 : 0.12;
   return of_weight * static_cast<double>(p.N * p.K) / static_cast<double>(gpu.multiprocessors);
 }
@@ -186,8 +185,9 @@ void choose_product(const WeightOnlyParams& p, const GpuLimits& gpu, const Kerne
     for (int rows : kWeightOnlyTileRows)
       if (named && wanted.name == tiles_name(rows)) tile_rows = rows;
     const bool gemv = (p.M <= kGemvRows && tile_rows == 0) || (named && wanted.name == kGemvOnlyName);
-    const bool wgmma = named ? tile_rows == 0 && wanted.name != kGemvOnlyName : true;
-    if (wgmma && choose_wgmma(p, gpu, named ? wanted.name : "", wanted.splits, plan)) return;
+    // for up to eight rows the GEMV is the fastest
+    const bool wgmma = named ? tile_rows == 0 && wanted.name != kGemvOnlyName : p.M > 8;
+    if (wgmma && choose_wgmma(p, gpu, named ? wanted.name : "", named ? wanted.splits : 0, plan)) return;
     if (!gemv && named)
       plan->tiles = choose_tiles(p, a.steps, tile_rows, p.codes ? 1 : wanted.splits, gpu);
     else if (!gemv)

@@ -192,14 +192,14 @@ struct GroupReader {
 
   __device__ __forceinline__ GroupReader(const WeightOnlyArgs& a, int group, int64_t n) : left(a.groups - 1 - group) {
     scale_step = a.scale_stride[1];
-    const int64_t step_of_sums = sum_place(S::kBits, a.groups, a.padded_n, 1, n < a.N ? n : a.N - 1);
+    const auto sum_at = [&](int64_t g, int64_t column) { return sum_place(S::kBits, a.groups, a.padded_n, g, column); };
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int64_t column = n + c < a.N ? n + c : a.N - 1;
       scale[c] = a.scale + column * a.scale_stride[0] + group * a.scale_stride[1];
       if constexpr (S::kCodes) {
-        extra_step = step_of_sums - sum_place(S::kBits, a.groups, a.padded_n, 0, n < a.N ? n : a.N - 1);
-        extra[c] = a.row_zero != nullptr ? a.code_sums + sum_place(S::kBits, a.groups, a.padded_n, group, column) : nullptr;
+        extra_step = sum_at(1, column) - sum_at(0, column);
+        extra[c] = a.row_zero != nullptr ? a.code_sums + sum_at(group, column) : nullptr;
       } else {
         extra_step = a.zero_stride[1];
         extra[c] = a.zero_point != nullptr ? a.zero_point + column * a.zero_stride[0] + group * a.zero_stride[1] : nullptr;

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._models import Forward, call, evaluating
-from ..convert.calibrate import to_device
+from ..convert.calibrate import device_of, to_device
 
 
 def batches_of(
@@ -36,8 +36,7 @@ def batches_of(
     if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
         remedy = ". Write [batch]." if isinstance(data, Tensor | Mapping) else ""
         raise TypeError(f"quant_ops.{op}: expected data to be an iterable of batches, got one {type(data).__name__}{remedy}")
-    devices = {parameter.device for parameter in model.parameters()}
-    device = devices.pop() if len(devices) == 1 and forward is None else None
+    device = device_of(model) if forward is None else None
     batches = []
     for batch in data:
         batches.append(to_device(device, batch))

@@ -9,10 +9,9 @@ touches it, or might with other data, forbids that. Read first: watch.py; next: 
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._models import Forward, call, patched, quiet
-from ..convert.calibrate import progress, to_device
+from ..convert.calibrate import count_steps, device_of, expect_batches, progress, to_device
 from ..convert.prepared import is_sharded
 from ..convert.select import Places
 from ..nn import ScaledLinear, TransposedLinear, as_linear, exact_class
@@ -235,18 +234,12 @@ def find_consumers(
         TypeError: data is one batch.
         ValueError: data is empty, or steps < 1.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"quant_ops.{op}: expected steps >= 1, got {steps}")
-    if isinstance(data, Tensor | Mapping):
-        raise TypeError(f"quant_ops.{op}: expected an iterable of batches, got one {type(data).__name__}. Write [batch].")
-    devices = {parameter.device for parameter in model.parameters()}
-    device = devices.pop() if len(devices) == 1 else None
-    length = len(data) if isinstance(data, Sized) else None
-    total = min(math.inf if length is None else length, math.inf if steps is None else steps)
+    expect_batches(op, data, steps)
+    device = device_of(model)
     watch = Watch(model, layers, rows)
     batches = 0
     with quiet(model), _eager(), watch.watching():
-        for batch in progress(data, int(total) if total < math.inf else None, op):
+        for batch in progress(data, count_steps(data, steps), op):
             watch.finish([call(model, batch if forward is not None else to_device(device, batch), forward)])
             batches += 1
             if batches == steps:

@@ -64,6 +64,26 @@ def to_device(device: torch.device | None, batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def expect_batches(op: str, data: Any, steps: int | None) -> None:
+    """Refuses a single batch in place of data, and no steps."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"quant_ops.{op}: expected steps >= 1, got {steps}")
+    if isinstance(data, Tensor | Mapping):
+        raise TypeError(f"quant_ops.{op}: expected an iterable of batches, got one {type(data).__name__}. Write [batch].")
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where all parameters of a model are, if they are in one place."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def count_steps(data: Iterable[Any], steps: int | None) -> int | None:
+    """How many batches will be taken, if that is known."""
+    length = len(data) if isinstance(data, Sized) else None
+    return steps if length is None else length if steps is None else min(length, steps)
+
+
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -91,14 +111,8 @@ def calibrate(
         ValueError: the model is not prepared, or data is empty.
     """
     layers = _observed("calibrate", model)
-    if steps is not None and steps < 1:
-        raise ValueError(f"quant_ops.calibrate: expected steps >= 1, got {steps}")
-    if isinstance(data, Tensor | Mapping):
-        raise TypeError(f"quant_ops.calibrate: expected an iterable of batches, got one {type(data).__name__}. Write [batch].")
-    devices = {parameter.device for parameter in model.parameters()}
-    device = devices.pop() if len(devices) == 1 else None
-    length = len(data) if isinstance(data, Sized) else None
-    total = steps if length is None else length if steps is None else min(length, steps)
+    expect_batches("calibrate", data, steps)
+    device, total = device_of(model), count_steps(data, steps)
     batches, left_out_before = 0, _left_out(layers)
     with _calibrating(model, layers.values()):
         try:
