@@ -66,7 +66,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 $(INSTALLED): $(VENV)/ready
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev,docs]" "$(TORCH)"
 	rm -f build/editable/.installed-*
 	touch $@
 
