@@ -74,6 +74,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "replace in place. Wrap it in an nn.Sequential."
         )
     for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.sharding is not None:
+            raise ValueError(
+                f"quant_ops.save: expected whole layers, got one of {module.sharding.parts} parts, {name!r}. Save before the model is "
+                "sharded, or its state_dict with torch.distributed.checkpoint."
+            )
         if isinstance(module, Recast):
             first = "Call convert_ first, or keep" if isinstance(module, Prepared) else "Keep"
             raise ValueError(

@@ -41,6 +41,7 @@ class QuantizedLayer(SavedState):
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 
     config: Any = None  # what a converting call made the layer by
+    sharding: Any = None  # of a layer whose parts are spread over processes; see quant_ops.distributed
 
     # ---- from float and back ---------------------------------------------------------------------------------------------
 
