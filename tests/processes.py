@@ -48,7 +48,7 @@ def in_two_processes(folder, body):
         subprocess.Popen([sys.executable, script, str(rank), folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    results = [worker.communicate(timeout=120) for worker in workers]
+    results = [worker.communicate(timeout=300) for worker in workers]
     assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("done", 0)] * 2, (
         results
     )

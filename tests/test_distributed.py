@@ -132,6 +132,14 @@ def test_a_sharded_float_model(tmp_path):
             for model in (reference, sharded):
                 assert qo.quantize_(model, exclude=["2"]).converted == ["0", "3"]
             assert torch.equal(sharded(x), reference(x))
+        for observer in ("lsq", "minmax"):  # prepared and calibrated, then made to train, then sharded
+            trained = make()
+            qo.prepare_(trained, qo.Int8Static(observer=observer))
+            qo.calibrate(trained, [x])
+            qo.prepare_qat_(trained)
+            fully_shard(trained.train(), mesh=mesh)
+            trained(x).sum().backward()
+            assert all(torch.isfinite(full(p.grad)).all() for p in trained.parameters())
         each = make()
         fully_shard(each[0], mesh=mesh)
         result = qo.quantize_(each)

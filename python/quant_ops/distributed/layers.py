@@ -62,6 +62,8 @@ class Sharding:
 
     def entering(self, x: Tensor, wanted: Placement) -> Tensor:
         """This process's part of x, which lies as ``input_layout`` says, or as it says itself."""
+        if wanted == self.input_layout and not isinstance(x, DTensor):
+            return x
         wanted = _at(wanted, x.dim())
         if not isinstance(x, DTensor):
             layout = _at(self.input_layout, x.dim())
@@ -74,6 +76,8 @@ class Sharding:
 
     def leaving(self, y: Tensor, made: Placement) -> Tensor:
         """The output, which lies as ``made`` says, as ``output_layout`` wants it."""
+        if made == self.output_layout and self.use_local_output:
+            return y
         made, wanted = _at(made, y.dim()), _at(self.output_layout, y.dim())
         if made == wanted and self.use_local_output:
             return y

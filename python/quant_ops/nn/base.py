@@ -137,7 +137,7 @@ class QuantizedLayer(SavedState):
         if type(x) is not Tensor and hasattr(x, "full_tensor"):
             raise TypeError(
                 f"quant_ops.{type(self).__name__}: expected a plain tensor, got a DTensor. Pass its full_tensor(), or its "
-                "to_local() where every process has rows of its own."
+                "to_local() where every process has rows of its own, or shard the layer with a style of quant_ops.distributed."
             )
         return self._run(x)
 
