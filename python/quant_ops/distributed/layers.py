@@ -247,8 +247,8 @@ class ShardedQuantLinear(ShardedLayer, QuantLinear):
         dtype = x.dtype if x.is_floating_point() else torch.float32
         if "x_scale" not in options:
             x = x if multiplier is None else x.float() * multiplier
-            least, most = x.aminmax(dim=-1)
-            options["x_scale"], options["x_zero_point"] = shared_qparams(least, most, asymmetric, sharding.mesh.get_group())
+            group = sharding.mesh.get_group()
+            options["x_scale"], options["x_zero_point"] = shared_qparams(x, (-1,), asymmetric, group)
         elif multiplier is not None:
             options["x_multiplier"] = multiplier
         weight = self._placeholder if b["qweight"] is None else b["qweight"]
@@ -286,9 +286,7 @@ class _ShardedConv(ShardedLayer, _QuantConv):
 
     def _sample_qparams(self, x: Tensor, group: Any) -> tuple[Tensor, Tensor | None]:
         """Of each sample, for the operator's image: (N, 1, 1, 1), or (1, 1, 1) of a single one."""
-        x = x.detach()
-        dims = tuple(range(self._channel, 0))
-        scale, zero_point = shared_qparams(x.amin(dims), x.amax(dims), self.asymmetric, group)
+        scale, zero_point = shared_qparams(x.detach(), tuple(range(self._channel, 0)), self.asymmetric, group)
         shape = (*x.shape[: self._channel], 1, 1, 1)
         return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 

@@ -77,9 +77,9 @@ def _refuse_other(style: Any, module: nn.Module) -> None:
 class ColwiseParallel(_QuantizedStyle, torch_parallel.ColwiseParallel):
     """torch's ColwiseParallel, which takes quantized layers too: every process computes some of the output channels.
 
-    Results have the bits of the whole layer, but for floating products of weight-only layers (``dynamic=False``) on a GPU, whose order
-    may depend on the number of columns. Of a grouped convolution a process takes whole groups and their input channels; of an embedding some
-    columns.
+    Results have the bits of the whole layer, but for floating products of weight-only layers (``dynamic=False``) on a GPU, whose
+    order may depend on the number of columns. Of a grouped convolution a process takes whole groups and their input channels; of an
+    embedding some columns.
 
     Args:
         input_layouts: how the input lies; Replicate() by default. DTensors say it themselves.

@@ -12,16 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..ops import quant_tensor_forward, quantize_rows
 
 
-def shared_qparams(least: Tensor, most: Tensor, asymmetric: bool, group: Any) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of slices of which every process has a part, from its parts' ends. They have one more dimension, of 1.
+def shared_qparams(x: Tensor, dims: tuple[int, ...], asymmetric: bool, group: Any) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of slices of which every process has a part. They have one more dimension, of 1.
 
     The dynamic operators take nothing but its ends from a row, so that a row of the two ends gets the parameters of the whole one.
+
+    Args:
+        x: this process's part, floating.
+        dims: those of a slice.
+        group: the processes; None: x is whole.
     """
-    ends = torch.stack((-least, most)).float()
+    ends = torch.stack((-x.amin(dims), x.amax(dims))).float()
     if group is not None:
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
     _, scale, zero_point = quantize_rows(torch.stack((-ends[0], ends[1]), -1), asymmetric)
@@ -40,7 +46,13 @@ def finished(
 ) -> Tensor:
     """The epilogue of int8_linear and int8_conv2d for int32 sums; scales and bias broadcast to them."""
     product = row_scale * column_scale
-    y = acc * product if bias is None else fused_multiply_add(acc.float(), product, bias)
+    if bias is None:
+        y = acc * product
+    elif bias.dim() == 1:  # rows of a linear layer
+        flat = acc.float().flatten(0, -2) if acc.dim() > 1 else acc.float()
+        y = fused_multiply_add(flat, product.expand_as(acc).reshape(flat.shape), bias).view(acc.shape)
+    else:
+        y = fused_multiply_add(acc.float(), product, bias)
     if relu:
         y = y.clamp_min(0.0)
     if out_scale is not None:
@@ -49,19 +61,45 @@ def finished(
     return y.to(dtype)
 
 
-def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a * b + c`` of float32 tensors with one rounding, on every device.
+_CHUNK = 1 << 16  # elements whose float64 stays in a cache
 
-    The product is exact in float64. Its sum with c is rounded to odd there (Boldo and Melquiond, IEEE TC 57(4), 2008): where it is
-    inexact and its last bit is 0, it is moved one step towards what was rounded off, after which rounding to float32 is that of the
-    exact sum. torch.addcmul rounds once or twice, as it was compiled.
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` with one rounding, on every device, of float32 tensors; b and c broadcast to a, which has a dimension.
+
+    torch.addcmul rounds once or twice, as it was compiled. Here the product is exact in float64, and its sum with c is rounded
+    there and then to float32. That can differ from one rounding only where the first result is a tie of the second. On the CPU
+    those few elements are looked for and computed with a sum that is never a tie; elsewhere, where looking would wait, all are.
     """
-    product = a.double() * b.double()
-    addend = c.double()
+    if a.device.type != "cpu" or is_compiling():
+        return _rounded_to_odd(a, b, c).float()
+    y = torch.empty_like(a)
+    rows = max(1, _CHUNK * len(a) // max(a.numel(), 1))
+    for chunk in zip(*(t.split(rows) for t in (a, b.expand_as(a), c.expand_as(a), y)), strict=True):
+        _into(*chunk)
+    return y
+
+
+def _into(a: Tensor, b: Tensor, c: Tensor, y: Tensor) -> None:
+    total = a.double().mul_(b).add_(c)
+    y.copy_(total)
+    tie = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    tie |= y.abs() < torch.finfo(torch.float32).tiny  # subnormal results have ties elsewhere
+    at = tie.nonzero(as_tuple=True)
+    if at[0].numel():
+        y[at] = _rounded_to_odd(a[at], b[at], c[at]).float()
+
+
+def _rounded_to_odd(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """In float64; rounding it to float32 is rounding the exact sum (Boldo and Melquiond, IEEE TC 57(4), 2008).
+
+    Where the sum is inexact and its last bit is 0, it is moved one step towards what was rounded off.
+    """
+    product, addend = a.double() * b.double(), c.double()
     total = product + addend
     taken = total - product
     rest = (product - (total - taken)) + (addend - taken)  # what was rounded off (Knuth's two-sum); NaN beyond float64
     bits = total.view(torch.int64)
     step = torch.where((rest > 0) == (total > 0), 1, -1)
     inexact = ((rest > 0) | (rest < 0)) & ((bits & 1) == 0)
-    return torch.where(inexact, bits + step, bits).view(torch.float64).float()
+    return torch.where(inexact, bits + step, bits).view(torch.float64)
