@@ -61,7 +61,7 @@ def finished(
     return y.to(dtype)
 
 
-_CHUNK = 1 << 16  # elements whose float64 stays in a cache
+_CHUNK = 1 << 14  # elements whose float64 stays in a cache
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
