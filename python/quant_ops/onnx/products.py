@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import ops
 from .builder import Builder, sizes
-from .quantize import Codes, choose, quantized, written_zero_point
+from .quantize import Codes, choose, elements, quantized, written_zero_point
 
 _FLOAT, _INT32 = ir.DataType.FLOAT, ir.DataType.INT32
+_MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}  # of codes, whatever their zero point
 _BIAS_LIMIT = 2**30  # of a bias in units of the product, so that its sum with the product stays within int32
 
 
@@ -40,7 +41,7 @@ class Operand:
         scale: one element, or one a row or sample, with the dimensions of the product.
         zero_point: one element, in the codes' type; None stands for 0.
         row_zero_point: float32, one a row or sample, with the dimensions of the product: what ``zero_point`` does not take away.
-        is_outer: whether the scale is ``(rows, 1)``, of a matrix.
+        is_outer: whether the scale is ``(..., rows, 1)``, of a linear layer.
     """
 
     codes: ir.Value
@@ -94,24 +95,59 @@ def dynamic(b: Builder, x: ir.Value, dims: list[int], rows: int | str | None, ra
 
 
 def static(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> Operand:
-    """x quantized with one given scale, or codes already."""
+    """x quantized with a given scale, or codes already."""
     codes = input_codes(b)
+    if elements(scale) != 1 or (zero_point is not None and elements(zero_point) != 1):
+        return _static_rows(b, x, scale, zero_point)
     if x.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
         q = quantized(b, b.float32(x), scale, zero_point, codes)
         return Operand(q, scale, written_zero_point(b, zero_point, codes))
     if x.dtype == ir.DataType.UINT8:
-        codes = Codes(0, 255, torch.uint8)
-        return Operand(x, scale, written_zero_point(b, zero_point, codes))
+        return Operand(x, scale, written_zero_point(b, zero_point, Codes(0, 255, torch.uint8)))
+    if b.settings.form == "qdq" and _shifted(b, x) is None:
+        return Operand(x, scale, written_zero_point(b, zero_point, Codes(-128, 127, torch.int8)))
     return Operand(as_product_codes(b, x), scale, written_zero_point(b, zero_point, codes))
+
+
+def _static_rows(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> Operand:
+    """The same with a scale for each row of a linear layer's input."""
+    codes = input_codes(b)
+    if x.dtype == ir.DataType.UINT8:
+        codes = Codes(0, 255, torch.uint8)
+        q = x
+    else:
+        q = as_product_codes(b, x) if x.dtype == ir.DataType.INT8 else quantized(b, b.float32(x), scale, zero_point, codes)
+    if zero_point is None:
+        return Operand(q, b.float32(scale), b.tensor(codes.shift, dtype=codes.dtype), is_outer=True)
+    steps = b.op("Cast", written_zero_point(b, zero_point, codes), to=int(_FLOAT))
+    return Operand(q, b.float32(scale), None, steps, is_outer=True)
 
 
 def as_product_codes(b: Builder, q: ir.Value) -> ir.Value:
     """int8 codes in the type that products take."""
     if not b.settings.shift:
         return q
-    if q not in b.shifted:
+    found = _shifted(b, q)
+    if found is None:
         wide = b.op("Add", b.op("Cast", q, to=int(_INT32)), b.tensor(b.settings.shift, dtype=torch.int32))
-        b.shifted[q] = b.op("Cast", wide, to=int(ir.DataType.UINT8))
+        found = b.shifted[q] = b.op("Cast", wide, to=int(ir.DataType.UINT8))
+    return found
+
+
+def _shifted(b: Builder, q: ir.Value) -> ir.Value | None:
+    """The codes + 128 that were written beside q, or beside the codes that it has been moved from; None without any.
+
+    onnxruntime on x86 fuses only uint8 activations, so this keeps chains of layers in integers.
+    """
+    if not b.settings.shift:
+        return q
+    node = q.producer()
+    if q in b.shifted or node is None or node.op_type not in _MOVES or node.domain != "":
+        return b.shifted.get(q)
+    source = None if node.inputs[0] is None else _shifted(b, node.inputs[0])
+    if source is None:
+        return None
+    b.shifted[q] = b.op(node.op_type, source, *node.inputs[1:], **{name: value.value for name, value in node.attributes.items()})
     return b.shifted[q]
 
 
@@ -159,7 +195,7 @@ def finished(b: Builder, y: ir.Value, end: Epilogue) -> ir.Value:
     kind = torch.uint8 if end.out_dtype == ir.DataType.UINT8 else torch.int8
     codes = Codes(*((0, 255) if kind == torch.uint8 else (-128, 127)), kind)
     q = b.op("QuantizeLinear", y, end.out_scale, written_zero_point(b, end.out_zero_point, codes))
-    if kind == torch.int8 and b.settings.shift and b.settings.form == "integer":
+    if kind == torch.int8 and b.settings.shift:
         b.shifted[q] = b.op("QuantizeLinear", y, end.out_scale, written_zero_point(b, end.out_zero_point, input_codes(b)))
     return q
 
@@ -201,7 +237,7 @@ def _simulated_input(b: Builder, x: Operand) -> ir.Value:
 
 def _is_simulated(b: Builder, x: Operand) -> bool:
     """Whether to write Q/DQ nodes: only static scales make those that runtimes recognize."""
-    return b.settings.form == "qdq" and x.row_zero_point is None and b.constant(x.scale) is not None
+    return b.settings.form == "qdq" and not x.is_outer and b.constant(x.scale) is not None
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------
@@ -310,6 +346,8 @@ def int8_conv2d(
         x, operand, pads = _dynamic_images(b, x, pads, asymmetric)
     else:
         operand = static(b, x, x_scale, x_zero_point)
+    if operand.is_outer:
+        raise ValueError("quant_ops.onnx.export: expected one x_scale and x_zero_point in int8_conv2d, got one for each sample. Use one scale.")
     written = written_weight(b, codes, packed_weight or weight, turned=False)
     shape = {"strides": [stride[0], stride[-1]], "pads": pads, "dilations": [dilation[0], dilation[-1]], "group": groups}
     if _is_simulated(b, operand):

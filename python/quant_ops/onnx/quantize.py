@@ -124,11 +124,11 @@ def grid_of(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | Non
     """None where the standard has no such granularity: a scale that varies along several dimensions, not all but the last."""
     shape, rank = sizes(scale), len(sizes(x))
     written = written_zero_point(b, zero_point, codes)
-    alike = zero_point is None or sizes(zero_point) == shape or zero_point.shape is not None and _elements(zero_point) == 1
+    alike = zero_point is None or sizes(zero_point) == shape or zero_point.shape is not None and elements(zero_point) == 1
     if not alike:
         return None
-    single = zero_point is None or _elements(zero_point) == 1
-    if _elements(scale) == 1:
+    single = zero_point is None or elements(zero_point) == 1
+    if elements(scale) == 1:
         return Grid(_scalar(b, scale), _scalar(b, written)) if single else None
     shape = [1] * (rank - len(shape)) + shape
     varying = [dim for dim, size in enumerate(shape) if size != 1]
@@ -141,7 +141,7 @@ def grid_of(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | Non
     return None
 
 
-def _elements(value: ir.Value) -> int:
+def elements(value: ir.Value) -> int:
     """0 for a number that is not known."""
     count = 1
     for size in sizes(value):
