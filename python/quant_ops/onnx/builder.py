@@ -103,8 +103,7 @@ class Builder:
         data.name = self._free_name(f"{self.prefix}.{name}" if key is None else f"quant_ops.{name}")
         made = ir.Value(name=data.name, shape=ir.Shape(data.shape), type=ir.TensorType(data.dtype), const_value=data)
         self.graph.register_initializer(made)
-        if bits == 8:
-            self._constants[made] = tensor
+        self._constants[made] = None if bits == 4 else tensor  # numpy has no type of 4 bits
         if key is not None:
             self._written[key] = made
         return made
@@ -135,7 +134,11 @@ class Builder:
         if value.const_value is not None:
             return _torch(value.const_value)
         node = value.producer()
-        if node is None or node.domain != "" or any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        if (
+            node is None
+            or node.domain != ""
+            or any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+        ):
             return None
         inputs = {given.name: self.constant(given) for given in node.inputs if given is not None}
         if any(known is None for known in inputs.values()) or node.op_type.startswith("Random"):
@@ -144,7 +147,10 @@ class Builder:
 
     def _evaluate(self, node: ir.Node, value: ir.Value, feeds: dict[str, Any]) -> Tensor | None:
         proto = ir.serde.serialize_node(node)
-        inputs = [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for name, x in feeds.items()]
+        inputs = [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+            for name, x in feeds.items()
+        ]
         outputs = [onnx.ValueInfoProto(name=value.name)]
         graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
         opsets = [onnx.helper.make_opsetid("", self.opset)]

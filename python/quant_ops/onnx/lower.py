@@ -55,13 +55,16 @@ def _replace(b: Builder, node: ir.Node, call: Call) -> None:
         results = _OTHERS[call.name](b, **arguments)
     for old, new in zip(node.outputs, results, strict=True):
         new.shape, new.type = old.shape, old.type
-    results = [b.op("Identity", new) if new.producer() is None and old.is_graph_output() else new for old, new in zip(node.outputs, results, strict=True)]
+    results = [
+        b.op("Identity", new) if new.producer() is None and old.is_graph_output() else new
+        for old, new in zip(node.outputs, results, strict=True)
+    ]
     ir.convenience.replace_nodes_and_values(b.graph, node, [node], b.nodes, node.outputs, results)
 
 
 def _prefix(node: ir.Node, call: Call) -> str:
     """The name of the layer, as far as its buffers tell."""
-    for argument in ("weight_scale", "scale", "tensor"):
+    for argument in ("weight_scale", "tensor", "scale"):
         position = call.inputs.get(argument)
         value = None if position is None else node.inputs[position]
         if value is not None and value.is_initializer() and "." in str(value.name):
@@ -79,10 +82,10 @@ def _evaluated(b: Builder, call: Call, tensors: dict[str, Tensor]) -> list[ir.Va
 
 
 def _rounded(b: Builder, tensors: dict[str, Tensor], options: dict[str, Any]) -> ir.Value | None:
-    """A constant tensor as int8 codes and DequantizeLinear, with one scale for each index of one dimension; None for another one."""
+    """A constant tensor as int8 codes and DequantizeLinear, with a scale for each index of one dimension at most; else None."""
     tensor, scale = tensors["tensor"], tensors["scale"]
     symmetric = not options["asymmetric"]
-    if tensor.dtype != torch.float32 or not (symmetric and -128 <= options["qmin"] and options["qmax"] <= 127):
+    if tensor.dtype != torch.float32 or not (symmetric and options["qmin"] >= -128 and options["qmax"] <= 127):
         return None
     if options["block_size"] is not None or not tensor.isfinite().all():
         return None
@@ -95,4 +98,5 @@ def _rounded(b: Builder, tensors: dict[str, Tensor], options: dict[str, Any]) ->
     written = b.tensor((codes.to(torch.int16) + shift).to(dtype), "qweight")
     flat = scale.float().reshape(-1) if varying else scale.float().reshape(())
     zeros = b.tensor(torch.full(flat.shape, shift, dtype=dtype), "weight_zero_point")
-    return b.op("DequantizeLinear", written, b.tensor(flat, "weight_scale"), zeros, **({"axis": varying[0]} if varying else {}))
+    axis: dict[str, Any] = {"axis": varying[0]} if varying else {}
+    return b.op("DequantizeLinear", written, b.tensor(flat, "weight_scale"), zeros, **axis)

@@ -2,9 +2,9 @@
 
     y = float(sum) * (x_scale * weight_scale) + bias
 
-The sums are exact. The operators round y once (a fused multiply-add) and ONNX twice, so results are equal without a bias, and within
-the rounding of y with one. Codes are uint8, the int8 ones + 128, unless the user wants int8: ``sum (u - zu) * (v - 128)`` is the same
-sum, and onnxruntime on x86 multiplies uint8 by uint8 exactly and fast, uint8 by int8 without VNNI with saturation, int8 slowly.
+The sums are exact. The operators round y once (a fused multiply-add) and ONNX twice, so results are equal without a bias, and
+within the rounding of y with one. Codes are uint8, the int8 ones + 128, unless the user wants int8: ``sum (u - zu) * (v - 128)`` is
+the same sum, and onnxruntime on x86 multiplies uint8 by uint8 exactly and fast, uint8 by int8 saturating without VNNI, int8 slowly.
 Read first: quantize.py; next: weight_only.py.
 """
 
@@ -58,7 +58,9 @@ def weight_codes(b: Builder, weight: ir.Value, packed_weight: ir.Value | None, g
         shape = [int(size) for size in sizes(weight)]
         return ops.unpack_weight(packed, shape, groups)
     if codes is None:
-        raise ValueError("quant_ops.onnx.export: expected constant weights of int8 layers, got one that is computed from the inputs")
+        raise ValueError(
+            "quant_ops.onnx.export: expected constant weights of int8 layers, got one that is computed from the inputs"
+        )
     return codes
 
 
@@ -200,7 +202,9 @@ def finished(b: Builder, y: ir.Value, end: Epilogue) -> ir.Value:
     return q
 
 
-def _epilogue(b: Builder, weight_scale: ir.Value, bias: ir.Value | None, channels: int, channel: int, options: dict[str, Any]) -> Epilogue:
+def _epilogue(
+    b: Builder, weight_scale: ir.Value, bias: ir.Value | None, channels: int, channel: int, options: dict[str, Any]
+) -> Epilogue:
     scale, offset = b.constant(weight_scale), b.constant(bias)
     if scale is None or (bias is not None and offset is None):
         raise ValueError("quant_ops.onnx.export: expected constant weight_scale and bias of int8 layers, got computed ones")
@@ -216,7 +220,7 @@ def _epilogue(b: Builder, weight_scale: ir.Value, bias: ir.Value | None, channel
 
 
 def _written_bias(b: Builder, bias: Tensor, x_scale: Tensor | None, weight_scale: Tensor) -> ir.Value:
-    """The bias in units of the product, as int32 of a DequantizeLinear, which QLinearConv wants; as floats where it does not fit."""
+    """The bias in units of the product, as int32 of a DequantizeLinear, which QLinearConv wants; floats where that does not fit."""
     if x_scale is not None:
         unit = x_scale.float().reshape(()) * weight_scale
         steps = (bias.double() / unit.double()).round()
@@ -347,9 +351,16 @@ def int8_conv2d(
     else:
         operand = static(b, x, x_scale, x_zero_point)
     if operand.is_outer:
-        raise ValueError("quant_ops.onnx.export: expected one x_scale and x_zero_point in int8_conv2d, got one for each sample. Use one scale.")
+        raise ValueError(
+            "quant_ops.onnx.export: expected one x_scale and x_zero_point in int8_conv2d, got one for each sample. Use one scale."
+        )
     written = written_weight(b, codes, packed_weight or weight, turned=False)
-    shape = {"strides": [stride[0], stride[-1]], "pads": pads, "dilations": [dilation[0], dilation[-1]], "group": groups}
+    shape: dict[str, Any] = {
+        "strides": [stride[0], stride[-1]],
+        "pads": pads,
+        "dilations": [dilation[0], dilation[-1]],
+        "group": groups,
+    }
     if _is_simulated(b, operand):
         offset = [] if end.bias is None else [_written_bias(b, end.bias, b.constant(operand.scale), end.weight_scale)]
         y = b.op("Conv", _simulated_input(b, operand), _simulated_weight(b, written, end.weight_scale, 0), *offset, **shape)

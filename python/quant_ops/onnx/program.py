@@ -98,6 +98,9 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"{_NAME}: expected an nn.Module or ExportedProgram, got {type(model).__name__}")
     if model.training:
         raise ValueError(f"{_NAME}: expected a model in eval mode, got one in training mode. Call model.eval() first.")
+    devices = sorted({tensor.device.type for tensor in (*model.parameters(), *model.buffers())} - {"cpu"})
+    if devices:
+        raise ValueError(f"{_NAME}: expected a model on the CPU, got tensors on {devices[0]}. Move it with model.cpu() first.")
     for name, layer in model.named_modules():
         kind = type(layer).__name__
         steps = layer.num_steps if isinstance(layer, Int8Layer | Prepared) else 1
@@ -107,9 +110,13 @@ def _check_model(model: Any) -> None:
                 "cannot choose from. Convert with Int8Static(num_steps=1) or Int8Dynamic()."
             )
         if isinstance(layer, Prepared) and not isinstance(layer, Qat):
-            raise ValueError(f"{_NAME}: expected converted layers, got {kind} {name!r}, which only observes. Call convert_(model) first.")
+            raise ValueError(
+                f"{_NAME}: expected converted layers, got {kind} {name!r}, which only observes. Call convert_(model) first."
+            )
         if isinstance(layer, Qat) and layer.observer is not None and (layer.observing or not layer._is_started()):
-            raise ValueError(f"{_NAME}: expected scales in {kind} {name!r}, got no data. Call calibrate(model, data) or train first.")
+            raise ValueError(
+                f"{_NAME}: expected scales in {kind} {name!r}, got no data. Call calibrate(model, data) or train first."
+            )
 
 
 def _check_graph(program: torch.export.ExportedProgram) -> None:
@@ -135,8 +142,8 @@ def _check_call(node: torch.fx.Node, inner: bool) -> None:
     name = schema.name.split("::")[1]
     if inner:
         raise ValueError(
-            f"{_NAME}: expected quant_ops operators outside of branches and loops, got {name} inside of torch.cond or another one. Export "
-            "the branches as models of their own."
+            f"{_NAME}: expected quant_ops operators outside of branches and loops, got {name} inside of torch.cond or another one. "
+            "Export the branches as models of their own."
         )
     options = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     options |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
@@ -156,11 +163,15 @@ def _problem(name: str, options: dict[str, Any]) -> str | None:
             f"{got}. Export the float model, or quantize with one of those or an integer format."
         )
     if options.get("block_size") is not None:
-        return f"tensors without block_size, got a call of {name} with {options['block_size']}. Use one scale per tensor, channel or row."
-    if name == "quant_tensor_forward" and not options["simulate"] and (
-        (codes := Codes.of(options["qmin"], options["qmax"])) is None or codes.dtype == torch.uint16
+        got = f"a call of {name} with {options['block_size']}"
+        return f"tensors without block_size, got {got}. Use one scale per tensor, channel or row."
+    if (
+        name == "quant_tensor_forward"
+        and not options["simulate"]
+        and ((codes := Codes.of(options["qmin"], options["qmax"])) is None or codes.dtype == torch.uint16)
     ):
-        return f"codes that int8, uint8 or int16 holds, got a call of {name} with [{options['qmin']}, {options['qmax']}]. Simulate them."
+        got = f"a call of {name} with [{options['qmin']}, {options['qmax']}]"
+        return f"codes that int8, uint8 or int16 holds, got {got}. Simulate them."
     return None
 
 

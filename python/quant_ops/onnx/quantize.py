@@ -34,9 +34,7 @@ def choose(b: Builder, x: ir.Value, dims: list[int], qmin: int, qmax: int, asymm
     return scale, b.op("Clip", steps, zero, b.number(qmax - qmin))
 
 
-def choose_qparams(
-    b: Builder, tensor: ir.Value, dim: list[int], qmin: int, qmax: int, asymmetric: bool = False
-) -> list[ir.Value]:
+def choose_qparams(b: Builder, tensor: ir.Value, dim: list[int], qmin: int, qmax: int, asymmetric: bool = False) -> list[ir.Value]:
     """:func:`quant_ops.choose_qparams` of a float32 tensor."""
     x = b.float32(tensor)
     scale, steps = choose(b, x, list(dim), qmin, qmax, asymmetric)
@@ -124,7 +122,7 @@ def grid_of(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | Non
     """None where the standard has no such granularity: a scale that varies along several dimensions, not all but the last."""
     shape, rank = sizes(scale), len(sizes(x))
     written = written_zero_point(b, zero_point, codes)
-    alike = zero_point is None or sizes(zero_point) == shape or zero_point.shape is not None and elements(zero_point) == 1
+    alike = zero_point is None or sizes(zero_point) == shape or (zero_point.shape is not None and elements(zero_point) == 1)
     if not alike:
         return None
     single = zero_point is None or elements(zero_point) == 1
@@ -208,7 +206,9 @@ def _steps(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None
     dtype = x.dtype
     assert dtype is not None
     steps = b.op("Round", b.op("Div", x, b.cast(scale, dtype)))
-    low, high = (b.tensor(float(end), dtype=torch.float64 if dtype == ir.DataType.DOUBLE else torch.float32) for end in (qmin, qmax))
+    low, high = (
+        b.tensor(float(end), dtype=torch.float64 if dtype == ir.DataType.DOUBLE else torch.float32) for end in (qmin, qmax)
+    )
     if zero_point is not None:
         steps = b.op("Add", steps, b.op("Cast", zero_point, to=int(dtype)))
     return b.op("Clip", steps, low, high)
@@ -231,7 +231,8 @@ def quant_tensor_forward(
     """:func:`quant_ops.quant_tensor_forward`: QuantizeLinear, and DequantizeLinear when simulating."""
     zero_point = zero_point if asymmetric else None
     shown = tensor.dtype
-    assert shown is not None and block_size is None
+    assert shown is not None
+    assert block_size is None
     codes = Codes.of(qmin, qmax, b.settings.shift if simulate else 0)
     double = shown == ir.DataType.DOUBLE
     x = tensor if double else b.float32(tensor)
@@ -258,16 +259,15 @@ def _codes_only(b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value |
 
 
 def dequant_tensor(
-    b: Builder, tensor: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, dtype: Any = None, block_size: Any = None
+    b: Builder, tensor: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, *, dtype: ir.DataType, block_size: Any = None
 ) -> list[ir.Value]:
     """:func:`quant_ops.dequant_tensor`, by elementary operations, which allow every granularity."""
     assert block_size is None
-    made = ir.DataType.FLOAT if dtype is None else ir.DataType(dtype)
-    kind = ir.DataType.DOUBLE if made == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    kind = ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     steps = b.op("Cast", tensor, to=int(ir.DataType.INT32))
     if zero_point is not None:
         steps = b.op("Sub", steps, b.op("Cast", zero_point, to=int(ir.DataType.INT32)))
-    return [b.cast(b.op("Mul", b.op("Cast", steps, to=int(kind)), b.cast(scale, kind)), made, kind)]
+    return [b.cast(b.op("Mul", b.op("Cast", steps, to=int(kind)), b.cast(scale, kind)), dtype, kind)]
 
 
 FLOAT8 = {(4, 3): ir.DataType.FLOAT8E4M3FN, (5, 2): ir.DataType.FLOAT8E5M2}

@@ -1,4 +1,4 @@
-"""The first of two passes: every call of a ``quant_ops`` operator becomes one node of the domain ``quant_ops`` with its arguments kept.
+"""The first of two passes: every call of a ``quant_ops`` operator becomes one node of the domain ``quant_ops``, its arguments kept.
 
 torch's exporter translates a graph before it has the values of weights and scales, and for an opset of its own. So its translation
 table only records the calls here; lower.py replaces the nodes when the values are known. Read next: lower.py.
@@ -57,6 +57,8 @@ class Recorder:
             bound = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
             tensors = {name: value for name, value in bound.items() if isinstance(value, ir.Value)}
             options = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+            if "dtype" in options:  # torch's number of float32, the default of every operator that has one
+                options["dtype"] = ir.DataType.FLOAT
             options |= {name: value for name, value in bound.items() if name not in tensors}
             inputs = {name: position for position, name in enumerate(tensors)}
             self.calls.append(Call(operator, inputs, {name: value for name, value in options.items() if name not in tensors}))

@@ -50,7 +50,9 @@ def _weight(
     packed, codes, scale = b.constant(packed_weight), b.constant(weight), b.constant(weight_scale)
     zero_point = b.constant(weight_zero_point)
     if scale is None or (packed is None and codes is None) or (weight_zero_point is not None and zero_point is None):
-        raise ValueError("quant_ops.onnx.export: expected constant weights of weight-only layers, got ones computed from the inputs")
+        raise ValueError(
+            "quant_ops.onnx.export: expected constant weights of weight-only layers, got ones computed from the inputs"
+        )
     if packed is not None:
         codes = ops.unpack_weight_only(packed, [int(size) for size in sizes(weight)], bits, group_size)
     assert codes is not None
@@ -81,12 +83,14 @@ def _dequantized(b: Builder, w: Weight, turned: bool) -> ir.Value:
     codes = b.tensor(placed(w.codes), "qweight", bits=bits)
     scale, zeros = w.scale, torch.zeros_like(w.scale, dtype=torch.int8) if zero_point is None else zero_point
     if scale.shape[1] == 1:
-        attributes = {"axis": 1 if turned else 0}
+        attributes: dict[str, Any] = {"axis": 1 if turned else 0}
         scale, zeros = scale[:, 0], zeros[:, 0]
     else:
         attributes = {"axis": 0 if turned else 1, "block_size": w.group}
         scale, zeros = placed(scale), placed(zeros)
-    y = b.op("DequantizeLinear", codes, b.tensor(scale, "weight_scale"), b.tensor(zeros, "weight_zero_point", bits=bits), **attributes)
+    y = b.op(
+        "DequantizeLinear", codes, b.tensor(scale, "weight_scale"), b.tensor(zeros, "weight_zero_point", bits=bits), **attributes
+    )
     if not w.is_floating:
         return y
     assert w.zero_point is not None
@@ -136,7 +140,9 @@ def weight_only_linear(
 
 def _fits_nbits(w: Weight) -> bool:
     """Blocks of onnxruntime's operator are powers of two from 16 on, and its zero points are codes."""
-    zero_points_fit = w.zero_point is None or w.is_floating or w.bits == 8 or bool(((w.zero_point >= -8) & (w.zero_point <= 7)).all())
+    zero_points_fit = (
+        w.zero_point is None or w.is_floating or w.bits == 8 or bool(((w.zero_point >= -8) & (w.zero_point <= 7)).all())
+    )
     return not w.is_floating and zero_points_fit and w.group >= 16 and w.group & (w.group - 1) == 0
 
 
@@ -147,10 +153,15 @@ def _matmul_nbits(b: Builder, x: ir.Value, w: Weight, bias: Tensor | None) -> ir
 
     def make() -> list[ir.Value]:
         codes = F.pad((w.codes.to(torch.int16) + middle).to(torch.uint8), (0, -k % w.group), value=middle)
-        tensors = [b.tensor(_bytes(codes, w.bits).reshape(n, -1, w.group * w.bits // 8), "qweight"), b.tensor(w.scale, "weight_scale")]
+        tensors = [
+            b.tensor(_bytes(codes, w.bits).reshape(n, -1, w.group * w.bits // 8), "qweight"),
+            b.tensor(w.scale, "weight_scale"),
+        ]
         if w.zero_point is not None:
             zeros = (w.zero_point.to(torch.int16) + middle).to(torch.uint8)
-            tensors.append(b.tensor(_bytes(F.pad(zeros, (0, zeros.shape[1] % 2 if w.bits == 4 else 0)), w.bits), "weight_zero_point"))
+            tensors.append(
+                b.tensor(_bytes(F.pad(zeros, (0, zeros.shape[1] % 2 if w.bits == 4 else 0)), w.bits), "weight_zero_point")
+            )
         return tensors
 
     tensors: Any = b.once((w.key, "nbits"), make)
@@ -181,7 +192,7 @@ def _integer_product(b: Builder, x: ir.Value, w: Weight, asymmetric: bool) -> ir
     q = b.op("Transpose", b.reshape(q, -1, count, w.group), perm=[1, 0, 2])  # (groups, rows, size of a group)
     sums = b.op("MatMulInteger", q, written, operand.zero_point, weight_zero_point(b))
     sums = _without_zero_points(b, sums, q, operand, w, codes)
-    scale = b.op("Mul", operand.scale, b.tensor(w.scale.t().reshape(count, 1, n).contiguous(), "weight_scale"))
+    scale = b.op("MatMul", operand.scale, b.tensor(w.scale.t().reshape(count, 1, n).contiguous(), "weight_scale"))
     y = b.op("Mul", b.op("Cast", sums, to=int(_FLOAT)), scale)
     return b.op("ReduceSum", y, b.axes(0), keepdims=0)
 
@@ -222,8 +233,7 @@ def weight_only_embedding(
 ) -> list[ir.Value]:
     """:func:`quant_ops.weight_only_embedding`: the rows of the codes are looked up, then dequantized."""
     w = _weight(b, weight, weight_scale, weight_zero_point, bits, group_size, packed_weight)
-    n, k = w.codes.shape
-    count = w.scale.shape[1]
+    k, count = w.codes.shape[1], w.scale.shape[1]
     flat = b.reshape(indices, -1)
     codes = b.once((w.key, "rows"), lambda: b.tensor(w.codes, "qweight", bits=w.bits))
     if w.bits == 4:
