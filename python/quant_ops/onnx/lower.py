@@ -67,6 +67,8 @@ def _prefix(node: ir.Node, call: Call) -> str:
     for argument in ("weight_scale", "tensor", "scale"):
         position = call.inputs.get(argument)
         value = None if position is None else node.inputs[position]
+        while value is not None and (producer := value.producer()) is not None:
+            value = producer.inputs[0] if producer.inputs else None
         if value is not None and value.is_initializer() and "." in str(value.name):
             return str(value.name).rsplit(".", 1)[0]
     return str(node.outputs[0].name)
