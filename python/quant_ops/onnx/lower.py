@@ -38,7 +38,7 @@ def lower(model: ir.Model, recorder: Recorder, settings: Settings) -> None:
     for node in list(model.graph):
         if node.domain == DOMAIN:
             _replace(b, node, recorder.call_of(node))
-    del model.opset_imports[DOMAIN]
+    model.opset_imports.pop(DOMAIN, None)
     for domain in b.domains:
         model.opset_imports[domain] = 1
 

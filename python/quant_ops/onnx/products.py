@@ -21,6 +21,7 @@ from .quantize import Codes, choose, elements, quantized, written_zero_point
 
 _FLOAT, _INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 _MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}  # of codes, whatever their zero point
+_FLOAT_LIMIT = 2**24 // (255 * 128)  # products of codes whose sums float32 holds exactly
 _BIAS_LIMIT = 2**30  # of a bias in units of the product, so that its sum with the product stays within int32
 
 
@@ -173,7 +174,7 @@ class Epilogue:
 
 
 def scaled(b: Builder, sums: ir.Value, x: Operand, weight_sums: Tensor, end: Epilogue) -> ir.Value:
-    """float(sums) * (x_scale * weight_scale), less what zero points of rows add to the sums."""
+    """float(sums) * (x_scale * weight_scale), less what zero points of rows add to the sums: int32, or floats that are whole."""
     if x.row_zero_point is not None:
         zeros = b.op("Cast", x.row_zero_point, to=int(_INT32))
         sums = b.op("Sub", sums, b.op("Mul", zeros, b.tensor(end.by_channel(weight_sums.to(torch.int32)), "weight_sums")))
@@ -185,7 +186,7 @@ def scaled(b: Builder, sums: ir.Value, x: Operand, weight_sums: Tensor, end: Epi
         scale = b.op("MatMul", x.scale, b.tensor(weight_scale.reshape(1, -1), "weight_scale"))
     else:
         scale = b.op("Mul", b.float32(x.scale), b.tensor(weight_scale, "weight_scale"))
-    y = b.op("Mul", b.op("Cast", sums, to=int(_FLOAT)), scale)
+    y = b.op("Mul", b.cast(sums, _FLOAT, sums.dtype or _INT32), scale)
     return y if end.bias is None else b.op("Add", y, b.tensor(end.by_channel(end.bias), "bias"))
 
 
@@ -277,23 +278,26 @@ def int8_linear(
     n, k = codes.shape
     end = _epilogue(b, weight_scale, bias, n, -1, options)
     given, rank = x, len(sizes(x))
+    flat = x_scale is None or (b.settings.form == "qdq" and elements(x_scale) == 1 and b.constant(x_scale) is not None)
     if x_multiplier is not None:
         x = b.op("Mul", b.float32(x), b.float32(x_multiplier))
         x.shape, x.dtype = given.shape, _FLOAT
+    if flat and rank != 2:
+        rows = b.reshape(x, -1, k)
+        rows.shape, rows.dtype = ir.Shape([None, k]), x.dtype
+        x = rows
     if x_scale is None:
-        rows = _rows(given)
-        flat = b.reshape(b.float32(x), -1, k)
-        operand = dynamic(b, flat, [1], rows, 2, asymmetric)
+        operand = dynamic(b, b.float32(x), [1], _rows(given), 2, asymmetric)
     else:
         operand = static(b, x, x_scale, x_zero_point)
     written = written_weight(b, codes, packed_weight or weight, turned=True)
     if _is_simulated(b, operand):
-        y = _linear_of_floats(b, operand, written, end, rank)
+        y = _gemm(b, operand, written, end)
     else:
         sums = b.op("MatMulInteger", operand.codes, written, operand.zero_point, weight_zero_point(b))
         y = scaled(b, sums, operand, codes.sum(1, dtype=torch.int64), end)
     y = finished(b, y, end)
-    if x_scale is None and rank != 2:
+    if flat and rank != 2:
         q = y
         y = b.like_rows(y, given, n)
         if q in b.shifted:
@@ -309,14 +313,10 @@ def _rows(x: ir.Value) -> int:
     return rows
 
 
-def _linear_of_floats(b: Builder, x: Operand, weight: ir.Value, end: Epilogue, rank: int) -> ir.Value:
-    """Gemm for matrices, which onnxruntime computes in integers with the bias; MatMul and Add otherwise."""
-    a, w = _simulated_input(b, x), _simulated_weight(b, weight, end.weight_scale, 1)
-    if rank == 2:
-        bias = [] if end.bias is None else [_written_bias(b, end.bias, b.constant(x.scale), end.weight_scale)]
-        return b.op("Gemm", a, w, *bias)
-    y = b.op("MatMul", a, w)
-    return y if end.bias is None else b.op("Add", y, b.tensor(end.bias, "bias"))
+def _gemm(b: Builder, x: Operand, weight: ir.Value, end: Epilogue) -> ir.Value:
+    """Of matrices, which onnxruntime computes in integers with the bias; MatMul and Add it may make a float Gemm of."""
+    bias = [] if end.bias is None else [_written_bias(b, end.bias, b.constant(x.scale), end.weight_scale)]
+    return b.op("Gemm", _simulated_input(b, x), _simulated_weight(b, weight, end.weight_scale, 1), *bias)
 
 
 def int8_conv2d(
@@ -346,8 +346,9 @@ def int8_conv2d(
         x.shape, x.dtype = ir.Shape([1, *sizes(given)]), given.dtype
     top, bottom, left, right = padding if len(padding) == 4 else [padding[0], padding[0], padding[-1], padding[-1]]
     pads = [top, left, bottom, right]
+    in_floats = groups > 1 and codes[0].numel() <= _FLOAT_LIMIT
     if x_scale is None:
-        x, operand, pads = _dynamic_images(b, x, pads, asymmetric)
+        x, operand, pads = _dynamic_images(b, x, pads, asymmetric, in_floats)
     else:
         operand = static(b, x, x_scale, x_zero_point)
     if operand.is_outer:
@@ -365,7 +366,10 @@ def int8_conv2d(
         offset = [] if end.bias is None else [_written_bias(b, end.bias, b.constant(operand.scale), end.weight_scale)]
         y = b.op("Conv", _simulated_input(b, operand), _simulated_weight(b, written, end.weight_scale, 0), *offset, **shape)
     else:
-        sums = b.op("ConvInteger", operand.codes, written, operand.zero_point, weight_zero_point(b), **shape)
+        if in_floats:
+            operand, sums = _conv_of_codes(b, operand, written, shape)
+        else:
+            sums = b.op("ConvInteger", operand.codes, written, operand.zero_point, weight_zero_point(b), **shape)
         y = scaled(b, sums, operand, codes.sum((1, 2, 3), dtype=torch.int64), end)
     y = finished(b, y, end)
     if not single:
@@ -376,12 +380,27 @@ def int8_conv2d(
     return [y]
 
 
-def _dynamic_images(b: Builder, x: ir.Value, pads: list[int], asymmetric: bool) -> tuple[ir.Value, Operand, list[int]]:
+def _conv_of_codes(b: Builder, x: Operand, weight: ir.Value, shape: dict[str, Any]) -> tuple[Operand, ir.Value]:
+    """The exact sums of few products by a convolution of floats: for groups, at which runtimes' ConvInteger is slow.
+
+    Returns x without its zero points, and the sums.
+    """
+    zero = x.row_zero_point if x.row_zero_point is not None else b.op("Cast", x.zero_point, to=int(_FLOAT))
+    steps = b.op("Sub", b.op("Cast", x.codes, to=int(_FLOAT)), zero)
+    of_weight = b.op("Sub", b.op("Cast", weight, to=int(_FLOAT)), b.number(b.settings.shift))
+    sums = b.op("Round", b.op("Conv", steps, of_weight, **shape))  # whole already; without it runtimes scale the weight instead
+    sums.dtype = _FLOAT
+    return dataclasses.replace(x, zero_point=None, row_zero_point=None), sums
+
+
+def _dynamic_images(
+    b: Builder, x: ir.Value, pads: list[int], asymmetric: bool, in_floats: bool
+) -> tuple[ir.Value, Operand, list[int]]:
     """Images with a scale for each. Those that each have a zero point are padded before, with zeros, which every range contains."""
     samples = sizes(x)[0]
     x = b.float32(x)
     one = samples == 1 and b.settings.codes == "uint8"
-    if asymmetric and not one and any(pads):
+    if asymmetric and not one and any(pads) and not in_floats:
         top, left, bottom, right = pads
         x = b.op("Pad", x, b.axes(0, 0, top, left, 0, 0, bottom, right), b.number(0))
         pads = [0] * 4
