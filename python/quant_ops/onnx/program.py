@@ -113,10 +113,15 @@ def _check_model(model: Any) -> None:
             raise ValueError(
                 f"{_NAME}: expected converted layers, got {kind} {name!r}, which only observes. Call convert_(model) first."
             )
-        if isinstance(layer, Qat) and layer.observer is not None and (layer.observing or not layer._is_started()):
+        if isinstance(layer, Qat) and layer.observer is not None and not _is_ready(layer):
             raise ValueError(
                 f"{_NAME}: expected scales in {kind} {name!r}, got no data. Call calibrate(model, data) or train first."
             )
+
+
+def _is_ready(layer: Any) -> bool:
+    """Whether a layer in training computes with its scales, and does not wait for data to take them from."""
+    return not layer.observing and not (layer.until_seen and layer._is_first()) and layer._is_started()
 
 
 def _check_graph(program: torch.export.ExportedProgram) -> None:
