@@ -60,6 +60,7 @@ class Builder:
         self._tape = onnx_ir.tape.Tape()
         self._constants: dict[ir.Value, Tensor | None] = {}
         self._written: dict[Any, ir.Value] = {}
+        self._buffers = set(self.graph.initializers)
         self.prefix = ""
 
     # ---- nodes -----------------------------------------------------------------------------------------------------------
@@ -115,7 +116,13 @@ class Builder:
         return self._written[key]
 
     def _free_name(self, name: str) -> str:
+        """The name, which a buffer of the model gives up, or one with a number behind it."""
         taken, number = self.graph.initializers, 1
+        if name in self._buffers:
+            buffer = taken.pop(name)
+            self._buffers.remove(name)
+            buffer.name = self._free_name(f"{name}_of_torch")  # seldom in use: the nodes that are replaced took it
+            taken[buffer.name] = buffer
         free = name
         while free in taken:
             number += 1
