@@ -150,8 +150,7 @@ class QuantizedLayer(SavedState):
     def _refuse_onnx(self) -> NoReturn:
         raise RuntimeError(
             f"quant_ops.{type(self).__name__}: expected no torch.onnx.export of quantized layers, whose operators ONNX lacks. "
-            "Export the float model and quantize it with the tools of ONNX, or keep this one in torch, with torch.export.export "
-            "or torch.jit.trace."
+            "Call quant_ops.onnx.export(model, args, path), which writes those of ONNX in their place."
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
