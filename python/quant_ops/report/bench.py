@@ -15,7 +15,7 @@ from .. import _library
 from ..nn import INT8_LAYERS
 from ..ops import choose_qparams
 from .error import sqnr
-from .timing import interleave
+from .timing import duration, interleave
 
 _LEAST_SQNR = 30.0  # dB: less is a wrong result, not a rounding error
 
@@ -87,5 +87,5 @@ def text(result: dict[str, Any]) -> str:
     slowest = result["seconds"]["FP32"]
     for name, t in result["seconds"].items():
         rate = result["tera_operations_per_second"][name]
-        lines.append(f"  {name:<14}{t:.3e} s  {rate:8.3f} Tera-operations/s  {slowest / t:6.2f} x FP32")
+        lines.append(f"  {name:<14}{duration(t):>8}  {rate:8.3f} Tera-operations/s  {slowest / t:6.2f} x FP32")
     return "\n".join([*lines, "  SQNR: " + ", ".join(f"{name} {value:.1f} dB" for name, value in result["sqnr_db"].items())])
