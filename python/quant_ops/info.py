@@ -144,7 +144,7 @@ def collect_env() -> str:
     opened, the environment variables that matter to them, and the result of a check of the kernels against int64 arithmetic.
 
     Returns:
-        Lines of ``name: value``. Variables are shown with their values; look over them before you publish.
+        A line for each thing. Variables are shown with their values; look over them before you publish.
     """
     return environment_text(environment())
 

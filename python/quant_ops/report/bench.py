@@ -83,7 +83,8 @@ def _bench(layer: nn.Module, shape: tuple[int, ...], title: str, operations: int
 
 def text(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{result['title']} on {result['device']}, {result['threads']} threads, kernel {result['kernel']}"]
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    lines = [f"{result['title']} on {result['device']}, {threads}, kernel {result['kernel']}"]
     slowest = result["seconds"]["FP32"]
     for name, t in result["seconds"].items():
         rate = result["tera_operations_per_second"][name]
