@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import quant_ops as qo
 from benchmarks import table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 FOLDERS = "cpp|cuda|python|examples|benchmarks|tests|docs"
 
@@ -22,6 +23,14 @@ def anchors(path):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_place_has_the_same_version():
+    """pyproject.toml, from which the package takes it, the changes, and the citation."""
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert qo.__version__ == version
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
