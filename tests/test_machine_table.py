@@ -114,6 +114,16 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert "expected an SQNR of 20.0 dB of Conv2d 8 -> 8" in capsys.readouterr().err
 
 
+@pytest.mark.cuda
+def test_on_a_gpu():
+    """Peers that take other shapes only are named; everything else is there."""
+    result = machine_table.measure(60.0, LAYERS)
+    assert result["machine"]["kind"] == "cuda"
+    assert [row["best_peer"] for row in result["rows"]] == ["torch._int_mm", None, None, None]
+    assert all({"float32", "bfloat16", "quant_ops"} <= row["seconds"].keys() for row in result["rows"])
+    assert "int8 from bfloat16 to bfloat16" in machine_table.text(result)
+
+
 def test_limits():
     peak = limits.peak_gops(1, 0.01)
     assert peak is None or peak > 1

@@ -280,9 +280,10 @@ def _title(machine: dict[str, Any]) -> str:
 
 def _notes(result: dict[str, Any], has_bfloat16: bool, has_limit: bool) -> list[str]:
     machine = result["machine"]
+    dtype = "bfloat16" if machine["kind"] == "cuda" else "float32"
     notes = [
-        "Times are medians of single calls from float32 to float32 with the data in the caches, quantization included: Linear with "
-        "scales from the data of each call, convolutions with a fixed scale and channels_last.",
+        f"Times are medians of calls on the same data again and again, quantization included: int8 from {dtype} to {dtype}, Linear "
+        "with scales from the data of each call, convolutions with a fixed scale and channels_last.",
         "speed: the time of the best of the others divided by that of quant_ops; below 1, another one is faster.",
     ]
     if has_limit:
@@ -295,7 +296,7 @@ def _notes(result: dict[str, Any], has_bfloat16: bool, has_limit: bool) -> list[
             "Without VNNI instructions ONNX Runtime adds products in 16 bits, which saturate for large codes; the sums of "
             "quant_ops are exact."
         )
-    if not has_bfloat16:
+    if result["rows"] and not has_bfloat16:
         notes.append("No column of bfloat16: this processor has no instructions for it.")
     for kind in ("Linear", "Conv2d"):
         ratios = [row["ratio"] for row in result["rows"] if row["kind"] == kind]

@@ -1,7 +1,8 @@
 """The contenders of ``python -m quant_ops bench``: one layer in float, in quant_ops, and in the other int8 packages installed.
 
-All go from float32 to float32 with weights prepared before: Linear layers take the scales of their input from the data of each
-call, convolutions have a fixed one, as these are the forms that the packages have in common. Read next: machine_table.py.
+Weights are prepared before: Linear layers take the scales of their input from the data of each call, convolutions have a fixed
+one, as these are the forms that the packages have in common. On the CPU int8 goes from float32 to float32, on a GPU from bfloat16
+to bfloat16, as its models do. Read next: machine_table.py.
 """
 
 import copy
@@ -50,14 +51,15 @@ class Problem:
 def contenders(problem: Problem) -> dict[str, Callable[[], Call]]:
     """What makes the call of each contender that this machine and installation may have; making it may raise."""
     on_cpu, linear = problem.x.device.type == "cpu", isinstance(problem.layer, nn.Linear)
+    x = problem.x if on_cpu or not has_bfloat16("cuda") else problem.x.bfloat16()
     makers: dict[str, Callable[[], Call]] = {
         "float32": lambda: functools.partial(problem.layer, problem.x),
-        OURS: lambda: functools.partial(problem.int8, problem.x),
+        OURS: lambda: functools.partial(problem.int8, x),
     }
     if has_bfloat16(problem.x.device.type):
         makers["bfloat16"] = functools.partial(_bfloat16, problem)
     if not on_cpu:
-        return makers | ({"torch._int_mm": functools.partial(_int_mm, problem)} if linear else {})
+        return makers | ({"torch._int_mm": functools.partial(_int_mm, problem, x)} if linear else {})
     for engine in _torch_ao_engines():
         makers[f"torch.ao {engine}"] = functools.partial(_torch_ao_linear if linear else _torch_ao_conv, engine, problem)
     if util.find_spec("onnxruntime") and util.find_spec("onnx"):
@@ -76,14 +78,14 @@ def _bfloat16(p: Problem) -> Call:
     return functools.partial(copy.deepcopy(p.layer).bfloat16(), p.x.bfloat16())
 
 
-def _int_mm(p: Problem) -> Call:
+def _int_mm(p: Problem, x: Tensor) -> Call:
     """Rows quantized by torch's elementwise operators, and its integer product."""
     weight, weight_scale, bias = p.int8.qweight.t(), p.int8.weight_scale, p.int8.bias
 
     def call() -> Tensor:
-        scale = p.x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        codes = (p.x / scale).round().to(torch.int8)
-        return torch.addcmul(bias, torch._int_mm(codes, weight) * scale, weight_scale)
+        scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 127
+        codes = (x / scale).round().to(torch.int8)
+        return torch.addcmul(bias, torch._int_mm(codes, weight) * scale, weight_scale).to(x.dtype)
 
     return call
 
