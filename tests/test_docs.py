@@ -4,13 +4,13 @@ import contextlib
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import quant_ops as qo
 from quant_ops.cli import main
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 # pages that say that each of their snippets runs as it stands; those of all others go on from the ones before them
-ALONE = {"README.md", "docs/index.md", "docs/guide.md", "docs/simulation.md"}
+STANDING = ["README.md", "docs/index.md", "docs/guide.md", "docs/simulation.md"]
 
 
 def blocks(page, language):
@@ -28,44 +28,39 @@ def blocks(page, language):
 
 # ---- Python ----------------------------------------------------------------------------------------------------------------
 
-RUNS = {}
-for _page in PAGES:
-    _snippets = blocks(_page, "python")
-    if _page in ALONE:
-        RUNS |= {f"{_page}-{i}": [snippet] for i, snippet in enumerate(_snippets)}
-    elif _snippets:
-        RUNS[_page] = _snippets
+SNIPPETS = {page: blocks(page, "python") for page in PAGES}
+ALONE = {f"{page}-{i}": snippet for page in STANDING for i, snippet in enumerate(SNIPPETS[page])}
 
 
 @contextlib.contextmanager
 def as_it_was():
-    """What a page may set for the process ends with it."""
-    threads, dtype, engine = torch.get_num_threads(), torch.get_default_dtype(), torch.backends.quantized.engine
-    variables = dict(os.environ)
+    """What a snippet or a command may set for the process ends with it."""
+    threads, engine = torch.get_num_threads(), torch.backends.quantized.engine
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
         torch.backends.quantized.engine = engine
-        os.environ.clear()
-        os.environ.update(variables)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_snippets_run(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ALONE)
+def test_snippet_runs_by_itself(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "snippet"}
     with as_it_was():
-        for i, snippet in enumerate(RUNS[name]):
-            exec(compile(snippet, f"{name}, snippet {i}", "exec"), namespace)
+        exec(compile(ALONE[name], name, "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page] and page not in STANDING])
+def test_snippets_run_one_after_the_other(page, tmp_path):
+    script = tmp_path / f"{Path(page).stem}_page.py"
+    script.write_text("\n".join(SNIPPETS[page]))
+    done = python(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_there_are_snippets():
     for page, least in (("README.md", 3), ("docs/index.md", 3), ("docs/guide.md", 10), ("docs/simulation.md", 3)):
-        assert sum(name.startswith(f"{page}-") for name in RUNS) >= least
+        assert len(SNIPPETS[page]) >= least
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------------
