@@ -1,17 +1,20 @@
 """Lets docstrings name the package's functions as :func:`quantize_`: in the site such a name is a link to its reference."""
 
 import re
+from pathlib import Path
 
 import griffe
 
+LISTED = re.compile(r"^::: quant_ops\.(\w+)$", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
 
 
 class Roles(griffe.Extension):
-    """Replaces the roles of docstrings; names that are not public, and methods, become code."""
+    """Replaces the roles of docstrings; names that no page of the reference has, and methods, become code."""
 
     def on_package(self, *, pkg, **kwargs):
-        self.public = {str(name).strip("'\"") for name in pkg.exports or ()}
+        pages = (Path(__file__).parent / "reference").glob("*.md")
+        self.listed = {name for page in pages for name in LISTED.findall(page.read_text())}
         self.replace_below(pkg)
 
     def replace_below(self, obj):
@@ -23,4 +26,4 @@ class Roles(griffe.Extension):
 
     def markdown(self, match):
         name = match.group(1).removeprefix("quant_ops.")
-        return f"[`{name}`][quant_ops.{name}]" if name in self.public else f"`{name}`"
+        return f"[`{name}`][quant_ops.{name}]" if name in self.listed else f"`{name}`"
