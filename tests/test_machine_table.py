@@ -49,6 +49,7 @@ def test_rows(result):
         assert row["sqnr_db"]["quant_ops"] > 30
         assert row["sqnr_db"]["float32"] == 300
         assert row["best_other"] == min(seconds.keys() - {"quant_ops"}, key=seconds.get)
+        assert set(row["disturbed"]) <= seconds.keys()
         assert row["ratio"] * seconds["quant_ops"] == pytest.approx(seconds[row["best_other"]])
         assert row["percent_of_limit"] is None or 0 < row["percent_of_limit"] < 300
     assert json.loads(json.dumps(result)) == result
@@ -87,6 +88,15 @@ def test_a_peer_that_is_wrong_or_fails_is_named(monkeypatch):
     text = machine_table.text(result)
     assert "ONNX Runtime is missing in 1 row: its result is nan dB" in text
     assert "none" in text.splitlines()[3]
+
+
+def test_disturbed_rows_are_marked(monkeypatch):
+    """They are shown, but not in the mean."""
+    monkeypatch.setattr(machine_table, "_DISTURBED", 0.5)
+    text = machine_table.text(machine_table.measure(60.0, LAYERS[1:2]))
+    assert " x *" in text.splitlines()[3]
+    assert "other work on the machine decided" in text.replace("\n", " ")
+    assert "Geometric mean" not in text
 
 
 def test_layers_for_which_there_is_no_time():

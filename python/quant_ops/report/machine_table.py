@@ -34,6 +34,7 @@ _MOST_SECONDS = 4.0  # of a layer
 _SETTLE_SECONDS = 0.01  # until the threads of the contender before have stopped looking for work
 _LIMIT_SECONDS = 0.1  # for each measurement of a limit
 _TURN_SECONDS = 0.002
+_DISTURBED = 2.0  # a median that is so many times the least time is more of the machine's than of the layer's
 _WIDTH = 120  # of the notes
 
 
@@ -166,6 +167,7 @@ def _row(
         "layer": str(layer),
         "kind": layer.kind,
         "seconds": seconds,
+        "disturbed": [name for name, samples in times.items() if seconds[name] > _DISTURBED * min(samples)],
         "calls": {name: len(samples) for name, samples in times.items()},
         "sqnr_db": quality,
         "best_peer": min(peers, key=peers.__getitem__, default=None),
@@ -266,7 +268,11 @@ def _cells(row: dict[str, Any], has_bfloat16: bool, has_limit: bool) -> list[str
     cells = [row["model"], row["layer"], _show(seconds.get("float32"))]
     if has_bfloat16:
         cells.append(_show(seconds.get("bfloat16")))
-    cells += [f"{peer} {_show(seconds[peer]):>7}" if peer else "none", _show(seconds[OURS]), f"{row['ratio']:.2f} x"]
+    cells += [
+        f"{peer} {_show(seconds[peer]):>7}" if peer else "none",
+        _show(seconds[OURS]),
+        f"{row['ratio']:.2f} x{' *' if row['disturbed'] else ''}",
+    ]
     if has_limit:
         cells.append("" if row["percent_of_limit"] is None else f"{row['percent_of_limit']:.0f} %")
     return cells
@@ -299,13 +305,18 @@ def _notes(result: dict[str, Any], has_bfloat16: bool, has_limit: bool) -> list[
     if result["rows"] and not has_bfloat16:
         notes.append("No column of bfloat16: this processor has no instructions for it.")
     for kind in ("Linear", "Conv2d"):
-        ratios = [row["ratio"] for row in result["rows"] if row["kind"] == kind]
+        ratios = [row["ratio"] for row in result["rows"] if row["kind"] == kind and not row["disturbed"]]
         if ratios:
-            notes.append(f"Geometric mean of the speeds of {kind}: {statistics.geometric_mean(ratios):.2f}.")
+            notes.append(f"Geometric mean of the speeds of {kind}, {len(ratios)} rows: {statistics.geometric_mean(ratios):.2f}.")
     for name, layers in result["missing"].items():
         notes.append(f"{name} is missing in {len(layers)} row{'s' if len(layers) > 1 else ''}: {next(iter(layers.values()))}.")
     if result["left_out"]:
         notes.append(f"Left out, as --seconds was too short: {'; '.join(result['left_out'])}.")
+    if any(row["disturbed"] for row in result["rows"]):
+        notes.append(
+            f"*: a median is more than {_DISTURBED:g} times the least time of the same calls, so other work on the machine decided "
+            "this row. Repeat it on a quiet machine, or with fewer --threads."
+        )
     if machine["load"] is not None and machine["load"] > 0.5 * (os.cpu_count() or 1):
         notes.append(f"Other processes were running (load {machine['load']}): take the times with caution.")
     return [line for note in notes for line in textwrap.wrap(note, _WIDTH)]
