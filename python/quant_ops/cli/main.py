@@ -119,7 +119,7 @@ def _check_bench(options: argparse.Namespace) -> None:
         if o.plot:
             machine_table.check_plot(o.plot)
         return
-    _expect("bench", o.plot is None, f"--plot for the table alone, which has no {o.op} in the command, got {o.op} and --plot")
+    _expect("bench", o.plot is None, f"--plot with the table, which is bench without {o.op}, got {o.op} and --plot")
     if o.op == "linear":
         images = [name for name in given if name not in ("bs", "cin", "cout")]
         _expect("bench", not images, f"--bs, --cin and --cout for linear, got --{' --'.join(images)} too")
