@@ -5,7 +5,7 @@ from pathlib import Path
 
 import griffe
 
-LISTED = re.compile(r"^::: quant_ops\.(\w+)$", re.MULTILINE)
+LISTED = re.compile(r"^::: quant_ops\.([\w.]+)$", re.MULTILINE)
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
 
 
@@ -26,4 +26,5 @@ class Roles(griffe.Extension):
 
     def markdown(self, match):
         name = match.group(1).removeprefix("quant_ops.")
-        return f"[`{name}`][quant_ops.{name}]" if name in self.listed else f"`{name}`"
+        shown = name.rpartition(".")[2]
+        return f"[`{shown}`][quant_ops.{name}]" if name in self.listed else f"`{name}`"
