@@ -4,13 +4,13 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from processes import python
 
 import quant_ops as qo
 from quant_ops.cli import main
@@ -34,13 +34,17 @@ ALONE = {f"{page}-{i}": snippet for page in STANDING for i, snippet in enumerate
 
 @contextlib.contextmanager
 def as_it_was():
-    """What a snippet or a command may set for the process ends with it."""
-    threads, engine = torch.get_num_threads(), torch.backends.quantized.engine
+    """What a page or a command may set for the process ends with it."""
+    threads, engine, variables = torch.get_num_threads(), torch.backends.quantized.engine, dict(os.environ)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.backends.quantized.engine = engine
+        os.environ.clear()
+        os.environ.update(variables)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -51,11 +55,12 @@ def test_snippet_runs_by_itself(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page] and page not in STANDING])
-def test_snippets_run_one_after_the_other(page, tmp_path):
-    script = tmp_path / f"{Path(page).stem}_page.py"
-    script.write_text("\n".join(SNIPPETS[page]))
-    done = python(script, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "snippets"}
+    with as_it_was():
+        for i, snippet in enumerate(SNIPPETS[page]):
+            exec(compile(snippet, f"{page}-{i}", "exec"), namespace)
 
 
 def test_there_are_snippets():
