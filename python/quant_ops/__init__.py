@@ -59,7 +59,7 @@ from .formats import (  # noqa: E402
     with_gradient,
 )
 from .formats import from_json as format_from_json  # noqa: E402
-from .info import kernel_for  # noqa: E402
+from .info import collect_env, kernel_for  # noqa: E402
 from .nn import QuantConv1d, QuantConv2d, QuantLinear, ScaledLinear, WeightOnlyEmbedding, WeightOnlyLinear  # noqa: E402
 from .ops import (  # noqa: E402
     MappingType,
@@ -163,6 +163,7 @@ __all__ = [
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
+    "collect_env",
     "compare",
     "config_from_json",
     "convert_",

@@ -4,7 +4,7 @@ The file holds the model's state_dict as plain tensors, each one once: int8 weig
 scales, and whatever stayed float; also the buffers that a state_dict leaves out, for models on the meta device. Its metadata has
 one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
 
-    {"format_version": 1, "quant_ops": "0.1.0",
+    {"format_version": 1, "quant_ops": "0.2.0",
      "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32",
                                 "config": {...} or null}, ...},
      "shared": {"head.weight": "embedding.weight", ...},    further names of a tensor that the file has under its first name
