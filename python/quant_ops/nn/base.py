@@ -3,6 +3,7 @@
 Read first: state.py, what a layer holds; next: int8.py, weight_only.py.
 """
 
+import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.onnx import is_in_onnx_export
 
 from .saving import SavedState
 from .scaled import ScaledLinear, checked_multiplier
@@ -22,7 +22,8 @@ _Self = TypeVar("_Self", bound="QuantizedLayer")
 
 
 def _in_onnx_export() -> bool:
-    return is_in_onnx_export()
+    onnx = sys.modules.get("torch.onnx")  # whose import takes a quarter of a second
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 # Dynamo takes torch's function for False; it calls one with this mark, which torch.compiler.assume_constant_result would set (that
