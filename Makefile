@@ -5,6 +5,8 @@
 #   make bench       time the operators and whole layers against torch's and other packages', where installed
 #   make lint        formatting, static checks
 #   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
+#   make wheel       a manylinux wheel for every Python and an sdist, in dist/
+#   make wheel-cuda  the wheel of quant_ops_cuda, which holds the CUDA library (needs nvcc, no GPU)
 #   make gpu-check   on a machine with a GPU: build, test, measure, write JSON
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +17,7 @@ SOURCES := CMakeLists.txt $(shell find cpp cuda -type f)
 INSTALLED := build/editable/.installed-$(shell find python -name '*.py' | sort | cksum | cut -d' ' -f1)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
-.PHONY: demo test test-all bench lint format cuda-build gpu-check clean
+.PHONY: demo test test-all bench lint format cuda-build wheel wheel-cuda gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -52,6 +54,31 @@ format: $(INSTALLED)
 cuda-build: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target quant_ops_cuda
+
+# auditwheel changes the platform in the name to the oldest systems that have what the library needs; torch's libraries are the
+# user's. It prefers manylinux_2_28, as torch's wheels do, and says what else came out where a compiler asks for more.
+DIST ?= dist
+REPAIR = rm -f $(DIST)/$(1)-*-linux_*.whl; \
+  $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --plat manylinux_2_28_$$(uname -m) -w $(DIST) $(2) || \
+  $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --plat auto -w $(DIST) $(2)
+
+wheel: $(INSTALLED)
+	rm -rf build/wheels && mkdir -p build/wheels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheels \
+	  -C cmake.define.QUANT_OPS_CUDA=OFF .
+	PATH="$(abspath $(BIN)):$$PATH" $(call REPAIR,quant_ops,build/wheels/quant_ops-*.whl)
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("$(DIST)")'
+	ls -l $(DIST)
+
+# CUDA_LIBRARY=path takes a library that is built already.
+CUDA_LIBRARY ?= build/cuda/libquant_ops_cuda.so
+wheel-cuda: $(if $(filter file,$(origin CUDA_LIBRARY)),cuda-build,$(INSTALLED))
+	rm -rf build/wheel-cuda && mkdir -p build/wheel-cuda && cp -r cuda/wheel build/wheel-cuda/source
+	cp LICENSE build/wheel-cuda/source && cp pyproject.toml build/wheel-cuda/source/version.txt
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel-cuda \
+	  -C cmake.define.QUANT_OPS_CUDA_LIBRARY="$(abspath $(CUDA_LIBRARY))" build/wheel-cuda/source
+	PATH="$(abspath $(BIN)):$$PATH" $(call REPAIR,quant_ops_cuda,build/wheel-cuda/quant_ops_cuda-*.whl)
+	ls -l $(DIST)
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
