@@ -55,18 +55,17 @@ cuda-build: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target quant_ops_cuda
 
-# auditwheel changes the platform in the name to the oldest systems that have what the library needs; torch's libraries are the
-# user's. It prefers manylinux_2_28, as torch's wheels do, and says what else came out where a compiler asks for more.
+# auditwheel names the platform after the oldest systems that have what the library needs; torch's libraries are the user's. It is to
+# be manylinux_2_28, as torch's wheels are; where the compiler asks for newer systems, the name of the file in dist/ says which.
 DIST ?= dist
-REPAIR = rm -f $(DIST)/$(1)-*-linux_*.whl; \
-  $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --plat manylinux_2_28_$$(uname -m) -w $(DIST) $(2) || \
-  $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --plat auto -w $(DIST) $(2)
+REPAIR = export PATH="$(abspath $(BIN)):$$PATH"; for platform in manylinux_2_28_$$(uname -m) auto; do \
+  auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --only-plat --plat $$platform -w $(DIST) $(1) && exit 0; done; exit 1
 
 wheel: $(INSTALLED)
 	rm -rf build/wheels && mkdir -p build/wheels
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheels \
 	  -C cmake.define.QUANT_OPS_CUDA=OFF .
-	PATH="$(abspath $(BIN)):$$PATH" $(call REPAIR,quant_ops,build/wheels/quant_ops-*.whl)
+	$(call REPAIR,build/wheels/quant_ops-*.whl)
 	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("$(DIST)")'
 	ls -l $(DIST)
 
@@ -77,7 +76,7 @@ wheel-cuda: $(if $(filter file,$(origin CUDA_LIBRARY)),cuda-build,$(INSTALLED))
 	cp LICENSE build/wheel-cuda/source && cp pyproject.toml build/wheel-cuda/source/version.txt
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel-cuda \
 	  -C cmake.define.QUANT_OPS_CUDA_LIBRARY="$(abspath $(CUDA_LIBRARY))" build/wheel-cuda/source
-	PATH="$(abspath $(BIN)):$$PATH" $(call REPAIR,quant_ops_cuda,build/wheel-cuda/quant_ops_cuda-*.whl)
+	$(call REPAIR,build/wheel-cuda/quant_ops_cuda-*.whl)
 	ls -l $(DIST)
 
 gpu-check:
