@@ -36,9 +36,10 @@ def build() -> Path:
 def test_the_package_is_found_by_cmake(build):
     cache = (build / "CMakeCache.txt").read_text()
     assert f"quant_ops_DIR:PATH={qo.cmake_prefix_path}/quant_ops\n" in cache
-    assert Path(qo.cmake_prefix_path, "quant_ops", "quant_opsConfig.cmake").read_text() == (
-        ROOT / "cmake/quant_opsConfig.cmake"
-    ).read_text()
+    assert (
+        Path(qo.cmake_prefix_path, "quant_ops", "quant_opsConfig.cmake").read_text()
+        == (ROOT / "cmake/quant_opsConfig.cmake").read_text()
+    )
 
 
 @pytest.mark.slow

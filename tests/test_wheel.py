@@ -117,6 +117,7 @@ def test_a_user_without_the_sources(wheel, tmp_path):
     pythons = [environment / "bin/python", *os.environ.get("QUANT_OPS_TEST_PYTHONS", "").split(os.pathsep)]
     here = run(sys.executable, ROOT / "tests/wheel_smoke.py").splitlines()[-1]
     assert here.startswith("bits ")
+    assert run(sys.executable, ROOT / "tests/wheel_smoke.py", QUANT_OPS_ISA="scalar").splitlines()[-1] == here
     for i, python in enumerate(p for p in pythons if str(p)):
         target = tmp_path / f"wheel{i}"
         run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel)

@@ -27,7 +27,8 @@ def with_numbers(model: nn.Module) -> nn.Module:
 
 
 def vision() -> nn.Module:
-    return with_numbers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 10)))
+    convolutions = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)
+    return with_numbers(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(128, 10)))
 
 
 def dense() -> nn.Module:

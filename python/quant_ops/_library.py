@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 
-
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
@@ -55,8 +54,8 @@ def _find_cuda() -> tuple[Path | None, str]:
     spec = None if os.environ.get("QUANT_OPS_LIBRARY_DIR") else importlib.util.find_spec(_CUDA_PACKAGE)  # which imports nothing
     if spec is None or spec.origin is None:
         return None, (
-            f"{_CUDA_LIBRARY} was not built. Install {_CUDA_PACKAGE} with: pip install 'quant_ops[cuda]', or build it where nvcc is "
-            f"found with: {_BUILD}"
+            f"{_CUDA_LIBRARY} was not built. Install {_CUDA_PACKAGE} with: pip install 'quant_ops[cuda]', or build it where "
+            f"nvcc is found with: {_BUILD}"
         )
     version = _version(_CUDA_PACKAGE)
     if version != VERSION:
