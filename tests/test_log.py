@@ -60,6 +60,7 @@ qo.int8_linear(x, w, s, packed_weight=qo.pack_weight(w), relu=True)
 qo.int8_linear(x[:0], w, s)
 qo.int8_conv2d(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3, dtype=torch.int8), torch.tensor(0.5), padding=1, groups=4)
 qo.quant_tensor_forward(x.double(), torch.tensor(0.5), None, -8, 7)
+qo.weight_only_linear(x, w, s)
 try:
     qo.int8_linear(x[:, :3], w, s)
 except ValueError:
@@ -78,7 +79,34 @@ except ValueError:
         f"groups=4) cpu: {kernels['depthwise']}",
         "quant_ops: quant_tensor_forward(tensor=float64(40, 64), scale=float32(), zero_point=None, qmin=-8, qmax=7) "
         "cpu: one_by_one",
+        "quant_ops: weight_only_linear(x=float32(40, 64), weight=int8(80, 64), weight_scale=float32(80, 1)) "
+        f"cpu: {kernels['expand']}, {kernels['float_tile']}",
     ]
+
+
+def test_lines_of_cuda(emulated_library):
+    """With emulated kernels: a product has the name of its plan, another operator that of the first kernel that it launches."""
+    script = f"""
+import torch
+torch.ops.load_library({str(emulated_library)!r})
+ops = torch.ops.quant_ops_emulated
+codes, s = torch.ones(40, 64, dtype=torch.int8), torch.ones(40, 1)
+ops.int8_gemm(codes, codes)
+ops.int8_linear(codes.float(), codes, s, relu=True)
+ops.int8_conv2d(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3, dtype=torch.int8), torch.tensor(0.5), groups=4)
+ops.weight_only_linear(torch.ones(2, 64), codes, s)
+ops.quantize_rows(torch.ones(2, 4))
+ops.int8_gemm(codes[:0], codes)
+"""
+    done = python("-c", script, QUANT_OPS_LOG="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    calls = [line.removeprefix("quant_ops: ").split(" cuda: ") for line in done.stderr.splitlines()]
+    assert [call.split("(")[0] for call, _ in calls] == [
+        *("int8_gemm", "int8_linear", "int8_conv2d", "weight_only_linear", "quantize_rows", "int8_gemm")
+    ]
+    assert calls[1][0] == "int8_linear(x=float32(40, 64), weight=int8(40, 64), weight_scale=float32(40, 1), relu=True)"
+    patterns = [r"igemm_s8s8_\w+(:\d+)?", r"\w+_s8s8_\w+(:\d+)?", "depthwise|direct", r"weight_only_\w+", "kernel", "none"]
+    assert all(re.fullmatch(p, kernel) for p, (_, kernel) in zip(patterns, calls, strict=True)), calls
 
 
 @pytest.mark.parametrize("value", ["", "0"])

@@ -76,7 +76,8 @@ std::string call_text(const char* op, const char* device, const Values&... value
   size_t at = 0;
   const auto add = [&](const std::string& value) {
     const Argument& argument = reader.arguments.at(at++);
-    if (value == argument.fallback || value == "(" + argument.fallback + ",)") return;
+    const std::string& one = argument.fallback;  // also of a list: the dispatcher repeats it to the list's length
+    if (value == one || value == "(" + one + ",)" || value == "(" + one + ", " + one + ")") return;
     text += (text.back() == '(' ? "" : ", ") + argument.name + "=" + value;
   };
   (add(value_text(values)), ...);
@@ -84,6 +85,22 @@ std::string call_text(const char* op, const char* device, const Values&... value
 }
 
 // ---- the call -------------------------------------------------------------------------------------------------------
+
+// Kernels that run in its lifetime, such as those that pack a plain weight, are not the one that the call's line names.
+class LogsLater {
+ public:
+  LogsLater() {
+    if (logging()) call_.swap(logged_call());
+  }
+  ~LogsLater() {
+    if (!call_.empty()) call_.swap(logged_call());
+  }
+  LogsLater(const LogsLater&) = delete;
+  LogsLater& operator=(const LogsLater&) = delete;
+
+ private:
+  std::string call_;
+};
 
 // `kFunction` with a line of the log. `Name::text()` is the operator's name; the backend of fake kernels, which run nothing, has no
 // device and writes nothing.
