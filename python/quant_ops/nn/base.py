@@ -41,6 +41,7 @@ class QuantizedLayer(SavedState):
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 
     config: Any = None  # what a converting call made the layer by
+    sharding: Any = None  # of a layer whose parts are spread over processes; see quant_ops.distributed
 
     # ---- from float and back ---------------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class QuantizedLayer(SavedState):
         if type(x) is not Tensor and hasattr(x, "full_tensor"):
             raise TypeError(
                 f"quant_ops.{type(self).__name__}: expected a plain tensor, got a DTensor. Pass its full_tensor(), or its "
-                "to_local() where every process has rows of its own."
+                "to_local() where every process has rows of its own, or shard the layer with a style of quant_ops.distributed."
             )
         return self._run(x)
 
@@ -149,8 +150,7 @@ class QuantizedLayer(SavedState):
     def _refuse_onnx(self) -> NoReturn:
         raise RuntimeError(
             f"quant_ops.{type(self).__name__}: expected no torch.onnx.export of quantized layers, whose operators ONNX lacks. "
-            "Export the float model and quantize it with the tools of ONNX, or keep this one in torch, with torch.export.export "
-            "or torch.jit.trace."
+            "Call quant_ops.onnx.export(model, args, path), which writes those of ONNX in their place."
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
