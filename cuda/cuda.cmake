@@ -88,7 +88,7 @@ endif()
 function(quant_ops_cuda_target target)
   target_include_directories(${target} PRIVATE cpp cuda)
   target_compile_options(
-    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${QUANT_OPS_FLAGS}>
+    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${QUANT_OPS_FLAGS};${QUANT_OPS_FILE_NAMES}>
                       "$<$<COMPILE_LANGUAGE:CUDA>:${ARGN};-fmad=false;SHELL:-Xptxas -v;SHELL:-Xcompiler -Wall,-Wextra>")
   set_target_properties(
     ${target}

@@ -200,6 +200,7 @@ struct WeightOnlyPlan {
   bool early = false;        // the product starts while the rows are being quantized
   int64_t bytes = 0;
 };
+std::string kernel_text(const WeightOnlyPlan& plan);
 WeightOnlyPlan plan_weight_only(const WeightOnlyParams& p, const GpuLimits& gpu, const KernelChoice& wanted);
 void run_weight_only(const WeightOnlyPlan& plan, const WeightOnlyParams& p, const Launch& at);
 

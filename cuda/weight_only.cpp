@@ -135,17 +135,6 @@ constexpr const char* kGemvOnlyName = "weight_only_gemv";
 
 std::string tiles_name(int rows) { return kPrefix + std::to_string(rows) + "x" + std::to_string(kTileColumns); }
 
-std::string name_of(const WeightOnlyPlan& plan) {
-  switch (plan.engine) {
-    case WeightOnlyEngine::kFloats: return "weight_only_float32";
-    case WeightOnlyEngine::kGemv: return kGemvOnlyName;
-#if defined(QUANT_OPS_SM90)
-    case WeightOnlyEngine::kWgmma: return sm90::kWeightOnlyTiles[plan.wgmma_tile].name;
-#endif
-    default: return tiles_name(plan.tiles.rows);
-  }
-}
-
 // Clocks of the GEMV for more than eight rows on an NVIDIA H200.
 double gemv_clocks(const WeightOnlyParams& p, const GpuLimits& gpu) {
   const double of_weight = p.codes ? 0.11 : p.bits == 4 ? 0.065 : 0.12;
@@ -197,13 +186,24 @@ void choose_product(const WeightOnlyParams& p, const GpuLimits& gpu, const Kerne
     plan->warps = warps_over_k(p, l, rows, most_warps(rows),
                                4 * gemv_round_words(p.codes, zeros, row_zero, static_cast<int>(std::min<int64_t>(p.M, rows))), gpu);
   }
-  if (named && name_of(*plan) != wanted.name)
+  if (named && kernel_text(*plan) != wanted.name)
     throw std::runtime_error(
         "quant_ops.weight_only_linear: expected QUANT_OPS_CUDA_KERNEL to name a kernel that takes these operands, got " +
-        wanted.name + ". Unset it, or name " + name_of(*plan) + ".");
+        wanted.name + ". Unset it, or name " + kernel_text(*plan) + ".");
 }
 
 }  // namespace
+
+std::string kernel_text(const WeightOnlyPlan& plan) {
+  switch (plan.engine) {
+    case WeightOnlyEngine::kFloats: return "weight_only_float32";
+    case WeightOnlyEngine::kGemv: return kGemvOnlyName;
+#if defined(QUANT_OPS_SM90)
+    case WeightOnlyEngine::kWgmma: return sm90::kWeightOnlyTiles[plan.wgmma_tile].name;
+#endif
+    default: return tiles_name(plan.tiles.rows);
+  }
+}
 
 WeightOnlyPlan plan_weight_only(const WeightOnlyParams& p, const GpuLimits& gpu, const KernelChoice& wanted) {
   WeightOnlyPlan plan{};

@@ -37,13 +37,19 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")  # operators can be registered once in a process
-def emulated():
-    """The CUDA operators with their kernels run on the host (host_emulation.h), for tensors of the CPU."""
+@pytest.fixture(scope="session")
+def emulated_library():
+    """The library of the CUDA operators with their kernels run on the host (host_emulation.h), for tensors of the CPU."""
     folders = (ROOT / "cuda", ROOT / "cuda" / "engine")
     sources = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cpp"))
     sources = [*(path.relative_to(ROOT) for path in sources), "cpp/torch/library_cuda.cpp"]
-    torch.ops.load_library(compiled_for_host("libquant_ops_emulated", sources, "-DQUANT_OPS_EMULATION", shared=True))
+    return compiled_for_host("libquant_ops_emulated", sources, "-DQUANT_OPS_EMULATION", shared=True)
+
+
+@pytest.fixture(scope="session")  # operators can be registered once in a process
+def emulated(emulated_library):
+    """Its operators."""
+    torch.ops.load_library(emulated_library)
     return torch.ops.quant_ops_emulated
 
 

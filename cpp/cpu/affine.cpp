@@ -7,6 +7,7 @@
 
 #include "contract/affine.h"
 #include "cpu/ranges.h"
+#include "kernels/log.h"
 
 namespace quant_ops {
 namespace {
@@ -80,6 +81,7 @@ class AffineVectors {
   }
 
   void run() const {
+    log_entries({kQuantize ? "quantize_affine" : "dequantize_affine"});
     const bool in_place =
         it_.ndim == 0 || (inner_stride(it_, 0) == 1 && inner_stride(it_, 1) == 1 && is_step(inner_stride(it_, 2)));
     parallel_for(numel(it_), kElementsPerThread,
@@ -155,7 +157,8 @@ class AffineVectors {
 // ---- element by element ---------------------------------------------------------------------------------------------
 
 template <bool kQuantize>
-void one_by_one(const AffineParams& p, const Iteration& it) {
+void element_by_element(const AffineParams& p, const Iteration& it) {
+  log_kernel(one_by_one);
   const AffineDTypes t = dtypes_of<kQuantize>(p);
   parallel_for(numel(it), kElementsPerThread, [&](int64_t begin, int64_t end) {
     for_each_run(it, begin, end, [&](const int64_t* offset, int64_t n) {
@@ -177,7 +180,7 @@ template <bool kQuantize>
 void run_affine(const AffineParams& p) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
-  takes_vectors<kQuantize>(p) ? AffineVectors<kQuantize>(p, it).run() : one_by_one<kQuantize>(p, it);
+  takes_vectors<kQuantize>(p) ? AffineVectors<kQuantize>(p, it).run() : element_by_element<kQuantize>(p, it);
 }
 
 }  // namespace

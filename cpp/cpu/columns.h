@@ -15,6 +15,12 @@ inline int64_t tile_rows(const KernelTable& table, int64_t left, bool slim) {
   return slim && left >= table.slim_rows ? table.slim_rows : tile_rows(left, table.gemm_rows);
 }
 
+// The name of the kernel of the first tile of `rows` rows by a panel of `width` columns. The other tiles are like it, except where
+// the rows or the columns end.
+inline std::string first_tile_name(const KernelTable& table, int64_t rows, int64_t width) {
+  return gemm_name(table, tile_rows(table, rows, width <= kSlimColumns), width);
+}
+
 // TileOutput::bounded for every accumulator that int32 holds.
 bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
                 int64_t columns);

@@ -8,6 +8,7 @@
 // right everywhere. Where a whole kernel row is one tap (few channels), its S columns must be neighbours: columns that differ by
 // the dilation are kept side by side (Conv2dPlan::phases). Depthwise convolutions: conv2d_depthwise.cpp.
 #include "cpu/conv2d.h"
+#include "kernels/log.h"
 
 #include <algorithm>
 #include <cstring>
@@ -340,7 +341,11 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p) {
   const PackedLayout layout = weight_layout(p);
   const KernelTable& table = kernels();
   const int64_t threads = parallel_threads();
-  if (layout.form == WeightForm::kDepthwise) return run_depthwise(plan_depthwise(p, layout, table, threads), p);
+  if (layout.form == WeightForm::kDepthwise) {
+    log_entries({"depthwise"});
+    return run_depthwise(plan_depthwise(p, layout, table, threads), p);
+  }
+  log_kernel([&] { return first_tile_name(table, p.N * p.OH * p.OW, layout.width(0)); });
   run_conv2d(plan_conv2d(p, layout, table, threads), p);
 }
 

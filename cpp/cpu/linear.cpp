@@ -12,6 +12,7 @@
 
 #include "cpu/activations.h"
 #include "cpu/parallel.h"
+#include "kernels/log.h"
 
 namespace quant_ops {
 namespace {
@@ -191,7 +192,12 @@ void run_linear(const LinearPlan& plan, const Int8LinearParams& p) { Linear(plan
 
 void int8_linear_cpu(const Int8LinearParams& p) {
   if (p.M == 0 || p.N == 0) return;
-  run_linear(plan_linear(p, kernels(), parallel_threads()), p);
+  const LinearPlan plan = plan_linear(p, kernels(), parallel_threads());
+  if (plan.weight == WeightSource::kPlain)
+    log_entries({"dot"});
+  else
+    log_kernel([&] { return first_tile_name(*plan.table, p.M, plan.layout.width(0)); });
+  run_linear(plan, p);
 }
 
 }  // namespace quant_ops

@@ -13,6 +13,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/staging.h"
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 namespace quant_ops {
@@ -165,6 +166,7 @@ void for_each_rows(const Iteration& it, int64_t begin, int64_t end, const Elemen
 bool writes_rows(const Iteration& it) { return it.ndim == 0 || inner_stride(it, 1) == 1; }
 
 void quantize_rows(const QuantizeParams& p, Iteration* it) {
+  log_entries({"quantize"});
   const DenseQParams qparams(it, p.scale, p.zero_point);
   QuantizeRun shared;
   shared.tie = qparams.tie(p.qmin, p.qmax);
@@ -187,6 +189,7 @@ void quantize_rows(const QuantizeParams& p, Iteration* it) {
 }
 
 void dequantize_rows(const DequantizeParams& p, Iteration* it) {
+  log_entries({"dequantize"});
   const DenseQParams qparams(it, p.scale, p.zero_point);
   const KernelTable& table = kernels();
   parallel_for(numel(*it), kElementsPerThread, [&](int64_t begin, int64_t end) {
@@ -239,6 +242,7 @@ void quantize_cpu(const QuantizeParams& p) {
   Iteration it = p.it;
   sort_and_coalesce(&it, 1);
   if (p.exact_in_float32 && p.x_dtype != DType::kFloat64 && writes_rows(it)) return quantize_rows(p, &it);
+  log_kernel(one_by_one);
   with_float_type(p.x_dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     const auto quantize = [&](auto* y) {
@@ -258,6 +262,7 @@ void dequantize_cpu(const DequantizeParams& p) {
   sort_and_coalesce(&it, 1);
   if (p.exact_in_float32 && p.q_dtype != DType::kInt32 && p.y_dtype != DType::kFloat64 && writes_rows(it))
     return dequantize_rows(p, &it);
+  log_kernel(one_by_one);
   with_integer_type(p.q_dtype, [&](auto* q) {
     with_float_type(p.y_dtype, [&](auto* y) {
       parallel_for(numel(it), kElementsPerThread, [&](int64_t begin, int64_t end) {

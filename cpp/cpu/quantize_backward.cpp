@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/staging.h"
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 namespace quant_ops {
@@ -383,12 +384,15 @@ void backward_pass(const QuantizeBackwardParams& p, const Reduction& r, bool vec
   if constexpr (std::is_same_v<X, double>) {
     sum_strided<X>(pass);
   } else {
-    if (!vector)
+    if (!vector) {
       sum_strided<X>(pass);
-    else if (slices_are_columns(pass))
+    } else if (slices_are_columns(pass)) {
+      log_entries({"straight_through_columns"});
       sum_down_columns<X>(pass);
-    else
+    } else {
+      log_entries({"straight_through"});
       sum_along_slices<X>(pass);
+    }
   }
   Walk walk;
   for (int64_t s = 0; s < pass.slices; ++s) {
@@ -423,6 +427,7 @@ bool same_space(const Iteration& a, const Iteration& b) {
 void quantize_backward_cpu(const QuantizeBackwardParams& p) {
   const bool vector = p.exact_in_float32 && p.x_dtype != DType::kFloat64;
   const bool fused = vector && same_strides(p.it, 0, 2);  // dx in the pass that sums
+  if (!vector) log_kernel(one_by_one);
   const bool together =
       p.dzero && same_space(p.scale_sum.kept, p.zero_sum.kept) && same_space(p.scale_sum.reduced, p.zero_sum.reduced);
   with_float_type(p.x_dtype, [&](auto* x) {

@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/staging.h"
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 namespace quant_ops {
@@ -114,6 +115,9 @@ class Blocks {
 
 }  // namespace
 
-void quantize_block_cpu(const QuantizeBlockParams& p) { Blocks(p).run(); }
+void quantize_block_cpu(const QuantizeBlockParams& p) {
+  log_entries({p.inner == 1 ? "quantize_blocks" : "quantize_block_columns"});
+  Blocks(p).run();
+}
 
 }  // namespace quant_ops

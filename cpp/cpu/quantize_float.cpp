@@ -10,6 +10,7 @@
 #include "contract/iteration.h"
 #include "cpu/parallel.h"
 #include "cpu/staging.h"
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 namespace quant_ops {
@@ -25,6 +26,7 @@ void random_words(const KernelTable& table, uint64_t seed, int64_t first, int64_
 
 template <class X>
 void quantize_runs(const QuantizeFloatParams& p, const Iteration& it) {
+  log_entries({"quantize_float"});
   const KernelTable& table = kernels();
   const bool random = p.grad == nullptr && p.format.rounding == Rounding::kStochastic;
   const int64_t x_step = inner_stride(it, 0), scale_step = inner_stride(it, 2), last_step = inner_stride(it, 3);
@@ -58,6 +60,7 @@ void quantize_runs(const QuantizeFloatParams& p, const Iteration& it) {
 
 template <class X>
 void quantize_elements(const QuantizeFloatParams& p, const Iteration& it) {
+  log_kernel(one_by_one);
   using T = Compute<X>;
   const bool random = p.format.rounding == Rounding::kStochastic;
   parallel_for(numel(it), kElementsPerThread, [&](int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 
 #include "cpu/activations.h"
 #include "cpu/parallel.h"
+#include "kernels/log.h"
 
 namespace quant_ops {
 namespace {
@@ -42,6 +43,7 @@ void quantize_row(const KernelTable& table, const QuantizeRowsParams& p, int64_t
 }  // namespace
 
 void quantize_rows_cpu(const QuantizeRowsParams& p) {
+  log_entries({"range", "quantize"});
   const KernelTable& table = kernels();
   parallel_for(p.rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, p.columns)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) quantize_row(table, p, row);

@@ -11,6 +11,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/staging.h"
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 namespace quant_ops {
@@ -179,8 +180,13 @@ template <class X, class Write>
 void for_each_range(const void* x, DType dtype, Reduction r, const Write& write) {
   coalesce(&r.kept);
   sort_and_coalesce(&r.reduced, 0);
-  if constexpr (!std::is_same_v<X, double>) {
-    if (slices_are_columns(r)) return ranges_down_columns(static_cast<const X*>(x), dtype, r, write);
+  if constexpr (std::is_same_v<X, double>) {
+    log_kernel(one_by_one);
+  } else if (slices_are_columns(r)) {
+    log_entries({"range_columns"});
+    return ranges_down_columns(static_cast<const X*>(x), dtype, r, write);
+  } else {
+    log_entries({"range"});
   }
   ranges_along_slices(static_cast<const X*>(x), dtype, r, write);
 }

@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/transpose.h"
+#include "kernels/log.h"
 
 namespace quant_ops {
 
@@ -513,11 +514,24 @@ class WeightOnly {
   int64_t pass_first_ = 0, pass_rows_ = 0;
 };
 
+// Floats beyond kFewLimit are met later, and take the other kernel.
+void log_product(const Plan& plan, const WeightOnlyParams& p) {
+  if (p.codes && p.bits == 8)
+    log_kernel([&] { return first_tile_name(*plan.table, p.M, plan.layout.width(0)); });
+  else if (p.codes)
+    log_entries({"nibbles"});
+  else if (plan.few_rows)
+    log_entries({"few_rows"});
+  else
+    log_entries({"expand", "float_tile"});
+}
+
 }  // namespace
 
 void weight_only_linear_cpu(const WeightOnlyParams& p) {
   if (p.M == 0 || p.N == 0) return;
   const Plan plan = make_plan(p, kernels(), parallel_threads());
+  log_product(plan, p);
   WeightOnly(plan, p).run();
 }
 

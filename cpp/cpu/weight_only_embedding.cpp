@@ -6,6 +6,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/weight_only.h"
+#include "kernels/log.h"
 
 namespace quant_ops {
 namespace {
@@ -101,6 +102,7 @@ class Embedding {
 
 void weight_only_embedding_cpu(const WeightOnlyEmbeddingParams& p) {
   if (p.M == 0 || p.K == 0) return;
+  log_entries({"store"});
   const Embedding embedding(p);
   parallel_for(p.M, std::max<int64_t>(1, kElementsPerThread / p.K), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) embedding.look_up(m);

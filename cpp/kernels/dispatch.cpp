@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/log.h"
 #include "kernels/table.h"
 
 #if defined(__x86_64__)
@@ -215,6 +216,16 @@ std::vector<std::pair<std::string, std::string>> kernel_names(const KernelTable&
   add(table.isa, kProductEntries);
   add(table.vectors, kVectorEntries);
   return names;
+}
+
+void log_entries(std::initializer_list<const char*> entries) {
+  log_kernel([&] {
+    std::string text;
+    for (const char* entry : entries)
+      for (const auto& [known, name] : kernel_names(kernels()))
+        if (known == entry) text += (text.empty() ? "" : ", ") + name;
+    return text;
+  });
 }
 
 }  // namespace quant_ops

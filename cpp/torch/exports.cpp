@@ -73,13 +73,10 @@ QO_EXPORT const char* quant_ops_kernels() {
   });
 }
 
-// The micro-kernel that multiplies so many rows by a packed weight of so many columns: that of the first tile. The others are like
-// it, except where the rows or the columns end.
+// The micro-kernel that multiplies so many rows by a packed weight of so many columns: that of the first tile.
 QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
   return guarded([&] {
-    const quant_ops::KernelTable& table = quant_ops::kernels();
-    const int64_t width = quant_ops::packed_layout(columns, 1, 1, 1, 1).width(0);
-    return quant_ops::gemm_name(table, quant_ops::tile_rows(table, rows, width <= quant_ops::kSlimColumns), width);
+    return quant_ops::first_tile_name(quant_ops::kernels(), rows, quant_ops::packed_layout(columns, 1, 1, 1, 1).width(0));
   });
 }
 

@@ -8,6 +8,7 @@
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 #include "cpu/weight_only.h"
+#include "kernels/log.h"
 #include "torch/operators.h"
 
 namespace quant_ops {
@@ -74,6 +75,8 @@ std::optional<int64_t> value_outside(const Tensor& t, int64_t low, int64_t high)
 }
 
 struct Cpu {
+  static constexpr const char* kDevice = "cpu";
+
   static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
   static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
@@ -121,9 +124,11 @@ struct Cpu {
   static PackedLayout layout_of(const WeightShape& w) { return packed_layout(w.o, w.c, w.r, w.s, w.groups); }
   static int64_t packed_bytes(const WeightShape& w) { return layout_of(w).bytes; }
   static void pack(const Tensor& weight, const WeightShape& w, Tensor& packed) {
+    log_entries({"pack"});
     pack_weight_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
   }
   static void unpack(const Tensor& packed, const WeightShape& w, Tensor& weight) {
+    log_kernel(one_by_one);
     unpack_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
   }
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
@@ -134,9 +139,11 @@ struct Cpu {
   static WeightOnlyLayout layout_of(const WeightOnlyShape& w) { return weight_only_layout(w.n, w.k, w.bits, w.group); }
   static int64_t weight_only_bytes(const WeightOnlyShape& w) { return layout_of(w).bytes; }
   static void pack(const Tensor& weight, const WeightOnlyShape& w, Tensor& packed) {
+    log_entries({"pack"});
     pack_weight_only_cpu(weight.const_data_ptr<int8_t>(), layout_of(w), packed.mutable_data_ptr<int8_t>());
   }
   static void unpack(const Tensor& packed, const WeightOnlyShape& w, Tensor& weight) {
+    log_kernel(one_by_one);
     unpack_weight_only_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
   }
   static bool is_packed_for(const Tensor& packed, const WeightOnlyShape& w) {

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "contract/log.h"
 #include "contract/weight_only_layout.h"
 #include "launch.h"
 #include "torch/operators.h"
@@ -83,6 +84,8 @@ class MultipliedRows {
 };
 
 struct Cuda {
+  static constexpr const char* kDevice = "cuda";
+
   static void quantize(const QuantizeParams& p, const Tensor& x) {
     const OnDeviceOf device("quant_tensor_forward", x);
     quantize_cuda(p, device.launch());
@@ -178,6 +181,7 @@ struct Cuda {
     const MultipliedRows rows(&p, device, x);
     const LinearPlan plan = plan_linear(p, gpu_limits(), kernel_choice());
     expect_kernel(op, plan.kernel, kernel_choice());
+    log_kernel([&] { return kernel_text(plan.kernel); });
     Workspace workspace(plan.bytes, x);
     run_linear(plan, p, device.launch(workspace.memory()));
   }
@@ -188,6 +192,7 @@ struct Cuda {
     const OnDeviceOf device(op, x);
     const Conv2dPlan plan = plan_conv2d(p, gpu_limits(), kernel_choice());
     expect_kernel(op, plan.kernel, kernel_choice());
+    log_kernel([&] { return kernel_text(plan.kernel); });
     Workspace workspace(plan.bytes, x);
     run_conv2d(plan, p, device.launch(workspace.memory()));
   }
@@ -219,6 +224,7 @@ struct Cuda {
     const OnDeviceOf device(op, x);
     const MultipliedRows rows(&p, device, x);
     const WeightOnlyPlan plan = plan_weight_only(p, gpu_limits(), kernel_choice());
+    log_kernel([&] { return kernel_text(plan); });
     Workspace workspace(plan.bytes, x);
     run_weight_only(plan, p, device.launch(workspace.memory()));
   }

@@ -11,6 +11,8 @@ namespace quant_ops {
 namespace {
 
 struct Meta {
+  static constexpr const char* kDevice = nullptr;
+
   static void quantize(const QuantizeParams&, const Tensor&) {}
   static void quantize_backward(const QuantizeBackwardParams&, const Tensor&) {}
   static void dequantize(const DequantizeParams&, const Tensor&) {}

@@ -14,6 +14,7 @@
 #include "torch/affine.h"
 #include "torch/conv2d.h"
 #include "torch/linear.h"
+#include "torch/logged.h"
 #include "torch/pack.h"
 #include "torch/quantize.h"
 #include "torch/quantize_float.h"
@@ -82,10 +83,14 @@ void define_operators(Library& m) {
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
 }
 
-// Registers the operator of this name for the library `m`, with errors that name it.
-#define QO_IMPLEMENT(m, name, Backend)                                                                             \
-  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                                    \
-    ::quant_ops::named_errors(#name, [&] { TORCH_BOX (&::quant_ops::name<Backend>)(stack, arguments, results); }); \
+// Registers the operator of this name for the library `m`, with errors that name it and a line of the log.
+#define QO_IMPLEMENT(m, name, Backend)                                                                 \
+  m.impl(#name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                        \
+    struct Name {                                                                                      \
+      static const char* text() { return #name; }                                                      \
+    };                                                                                                 \
+    using Operator = ::quant_ops::Logged<Name, Backend, &::quant_ops::name<Backend>>;                  \
+    ::quant_ops::named_errors(#name, [&] { TORCH_BOX (&Operator::call)(stack, arguments, results); }); \
   })
 
 // All but unpack_weight, which CUDA does not have.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "torch/int8.h"
+#include "torch/logged.h"
 
 namespace quant_ops {
 
@@ -159,6 +160,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
     p.packed = packed_weight->const_data_ptr<int8_t>();
   } else {
     expect_device(op, "weight", weight, x);
+    const LogsLater of_the_product;
     p.packed = keep(packed_weight_only<Backend>(op, weight, w)).template const_data_ptr<int8_t>();
   }
   const Tensor& rows = keep(as_rows(x, &p.x_stride));

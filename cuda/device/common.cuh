@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -12,12 +13,14 @@
 #include <utility>
 
 #include "contract/dtypes.h"
+#include "contract/log.h"
 #include "device/layout.cuh"
 #include "device/quotient.cuh"
 #include "device/workspace.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 #define QO_GRID_CONSTANT __grid_constant__
 #else
 #include "emulation/host_emulation.h"
@@ -84,11 +87,28 @@ inline cudaLaunchAttribute early_start() {
 }
 #endif
 
+// For the log: the kernel's name, with its template arguments where the toolkit tells it (CUDA 12.3 and newer).
+template <class Args>
+std::string kernel_name([[maybe_unused]] void (*kernel)(Args)) {
+#if defined(__CUDACC__) && CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, reinterpret_cast<const void*>(kernel)) != cudaSuccess || mangled == nullptr) return "kernel";
+  int status = 0;
+  char* const plain = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  const std::string name = status == 0 ? plain : mangled;
+  std::free(plain);
+  return name.substr(0, name.rfind('('));
+#else
+  return "kernel";
+#endif
+}
+
 // Args::kBarriers says whether the kernel's threads wait for each other; only the emulation needs to know.
 // An error of an earlier launch may surface here too; the message names the operator that noticed.
 template <class Args>
 void launch(const Launch& at, void (*kernel)(Args), int64_t blocks, dim3 threads, const Args& args, int shared_bytes = 0,
             Start start = Start::kInOrder) {
+  log_kernel([&] { return kernel_name(kernel); });
 #if defined(__CUDACC__)
   static_cast<void>(Args::kBarriers);
   constexpr int kWithoutAsking = 48 << 10;

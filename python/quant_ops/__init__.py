@@ -94,6 +94,7 @@ from .simulation.layers import keep_weights_  # noqa: E402
 from .simulation.mode import simulate_products_, simulated_products  # noqa: E402
 
 __version__ = _library.VERSION
+cmake_prefix_path = _library.cmake_prefix_path()  # as torch.utils.cmake_prefix_path, for find_package(quant_ops)
 
 
 def __getattr__(name: str) -> object:
@@ -163,6 +164,7 @@ __all__ = [
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
+    "cmake_prefix_path",
     "collect_env",
     "compare",
     "config_from_json",

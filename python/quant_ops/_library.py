@@ -1,23 +1,31 @@
 """Finds and opens the compiled libraries, and talks to their plain C functions.
 
 Opening them registers the operators with torch; nothing is printed. A failure names its cause and the command that mends it.
-QUANT_OPS_LIBRARY_DIR names another folder to take the libraries from.
+QUANT_OPS_LIBRARY_DIR names another folder to take the libraries from. The CUDA library is beside the package where it was built
+from the sources, else in the distribution quant_ops_cuda.
 """
 
 import ctypes
+import importlib.util
 import os
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-try:
-    VERSION = metadata.version("quant_ops")
-except metadata.PackageNotFoundError:  # used from a source tree with QUANT_OPS_LIBRARY_DIR
-    VERSION = "0.0.0+source"
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # used from a source tree
+        return "0.0.0+source"
+
+
+VERSION = _version("quant_ops")
 
 _CPU_LIBRARY = "libquant_ops.so"
 _CUDA_LIBRARY = "libquant_ops_cuda.so"
+_CUDA_PACKAGE = "quant_ops_cuda"
 _BUILD = "pip install --no-build-isolation ."
 
 _c: ctypes.CDLL | None = None
@@ -36,6 +44,26 @@ def _find(name: str) -> Path | None:
         if path.is_file():
             return path.resolve()
     return None
+
+
+def _find_cuda() -> tuple[Path | None, str]:
+    """The CUDA library, or why there is none that goes with this version."""
+    path = _find(_CUDA_LIBRARY)
+    if path is not None:
+        return path, ""
+    spec = None if os.environ.get("QUANT_OPS_LIBRARY_DIR") else importlib.util.find_spec(_CUDA_PACKAGE)  # which imports nothing
+    if spec is None or spec.origin is None:
+        return None, (
+            f"{_CUDA_LIBRARY} was not built. Install {_CUDA_PACKAGE} with: pip install 'quant_ops[cuda]', or build it where "
+            f"nvcc is found with: {_BUILD}"
+        )
+    version = _version(_CUDA_PACKAGE)
+    if version != VERSION:
+        return None, (
+            f"expected {_CUDA_PACKAGE} {VERSION}, the version of quant_ops, got {version}. "
+            f"Install it with: pip install {_CUDA_PACKAGE}=={VERSION}"
+        )
+    return Path(spec.origin).parent / _CUDA_LIBRARY, ""
 
 
 def load() -> None:
@@ -74,12 +102,11 @@ def load() -> None:
     _c.quant_ops_compiler.restype = ctypes.c_char_p
     cpu_library = path
 
-    cuda_path = _find(_CUDA_LIBRARY)
     if torch.version.cuda is None:
         cuda_reason = "this torch is built without CUDA"
-    elif cuda_path is None:
-        cuda_reason = f"{_CUDA_LIBRARY} was not built. Build it where nvcc is found with: {_BUILD}"
-    else:
+        return
+    cuda_path, cuda_reason = _find_cuda()
+    if cuda_path is not None:
         try:
             torch.ops.load_library(cuda_path)
             _c_cuda = ctypes.CDLL(str(cuda_path))
@@ -90,6 +117,12 @@ def load() -> None:
             cuda_library = cuda_path
         except OSError as error:  # the CPU operators work all the same; info and the first CUDA call tell
             cuda_reason = f"{_CUDA_LIBRARY} does not load: {error}. Rebuild it with: {_BUILD}"
+
+
+def cmake_prefix_path() -> str:
+    """The folder that CMake's ``find_package(quant_ops)`` looks into when it is on ``CMAKE_PREFIX_PATH``, beside torch's."""
+    assert cpu_library is not None
+    return str(cpu_library.parent / "share" / "cmake")
 
 
 def _text(value: bytes) -> str:
