@@ -48,6 +48,14 @@ class Config(Description):
 
     kind = "config"
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "quant_method":  # which transformers and diffusers ask of their own configs
+            raise AttributeError(
+                f"quant_ops.{type(self).__name__}: expected from_pretrained to get a QuantOpsConfig, got {self}. Write "
+                f"QuantOpsConfig({self}), from quant_ops.integrations.transformers or .diffusers."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
 
 def _plain(value: Any) -> Any:
     """A description as what json writes."""
