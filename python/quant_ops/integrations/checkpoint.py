@@ -14,11 +14,12 @@ and become the quantized layer with the last one; :class:`OnTheFly` quantizes ea
 one layer is in memory twice. Read first: convert/files.py, whose entries and checks these are.
 """
 
+import collections
 import copy
 import enum
 import fnmatch
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -68,7 +69,7 @@ class CheckpointConfig:
 
     def __init__(
         self,
-        config: Configs | list[Any] | dict[str, Any] | str | None = None,
+        config: Configs | list[Any] | dict[str, Any] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         **saved: Any,
     ) -> None:
@@ -146,8 +147,6 @@ def _config_of(given: Any) -> Configs:
     """A config, or a mapping to configs, which may be in JSON's form: ``[[filter, config], ...]`` for a mapping."""
     if given is None:
         return configs.Int8Dynamic()
-    if isinstance(given, str):
-        return _config_of(json.loads(given))
     if isinstance(given, list):
         return {_filter_of(filter): one if one is None else _config_of(one) for filter, one in given}
     if isinstance(given, Mapping) and Config.kind in given:
@@ -178,13 +177,15 @@ def _plain_filter(filter: Filter) -> Any:
         return filter
     if isinstance(filter, type) and getattr(nn, filter.__name__, None) is filter:
         return {"class": filter.__name__}
-    raise TypeError(
-        f"quant_ops.QuantOpsConfig: expected filters that JSON can hold, patterns or classes of torch.nn, got {filter!r}. Quantize "
-        "with it first: a quantized model is saved without its filters."
-    )
+    return {"function": getattr(filter, "__name__", type(filter).__name__)}  # for the eye: nothing can read it back
 
 
 def _filter_of(plain: Any) -> Filter:
+    if isinstance(plain, Mapping) and "function" in plain:
+        raise ValueError(
+            "quant_ops.QuantOpsConfig: expected filters that JSON can hold, patterns or classes of torch.nn, got the function or "
+            f"class {plain['function']!r}. Give it to QuantOpsConfig itself: a quantized model is saved without its filters."
+        )
     if isinstance(plain, Mapping):
         found = getattr(nn, str(plain.get("class")), None)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -193,9 +194,13 @@ def _filter_of(plain: Any) -> Filter:
     return plain  # type: ignore[no-any-return]
 
 
-def _stays_float(name: str, modules: Iterable[str]) -> bool:
-    """Whether a layer is, or is in, one of the modules."""
-    return any(f".{module}." in f".{name}." or fnmatch.fnmatchcase(name, module) for module in modules)
+def _excluded(modules: Collection[str]) -> list[Filter]:
+    """The filter of the layers that are, or are in, one of the modules."""
+
+    def modules_to_not_convert(name: str, _: nn.Module) -> bool:  # results show this name
+        return any(f".{module}." in f".{name}." or fnmatch.fnmatchcase(name, module) for module in modules)
+
+    return [modules_to_not_convert] if modules else []
 
 
 # ---- what a model has -----------------------------------------------------------------------------------------------------
@@ -210,9 +215,8 @@ def described(model: nn.Module) -> dict[str, Any] | None:
     first: dict[Any, str] = {}
     shared: dict[str, str] = {}
     for name, layer in layers.items():
-        if isinstance(layer, WeightOnlyLayer):
-            if (source := first.setdefault(id(layer.packed_weight), name)) != name:
-                shared[name] = source
+        if isinstance(layer, WeightOnlyLayer) and (source := first.setdefault(id(layer.packed_weight), name)) != name:
+            shared[name] = source
     entries: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         entry = files.describe(layer)
@@ -324,17 +328,21 @@ class Checkpoint:
         model: built as the float model was.
         saved: the fields of its quantization_config.
         where: names the checkpoint in messages.
-        prefix: of the names of a part of the model that can also be loaded without the rest, as transformers' ``base_model_prefix``.
+        dtype: in which the model is wanted: layers that computed in the dtype of most layers compute in this one.
+        prefix: of the names in a part of the model that can also be loaded alone, as transformers' ``base_model_prefix``.
 
     Raises:
         ValueError: the fields are damaged, or of another model.
     """
 
-    def __init__(self, model: nn.Module, saved: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, saved: Mapping[str, Any], where: str, dtype: torch.dtype | None = None, prefix: str = ""
+    ) -> None:
         self._shield = _Shield()
         self.op, self.path, self._model = "quant_ops.from_pretrained", where, model
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._prefix = f"{prefix}." if prefix else ""
+        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._float: dict[str, nn.Module] = {}  # the layers that are replaced
         self._entries: dict[str, dict[str, Any]] = {}
         self._by_weight: dict[tuple[Any, ...], WeightOnlyLayer] = {}
@@ -344,25 +352,27 @@ class Checkpoint:
         try:
             self._prepare(saved)
         except (TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"quant_ops: expected the quantization_config of save_pretrained in {where}, got {error!r}") from error
+            raise ValueError(f"{self.op}: expected the quantization_config of save_pretrained in {where}, got {error!r}") from error
 
     def _prepare(self, saved: Mapping[str, Any]) -> None:
         entries = {name: entry for entry in saved["layers"] for name in entry["names"]}
         names = {name: own for name in entries if (own := self._own(name)) is not None}
         if entries and not names:
             self._refuse(f"a layer {next(iter(entries))!r} in the checkpoint and none of that name in {type(self._model).__name__}")
+        counts = collections.Counter(entry["compute_dtype"] for entry in entries.values())
+        self._dtypes = {} if self._dtype is None else {kind: self._dtype for kind, _ in counts.most_common(1)}
         self._shared = {names[a]: names[b] for a, b in saved.get("shared", {}).items() if a in names and b in names}
         self._restructure(saved)
         for name, own in names.items():
             self._await(own, entries[name])
 
     def _own(self, name: str) -> str | None:
-        """The name of a layer in this model: the checkpoint may be of a whole model and this one its base, or the other way round."""
+        """The name of a layer here: the checkpoint may be of a whole model and this one its base, or the other way round."""
         found = (name, name.removeprefix(self._prefix), self._prefix + name)
         return next((own for own in found if own in self._modules), None)
 
     def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"quant_ops: expected {self.path} to be a checkpoint of this model, got {what}")
+        raise ValueError(f"{self.op}: expected {self.path} to be a checkpoint of this model, got {what}")
 
     def _restructure(self, saved: Mapping[str, Any]) -> None:
         """Folds BatchNorms away and puts multipliers in, as the calls of the package did in the float model."""
@@ -402,7 +412,11 @@ class Checkpoint:
         geometry = {key: getattr(linear, key) for key in kind.geometry}
         entry = {key: group[key] for key in ("class", "weight_bits", "compute_dtype", "config")}
         entry["arguments"] = geometry | group["arguments"]
-        files.check_entry(name, entry)
+        entry["compute_dtype"] = self._dtypes.get(entry["compute_dtype"], entry["compute_dtype"])
+        try:
+            files.check_entry(name, entry)
+        except ValueError as error:
+            raise KeyError(str(error)) from error
         if not set(group["tensors"]) <= set(kind.optional):
             raise KeyError(f"tensors {group['tensors']} of layer {name!r}")
         self._float[name], self._entries[name] = module, entry
@@ -492,10 +506,9 @@ class OnTheFly:
 
     def __init__(self, op: str, model: nn.Module, config: CheckpointConfig, tied: Iterable[str] = ()) -> None:
         self._shield = _Shield()
-        self._op, self._model, names = op, model, config.modules_to_not_convert
-        exclude: list[Filter] = [lambda name, _: _stays_float(name, names)] if names else []
+        self._op, self._model = op, model
         assert config.config is not None
-        plan = Plan(op, model, config.config, ("*",), exclude)
+        plan = Plan(op, model, config.config, ("*",), _excluded(config.modules_to_not_convert))
         if plan.family == "simulated":
             raise TypeError(f"quant_ops.{op}: expected configs of quantized layers, got Simulated. Use quantize_ after loading.")
         self.places, self._result, self._survey = plan.places, plan.result, Survey(op, model, plan.family)

@@ -26,7 +26,8 @@ try:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ImportError(
-        f"quant_ops.integrations.transformers: expected transformers >= 5, got: {error}. Install it with pip install 'transformers>=5'."
+        f"quant_ops.integrations.transformers: expected transformers >= 5, got: {error} Install it with pip install "
+        "'transformers>=5'."
     ) from error
 
 
@@ -63,8 +64,8 @@ class QuantOpsQuantizer(HfQuantizer):
         config, where = self.quantization_config, model.config.name_or_path
         if not self.pre_quantized and config.is_saved:
             raise ValueError(
-                f"quant_ops.from_pretrained: expected a QuantOpsConfig of what to quantize in the float checkpoint {where}, got that "
-                "of a quantized one. Give a config such as QuantOpsConfig(Int8Dynamic())."
+                f"quant_ops.from_pretrained: expected a QuantOpsConfig of what to quantize in the float checkpoint {where}, got "
+                "that of a quantized one. Give a config such as QuantOpsConfig(Int8Dynamic())."
             )
         self.pre_quantized = config.is_saved  # a config.json may also say what is to be quantized
         tied = model.all_tied_weights_keys
@@ -74,7 +75,7 @@ class QuantOpsQuantizer(HfQuantizer):
                 model.get_submodule(owner)._parameters[attribute] = model.get_parameter(source)
             self._reader = OnTheFly("from_pretrained", model, config, tied={*tied, *tied.values()})
             return
-        self._reader = Checkpoint(model, config.saved, where, model.base_model_prefix)
+        self._reader = Checkpoint(model, config.saved, where, model.dtype, model.base_model_prefix)
         for name in [name for pair in tied.items() for name in pair]:
             if name.rpartition(".")[0] in self._reader.awaited:
                 model.all_tied_weights_keys = {a: b for a, b in model.all_tied_weights_keys.items() if name not in (a, b)}
@@ -259,6 +260,6 @@ class _Resize:
 def _refuse_resize_of(*args: Any, **kwargs: Any) -> None:
     """Of a model that was pickled: as above, for any size."""
     raise ValueError(
-        "quant_ops.resize_token_embeddings: expected embeddings and head that are not quantized. Resize the float model and quantize "
-        "that, or exclude its embeddings and its head."
+        "quant_ops.resize_token_embeddings: expected embeddings and head that are not quantized. Resize the float model and "
+        "quantize that, or exclude its embeddings and its head."
     )
