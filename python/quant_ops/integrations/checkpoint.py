@@ -143,7 +143,7 @@ class CheckpointConfig:
         return f"QuantOpsConfig({self.config}{exclude})"
 
 
-def _config_of(given: Any) -> Configs:
+def _config_of(given: Any) -> Any:
     """A config, or a mapping to configs, which may be in JSON's form: ``[[filter, config], ...]`` for a mapping."""
     if given is None:
         return configs.Int8Dynamic()
@@ -162,7 +162,7 @@ def _config_of(given: Any) -> Configs:
             "quant_ops.QuantOpsConfig: expected a config such as Int8Dynamic(), or a mapping from filters to configs, got "
             f"{type(given).__name__}"
         )
-    return given  # type: ignore[return-value]
+    return given
 
 
 def _plain(config: Any) -> Any:
@@ -191,7 +191,7 @@ def _filter_of(plain: Any) -> Filter:
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise ValueError(f"quant_ops.QuantOpsConfig: expected the name of a class of torch.nn, got {plain.get('class')!r}")
         return found
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def _excluded(modules: Collection[str]) -> list[Filter]:
@@ -246,21 +246,28 @@ def check_finished(model: nn.Module) -> None:
 
 def state_of(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
     """The state_dict, in which each quantized weight is once."""
-    return without_repetitions(files.state_of(model), model, saved)
+    state, dropped = files.state_of(model), set(repeated(model, saved))
+    return {name: tensor for name, tensor in state.items() if name not in dropped}
 
 
-def without_repetitions(state: dict[str, Any], model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict without the further names of quantized layers and of the weights that they share."""
-    dropped: list[str] = []
+def repeated(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """The further names of quantized layers' tensors, and those of weights that layers share with another one."""
+    names: list[str] = []
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and first.setdefault(module, name) != name:
-            dropped += [f"{name}.{key}" for key in module.dtypes()]
-    for name in saved.get("shared", {}):
-        dropped += [f"{name}.{key}" for key in _WEIGHT]
-    for name in dropped:
-        state.pop(name, None)
-    return state
+            names += [f"{name}.{key}" for key in module.dtypes()]
+    return names + [f"{name}.{key}" for name in saved.get("shared", {}) for key in _WEIGHT]
+
+
+def dequantized_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Puts float layers, of the dtype or that in which each computes, in place of the quantized ones."""
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, QuantizedLayer):
+            if module not in made:
+                made[module] = module.dequantize().to(dtype or module.compute_dtype)
+            model.set_submodule(name, made[module])
 
 
 _WEIGHT = ("qweight", "weight_scale", "weight_zero_point")  # what tied layers share
@@ -335,11 +342,14 @@ class Checkpoint:
         ValueError: the fields are damaged, or of another model.
     """
 
+    op = "quant_ops.from_pretrained"
+
     def __init__(
         self, model: nn.Module, saved: Mapping[str, Any], where: str, dtype: torch.dtype | None = None, prefix: str = ""
     ) -> None:
         self._shield = _Shield()
-        self.op, self.path, self._model = "quant_ops.from_pretrained", where, model
+        self.path: Any = where
+        self._model = model
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._prefix = f"{prefix}." if prefix else ""
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -448,6 +458,15 @@ class Checkpoint:
         for other in [other for other, of in self._shared.items() if of == name and other in self.awaited]:
             if not self.awaited[other].missing:
                 self._complete(self.awaited[other])
+
+    def takes(self, name: str) -> bool:
+        """Whether :meth:`take` is to be called with this tensor."""
+        return name.rpartition(".")[0] in self.awaited
+
+    def take(self, name: str, value: Tensor) -> None:
+        """A tensor of the file, of a layer that is awaited."""
+        owner, _, key = name.rpartition(".")
+        self.awaited[owner].take(key, value)
 
     def tensor(self, source: str, device: torch.device | str) -> Tensor:
         """A tensor that was read."""

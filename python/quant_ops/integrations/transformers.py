@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..convert.select import ConversionResult, tell_library
 from ..convert.workflow import form_of
 from ..nn import QuantizedLayer
-from .checkpoint import Checkpoint, CheckpointConfig, Method, OnTheFly, check_finished, described, state_of
+from .checkpoint import Checkpoint, CheckpointConfig, Method, OnTheFly, check_finished, dequantized_, described, state_of
 
 try:
     from transformers import PreTrainedModel
@@ -48,6 +48,8 @@ class QuantOpsQuantizer(HfQuantizer):
         result: what ``from_pretrained`` with a QuantOpsConfig has converted, and what it left float and why.
     """
 
+    quantization_config: Any
+    pre_quantized: bool
     result: ConversionResult | None = None
     _reader: Checkpoint | OnTheFly | None = None
 
@@ -95,7 +97,7 @@ class QuantOpsQuantizer(HfQuantizer):
             for module, place in self._reader.places.items():
                 if module._parameters.get("weight") is param:
                     return {"int4": 0.5}.get(form_of(place.config), 1)
-        return size  # type: ignore[no-any-return]
+        return size
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         reader, self._reader = self._reader, None
@@ -117,12 +119,7 @@ class QuantOpsQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The float model of the values that this one computes with."""
-        made: dict[nn.Module, nn.Module] = {}
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, QuantizedLayer):
-                if module not in made:
-                    made[module] = module.dequantize().to(dtype or module.compute_dtype)
-                model.set_submodule(name, made[module])
+        dequantized_(model, dtype)
         tell_library(model)
         model.tie_weights()
         return model
