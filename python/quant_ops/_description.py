@@ -7,7 +7,7 @@ can be a field of another.
 import dataclasses
 import json
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 _REGISTERED: "dict[str, dict[str, type[Description]]]" = {}
 
@@ -48,13 +48,13 @@ class Config(Description):
 
     kind = "config"
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "quant_method":  # which transformers and diffusers ask of their own configs
-            raise AttributeError(
-                f"quant_ops.{type(self).__name__}: expected from_pretrained to get a QuantOpsConfig, got {self}. Write "
-                f"QuantOpsConfig({self}), from quant_ops.integrations.transformers or .diffusers."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    @property
+    def quant_method(self) -> NoReturn:
+        """What transformers and diffusers ask of their own configs. Raises AttributeError with the remedy."""
+        raise AttributeError(
+            f"quant_ops.{type(self).__name__}: expected from_pretrained to get a QuantOpsConfig, got {self}. Write "
+            f"QuantOpsConfig({self}), from quant_ops.integrations.transformers or .diffusers."
+        )
 
 
 def _plain(value: Any) -> Any:

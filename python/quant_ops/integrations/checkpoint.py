@@ -555,10 +555,12 @@ class OnTheFly:
         if any(p is not None and p.is_meta for p in module._parameters.values()):
             return
         try:
-            replace_(self._model, {module: self.places[module]}, self._make)
+            with torch.inference_mode(False), torch.no_grad():
+                layer = self._make(module, self.places[module])
         except ValueError:  # its weights hold NaN: raised in the end, since the libraries only log what is raised here
             return
-        del self.places[module]
+        for parent, attribute in self.places.pop(module).parents:
+            setattr(parent, attribute, layer)
 
     def _make(self, module: nn.Module, place: Places, tied: Any = None) -> nn.Module:
         try:

@@ -117,9 +117,9 @@ class QuantOpsQuantizer(HfQuantizer):
         model.config.quantization_config = QuantOpsConfig(**saved)
         return state_of(model, saved), {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """The float model of the values that this one computes with."""
-        dequantized_(model, dtype)
+        dequantized_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         tell_library(model)
         model.tie_weights()
         return model
