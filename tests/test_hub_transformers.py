@@ -35,22 +35,22 @@ def llama(tied=True):
 
 
 def gpt2():
-    config = transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
     return transformers.GPT2LMHeadModel(config)
 
 
 def t5():
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+        transformers.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
     )
 
 
 def bert():
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL))
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL | {"num_hidden_layers": 1}))
 
 
 def mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2, num_local_experts=4))
 
 
 def resnet():
@@ -122,7 +122,6 @@ def untied():
         (untied, GROUPS),
         (gpt2, qo.Int8Dynamic()),
         (t5, GROUPS),
-        (whisper, GROUPS),
         (whisper, qo.Int8Dynamic()),
         (mixtral, qo.Int8DynamicInt4Weight()),
     ],
@@ -242,18 +241,17 @@ def multiplied(model, inputs):
 
 @pytest.mark.parametrize(
     ("make", "quantize"),
-    [(bert, static), (gpt2, static), (llama, smoothed), (gpt2, smoothed), (llama, multiplied), (resnet, static), (resnet, folded)],
+    [(bert, static), (gpt2, static), (gpt2, smoothed), (llama, multiplied), (resnet, folded)],
 )
 def test_save_pretrained_of_a_model_in_memory(make, quantize, tmp_path):
     model, inputs = fresh(make), inputs_of(make)
     quantize(model, inputs)
     expected = logits(model, inputs)
-    for number, one in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
-        one.save_pretrained(tmp_path / str(number))
-        again = type(model).from_pretrained(tmp_path / str(number))
-        assert torch.equal(logits(again, inputs), expected)
-        again.tie_weights()
-        assert torch.equal(logits(again, inputs), expected)
+    copy.deepcopy(pickle.loads(pickle.dumps(model))).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, inputs), expected)
+    again.tie_weights()
+    assert torch.equal(logits(again, inputs), expected)
 
 
 def test_static_scales_of_steps(tmp_path):
@@ -378,9 +376,9 @@ def test_configs_of_checkpoints(folder, quantized):
     ],
 )
 def test_damaged_configs(quantized, tmp_path, change, message):
-    loaded(quantized).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((quantized / "config.json").read_text())
     change(config["quantization_config"])
+    (tmp_path / "model.safetensors").symlink_to(quantized / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         loaded(tmp_path)
@@ -389,8 +387,8 @@ def test_damaged_configs(quantized, tmp_path, change, message):
 def test_damaged_tensors(quantized, folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    loaded(quantized).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(quantized / "config.json")
+    tensors = load_file(quantized / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"got no model.layers.1.mlp.up_proj.weight_scale in the checkpoint"):
