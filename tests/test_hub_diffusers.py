@@ -46,7 +46,13 @@ def sd3():
 
 def dit():
     return diffusers.DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, out_channels=4, num_embeds_ada_norm=10
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        out_channels=4,
+        num_embeds_ada_norm=10,
     )
 
 

@@ -50,7 +50,9 @@ def bert():
 
 
 def mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2, num_local_experts=4))
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2, num_local_experts=4)
+    )
 
 
 def resnet():
@@ -179,9 +181,9 @@ def test_dtypes(folder, tmp_path):
 def test_modules_to_not_convert(folder):
     exclude = ["lm_head", "model.layers.0", "self_attn.k_proj", "*.up_proj", "no_such_module"]
     result = loaded(folder, QuantOpsConfig(modules_to_not_convert=exclude)).hf_quantizer.result
-    assert result.converted == [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")] + [
-        f"model.layers.1.mlp.{name}" for name in ("gate_proj", "down_proj")
-    ]
+    assert result.converted == [
+        f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
+    ] + [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "down_proj")]
     assert ("lm_head", "excluded by modules_to_not_convert") in result.skipped
 
 
