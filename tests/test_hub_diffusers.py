@@ -39,8 +39,8 @@ def unet():
 
 def sd3():
     return diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32,
-        caption_projection_dim=32, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
 
 
@@ -131,9 +131,15 @@ def text_encoder():
 
 def with_unet():
     return diffusers.StableDiffusionPipeline(
-        vae=fresh(vae), text_encoder=text_encoder().eval(), tokenizer=None, unet=fresh(unet),
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=fresh(vae),
+        text_encoder=text_encoder().eval(),
+        tokenizer=None,
+        unet=fresh(unet),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def with_transformer():

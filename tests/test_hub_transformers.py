@@ -1,4 +1,4 @@
-"""Models of transformers that are quantized while they are loaded, or in memory, and come back from their files with the same bits."""
+"""Models of transformers that are quantized while they are loaded, or in memory, and come back with the same bits."""
 
 import copy
 import functools
@@ -340,7 +340,7 @@ def quantized(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
-        (lambda: qo.Int8Dynamic(), AttributeError, r"Write QuantOpsConfig\(Int8Dynamic"),
+        (qo.Int8Dynamic, AttributeError, r"Write QuantOpsConfig\(Int8Dynamic"),
         (lambda: QuantOpsConfig(qo.Int8Static()), TypeError, "Use prepare_, calibrate and convert_"),
         (lambda: QuantOpsConfig(qo.Simulated(weight=qo.INT4)), TypeError, "Use quantize_ after loading"),
         (lambda: QuantOpsConfig({"*.none": qo.Int8Dynamic()}), ValueError, "expected the pattern"),
@@ -361,7 +361,7 @@ def test_configs_of_checkpoints(folder, quantized):
         loaded(folder, QuantOpsConfig(**json.loads((quantized / "config.json").read_text())["quantization_config"]))
     with pytest.raises(ValueError, match="quantized with QuantOpsConfig but you are passing a QuantoConfig"):
         loaded(quantized, transformers.QuantoConfig(weights="int8"))
-    with pytest.raises(ValueError, match="got a layer 'model.layers.0.self_attn.q_proj' in the checkpoint and none of that name"):
+    with pytest.raises(ValueError, match=r"got a layer 'model.layers.0.self_attn.q_proj' in the checkpoint and none of that name"):
         transformers.BertModel.from_pretrained(quantized)
     with pytest.raises(ValueError, match="expected a device_map of one kind of devices"):
         loaded(folder, QuantOpsConfig(), device_map={"model": "cpu", "lm_head": "disk"})
@@ -405,5 +405,5 @@ def test_damaged_tensors(quantized, folder, tmp_path):
 def test_a_model_that_is_not_finished(folder, tmp_path):
     model = loaded(folder, QuantOpsConfig(modules_to_not_convert=["lm_head"]))
     qo.prepare_(model)
-    with pytest.raises(ValueError, match="the prepared layer 'lm_head' beside quantized ones. Call convert_ first"):
+    with pytest.raises(ValueError, match=r"the prepared layer 'lm_head' beside quantized ones. Call convert_ first"):
         model.save_pretrained(tmp_path)
