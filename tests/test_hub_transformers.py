@@ -2,11 +2,15 @@
 
 import copy
 import functools
+import importlib
 import json
 import pickle
+import sys
+import types
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 
 import quant_ops as qo
@@ -407,3 +411,19 @@ def test_a_model_that_is_not_finished(folder, tmp_path):
     qo.prepare_(model)
     with pytest.raises(ValueError, match=r"the prepared layer 'lm_head' beside quantized ones. Call convert_ first"):
         model.save_pretrained(tmp_path)
+
+
+def test_the_package_imports_none_of_the_libraries():
+    code = "import sys, quant_ops; print(sorted({'transformers', 'diffusers', 'accelerate'} & set(sys.modules)))"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_a_transformers_that_is_too_old(monkeypatch):
+    model = fresh(bert)
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    monkeypatch.delitem(sys.modules, "quant_ops.integrations.transformers")
+    with pytest.raises(ImportError, match=r"expected transformers >= 5, got.*Install it with pip install"):
+        importlib.import_module("quant_ops.integrations.transformers")
+    with pytest.warns(UserWarning, match="expected transformers >= 5"):
+        qo.quantize_(model)
+    assert isinstance(model.bert.encoder.layer[0].output.dense, qo.QuantLinear)
