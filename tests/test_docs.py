@@ -56,6 +56,8 @@ def test_snippet_runs_by_itself(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if SNIPPETS[page] and page not in STANDING])
 def test_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
+    if page == "docs/timm.md":
+        pytest.importorskip("timm", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "snippets"}
     with as_it_was():

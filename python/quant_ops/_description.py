@@ -7,7 +7,7 @@ can be a field of another.
 import dataclasses
 import json
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 _REGISTERED: "dict[str, dict[str, type[Description]]]" = {}
 
@@ -47,6 +47,14 @@ class Config(Description):
     """How to quantize a model."""
 
     kind = "config"
+
+    @property
+    def quant_method(self) -> NoReturn:
+        """What transformers and diffusers ask of their own configs. Raises AttributeError with the remedy."""
+        raise AttributeError(
+            f"quant_ops.{type(self).__name__}: expected from_pretrained to get a QuantOpsConfig, got {self}. Write "
+            f"QuantOpsConfig({self}), from quant_ops.integrations.transformers or .diffusers."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -14,9 +14,8 @@ from torch import nn
 from .._models import Forward
 from ..convert.config import Int4WeightOnly, Int8Dynamic, Int8DynamicInt4Weight, Int8Static, Int8WeightOnly, Scheme
 from ..convert.prepared import is_sharded
-from ..convert.select import Configs, Filter, Places, Survey, family_of, leave_fused_paths, select
+from ..convert.select import Configs, Filter, Places, Survey, family_of, select, settle
 from ..nn import QuantizedLayer, show_forms
-from ..nn.loading import check_loads
 from .blocks import batches_of
 from .gptq_run import GPTQResult, Run
 from .layer import Settings
@@ -98,8 +97,7 @@ def gptq_(
         run = Run(model, batches, forward, settings, places, result)
         run.to_the_end(blocks, checkpoint)
     result.kind = show_forms(module.form for module in run.made if isinstance(module, QuantizedLayer))
-    leave_fused_paths(model)
-    check_loads(model)
+    settle(model)
     return survey.finish(result)  # type: ignore[return-value]
 
 

@@ -24,7 +24,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import safetensors
 import torch
@@ -34,12 +34,11 @@ from torch import Tensor, nn
 from .. import _library
 from .._models import has_hooks, patched
 from ..nn import QUANTIZED_LAYERS, Int8Layer, QuantizedLayer, WeightOnlyLayer, as_linear, is_original, show_forms
-from ..nn.loading import check_loads
 from ..nn.saving import is_channels_last
 from ..simulation.recast import Recast
 from . import config
 from .prepared import Prepared, is_sharded, whole
-from .select import FAMILIES, ConversionResult, Survey, leave_fused_paths
+from .select import FAMILIES, ConversionResult, Survey, settle
 
 FORMAT_VERSION = 2
 
@@ -81,12 +80,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"quant_ops.save: expected a float or int8 model, got the {module.kind} layer {name!r}. {first} the state_dict."
             )
-    state, rest = _state(model), _not_in_state_dict(model)
+    state, rest = state_of(model), _not_in_state_dict(model)
     tensors, shared = _distinct(state | rest)
     layers = {
-        name: _describe(module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLayer)
+        name: describe(module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantizedLayer)
     }
     version = max((_VERSIONS[entry["class"]] for entry in layers.values()), default=1)
     header = {
@@ -105,7 +102,7 @@ def _without_compile(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
+def state_of(model: nn.Module) -> dict[str, Any]:
     """The state_dict, in which the codes of a layer that has several names are one tensor; each name unpacks its own."""
     state = model.state_dict()
     first: dict[nn.Module, str] = {}
@@ -144,7 +141,7 @@ def _join(module: str, attribute: str) -> str:
     return f"{module}.{attribute}" if module else attribute
 
 
-def _describe(layer: QuantizedLayer) -> dict[str, Any]:
+def describe(layer: QuantizedLayer) -> dict[str, Any]:
     """Everything needed to build the layer again, except its tensors."""
     settings, whole_sizes = layer.config, layer.sharding.whole if layer.sharding is not None else {}
     return {
@@ -259,8 +256,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         model.get_submodule(owner)._buffers[attribute] = buffer
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    leave_fused_paths(model)
-    check_loads(model)
+    settle(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FAMILIES[family])]
     result = ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
     result.kind = show_forms(layer.form for layer in layers.values())
@@ -290,6 +286,8 @@ class _File:
         layers: the int8 layers, as the metadata have them.
         sources: every name in the state_dict, and the name of its tensor in the file.
     """
+
+    op = "quant_ops.load_"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not Path(path).is_file():
@@ -347,19 +345,24 @@ def _check_header(header: dict[str, Any], names: list[str]) -> None:
     """Raises ValueError, TypeError, KeyError or AttributeError for metadata that :func:`save` does not write."""
     stored = set(names)
     for name, entry in header["layers"].items():
-        kind = QUANTIZED_LAYERS[entry["class"]]
-        arguments = kind.newer | entry["arguments"]
-        known = arguments.keys() == {*kind.geometry, *kind.settings} and kind.are_settings(arguments, entry["weight_bits"])
-        if not known or entry.get("compute_dtype", "float32") not in _FLOATS:
-            raise ValueError(f"layer {name!r}: {entry}")
-        if entry["config"] is not None:
-            _check_config(name, entry["config"])
+        check_entry(name, entry)
     for name, source in header["shared"].items():
         if name in stored or source not in stored:
             raise ValueError(f"{name!r} shared with {source!r}")
     rest = header.get("not_in_state_dict", [])
     if type(rest) is not list or len(set(rest)) != len(rest) or not set(rest) <= stored | header["shared"].keys():
         raise ValueError(f"not_in_state_dict {rest!r}")
+
+
+def check_entry(name: str, entry: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what :func:`describe` does not make."""
+    kind = QUANTIZED_LAYERS[entry["class"]]
+    arguments = kind.newer | entry["arguments"]
+    known = arguments.keys() == {*kind.geometry, *kind.settings} and kind.are_settings(arguments, entry["weight_bits"])
+    if not known or entry.get("compute_dtype", "float32") not in _FLOATS:
+        raise ValueError(f"layer {name!r}: {entry}")
+    if entry["config"] is not None:
+        _check_config(name, entry["config"])
 
 
 def _check_config(name: str, fields: dict[str, Any]) -> None:
@@ -457,18 +460,34 @@ def _layers(model: nn.Module, file: _File, place: Callable[[Tensor], torch.devic
         is_weight_only = issubclass(QUANTIZED_LAYERS[entry["class"]], WeightOnlyLayer)
         identity = (*sources.values(), json.dumps(entry), id(old) if is_weight_only else None)
         if identity not in made:
-            layer = _layer(name, entry, sources, old, file, place, by_weight)
+            layer = built_layer(name, entry, sources, old, file, place, by_weight)
             made[identity] = layer.train(old.training)
         layers[name] = made[identity]
     return layers
 
 
-def _layer(
+class Source(Protocol):
+    """Where the tensors of layers come from.
+
+    Attributes:
+        op: the call, and
+        path: the file, for messages.
+    """
+
+    op: str
+    path: str | os.PathLike[str]
+
+    def tensor(self, source: str, device: torch.device | str) -> Tensor:
+        """A tensor by its name, on the device."""
+        raise NotImplementedError
+
+
+def built_layer(
     name: str,
     entry: dict[str, Any],
     sources: dict[str, str],
     old: Any,
-    file: _File,
+    file: Source,
     place: Callable[[Tensor], torch.device | str],
     by_weight: dict[tuple[Any, ...], WeightOnlyLayer],
 ) -> QuantizedLayer:
@@ -492,10 +511,10 @@ def _layer(
     state = {key: file.tensor(source, place(old.weight)) for key, source in sources.items()}
     for key, tensor in state.items():
         if tensor.dtype != (wanted := layer.dtypes()[key]):
-            raise ValueError(f"quant_ops.load_: expected {name}.{key} of dtype {wanted} in {file.path}, got {tensor.dtype}")
+            raise ValueError(f"{file.op}: expected {name}.{key} of dtype {wanted} in {file.path}, got {tensor.dtype}")
     if "input_scale" in state and arguments["asymmetric"]:
         raise ValueError(
-            f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got an input_scale in an asymmetric layer, which "
+            f"{file.op}: expected a usable layer {name!r} in {file.path}, got an input_scale in an asymmetric layer, which "
             "finds the range of every input"
         )
     with _usable(name, file):
@@ -504,12 +523,12 @@ def _layer(
 
 
 @contextlib.contextmanager
-def _usable(name: str, file: _File) -> Iterator[None]:
+def _usable(name: str, file: Source) -> Iterator[None]:
     """Says of which layer what is wrong."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"quant_ops.load_: expected a usable layer {name!r} in {file.path}, got: {error}") from error
+        raise ValueError(f"{file.op}: expected a usable layer {name!r} in {file.path}, got: {error}") from error
 
 
 def _float_state(model: nn.Module, file: _File, place: Callable[[Tensor], torch.device | str]) -> dict[str, Tensor]:

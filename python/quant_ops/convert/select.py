@@ -2,8 +2,10 @@
 
 import dataclasses
 import fnmatch
+import importlib
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -491,8 +493,33 @@ def replace_(model: nn.Module, places: dict[nn.Module, Places], make: Callable[[
         for parent, attribute in places.pop(module).parents:
             setattr(parent, attribute, layer)
         del module  # the last reference: the float weight is freed here
+    settle(model)
+
+
+def settle(model: nn.Module) -> None:
+    """What every call does to a model after it has replaced layers."""
     leave_fused_paths(model)
     check_loads(model)
+    tell_library(model)
+
+
+# Libraries that save and load models themselves, where their class of models is, and how the package's part for them is called.
+_LIBRARIES = (("transformers.modeling_utils", "PreTrainedModel"), ("diffusers.models.modeling_utils", "ModelMixin"))
+
+
+def tell_library(model: nn.Module) -> None:
+    """Lets ``save_pretrained`` of a model of transformers or diffusers know what is quantized; neither is imported here."""
+    for defined_in, name in _LIBRARIES:
+        kind = getattr(sys.modules.get(defined_in), name, None)
+        if kind is None or not any(isinstance(module, kind) for module in model.modules()):
+            continue
+        library = defined_in.partition(".")[0]
+        try:
+            integration = importlib.import_module(f"quant_ops.integrations.{library}")
+        except ImportError as error:
+            warnings.warn(f"{error} Until then save_pretrained writes files that nothing can load.", stacklevel=2)
+        else:
+            integration.attach(model)
 
 
 def leave_fused_paths(model: nn.Module) -> None:

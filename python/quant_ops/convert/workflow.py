@@ -70,38 +70,54 @@ def quantize_(
         ValueError: model is such a layer itself, a pattern or class matches no layer, a weight holds NaN or Inf, or a layer
             with two names gets two configs.
     """
-    config = Int8Dynamic() if config is None else config
-    family = family_of("quantize_", config)
-    kind = "simulated" if family == "simulated" else "int8"
-    places, result = select("quantize_", model, config, include, exclude, _WITHOUT_DATA, result_kind=kind)
-    if family == "weight-only":
-        result.kind = show_forms(_form(place.config) for place in places.values())
-    tied = _tied(places)
-
-    def make(module: nn.Module, config: Any) -> nn.Module:
-        if isinstance(config, Simulated):
-            return simulated_layer(module, config)
-        if not isinstance(config, WeightOnly):
-            return to_int8(module, config)
-        made, settings = tied.get(module, {}), tuple(config.settings().items())
-        layer = to_weight_only(module, config, made.get(settings))
-        made.setdefault(settings, layer)
-        return layer
-
-    return _replaced("quantize_", model, family, places, result, make)
+    plan = Plan("quantize_", model, Int8Dynamic() if config is None else config, include, exclude)
+    tied = tied_layers(plan.places)
+    return _replaced("quantize_", model, plan.family, plan.places, plan.result, lambda module, one: layer_of(module, one, tied))
 
 
-def _form(config: Scheme) -> str:
+class Plan:
+    """What a conversion without data is about to do. The model may be on the meta device.
+
+    Attributes:
+        family: see :func:`family_of`.
+        places: the layers that will be replaced.
+        result: those, and why the others will not be.
+    """
+
+    def __init__(self, op: str, model: nn.Module, config: Configs, include: Sequence[Filter], exclude: Sequence[Filter]) -> None:
+        self.family = family_of(op, config)
+        kind = "simulated" if self.family == "simulated" else "int8"
+        self.places, self.result = select(op, model, config, include, exclude, _WITHOUT_DATA, result_kind=kind)
+        if self.family == "weight-only":
+            self.result.kind = show_forms(form_of(place.config) for place in self.places.values())
+
+
+Tied = dict[nn.Module, dict[Any, WeightOnlyLayer]]
+
+
+def layer_of(module: nn.Module, config: Any, tied: Tied) -> nn.Module:
+    """What a config without data makes of a float layer; ``tied`` has what was made of its weight already, and gets this one."""
+    if isinstance(config, Simulated):
+        return simulated_layer(module, config)
+    if not isinstance(config, WeightOnly):
+        return to_int8(module, config)
+    made, settings = tied.get(module, {}), tuple(config.settings().items())
+    layer = to_weight_only(module, config, made.get(settings))
+    made.setdefault(settings, layer)
+    return layer
+
+
+def form_of(config: Scheme) -> str:
     """What a config makes of weights."""
     return f"int{config.settings()['bits']}" if isinstance(config, WeightOnly) else "int8"
 
 
-def _tied(places: dict[nn.Module, Places]) -> dict[nn.Module, dict[Any, WeightOnlyLayer]]:
+def tied_layers(places: dict[nn.Module, Places]) -> Tied:
     """A dictionary for each layer whose weight is that of others too; it is the same for all of them."""
     by_weight: dict[int, list[nn.Module]] = {}
     for module in places:
         by_weight.setdefault(id(module._parameters.get("weight")), []).append(module)
-    tied: dict[nn.Module, dict[Any, WeightOnlyLayer]] = {}
+    tied: Tied = {}
     for modules in by_weight.values():
         made: dict[Any, WeightOnlyLayer] = {}
         if len(modules) > 1:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .._models import Result, Table, quiet, reasons
+from ..convert.select import tell_library
 from ..nn import QuantizedLayer, show_forms
 from ..simulation.layers import SimulatedLayer
 from .compare import Quantized, difference, outputs, pairs
@@ -174,6 +175,7 @@ class _Switches:
             layer.train(self._layers[name][1].training)
         for original, mode in self._modes:
             original.train(mode)
+        tell_library(self.model)
 
     def _float(self, name: str, copies: dict[int, Any] | None = None) -> nn.Module:
         original, layer = self._layers[name]
