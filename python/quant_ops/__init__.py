@@ -79,6 +79,7 @@ from .ops import (  # noqa: E402
     quant_tensor_forward,
     quantize_affine,
     quantize_rows,
+    transpose_packed_weight,
     unpack_weight,
     unpack_weight_only,
     weight_only_embedding,

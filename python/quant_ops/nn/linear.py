@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.backward import differentiable
 from .int8 import Int8Layer
 
 _linear = torch.ops.quant_ops.int8_linear.default
@@ -38,17 +39,21 @@ class QuantLinear(Int8Layer):
         *,
         asymmetric: bool = False,
         relu: bool = False,
+        backward: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        super().__init__((out_features, in_features), bias, device, asymmetric, relu)
+        super().__init__((out_features, in_features), bias, device, asymmetric, relu, backward)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers
         weight, options = b["qweight"], self._options()
         if (multiplier := b["input_multiplier"]) is not None:
             options["x_multiplier"] = multiplier
-        return _linear(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **options)
+        weight = self._placeholder if weight is None else weight
+        if through:
+            return differentiable("int8_linear", x, weight, b["weight_scale"], b["bias"], **options)
+        return _linear(x, weight, b["weight_scale"], b["bias"], **options)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
