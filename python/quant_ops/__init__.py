@@ -67,8 +67,10 @@ from .ops import (  # noqa: E402
     dequant_tensor,
     dequantize_affine,
     int8_conv2d,
+    int8_conv2d_backward,
     int8_gemm,
     int8_linear,
+    int8_linear_backward,
     pack_weight,
     pack_weight_only,
     quant_block_backward,
@@ -84,6 +86,7 @@ from .ops import (  # noqa: E402
     unpack_weight_only,
     weight_only_embedding,
     weight_only_linear,
+    weight_only_linear_backward,
 )
 from .report.compare import compare  # noqa: E402
 from .report.fallback import FallbackResult, fallback_  # noqa: E402
@@ -165,8 +168,10 @@ __all__ = [
     "format_from_json",
     "gptq_",
     "int8_conv2d",
+    "int8_conv2d_backward",
     "int8_gemm",
     "int8_linear",
+    "int8_linear_backward",
     "keep_weights_",
     "kernel_for",
     "load_",
@@ -189,9 +194,11 @@ __all__ = [
     "smoothquant_",
     "synchronize_",
     "timestep",
+    "transpose_packed_weight",
     "unpack_weight",
     "unpack_weight_only",
     "weight_only_embedding",
     "weight_only_linear",
+    "weight_only_linear_backward",
     "with_gradient",
 ]

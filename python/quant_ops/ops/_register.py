@@ -80,7 +80,7 @@ def _without_data(value: Any) -> Any:
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
 
 
-def _expect_one_device(name: str, named: dict[str, Any]) -> None:
+def expect_one_device(name: str, named: dict[str, Any]) -> None:
     """A tensor of device meta among others brings their call here: the result would be memory that nobody wrote."""
     devices = {key: value.device.type for key, value in named.items() if isinstance(value, Tensor) and key != "seed"}
     if "meta" in devices.values() and len(set(devices.values())) > 1:
@@ -104,7 +104,7 @@ def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
     def register(results: Callable[..., Any]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             named = dict(zip(names, args, strict=False)) | kwargs
-            _expect_one_device(name, named)
+            expect_one_device(name, named)
             with torch._C._DisableTorchDispatch():
                 checked = check(**{k: _without_data(v) for k, v in named.items()})
             return results(checked=checked, **defaults | named)

@@ -19,6 +19,7 @@ from torch import Tensor
 from quant_ops.ops._register import (
     call,
     expect_no_transform,
+    expect_one_device,
     in_transform,
     inference_only,
     refuse_derivative,
@@ -26,6 +27,7 @@ from quant_ops.ops._register import (
     register_kernel,
     wants_derivative,
 )
+from quant_ops.ops.int8 import as_list
 
 _ops: Any = torch.ops.quant_ops
 _DEFINITIONS = torch.library.Library("quant_ops", "FRAGMENT")  # must stay alive
@@ -39,9 +41,29 @@ def _define(schema: str, implementation: Callable[..., Tensor], fake: Callable[.
     """An operator that is a composition of others. Returns its name."""
     name = schema[: schema.index("(")]
     _DEFINITIONS.define(schema)
+    names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
+
+    def without_data(*args: Any, **kwargs: Any) -> Tensor:
+        expect_one_device(name.removeprefix("_"), dict(zip(names, args, strict=False)) | kwargs)
+        return fake(*args, **kwargs)
+
     _DEFINITIONS.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quant_ops::{name}", fake, lib=_DEFINITIONS)
+    torch.library.register_fake(f"quant_ops::{name}", without_data, lib=_DEFINITIONS)
     return name
+
+
+def _expect_result(op: str, grad: Tensor, weight: Tensor, dims: int) -> None:
+    """The gradient is that of a result of such a weight; the operators that it is handed to check everything else."""
+    if grad.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"quant_ops.{op}: expected grad.dtype in (float32, float16, bfloat16), got {grad.dtype}")
+    if weight.dim() != 2 * dims:
+        shape = "(N, K)" if dims == 1 else "(O, C/groups, R, S)"
+        raise ValueError(f"quant_ops.{op}: expected weight.shape {shape}, got {tuple(weight.shape)}")
+    channel = -1 if dims == 1 else -3
+    if grad.dim() < -channel or grad.shape[channel] != weight.shape[0]:
+        raise ValueError(
+            f"quant_ops.{op}: expected grad.shape[{channel}] == weight.shape[0], got {tuple(grad.shape)} and {tuple(weight.shape)}"
+        )
 
 
 # ---- int8_linear -----------------------------------------------------------------------------------------------------
@@ -81,6 +103,7 @@ def int8_linear_backward(
 def _int8_linear_backward(
     grad: Tensor, weight: Tensor, weight_scale: Tensor, *, packed_weight: Tensor | None = None, x_multiplier: Tensor | None = None
 ) -> Tensor:
+    _expect_result("int8_linear_backward", grad, weight, 1)
     n, k = weight.shape
     scale = weight_scale.reshape(-1)
     scale = scale.expand(n).contiguous() if scale.numel() == 1 else scale
@@ -103,8 +126,12 @@ def _int8_linear_backward(
     return made
 
 
-def _like_input(grad: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+def _like_input(op: str) -> Callable[..., Tensor]:
+    def fake(grad: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        _expect_result(op, grad, weight, 1)
+        return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+    return fake
 
 
 def _floating_product(
@@ -134,7 +161,7 @@ _define(
     "int8_linear_backward(Tensor grad, Tensor weight, Tensor weight_scale, *, Tensor? packed_weight=None, "
     "Tensor? x_multiplier=None) -> Tensor",
     _int8_linear_backward,
-    _like_input,
+    _like_input("int8_linear_backward"),
 )
 
 # ---- weight_only_linear ------------------------------------------------------------------------------------------------
@@ -184,6 +211,8 @@ def _weight_only_linear_backward(
     packed_weight: Tensor | None = None,
     x_multiplier: Tensor | None = None,
 ) -> Tensor:
+    _expect_result("weight_only_linear_backward", grad, weight, 1)
+
     def values(begin: int, end: int, dtype: torch.dtype) -> Tensor:
         indices = torch.arange(begin, end, device=grad.device)
         made: Tensor = _ops.weight_only_embedding(
@@ -198,7 +227,7 @@ _define(
     "weight_only_linear_backward(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, int bits=8, "
     "int group_size=-1, *, Tensor? packed_weight=None, Tensor? x_multiplier=None) -> Tensor",
     _weight_only_linear_backward,
-    _like_input,
+    _like_input("weight_only_linear_backward"),
 )
 
 # ---- int8_conv2d -----------------------------------------------------------------------------------------------------
@@ -209,9 +238,9 @@ def int8_conv2d_backward(
     input_size: Sequence[int],
     weight: Tensor,
     weight_scale: Tensor,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
     packed_weight: Tensor | None = None,
@@ -232,7 +261,7 @@ def int8_conv2d_backward(
         TypeError, ValueError: the packed weight is of another shape.
         RuntimeError: shapes do not fit, or a gradient of the gradient is asked for.
     """
-    geometry = list(stride), list(padding), list(dilation), groups
+    geometry = as_list(stride), as_list(padding), as_list(dilation), groups
     op = _ops.int8_conv2d_backward.default
     made: Tensor = call(op, grad, list(input_size), weight, weight_scale, *geometry, packed_weight=packed_weight)
     return made
@@ -250,6 +279,7 @@ def _int8_conv2d_backward(
     *,
     packed_weight: Tensor | None = None,
 ) -> Tensor:
+    _expect_result("int8_conv2d_backward", grad, weight, 2)
     if packed_weight is not None and packed_weight.device.type == "cpu":
         weight = _ops.unpack_weight(packed_weight, list(weight.shape), groups)
     values = _ops.dequant_tensor(weight, weight_scale.reshape(-1, 1, 1, 1))
@@ -267,13 +297,14 @@ def _int8_conv2d_backward(
     return made.to(grad.dtype).reshape(input_size).contiguous()
 
 
-def _of_size(grad: Tensor, input_size: Sequence[int], *_: Any, **__: Any) -> Tensor:
+def _of_size(grad: Tensor, input_size: Sequence[int], weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    _expect_result("int8_conv2d_backward", grad, weight, 2)
     return grad.new_empty(tuple(input_size))
 
 
 _define(
     "int8_conv2d_backward(Tensor grad, SymInt[] input_size, Tensor weight, Tensor weight_scale, int[2] stride=1, "
-    "int[] padding=[0, 0], int[2] dilation=1, int groups=1, *, Tensor? packed_weight=None) -> Tensor",
+    "int[2] padding=0, int[2] dilation=1, int groups=1, *, Tensor? packed_weight=None) -> Tensor",
     _int8_conv2d_backward,
     _of_size,
 )
@@ -385,7 +416,7 @@ def _add_twin(name: str) -> None:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
-    twin = _define(text.replace(name, f"{name}_differentiable", 1), lambda *a, **k: base(*a, **k), fake)
+    twin = _define(text.replace(name, f"_{name}_differentiable", 1), lambda *a, **k: base(*a, **k), fake)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         named = _named(name, args, kwargs)
@@ -420,7 +451,7 @@ for _name in ("int8_linear", "int8_conv2d", "weight_only_linear"):
     _add_twin(_name)
 
 
-TWINS = {name: getattr(_ops, f"{name}_differentiable").default for name in _ARGUMENTS}
+TWINS = {name: getattr(_ops, f"_{name}_differentiable").default for name in _ARGUMENTS}
 
 
 def differentiable(name: str, *args: Any, **kwargs: Any) -> Tensor:

@@ -171,9 +171,9 @@ def int8_conv2d(
         weight,
         weight_scale,
         bias,
-        _list(stride),
-        _list(padding),
-        _list(dilation),
+        as_list(stride),
+        as_list(padding),
+        as_list(dilation),
         groups,
         x_scale,
         x_zero_point,
@@ -187,7 +187,7 @@ def int8_conv2d(
     )
 
 
-def _list(value: int | Sequence[int]) -> list[int]:
+def as_list(value: int | Sequence[int]) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
 
 
