@@ -241,6 +241,13 @@ def test_every_way_to_the_gradient_gives_the_same_bits(name):
         assert same(loss)
 
 
+@pytest.mark.parametrize("name", ["int8_linear", "int8_conv2d", "weight_only_linear"])
+def test_opcheck_of_the_differentiable_operators(name):
+    layer, x = _case("conv" if name == "int8_conv2d" else "weight-only int4" if name == "weight_only_linear" else "int8 relu")
+    arguments = (layer.weight_scale, *([None, None, 4, 64] if name == "weight_only_linear" else []))
+    torch.library.opcheck(getattr(ops, f"_{name}_differentiable").default, (x.requires_grad_(), layer.qweight, *arguments))
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor():
     model = nn.Sequential(nn.Linear(K, K), LINEAR["int8 asymmetric"](), nn.ReLU(), nn.Linear(N, 4))

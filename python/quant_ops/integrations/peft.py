@@ -17,10 +17,11 @@ from ..nn import QuantizedLayer, QuantLinear, WeightOnlyLinear
 try:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
+    from peft.tuners.lora import model as _model
     from peft.tuners.lora.layer import Linear, LoraVariant
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    _create = LoraModel._create_new_module
+    _create, _device_map = LoraModel._create_new_module, _model.get_device_map
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"quant_ops.integrations.peft: expected peft >= 0.21, got: {error}. Install it with pip install 'peft>=0.21'."
@@ -106,4 +107,13 @@ def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Mo
     return QuantizedLora(target, adapter_name, config=lora_config, **kwargs)
 
 
+def _get_device_map(model: nn.Module) -> Any:
+    """peft's, which looks at the first parameter; a model of quantized layers alone has none."""
+    layer = next((module for module in model.modules() if isinstance(module, QuantizedLayer)), None)
+    if layer is None or next(model.parameters(), None) is not None:
+        return _device_map(model)
+    return {"": layer.device}
+
+
 LoraModel._create_new_module = staticmethod(_create_new_module)
+_model.get_device_map = _get_device_map
