@@ -206,12 +206,14 @@ void transpose_packed_weight_cpu(const int8_t* packed, const PackedLayout& from,
   begin_packed(to, transposed);
   parallel_for(to.panels(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t width = to.width(panel), row = width * kQuad, quads = std::min(width / kQuad, from.quads - panel * kPanel / kQuad);
+      const int64_t width = to.width(panel), row = width * kQuad,
+                    quads = std::min(width / kQuad, from.quads - panel * kPanel / kQuad);
       int32_t* sums = column_sums(to, 0, transposed) + panel * kPanel;
       int8_t* to_row = transposed + to.panel_offset(0, panel);
       for (int64_t quad = 0; quad < to.quads; ++quad, to_row += row) {
         const int64_t source_panel = quad * kQuad / kPanel, source_row = from.width(source_panel) * kQuad;
-        const int8_t* source = from.panel(packed, 0, source_panel) + panel * kPanel / kQuad * source_row + quad * kQuad % kPanel * kQuad;
+        const int8_t* source =
+            from.panel(packed, 0, source_panel) + panel * kPanel / kQuad * source_row + quad * kQuad % kPanel * kQuad;
         for (int64_t i = 0; i < quads; ++i) transpose_quads(source + i * source_row, to_row + i * kQuad * kQuad);
         std::memset(to_row + quads * kQuad * kQuad, 0, static_cast<size_t>(row - quads * kQuad * kQuad));
         for (int64_t j = 0; j < width; ++j)

@@ -127,7 +127,8 @@ struct Cpu {
     unpack_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
   }
   static void transpose(const Tensor& packed, const WeightShape& w, const WeightShape& of, Tensor& transposed) {
-    transpose_packed_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), layout_of(of), transposed.mutable_data_ptr<int8_t>());
+    transpose_packed_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), layout_of(of),
+                                transposed.mutable_data_ptr<int8_t>());
   }
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));

@@ -1,5 +1,6 @@
 // pack_weight, unpack_weight and transpose_packed_weight: checks and allocation. `Backend` supplies packed_bytes(shape) and
-// pack(weight, shape, packed), and on the CPU unpack(packed, shape, weight) and transpose(packed, shape, transposed). Read next: cpu/pack.h and contract/cuda_weights.h for the layouts.
+// pack(weight, shape, packed), and on the CPU unpack(packed, shape, weight) and transpose(packed, shape, transposed). Read next:
+// cpu/pack.h and contract/cuda_weights.h for the layouts.
 #pragma once
 
 #include "torch/int8.h"

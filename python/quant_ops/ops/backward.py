@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from quant_ops.ops._register import (
     call,
@@ -220,7 +221,8 @@ def _weight_only_linear_backward(
         )
         return made
 
-    return _floating_product(grad, *weight.shape, values, x_multiplier)
+    n, k = weight.shape
+    return _floating_product(grad, n, k, values, x_multiplier)
 
 
 _define(
@@ -290,9 +292,7 @@ def _int8_conv2d_backward(
     if not even:  # of the padded image, of which a part is the input
         size[-2:] = [height + top + bottom, width + left + right]
     images = grad.float().reshape(-1, *grad.shape[-3:])
-    made: Tensor = torch.nn.grad.conv2d_input(
-        size, values, images, list(stride), [top, left] if even else 0, list(dilation), groups
-    )
+    made: Tensor = conv2d_input(size, values, images, list(stride), [top, left] if even else 0, list(dilation), groups)
     made = made if even else made[..., top : top + height, left : left + width]
     return made.to(grad.dtype).reshape(input_size).contiguous()
 
@@ -319,7 +319,7 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups", "bits", "group_size")
 
 
 def _in_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, multiplier: Tensor | None) -> Tensor:
-    """Where static quantization does not clip, as ``quant_tensor_backward`` has it: ``-128 <= rne(x / scale) + zero_point <= 127``."""
+    """Where static quantization does not clip, as in quant_tensor_backward: ``-128 <= rne(x / scale) + zero_point <= 127``."""
     x = x.float() if multiplier is None else x.float() * multiplier
     steps = (x / scale.float()).round_()
     if zero_point is None:
@@ -413,10 +413,7 @@ def _add_twin(name: str) -> None:
     _ARGUMENTS[name] = {argument.name: argument.default_value for argument in base._schema.arguments}
     text = str(base._schema).removeprefix("quant_ops::")
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        return base(*args, **kwargs)
-
-    twin = _define(text.replace(name, f"_{name}_differentiable", 1), lambda *a, **k: base(*a, **k), fake)
+    twin = _define(text.replace(name, f"_{name}_differentiable", 1), base, base)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         named = _named(name, args, kwargs)
