@@ -4,7 +4,8 @@
     python examples/adapters.py --quick    fewer epochs, for the test
 
 A network learns handwritten digits and is quantized with `backward=True`: its weights are int8 codes that nothing trains, but
-gradients flow through them. The digits are then turned by 90 degrees. Adapters of rank 8, a tenth of the network's size, learn that.
+gradients flow through them. The digits are then turned by 90 degrees. Adapters of rank 8, a tenth of the network's size, learn
+that.
 Without peft (pip install peft) its part is left out.
 """
 
@@ -55,7 +56,7 @@ def by_hand(model: nn.Sequential) -> nn.Module:
 def by_peft(model: nn.Sequential) -> nn.Module:
     import peft
 
-    import quant_ops.integrations.peft  # lets peft adapt quantized layers
+    import quant_ops.integrations.peft  # noqa: F401  # lets peft adapt quantized layers
 
     names = [name for name, layer in model.named_children() if hasattr(layer, "in_features")]
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=RANK, lora_alpha=2 * RANK))

@@ -86,12 +86,11 @@ def _check(layer: QuantizedLayer, config: LoraConfig) -> None:
             "before it. Quantize with backward=True in the config, or set layer.backward = True in every quantized layer."
         )
     if getattr(layer, "relu", False):
-        _refuse(
-            f"a layer without a fused ReLU, got a {type(layer).__name__} with relu=True, to whose output an adapter cannot add."
-        )
+        _refuse(f"a layer without a fused ReLU, got a {type(layer).__name__} with relu=True, before which no adapter can add.")
     if config.init_lora_weights not in _INITIALIZATIONS:
         _refuse(
-            f"init_lora_weights in {_INITIALIZATIONS}, got {config.init_lora_weights!r}, which changes the base weight. Leave it out."
+            f"init_lora_weights in {_INITIALIZATIONS}, got {config.init_lora_weights!r}, which changes the base weight. Leave it "
+            "out."
         )
 
 
