@@ -180,7 +180,7 @@ def test_language_model():
     loss, noise = {}, {}
     for name, method in {
         "rtn": lambda m: qo.quantize_(m, config, include=["layers.*"]),
-        "awq": lambda m: qo.awq_(m, batches, config, include=["layers.*"]),
+        "awq": lambda m: qo.awq_(m, batches, config, include=["layers.*"], ratios=8),
     }.items():
         quantized = copy.deepcopy(model)
         method(quantized)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from benchmarks.gpu import check
 
@@ -13,8 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments):
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = python(*arguments, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -3,7 +3,6 @@
 import copy
 import io
 import logging
-import subprocess
 import sys
 import textwrap
 import types
@@ -11,6 +10,7 @@ import types
 import pytest
 import torch
 from models import Net, Two, batches
+from processes import Started
 from torch import nn
 
 import quant_ops as qo
@@ -219,14 +219,9 @@ def test_two_processes_are_one_that_saw_all(tmp_path):
             """
         )
     )
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    results = [worker.communicate(timeout=120) for worker in workers]
-    assert [(out.strip(), worker.returncode) for (out, _), worker in zip(results, workers, strict=True)] == [("equal", 0)] * 2, (
-        results
-    )
+    workers = [Started(script, rank, tmp_path) for rank in range(2)]
+    results = [worker.result(120) for worker in workers]
+    assert [(done.stdout.strip(), done.returncode) for done in results] == [("equal", 0)] * 2, results
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """python -m quant_ops: what each command prints, writes and returns, and that complaints are one line that helps."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import quant_ops as qo
 from quant_ops.__main__ import main
@@ -328,7 +328,7 @@ def test_version_and_console_script(capsys):
 
 def test_statuses_of_the_process(folder):
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "quant_ops", *arguments], capture_output=True, text=True, check=False)
+        return python("-m", "quant_ops", *arguments)
 
     missing = run("report", "nothing")
     assert (missing.returncode, missing.stdout) == (2, "")

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
 import sys
 import types
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from documents import run
+from processes import python
 from torch import nn
 
 import quant_ops as qo
@@ -269,8 +269,7 @@ def test_torch_quantizer_operators():
 )
 def test_torch_quantizer_benchmark_commands(options):
     """Its ``benchmark.py --o linear --bs 512 --cin 960 --cout 960``."""
-    command = [sys.executable, "-m", "quant_ops", "bench", *options.split(), "--seconds", "0.01"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "quant_ops", "bench", *options.split(), "--seconds", "0.01")
     assert done.returncode == 0, done.stderr
     title, *rows, sqnr = done.stdout.splitlines()
     assert title.startswith(re.sub(r" --(\w+) (\d+)", r" \1=\2", options))

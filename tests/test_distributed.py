@@ -1,9 +1,6 @@
 """Training and conversion in two processes: DistributedDataParallel, FSDP2 and DTensors (gloo, on the CPU)."""
 
-import subprocess
-import sys
-
-from processes import in_two_processes
+from processes import in_two_processes, python
 
 
 def test_ddp_trains_the_float_layer(tmp_path):
@@ -24,7 +21,7 @@ assert model[3].weight.grad.abs().sum() > 0
 print([name for name, _ in model.named_parameters()], flush=True)
 os._exit(0)
 """
-    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    run = python("-c", script)
     assert run.stdout.strip() == "['3.weight', '3.bias']", run.stdout + run.stderr
 
 

@@ -7,12 +7,11 @@ the same words, unless values decide: an error in a compiled or exported model r
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -519,9 +518,7 @@ def test_scratch_that_cannot_be_had():
 
 def test_an_exception_inside_a_parallel_region_is_ours():
     script = "import torch, quant_ops as qo; torch.set_num_threads(2); qo.choose_qparams(torch.ones(1 << 20), [], -127, 127)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True, env={**os.environ, "QUANT_OPS_ISA": "bogus"}
-    )
+    done = python("-c", script, environment={**os.environ, "QUANT_OPS_ISA": "bogus"})
     assert done.returncode == 1
     assert "quant_ops: expected QUANT_OPS_ISA to be one of" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
     assert "torch_parallel_for" not in done.stderr.split("RuntimeError")[-1]

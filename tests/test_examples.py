@@ -1,11 +1,10 @@
 """The examples run, keep what they promise, and write what they say."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from quant_ops.convert import files
 
@@ -14,8 +13,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.mark.parametrize("name", ["vision", "text_encoder"])
 def test_quick(name, tmp_path):
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / f"{name}.py", "--quick", "--out", tmp_path]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: int8 is within one point of float32\n")
     assert "the same bits" in done.stdout
@@ -23,8 +22,8 @@ def test_quick(name, tmp_path):
 
 
 def test_formats(tmp_path):
-    command = [sys.executable, EXAMPLES / "formats.py", "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / "formats.py", "--quick", "--out", tmp_path]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: every line rises with its bits\n")
     assert (tmp_path / "formats.png").read_bytes().startswith(b"\x89PNG")
@@ -42,8 +41,8 @@ def test_formats(tmp_path):
 
 
 def test_simulation(tmp_path):
-    command = [sys.executable, EXAMPLES / "simulation.py", "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / "simulation.py", "--quick", "--out", tmp_path]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: 8 bits keep what the models have learned\n")
     assert (tmp_path / "simulation.png").read_bytes().startswith(b"\x89PNG")
@@ -63,8 +62,8 @@ def test_simulation(tmp_path):
 
 
 def test_generation(tmp_path):
-    command = [sys.executable, EXAMPLES / "generation.py", "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / "generation.py", "--quick", "--out", tmp_path]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: files give the same bits, and perplexities are near that of float32\n")
     rows = {line[:20].strip(): [float(figure) for figure in line[20:].split()] for line in done.stdout.splitlines()[1:6]}
@@ -74,8 +73,8 @@ def test_generation(tmp_path):
 
 
 def test_accuracy():
-    command = [sys.executable, EXAMPLES / "accuracy.py", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / "accuracy.py", "--quick"]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: int8 costs less than a percent, and each method saves what it has to\n")
     rows = {line[:28].strip(): line[28:].split() for line in done.stdout.splitlines()[1:-1]}
@@ -110,8 +109,8 @@ def test_int_fp_qsim(name):
     needed, arguments = SIMULATED[name]
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}")
-    command = [sys.executable, EXAMPLES / "int_fp_qsim" / f"{name}.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [EXAMPLES / "int_fp_qsim" / f"{name}.py", *arguments]
+    done = python(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     heading, *lines = done.stdout.splitlines()
     columns = heading.count("%") + heading.count("dB") + heading.count("perplexity")
@@ -128,8 +127,8 @@ def test_int_fp_qsim(name):
 def test_int_fp_qsim_without_the_package(name, needed):
     script = EXAMPLES / "int_fp_qsim" / f"{name}.py"
     code = f"import runpy, sys; sys.modules['{needed}'] = None; sys.path.insert(0, r'{script.parent}'); sys.argv = ['{name}']; "
-    command = [sys.executable, "-c", code + f"runpy.run_path(r'{script}', run_name='__main__')"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-c", code + f"runpy.run_path(r'{script}', run_name='__main__')"]
+    done = python(*command)
     assert done.returncode == 1
     assert done.stderr.startswith(f"this example needs {needed} (")
     assert done.stderr.endswith(f"): pip install {needed}\n")

@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import python
 from safetensors.torch import load_file
 from saved_models import FIXTURES, INT8, Net, assert_same_state, format_1, format_2, header_of, on_meta, saved
 from torch import nn
@@ -358,9 +357,7 @@ else:
     assert model(torch.ones(1, 2048)).isfinite().all()
 """
     for write in (True, False):
-        done = subprocess.run(
-            [sys.executable, "-c", script.replace("{write}", str(write))], capture_output=True, text=True, check=False
-        )
+        done = python("-c", script.replace("{write}", str(write)))
         assert done.returncode == 0, done.stderr
 
 
@@ -383,7 +380,7 @@ try:
 except OSError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = python("-c", script)
     assert done.stdout.startswith(f"quant_ops.save: {path} was not written: "), done.stdout + done.stderr
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
@@ -404,7 +401,7 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 qo.quantize_(model)
 qo.save(model, {str(path)!r})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = python("-c", script)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == before
 

@@ -1,19 +1,18 @@
 """No call kills the process or hangs it: random hostile calls (hostile_calls.py), in a process of their own."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hostile_calls import function_of, good
+from processes import python
 
 SCRIPT = Path(__file__).parent / "hostile_calls.py"
 
 
 def run(seed: int, count: int) -> None:
-    command = [sys.executable, str(SCRIPT), str(seed), str(count)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240 + count / 5)
+    done = python(SCRIPT, seed, count, timeout=240 + count / 5)
     last = "\n".join(done.stdout.splitlines()[-2:])
     assert done.returncode == 0, f"status {done.returncode}\n{last}\n{done.stderr[-2000:]}"
     assert "refused" in last

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 
@@ -18,8 +19,7 @@ ISAS = _library.isas()
 def python(*arguments, **environment):
     """Runs Python with the variables of quant_ops set to exactly these."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("QUANT_OPS_")}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120, check=False)
+    return processes.python(*arguments, environment=clean | environment)
 
 
 # ---- info --------------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,8 @@ def test_command_line_without_a_command():
 
 
 def test_import_prints_nothing():
-    done = python("-W", "error::DeprecationWarning:quant_ops", "-c", "import quant_ops")
+    command = [sys.executable, "-W", "error::DeprecationWarning:quant_ops", "-c", "import quant_ops"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

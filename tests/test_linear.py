@@ -1,14 +1,13 @@
 """int8_gemm and int8_linear: exact sums, the epilogue bit for bit, every mode, any shape and stride."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 
 import quant_ops as qo
 
@@ -166,7 +165,7 @@ if child == 0:
     os._exit(0 if run() == expected else 1)
 print(os.waitpid(child, 0)[1])
 """
-    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    run = python("-c", script)
     assert run.stdout.strip() == "0", run.stdout + run.stderr
 
 
