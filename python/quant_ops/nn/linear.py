@@ -10,11 +10,12 @@ _linear = torch.ops.quant_ops.int8_linear.default
 
 
 class QuantLinear(Int8Layer):
-    """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
+    """int8 nn.Linear with a frozen weight: float in, float out, exact int32 sums, one operator call.
 
     Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
-    with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
-    ``load_state_dict``, or by assigning ``qweight``. The layer has buffers and no parameters.
+    with a zero point), ``relu`` and ``backward`` (gradients flow to the input) are settings of the layer, not part of its
+    state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The layer
+    has buffers and no parameters.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
