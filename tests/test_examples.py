@@ -83,7 +83,7 @@ def test_accuracy():
 
 
 def test_adapters():
-    done = subprocess.run([sys.executable, EXAMPLES / "adapters.py", "--quick"], capture_output=True, text=True, check=False)
+    done = python(EXAMPLES / "adapters.py", "--quick")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.endswith("OK: adapters on quantized weights learn what those on float32 do, within two points\n")
     rows = {line[2:28].strip(): line[28:].split() for line in done.stdout.splitlines() if " -> " in line and "%" in line}

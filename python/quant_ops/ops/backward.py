@@ -401,6 +401,20 @@ class _Through(torch.autograd.Function):
         )
 
 
+class _ThroughEagerly(torch.autograd.Function):
+    """The same outside of torch.func's transforms; torch inspects the signature of a Function with setup_context in every call."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *values: Any) -> Any:
+        with _below_autograd():
+            result = _Through.forward(name, *values)
+        _Through.setup_context(ctx, (name, *values), result)
+        return result
+
+    backward = _Through.backward
+    jvp = _Through.jvp
+
+
 _ARGUMENTS: dict[str, dict[str, Any]] = {}  # of each operator that has a twin, with their defaults; x is the first
 
 
@@ -440,7 +454,8 @@ def _derived(name: str, named: dict[str, Any]) -> Tensor:
             "a floating result where a gradient of x is asked for",
             "out_scale. Codes carry no gradient: leave output_scale out of a layer with backward=True",
         )
-    result: Tensor = _Through.apply(name, *named.values())  # type: ignore[no-untyped-call]
+    function = _ThroughEagerly if in_transform() is None else _Through
+    result: Tensor = function.apply(name, *named.values())  # type: ignore[no-untyped-call]
     return result
 
 
