@@ -4,6 +4,7 @@
 #   make test-all    all of them, those that take minutes or much memory too
 #   make bench       time the operators and whole layers against torch's and other packages', where installed
 #   make lint        formatting, static checks
+#   make site        the documents and the reference as a web site, in build/site
 #   make cuda-build  compile and link the CUDA library (needs nvcc, no GPU)
 #   make gpu-check   on a machine with a GPU: build, test, measure, write JSON
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SOURCES := CMakeLists.txt $(shell find cpp cuda -type f)
 INSTALLED := build/editable/.installed-$(shell find python -name '*.py' | sort | cksum | cut -d' ' -f1)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/*.h tests/*.cu)
 
-.PHONY: demo test test-all bench lint format cuda-build gpu-check clean
+.PHONY: demo test test-all bench lint format site cuda-build gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -47,6 +48,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+# Any warning is an error: a link that leads nowhere, a name without a reference, a docstring that does not fit its function.
+site: $(VENV)/built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The compiler is looked for when this runs; without one cmake says what is missing.
 cuda-build: $(VENV)/ready

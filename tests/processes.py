@@ -119,5 +119,5 @@ def in_two_processes(folder, body):
     script = folder / "worker.py"
     script.write_text(PRELUDE + textwrap.dedent(body) + 'print("done", flush=True)\n' + END)
     workers = [Started(script, rank, folder) for rank in range(2)]
-    results = [worker.result(120) for worker in workers]
+    results = [worker.result() for worker in workers]
     assert [(done.stdout.strip(), done.returncode) for done in results] == [("done", 0)] * 2, results

@@ -46,12 +46,12 @@ def test_sums_are_exact_for_any_convolution(isa, seed):
         one = torch.tensor(1.0)
         for view in (x, x.contiguous(memory_format=torch.channels_last), x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)):
             last = rng.choice([None, True, False])
-            given = {"packed_weight": packed, "channels_last": last}
+            given = {"packed_weight": packed, "channels_last": last, "out_dtype": rng.choice([None, torch.int32])}
             y = qo.int8_conv2d(view, weight, one, None, stride, padding, dilation, groups, one, torch.tensor(zero), **given)
             if last is not None:
                 memory_format = torch.channels_last if last else torch.contiguous_format
                 assert y.is_contiguous(memory_format=memory_format)
-            assert torch.equal(y, expected), (n, groups, cg, og, h, w, r, s, stride, padding, dilation, dtype, zero)
+            assert torch.equal(y.float(), expected), (n, groups, cg, og, h, w, r, s, stride, padding, dilation, dtype, zero)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])

@@ -129,6 +129,14 @@ def test_a_sharded_float_model(tmp_path):
             for model in (reference, sharded):
                 assert qo.quantize_(model, exclude=["2"]).converted == ["0", "3"]
             assert torch.equal(sharded(x), reference(x))
+        for observer in ("lsq", "minmax"):  # prepared and calibrated, then made to train, then sharded
+            trained = make()
+            qo.prepare_(trained, qo.Int8Static(observer=observer))
+            qo.calibrate(trained, [x])
+            qo.prepare_qat_(trained)
+            fully_shard(trained.train(), mesh=mesh)
+            trained(x).sum().backward()
+            assert all(torch.isfinite(full(p.grad)).all() for p in trained.parameters())
         each = make()
         fully_shard(each[0], mesh=mesh)
         result = qo.quantize_(each)
@@ -189,7 +197,7 @@ def test_dtensors(tmp_path):
 
 
 def test_dtensors_of_weight_only_operators(tmp_path):
-    """Rows and indices stay where they are; a weight is gathered."""
+    """Rows and indices stay where they are, and so do rows of a weight that is not packed."""
     in_two_processes(
         tmp_path,
         """
@@ -219,7 +227,10 @@ def test_dtensors_of_weight_only_operators(tmp_path):
                             ]
                             got = qo.weight_only_linear(at, *there[:4], 4, 32, **options[0])
                             expected = qo.weight_only_linear(x, *weight, bias, 4, 32, **options[1])
-                            assert got.placements == ((Replicate(),) if split else (placement,))
+                            where = Replicate() if split else placement
+                            if where == Replicate() and placed == Shard(0) and not pack:
+                                where = Shard(len(shape))
+                            assert got.placements == (where,)
                             if dynamic:
                                 same(got, expected)
                             else:
@@ -232,6 +243,77 @@ def test_dtensors_of_weight_only_operators(tmp_path):
                         assert got.placements == (placement,)
                         same(got, qo.weight_only_embedding(indices, *weight, 4, 32, packed_weight=plain))
         mixed = (qo.weight_only_linear, there[0].float(), codes, scale)
+        refused(TypeError, "expected all tensors to be DTensors, got plain ['weight', 'weight_scale']", *mixed)
+        """,
+    )
+
+
+def test_dtensors_of_integer_products(tmp_path):
+    """On every sharding of x and the weight the bits are those of one process. int32 sums of parts of K are partial."""
+    in_two_processes(
+        tmp_path,
+        """
+        import itertools
+        from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+        def at(tensor, placement):
+            return None if tensor is None else distribute_tensor(tensor, mesh, [placement])
+
+        whole = lambda tensor: at(tensor, Replicate())
+
+        def check(op, x, weight, rows, *columns, packed=None, channel=-1, **options):
+            expected = op(x, weight, *columns, **options)
+            for px, pw in itertools.product((*map(Shard, range(x.dim())), Replicate()), (Shard(0), Shard(1), Replicate())):
+                tensors = {k: whole(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+                for pack in (None, packed) if packed is not None else (None,):
+                    if pack is not None:
+                        tensors["packed_weight"] = whole(pack)
+                    got = op(at(x, px), at(weight, pw), *map(whole, columns), **tensors)
+                    assert got.shape == expected.shape and got.dtype == expected.dtype
+                    assert torch.equal(full(got), expected), (op, px, pw)
+                    adds = expected.dtype == torch.int32 and options.get("x_scale", x) is not None
+                    grouped = options.get("groups", 1) > 1
+                    where = Replicate()
+                    if isinstance(px, Shard) and px.dim in rows:
+                        where = px
+                    elif pw == Shard(0) and pack is None and not grouped:
+                        where = Shard(expected.dim() + channel)
+                    elif adds and px == Shard(x.dim() + channel) and pw == Shard(1) and pack is None and not grouped:
+                        where = Partial()
+                    assert got.placements == (where,), (op, px, pw, got.placements, where)
+
+        torch.manual_seed(0)
+        weight, scale, bias = torch.randint(-127, 128, (9, 31), dtype=torch.int8), torch.rand(9), torch.randn(9)
+        check(qo.int8_gemm, torch.randint(-128, 128, (5, 31), dtype=torch.int8), weight, [0])
+        packed = qo.pack_weight(weight)
+        for shape in ((31,), (4, 3, 31)):
+            x, rows = torch.randn(shape), range(len(shape) - 1)
+            row = torch.rand(*shape[:-1], 1) + 0.01
+            check(qo.int8_linear, x, weight, rows, scale, bias, packed=packed, asymmetric=True, relu=True)
+            check(qo.int8_linear, x, weight, rows, scale, bias, x_scale=row, x_zero_point=torch.full(row.shape, 3))
+            check(qo.int8_linear, x, weight, rows, scale[:1], x_scale=row, out_dtype=torch.int32, x_multiplier=torch.rand(31))
+        image, kernel = torch.randn(3, 4, 6, 7), torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)
+        for x in (image, image[0], image.contiguous(memory_format=torch.channels_last)):
+            rows, given = range(x.dim() - 3), {"channel": -3, "stride": 2, "padding": (1, 2)}
+            check(qo.int8_conv2d, x, kernel, rows, scale[:6], bias[:6], packed=qo.pack_weight(kernel), asymmetric=True, **given)
+            check(qo.int8_conv2d, x, kernel, rows, scale[:6], x_scale=torch.tensor(0.02), out_dtype=torch.int32, **given)
+            check(qo.int8_conv2d, x, kernel[:, :2].contiguous(), rows, scale[:6], bias[:6], groups=2, **given)
+
+        for placement in (Shard(0), Shard(1), Replicate()):
+            assert torch.equal(full(qo.pack_weight(at(weight, placement))), packed)
+            assert torch.equal(full(qo.unpack_weight(at(packed, Replicate()), weight.shape)), weight)
+            by_group = qo.pack_weight_only(weight // 16, 4, 32)
+            assert torch.equal(full(qo.pack_weight_only(at(weight // 16, placement), 4, 32)), by_group)
+            assert torch.equal(full(qo.unpack_weight_only(at(by_group, Shard(0)), weight.shape, 4, 32)), weight // 16)
+            x = torch.randn(4, 6)
+            plain = qo.choose_qparams_affine(x, qo.MappingType.ASYMMETRIC, [1, 3], torch.int8)
+            got = qo.choose_qparams_affine(at(x, placement), qo.MappingType.ASYMMETRIC, [1, 3], torch.int8)
+            assert all(map(torch.equal, map(full, got), plain))
+            codes = qo.quantize_affine(at(x, placement), [1, 3], *got, torch.int8)
+            assert torch.equal(full(codes), qo.quantize_affine(x, [1, 3], *plain, torch.int8))
+            back = qo.dequantize_affine(codes, [1, 3], *got, torch.int8)
+            assert torch.equal(full(back), qo.dequantize_affine(full(codes), [1, 3], *plain, torch.int8))
+        mixed = (qo.int8_linear, at(x, Shard(0)), weight[:, :6], scale)
         refused(TypeError, "expected all tensors to be DTensors, got plain ['weight', 'weight_scale']", *mixed)
         """,
     )

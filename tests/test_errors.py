@@ -225,10 +225,14 @@ add("int8_conv2d", "bias.shape == (6,), got (6, 1, 1)", bias=f32(6, 1, 1))
 add("int8_linear", f"bias.dtype in {FLOATING}, got int32", TypeError, bias=torch.ones(3, dtype=torch.int32))
 add("int8_conv2d", f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(6))
 
-_sentence = "out_dtype in (float32, float16, bfloat16), got "
+_sentence = "out_dtype in (float32, float16, bfloat16, int32), got "
 add(_INT8, _sentence + "int8. Integer output needs out_scale.", TypeError, out_dtype=torch.int8)
 add(_INT8, _sentence + "uint8. Integer output needs out_scale.", TypeError, out_dtype=torch.uint8)
 add(_INT8, _sentence + "float64", TypeError, out_dtype=torch.float64)
+_sentence = "neither bias nor relu with out_dtype int32, which has the sums before them, got "
+add(_INT8, _sentence + "relu. Add them to the scaled sums.", out_dtype=torch.int32, relu=True)
+add("int8_linear", _sentence + "bias. Add them to the scaled sums.", out_dtype=torch.int32, bias=f32(3))
+add(_INT8, "out_dtype int8 or uint8 with out_scale, got int32", TypeError, out_scale=f32(), out_dtype=torch.int32)
 add(_INT8, "out_dtype int8 or uint8 with out_scale, got float32", TypeError, out_scale=f32(), out_dtype=torch.float32)
 add(_INT8, f"out_scale.dtype in {FLOATING}, got int8", TypeError, out_scale=i8())
 add(_INT8, "out_scale to have one element, got shape (3,)", out_scale=f32(3))

@@ -94,6 +94,41 @@ def test_command_line_without_a_command():
     assert "usage: python -m quant_ops" in done.stderr
 
 
+# ---- for bug reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_collect_env():
+    report = qo.collect_env()
+    for words in (
+        f"quant_ops: {qo.__version__}",
+        f"torch: {torch.__version__}",
+        "compiler of the library: GCC",
+        f"processor: {info.cpu_model()}",
+        f"instruction set: {_library.isa()}, ",
+        f"threads: {torch.get_num_threads()} of torch",
+        f"  {_library.cpu_library}",
+        "  int8_linear: gemm_",
+    ):
+        assert words in report, words
+    assert report.splitlines()[-1] == "check of the kernels: OK"
+    assert sum("libtorch_cpu" in line for line in report.splitlines()) == 1
+
+
+def test_info_env_of_a_forced_and_a_refused_instruction_set():
+    done = python("-m", "quant_ops", "info", "--env", QUANT_OPS_ISA="scalar", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "instruction set: scalar, forced by QUANT_OPS_ISA\n" in done.stdout
+    assert "variables:\n" in done.stdout
+    assert "  OMP_NUM_THREADS: 1\n" in done.stdout
+    assert "  QUANT_OPS_ISA: scalar\n" in done.stdout
+    refused = python("-m", "quant_ops", "info", "--env", "--json", QUANT_OPS_ISA="sse9", CXX="no-such-compiler")
+    assert refused.returncode == 1
+    report = json.loads(refused.stdout)
+    assert report["status"].startswith("quant_ops: expected QUANT_OPS_ISA to be one of ")
+    assert report["instruction set"] == "none, QUANT_OPS_ISA=sse9 is refused"
+    assert report["compiler found"] == "none named no-such-compiler"
+
+
 # ---- import ------------------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,24 @@ def test_linear_is_the_integer_product_and_the_epilogue(isa, mode, x_dtype):
         assert reference.same_bits(y, expected)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_sums_of_a_part_of_the_columns_add_up(isa, asymmetric):
+    """int32 results are the sums; with the row's scale those of parts of K give the whole result."""
+    x, weight, scale = torch.randn(9, 300), random_int8(70, 300), torch.rand(70)
+    codes, x_scale, zero = qo.quantize_rows(x, asymmetric)
+    zero = zero if asymmetric else None
+    whole = qo.int8_linear(x, weight, scale, None, x_scale, zero, out_dtype=torch.int32)
+    assert torch.equal(whole, (codes.int() - (0 if zero is None else zero)) @ weight.int().T)
+    parts = 0
+    for part in (slice(0, 100), slice(100, 101), slice(101, 300)):
+        w = weight[:, part].contiguous()
+        parts = parts + qo.int8_linear(
+            x[:, part], w, scale, None, x_scale, zero, packed_weight=qo.pack_weight(w), out_dtype=torch.int32
+        )
+    assert torch.equal(parts, whole)
+    assert torch.equal(whole * (x_scale * scale), qo.int8_linear(x, weight, scale, asymmetric=asymmetric))
+
+
 def test_linear_scale_and_bias_forms():
     x, weight = torch.randn(5, 20), random_int8(30, 20)
     per_channel, one = torch.rand(30), torch.tensor(0.01)

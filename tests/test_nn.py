@@ -543,7 +543,9 @@ def test_script_and_onnx_say_what_to_do_instead():
     qo.quantize_(model)
     with pytest.raises(RuntimeError, match=r"^quant_ops\.QuantConv2d: expected no torch\.jit\.script .* Use torch\.jit\.trace or"):
         torch.jit.script(model)
-    with pytest.raises(RuntimeError, match=r"^quant_ops\.QuantConv2d: expected no torch\.onnx\.export .* Export the float model"):
+    with pytest.raises(
+        RuntimeError, match=r"^quant_ops\.QuantConv2d: expected no torch\.onnx\.export .* Call quant_ops.onnx.export"
+    ):
         torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)
     assert torch.equal(torch.jit.trace(model, (x,))(x), model(x))
 
@@ -552,7 +554,7 @@ def test_the_exporter_to_onnx_by_dynamo_ends_in_the_same_sentence():
     pytest.importorskip("onnxscript")
     model, x = nn.Sequential(nn.Linear(8, 4)).eval(), randn(2, 8)
     qo.quantize_(model)
-    with pytest.raises(Exception, match=r"quant_ops\.QuantLinear: expected no torch\.onnx\.export .* Export the float model"):
+    with pytest.raises(Exception, match=r"quant_ops\.QuantLinear: expected no torch\.onnx\.export .* Call quant_ops.onnx.export"):
         torch.onnx.export(model, (x,), io.BytesIO(), dynamo=True)
 
 

@@ -153,6 +153,7 @@ _LINEAR = {
     "float16_to_float32": call(floats(5, 37, dtype=torch.float16), _W, _WS, out_dtype=torch.float32),
     "out_int8": call(floats(5, 37), _W, _WS, _BIAS, out_scale=_S, out_zero_point=_Z),
     "out_uint8": call(floats(5, 37), _W, _WS, out_scale=_S, out_zero_point=_Z, out_dtype=torch.uint8, relu=True),
+    "out_int32": call(floats(5, 37), _W, _WS, None, _S, _Z, out_dtype=torch.int32),
     "vector": call(floats(37), _W, _WS),
     "rank_4": call(floats(2, 1, 3, 37), _W, _WS),
     "transposed": call(floats(37, 5).T, codes(37, 19).T, _WS),
@@ -196,6 +197,7 @@ _CONV = {
     "bfloat16_last": call(_LAST.bfloat16(), _K, _KS, _KB),
     "out_int8": call(_LAST, _K, _KS, _KB, out_scale=_S, out_zero_point=_Z, relu=True),
     "out_float16": call(codes(2, 6, 5, 7), _K, _KS, x_scale=_S, out_dtype=torch.float16),
+    "out_int32": call(_LAST, _DEPTHWISE, scales(6), None, [1], [1], [1], 6, asymmetric=True, out_dtype=torch.int32),
     "one_channel": call(floats(1, 1, 4, 4), codes(1, 1, 2, 2), scales(1)),
     "empty_batch": call(floats(0, 6, 5, 7), _K, _KS, _KB),
 }

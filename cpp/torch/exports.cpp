@@ -83,5 +83,24 @@ QO_EXPORT const char* quant_ops_gemm_kernel(int64_t rows, int64_t columns) {
   });
 }
 
+// Runs the multiply-accumulate instruction of the set in use alone; returns how many multiply-accumulates that were. 0: it has none
+// of its own, or no set can be used.
+QO_EXPORT int64_t quant_ops_peak(int64_t iterations) {
+  try {
+    return quant_ops::kernels().peak(iterations);
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+// The compiler that built this library.
+QO_EXPORT const char* quant_ops_compiler() {
+#ifdef __clang__
+  return __VERSION__;  // begins with its name
+#else
+  return "GCC " __VERSION__;
+#endif
+}
+
 // What a sentence of this thread refused, as its check decided: 0 a value, 1 a dtype, 2 memory, 3 an index.
 QO_EXPORT int quant_ops_refusal(const char* sentence) { return static_cast<int>(quant_ops::refusal_of(sentence)); }

@@ -118,8 +118,13 @@ inline ScalarType result_type(const char* op, const Tensor& x, const ResultArgs&
     return type;
   }
   const ScalarType type = args.dtype.value_or(is_floating(x.scalar_type()) ? x.scalar_type() : ScalarType::Float);
+  if (type == ScalarType::Int) {  // the sums themselves
+    QO_EXPECT(!args.bias && !args.relu, op, "neither bias nor relu with out_dtype int32, which has the sums before them, got ",
+              args.bias ? "bias" : "relu", ". Add them to the scaled sums.");
+    return type;
+  }
   QO_EXPECT_DTYPE(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
-                  "out_dtype in (float32, float16, bfloat16), got ", dtype_name(type),
+                  "out_dtype in (float32, float16, bfloat16, int32), got ", dtype_name(type),
                   is_one_of(type, {ScalarType::Char, ScalarType::Byte}) ? ". Integer output needs out_scale." : "");
   return type;
 }

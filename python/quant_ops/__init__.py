@@ -4,6 +4,8 @@ The operators are ``torch.ops.quant_ops.*``; the functions of the same names her
 Start with :func:`quantize_` for a whole model or :class:`QuantLinear` and :class:`QuantConv2d` for one layer.
 """
 
+import importlib
+
 from . import _library
 
 _library.load()
@@ -57,7 +59,7 @@ from .formats import (  # noqa: E402
     with_gradient,
 )
 from .formats import from_json as format_from_json  # noqa: E402
-from .info import kernel_for  # noqa: E402
+from .info import collect_env, kernel_for  # noqa: E402
 from .nn import QuantConv1d, QuantConv2d, QuantLinear, ScaledLinear, WeightOnlyEmbedding, WeightOnlyLinear  # noqa: E402
 from .ops import (  # noqa: E402
     MappingType,
@@ -96,6 +98,14 @@ from .simulation.layers import keep_weights_  # noqa: E402
 from .simulation.mode import simulate_products_, simulated_products  # noqa: E402
 
 __version__ = _library.VERSION
+
+
+def __getattr__(name: str) -> object:
+    """Parts that need other packages, imported when they are used."""
+    if name == "onnx":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ABFP",
@@ -157,6 +167,7 @@ __all__ = [
     "calibrate",
     "choose_qparams",
     "choose_qparams_affine",
+    "collect_env",
     "compare",
     "config_from_json",
     "convert_",

@@ -69,6 +69,9 @@ def load() -> None:
     _c.quant_ops_weight_only_bytes.argtypes = [ctypes.c_int64] * 4
     _c.quant_ops_weight_only_bytes.restype = ctypes.c_int64
     _c.quant_ops_refusal.argtypes = [ctypes.c_char_p]
+    _c.quant_ops_peak.argtypes = [ctypes.c_int64]
+    _c.quant_ops_peak.restype = ctypes.c_int64
+    _c.quant_ops_compiler.restype = ctypes.c_char_p
     cpu_library = path
 
     cuda_path = _find(_CUDA_LIBRARY)
@@ -144,6 +147,19 @@ def cuda_gemm_kernel(m: int, n: int, k: int) -> str:
     if _c_cuda is None:
         raise RuntimeError(f"quant_ops: expected the CUDA operators to be loaded, got none: {cuda_reason}")
     return _text(_c_cuda.quant_ops_cuda_gemm_kernel(m, n, k))
+
+
+def peak(iterations: int) -> int:
+    """Runs the CPU's multiply-accumulate instruction alone, so often; returns how many products that were, 0 without one.
+
+    Other threads run meanwhile, as ctypes releases the lock of the interpreter.
+    """
+    return int(_library().quant_ops_peak(iterations))
+
+
+def compiler() -> str:
+    """The compiler that built the CPU library, with its version."""
+    return _text(_library().quant_ops_compiler())
 
 
 def set_cuda_kernel(name: str | None) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ..convert.config import Scheme, WeightOnly
 from ..convert.prepared import to_int8, to_weight_only
 from ..report.error import Sums, decibel
-from ..report.timing import interleave
+from ..report.timing import duration, interleave
 from .cache import FLOAT, Key, TimingCache
 from .record import Seen, input_of
 
@@ -55,18 +55,11 @@ class LayerChoice:
         """For the result's table."""
         shapes = ", ".join(f"{count} x {shape} {dtype}" for (shape, dtype), count in self.inputs.items())
         times = [
-            f"{name} {_show_seconds(seconds)}{f' at {decibel(self.errors[name]):.1f} dB' if name in self.errors else ''}"
+            f"{name} {duration(seconds)}{f' at {decibel(self.errors[name]):.1f} dB' if name in self.errors else ''}"
             for name, seconds in self.seconds.items()
         ]
         parts = [part for part in (shapes, ", ".join(times), self.reason) if part]
         return f"{self.name or 'the model itself'}: " + "; ".join(parts)
-
-
-def _show_seconds(seconds: float) -> str:
-    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def label(config: Scheme) -> str:

@@ -10,6 +10,8 @@ from .. import _library
 
 _EXAMPLES = """examples:
   python -m quant_ops info
+  python -m quant_ops info --env
+  python -m quant_ops bench
   python -m quant_ops bench linear --bs 512 --cin 960 --cout 960
   python -m quant_ops quantize torchvision.models:resnet18 resnet18.safetensors
   python -m quant_ops quantize my_net:trained net.safetensors --static --data my_net:batches --report net.json --target 30
@@ -19,9 +21,19 @@ _EXAMPLES = """examples:
 Modules are looked for in the current folder too.
 """
 
+BENCH_SIZES = (
+    ("bs", 1, "batch size"),
+    ("cin", 960, "input channels"),
+    ("cout", 960, "output channels"),
+    ("h", 64, "image height"),
+    ("w", 64, "image width"),
+    ("k", 3, "kernel size"),
+    ("p", 0, "padding"),
+)
+
 _HELP = {
     "info": "what is installed, which kernel each operator uses on this machine, and a self-check",
-    "bench": "time one layer in float and in int8, after checking the int8 result",
+    "bench": "a table of this machine, or one layer: times in float and in int8, after checking the int8 results",
     "quantize": "make a model's Linear, Conv1d and Conv2d layers int8, or Linear and Embedding layers int4, and write a file",
     "report": "what a quantized file holds, or what int8 costs each of its layers",
 }
@@ -48,23 +60,24 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
     return made
 
 
+def _info(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--env", action="store_true", help="all that a bug report needs: versions, libraries, variables, machine")
+
+
 def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "op", choices=["linear", "conv2d"], help="nn.Linear(cin, cout) on bs rows; nn.Conv2d(cin, cout, k) on bs images"
+        "op",
+        nargs="?",
+        choices=["linear", "conv2d"],
+        help="one layer: nn.Linear(cin, cout) on bs rows, or nn.Conv2d(cin, cout, k) on bs images. Without it: a table of layers "
+        "of well-known models, in float, in the other int8 packages that are installed, and in quant_ops",
     )
-    for name, default, help in (
-        ("bs", 1, "batch size"),
-        ("cin", 960, "input channels"),
-        ("cout", 960, "output channels"),
-        ("h", 64, "image height"),
-        ("w", 64, "image width"),
-        ("k", 3, "kernel size"),
-        ("p", 0, "padding"),
-    ):
+    for name, default, help in BENCH_SIZES:
         scope = "" if name in ("bs", "cin", "cout") else "conv2d: "
-        sub.add_argument(f"--{name}", type=int, default=default, help=f"{scope}{help} (default {default})")
+        sub.add_argument(f"--{name}", type=int, help=f"{scope}{help} (default {default})")
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    sub.add_argument("--seconds", type=float, default=1.0, help="how long to measure (default 1)")
+    sub.add_argument("--seconds", type=float, help="how long to measure, altogether (default: 30 for the table, 1 for a layer)")
+    sub.add_argument("--plot", metavar="FILE", help="write the table as a picture (.png, .svg) to this file; needs matplotlib")
 
 
 def _quantize(sub: argparse.ArgumentParser) -> None:
@@ -110,4 +123,4 @@ def _report(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--plot", help="write a picture (.png, .svg) to this file; needs matplotlib")
 
 
-_ARGUMENTS = {"bench": _bench, "quantize": _quantize, "report": _report}
+_ARGUMENTS = {"info": _info, "bench": _bench, "quantize": _quantize, "report": _report}

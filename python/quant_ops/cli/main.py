@@ -22,8 +22,8 @@ import quant_ops as qo
 from .. import info
 from ..convert import config, files, select
 from ..nn import QuantizedLayer
-from ..report import bench
-from .arguments import parser
+from ..report import bench, machine_table
+from .arguments import BENCH_SIZES, parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,33 +69,65 @@ def _expect(command: str, condition: bool, relation: str) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    report = info.collect()
-    _print(options, report, info.text(report))
+    if options.env:
+        report = info.environment()
+        _print(options, report, info.environment_text(report))
+    else:
+        report = info.collect()
+        _print(options, report, info.text(report))
     return 0 if report["status"] == "OK" else 1
 
 
 def _bench(options: argparse.Namespace) -> int:
+    _check_bench(options)
     o = options
-    for name in ("bs", "cin", "cout", "h", "w", "k", "threads"):
-        value = getattr(o, name)
-        _expect("bench", value is None or value >= 1, f"--{name} >= 1, got {value}")
-    _expect("bench", o.p >= 0, f"--p >= 0, got {o.p}")
-    _expect("bench", 0 < o.seconds < math.inf, f"--seconds > 0 and finite, got {o.seconds}")
-    if o.op == "conv2d":
-        least = min(o.h, o.w) + 2 * o.p
-        _expect("bench", o.k <= least, f"a kernel that fits into the padded image, got --k {o.k} and an image of {least}")
     if o.threads:
         torch.set_num_threads(o.threads)
     try:
-        if o.op == "linear":
-            result = bench.linear(o.bs, o.cin, o.cout, seconds=o.seconds)
+        if o.op is None:
+            result = machine_table.measure(30.0 if o.seconds is None else o.seconds)
+            shown = machine_table.text(result)
         else:
-            result = bench.conv2d(o.bs, o.cin, o.cout, o.h, o.w, o.k, o.p, seconds=o.seconds)
+            sizes = {name: default if getattr(o, name) is None else getattr(o, name) for name, default, _ in BENCH_SIZES}
+            seconds = 1.0 if o.seconds is None else o.seconds
+            if o.op == "linear":
+                result = bench.linear(sizes["bs"], sizes["cin"], sizes["cout"], seconds=seconds)
+            else:
+                result = bench.conv2d(**sizes, seconds=seconds)
+            shown = bench.text(result)
     except bench.CheckFailed as error:
         print(error, file=sys.stderr)
         return 1
-    _print(options, result, bench.text(result))
+    if o.plot:
+        machine_table.plot(result, o.plot)
+    _print(options, result, shown)
     return 0
+
+
+def _check_bench(options: argparse.Namespace) -> None:
+    """Refuses what cannot be timed, before the work."""
+    o, given = options, [name for name, *_ in BENCH_SIZES if getattr(options, name) is not None]
+    for name in ("bs", "cin", "cout", "h", "w", "k", "threads"):
+        value = getattr(o, name)
+        _expect("bench", value is None or value >= 1, f"--{name} >= 1, got {value}")
+    _expect("bench", o.p is None or o.p >= 0, f"--p >= 0, got {o.p}")
+    _expect("bench", o.seconds is None or 0 < o.seconds < math.inf, f"--seconds > 0 and finite, got {o.seconds}")
+    most = os.cpu_count() or 1
+    _expect("bench", o.threads is None or o.threads <= most, f"--threads <= {most}, this machine's processors, got {o.threads}")
+    if o.op is None:
+        _expect("bench", not given, f"linear or conv2d before the sizes of a layer, got --{' --'.join(given)} alone")
+        if o.plot:
+            machine_table.check_plot(o.plot)
+        return
+    _expect("bench", o.plot is None, f"--plot with the table, which is bench without {o.op}, got {o.op} and --plot")
+    if o.op == "linear":
+        images = [name for name in given if name not in ("bs", "cin", "cout")]
+        _expect("bench", not images, f"--bs, --cin and --cout for linear, got --{' --'.join(images)} too")
+    else:
+        default = {name: value for name, value, _ in BENCH_SIZES}
+        h, w, k, p = (default[name] if getattr(o, name) is None else getattr(o, name) for name in ("h", "w", "k", "p"))
+        least = min(h, w) + 2 * p
+        _expect("bench", k <= least, f"a kernel that fits into the padded image, got --k {k} and an image of {least}")
 
 
 # ---- quantize ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The file holds the model's state_dict as plain tensors, each one once: int8 weig
 scales, and whatever stayed float; also the buffers that a state_dict leaves out, for models on the meta device. Its metadata has
 one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
 
-    {"format_version": 1, "quant_ops": "0.1.0",
+    {"format_version": 1, "quant_ops": "0.2.0",
      "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32",
                                 "config": {...} or null}, ...},
      "shared": {"head.weight": "embedding.weight", ...},    further names of a tensor that the file has under its first name
@@ -38,7 +38,7 @@ from ..nn.loading import check_loads
 from ..nn.saving import is_channels_last
 from ..simulation.recast import Recast
 from . import config
-from .prepared import Prepared
+from .prepared import Prepared, is_sharded, whole
 from .select import FAMILIES, ConversionResult, Survey, leave_fused_paths
 
 FORMAT_VERSION = 2
@@ -54,6 +54,8 @@ _FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a quantized model to one safetensors file, which :func:`load_` reads.
+
+    A model that is sharded (FSDP2, tensor parallel styles) is gathered: every process has to call it, and may name the same file.
 
     The file appears whole or not at all: whatever happens while it is written, an older file of that name stays as it was. The same
     model gives the same bytes.
@@ -110,6 +112,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer) and f"{name}.qweight" in state:
             state[f"{name}.qweight"] = state[f"{first.setdefault(module, name)}.qweight"]
+    gathered: dict[tuple[Any, ...], Tensor] = {}  # by the part that this process has, so that tied tensors stay so
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and is_sharded(tensor):
+            local = tensor.to_local()  # type: ignore[attr-defined]
+            key = (local.data_ptr() if local.numel() else name, tensor.shape, tensor.stride())
+            state[name] = gathered[key] = gathered[key] if key in gathered else whole(tensor)
     return state
 
 
@@ -138,13 +146,13 @@ def _join(module: str, attribute: str) -> str:
 
 def _describe(layer: QuantizedLayer) -> dict[str, Any]:
     """Everything needed to build the layer again, except its tensors."""
-    settings = layer.config
+    settings, whole_sizes = layer.config, layer.sharding.whole if layer.sharding is not None else {}
     return {
-        "class": type(layer).__name__,
+        "class": next(kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in QUANTIZED_LAYERS),  # FSDP2 derives others
         "arguments": {
             name: value
             for name in (*layer.geometry, *layer.settings)
-            if (value := getattr(layer, name)) != layer.newer.get(name, ...)
+            if (value := whole_sizes.get(name, getattr(layer, name))) != layer.newer.get(name, ...)
         },
         "weight_bits": layer.weight_bits,
         "compute_dtype": str(layer.compute_dtype).removeprefix("torch."),

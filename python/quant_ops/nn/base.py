@@ -3,6 +3,7 @@
 Read first: state.py, what a layer holds; next: int8.py, weight_only.py.
 """
 
+import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.onnx import is_in_onnx_export
 
 from ..ops._register import wants_derivative
 from .saving import SavedState
@@ -23,7 +23,8 @@ _Self = TypeVar("_Self", bound="QuantizedLayer")
 
 
 def _in_onnx_export() -> bool:
-    return is_in_onnx_export()
+    onnx = sys.modules.get("torch.onnx")  # whose import takes a quarter of a second
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 # Dynamo takes torch's function for False; it calls one with this mark, which torch.compiler.assume_constant_result would set (that
@@ -43,6 +44,7 @@ class QuantizedLayer(SavedState):
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 
     config: Any = None  # what a converting call made the layer by
+    sharding: Any = None  # of a layer whose parts are spread over processes; see quant_ops.distributed
 
     # ---- from float and back ---------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class QuantizedLayer(SavedState):
         if type(x) is not Tensor and hasattr(x, "full_tensor"):
             raise TypeError(
                 f"quant_ops.{type(self).__name__}: expected a plain tensor, got a DTensor. Pass its full_tensor(), or its "
-                "to_local() where every process has rows of its own."
+                "to_local() where every process has rows of its own, or shard the layer with a style of quant_ops.distributed."
             )
         if self.backward and torch.is_grad_enabled() and (x.requires_grad if is_compiling() else wants_derivative((x,))):
             return self._run(x, through=True)
@@ -153,8 +155,7 @@ class QuantizedLayer(SavedState):
     def _refuse_onnx(self) -> NoReturn:
         raise RuntimeError(
             f"quant_ops.{type(self).__name__}: expected no torch.onnx.export of quantized layers, whose operators ONNX lacks. "
-            "Export the float model and quantize it with the tools of ONNX, or keep this one in torch, with torch.export.export "
-            "or torch.jit.trace."
+            "Call quant_ops.onnx.export(model, args, path), which writes those of ONNX in their place."
         )
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -79,7 +79,8 @@ def int8_linear(
             has to be).
         asymmetric: dynamic quantization with a zero point.
         out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``) for the next layer.
-        out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x).
+        out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x). int32: ``acc`` itself, without scales,
+            such as sums of a part of K that are to be added to those of other parts; bias and relu are refused.
         relu: clamp negative results to 0.
         x_multiplier: floating ``(K,)``, for a floating x: ``float32(x) * x_multiplier``, in one float32 multiplication an element,
             is quantized in place of x. With ``1 / s`` and a weight whose columns were multiplied by ``s`` this is SmoothQuant

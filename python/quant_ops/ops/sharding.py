@@ -1,10 +1,14 @@
-"""DTensors: in the quantize family a slice that shares a scale has to lie in one process; what is split is gathered first.
+"""DTensors: where the parts of an operator's arguments can be computed apart, they are; what cannot is gathered first.
 
-So the results are those of one process, bit for bit. They are sharded like the tensor; a scale or zero point is sharded with it
-where it has one element for every index, and replicated elsewhere. With stochastic rounding an element's random bits depend on its
-index in the whole tensor, which is gathered; the seed is that of the mesh's first process. The weight-only operators compute rows
-of x, or indices, where they lie, with a weight that every process has whole. torch.distributed.tensor takes a second to import: the
-rules are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
+So the results are those of one process, bit for bit. In the quantize family a slice that shares a scale has to lie in one process.
+Results are sharded like the tensor; a scale or zero point is sharded with it where it has one element for every index, and
+replicated elsewhere. With stochastic rounding an element's random bits depend on its index in the whole tensor, which is gathered;
+the seed is that of the mesh's first process.
+
+A product is computed where rows of x lie, with the whole weight; else, if the weight's rows (output channels) are sharded and it is
+not packed, where those lie, and the result is sharded by channels; else, if both are sharded along K and the result is int32, its
+sums are partial. A packed weight is opaque and stays whole. Other operators gather. torch.distributed.tensor takes a second to
+import: the rules are registered when the first DTensor comes, which DTensor itself refuses (``_register.call``).
 """
 
 import sys
@@ -17,6 +21,10 @@ from torch import Tensor
 _ops = torch.ops.quant_ops
 _STOCHASTIC = 3  # as ROUNDINGS of quantize_float.py numbers it
 
+# Of an operator's arguments by name: where each tensor has to lie, and the shape of each result with where it lies. A shape of None
+# is that of the result itself, which every process has whole.
+_Plan = tuple[dict[str, list[Any]], list[tuple[Sequence[int] | None, list[Any]]]]
+
 
 def register_rules() -> bool:
     """Registers the rules if DTensors are in use and there were none yet. Returns whether there are new ones."""
@@ -25,16 +33,13 @@ def register_rules() -> bool:
     from torch.distributed.tensor import DTensor
 
     while _WAITING:
-        name, (dims, results) = _WAITING.popitem()
-        torch.library.register_torch_dispatch(f"quant_ops::{name}", DTensor, _rule(name, dims, results))
+        name, plan = _WAITING.popitem()
+        torch.library.register_torch_dispatch(f"quant_ops::{name}", DTensor, _rule(name, plan))
     return True
 
 
-def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., Any]) -> Callable[..., Any]:
-    """``dims`` are those along which the first argument that may be sharded may be; ``results`` the shape of each and whose
-    placements it has."""
+def _rule(name: str, plan: Callable[[dict[str, Any]], _Plan]) -> Callable[..., Any]:
     schema = getattr(_ops, name).default._schema.arguments
-    first = next(argument.name for argument in schema if argument.name in ("tensor", "x", "indices"))
 
     def run(cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         from torch.distributed.tensor import DTensor
@@ -50,34 +55,60 @@ def _rule(name: str, dims: Callable[..., Sequence[int]], results: Callable[..., 
                 f"quant_ops.{name}: expected all tensors to be DTensors, got plain {plain}. Use distribute_tensor, with "
                 "Replicate() for a scale that every process has."
             )
-        tensor = tensors[first]
-        mesh, allowed = tensor.device_mesh, dims(**named)
-
-        where = {key: _placements(value, tensor, () if key in _WHOLE else allowed) for key, value in tensors.items()}
-        local = {key: value.redistribute(mesh, where[key]).to_local() for key, value in tensors.items()}
-        given = named | local
+        where, results = plan(named)
+        given = named | {key: value.redistribute(mesh, where[key]).to_local() for key, value in tensors.items()}
         found = func(
             *(given[argument.name] for argument in schema if not argument.kwarg_only),
             **{argument.name: given[argument.name] for argument in schema if argument.kwarg_only},
         )
-        wrapped = [
-            DTensor.from_local(
-                result,
-                mesh,
-                where[like],
-                run_check=False,
-                shape=torch.Size(shape),
-                stride=torch.empty(shape, device="meta").stride(),
-            )
-            for result, (shape, like) in zip(found if isinstance(found, tuple | list) else [found], results(**named), strict=True)
-        ]
-        return tuple(wrapped) if isinstance(found, tuple | list) else wrapped[0]
+        several = isinstance(found, tuple | list)
+        wrapped = [_wrapped(one, mesh, *of) for one, of in zip(found if several else [found], results, strict=True)]
+        return tuple(wrapped) if several else wrapped[0]
 
     return run
 
 
-# arguments of one element whatever the tensor's shape, those of a weight, and of columns that are summed over
-_WHOLE = ("seed", "tensor_scale", "weight", "weight_scale", "weight_zero_point", "bias", "packed_weight", "x_multiplier")
+def _wrapped(result: Tensor, mesh: Any, shape: Sequence[int] | None, placements: list[Any]) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    last = result.dim() == 4 and not result.is_contiguous() and result.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    whole = torch.empty(result.shape if shape is None else tuple(shape), device="meta", memory_format=memory_format)
+    return DTensor.from_local(result, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+# ---- operators whose results follow one tensor -------------------------------------------------------------------------
+
+_WHOLE = ("seed", "tensor_scale", "weight", "weight_scale", "weight_zero_point", "packed_weight")
+
+
+def _follow(dims: Callable[..., Sequence[int]], results: Callable[..., Any]) -> Callable[[dict[str, Any]], _Plan]:
+    """``dims`` are those along which the first argument that may be sharded may be; ``results`` the shape of each and whose
+    placements it has. Arguments of one element whatever the tensor's shape, and a weight, are whole."""
+
+    def plan(named: dict[str, Any]) -> _Plan:
+        tensor, allowed = next(named[key] for key in named if key in ("tensor", "x", "indices")), dims(**named)
+        where = {
+            key: _placements(value, tensor, () if key in _WHOLE else allowed)
+            for key, value in named.items()
+            if isinstance(value, Tensor)
+        }
+        return where, [(shape, where[like]) for shape, like in results(**named)]
+
+    return plan
+
+
+def _gather(count: int = 1) -> Callable[[dict[str, Any]], _Plan]:
+    """Every process computes all of ``count`` results."""
+
+    def plan(named: dict[str, Any]) -> _Plan:
+        from torch.distributed.tensor import Replicate
+
+        tensors: dict[str, Any] = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        whole = [Replicate()] * next(iter(tensors.values())).device_mesh.ndim
+        return dict.fromkeys(tensors, whole), [(None, whole)] * count
+
+    return plan
 
 
 def _seed_of_first_process(seed: Tensor, mesh: Any) -> Tensor:
@@ -129,33 +160,111 @@ def _whole_sums(tensor: Tensor, scale: Tensor, zero_point: Tensor | None, block_
     ]
 
 
+# ---- products ----------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("weight_scale", "weight_zero_point", "bias")  # a first element, or row, for every output channel
+_ROWS = ("x_scale", "x_zero_point")
+
+
+def _product(
+    x: str, weight: str, rows: Callable[[Any], Sequence[int]], channel: int, adds: Callable[..., bool], shape: Callable[..., Any]
+) -> Callable[[dict[str, Any]], _Plan]:
+    """Of the operator whose arguments of these names are multiplied.
+
+    Args:
+        rows: the dimensions of x whose indices are computed apart, dimensions of the result too.
+        channel: dimension of the channels, from the end, in x (K) and in the result (N).
+        adds: whether results of parts of K add up to the whole one.
+        shape: of the result.
+    """
+
+    def plan(named: dict[str, Any]) -> _Plan:
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        tensors: dict[str, Any] = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        made, n = shape(**named), named[weight].shape[0]
+        where: dict[str, list[Any]] = {key: [] for key in tensors}
+        result: list[Any] = []
+        for px, pw in zip(tensors[x].placements, tensors[weight].placements, strict=True):
+            wanted: dict[str, Any] = {}
+            at: Any = Replicate()
+            by_row = type(px) is Shard and px.dim in rows(tensors[x])
+            whole_weight = named.get("packed_weight") is not None or named.get("groups", 1) != 1
+            split = type(px) is Shard and px.dim == tensors[x].dim() + channel and type(pw) is Shard and pw.dim == 1
+            if by_row:
+                wanted, at = _row_parts(px, x, tensors), px
+            elif type(pw) is Shard and pw.dim == 0 and not whole_weight:
+                wanted, at = _column_parts(weight, tensors, n), Shard(len(made) + channel)
+            elif split and not whole_weight and adds(**named):
+                wanted, at = {x: px, weight: pw, "x_multiplier": Shard(0)}, Partial()
+            for key, placements in where.items():
+                placements.append(wanted.get(key, Replicate()))
+            result.append(at)
+        return where, [(made, result)]
+
+    return plan
+
+
+def _row_parts(px: Any, x: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    from torch.distributed.tensor import Shard
+
+    wanted = {x: px}
+    for key in _ROWS:
+        if (
+            key in tensors and tensors[key].numel() > 1
+        ):  # one value a row; of shape (..., 1) or (N, 1, 1, 1), as many dimensions as x
+            wanted[key] = Shard(px.dim)
+    return wanted
+
+
+def _column_parts(weight: str, tensors: dict[str, Any], n: int) -> dict[str, Any]:
+    from torch.distributed.tensor import Shard
+
+    cut = [key for key in _COLUMNS if key in tensors and tensors[key].dim() > 0 and tensors[key].shape[0] == n > 1]
+    return dict.fromkeys((weight, *cut), Shard(0))
+
+
+def _linear_shape(x: Tensor, weight: Tensor, **_: Any) -> Sequence[int]:
+    return *x.shape[:-1], weight.shape[0]
+
+
+def _conv2d_shape(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], **_: Any
+) -> Sequence[int]:
+    sides = padding if len(padding) == 4 else (padding[0], padding[0], padding[-1], padding[-1])
+    reach = (
+        x.shape[d - 2] + sides[2 * d] + sides[2 * d + 1] - dilation[-1 if d else 0] * (weight.shape[2 + d] - 1) - 1 for d in (0, 1)
+    )
+    return *x.shape[:-3], weight.shape[0], *(size // stride[-1 if d else 0] + 1 for d, size in enumerate(reach))
+
+
+def _sums_of_given_codes(x_scale: Tensor | None, out_dtype: Any, **_: Any) -> bool:
+    return out_dtype == torch.int32 and x_scale is not None
+
+
 # operators whose rules are not registered yet
-_WAITING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "choose_qparams": (
+_WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
+    "choose_qparams": _follow(
         _outside,
         lambda tensor, dim, **_: [
             ([1 if d in _reduced(tensor, dim) else n for d, n in enumerate(tensor.shape)], "tensor") for _ in range(2)
         ],
     ),
-    "quantize_rows": (
+    "quantize_rows": _follow(
         lambda x, **_: range(x.dim() - 1),
         lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
     ),
-    "weight_only_linear": (
-        lambda x, **_: range(x.dim() - 1),
-        lambda x, weight, **_: [((*x.shape[:-1], weight.shape[0]), "x")],
-    ),
-    "weight_only_embedding": (
+    "weight_only_embedding": _follow(
         lambda indices, **_: range(indices.dim()),
         lambda indices, weight, **_: [((*indices.shape, weight.shape[1]), "indices")],
     ),
-    "quant_tensor_forward": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "dequant_tensor": (_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "quant_float_forward": (_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "quant_float_backward": (_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "quant_block_forward": (_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "quant_block_backward": (_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
-    "quant_tensor_backward": (
+    "quant_tensor_forward": _follow(_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "dequant_tensor": _follow(_all, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_float_forward": _follow(_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_float_backward": _follow(_format_dims, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_block_forward": _follow(_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_block_backward": _follow(_outside_blocks, lambda tensor, **_: [(tensor.shape, "tensor")]),
+    "quant_tensor_backward": _follow(
         _whole_sums,
         lambda tensor, scale, zero_point, **_: [
             (tensor.shape, "tensor"),
@@ -163,4 +272,15 @@ _WAITING: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
             (scale.shape, "scale") if zero_point is None else (zero_point.shape, "zero_point"),
         ],
     ),
+    "int8_gemm": _product("a", "b", lambda a: [0], -1, lambda **_: True, lambda a, b: (a.shape[0], b.shape[0])),
+    "int8_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, _sums_of_given_codes, _linear_shape),
+    "int8_conv2d": _product("x", "weight", lambda x: range(x.dim() - 3), -3, _sums_of_given_codes, _conv2d_shape),
+    "weight_only_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, lambda **_: False, _linear_shape),
+    "pack_weight": _gather(),
+    "unpack_weight": _gather(),
+    "pack_weight_only": _gather(),
+    "unpack_weight_only": _gather(),
+    "choose_qparams_affine": _gather(2),
+    "quantize_affine": _gather(),
+    "dequantize_affine": _gather(),
 }

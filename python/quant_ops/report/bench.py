@@ -15,7 +15,7 @@ from .. import _library
 from ..nn import INT8_LAYERS
 from ..ops import choose_qparams
 from .error import sqnr
-from .timing import interleave
+from .timing import duration, interleave
 
 _LEAST_SQNR = 30.0  # dB: less is a wrong result, not a rounding error
 
@@ -83,9 +83,10 @@ def _bench(layer: nn.Module, shape: tuple[int, ...], title: str, operations: int
 
 def text(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{result['title']} on {result['device']}, {result['threads']} threads, kernel {result['kernel']}"]
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    lines = [f"{result['title']} on {result['device']}, {threads}, kernel {result['kernel']}"]
     slowest = result["seconds"]["FP32"]
     for name, t in result["seconds"].items():
         rate = result["tera_operations_per_second"][name]
-        lines.append(f"  {name:<14}{t:.3e} s  {rate:8.3f} Tera-operations/s  {slowest / t:6.2f} x FP32")
+        lines.append(f"  {name:<14}{duration(t):>8}  {rate:8.3f} Tera-operations/s  {slowest / t:6.2f} x FP32")
     return "\n".join([*lines, "  SQNR: " + ", ".join(f"{name} {value:.1f} dB" for name, value in result["sqnr_db"].items())])

@@ -158,7 +158,7 @@ class Report(Printed):
                 layer.error = math.inf if layer.error is None else float(layer.error)
             error = math.inf if data["error"] is None else float(data["error"])
             whole = {key: data.get(key) for key in ("float_seconds", "seconds")}
-            for key in ("float_bytes", "bytes"):  # reports of version 0.1.0 lack them
+            for key in ("float_bytes", "bytes"):  # early reports lack them
                 whole[key] = data.get(key, sum(getattr(layer, key) for layer in layers))
             return cls(layers, [str(name) for name in data["unreached"]], error, float(data["cosine"]), **whole)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as wrong:

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -84,3 +85,12 @@ def _timed(call: Callable[[], Any], seconds: float, synchronize: Callable[[], An
         times.append(now - start)
         if now >= until:
             return times
+
+
+def duration(seconds: float) -> str:
+    """Three digits and the unit, for people."""
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        value = seconds * factor
+        if value < 999.5:
+            return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1))))}f} {unit}"
+    return f"{seconds:.2f} s"
