@@ -82,6 +82,18 @@ def test_accuracy():
     assert all(0.99 < float(row[0]) / float(rows["float32"][0]) < 1.02 for row in rows.values())
 
 
+def test_adapters():
+    done = python(EXAMPLES / "adapters.py", "--quick")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("OK: adapters on quantized weights learn what those on float32 do, within two points\n")
+    rows = {line[2:28].strip(): line[28:].split() for line in done.stdout.splitlines() if " -> " in line and "%" in line}
+    rows = {name: cells for name, cells in rows.items() if cells[-1] == "parameters"}
+    assert {"float32, by hand", "int8, by hand", "int4 weights, by hand"} <= rows.keys()
+    for cells in rows.values():
+        first, last = float(cells[0]), float(cells[8])
+        assert last < 0.1 * first
+
+
 SIMULATED = {
     "opt": ("transformers", ["--layers", "1", "--steps", "3"]),
     "codegen": ("transformers", ["--layers", "1", "--steps", "3", "--tokens", "2"]),

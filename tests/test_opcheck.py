@@ -311,6 +311,27 @@ _BLOCKS_BACKWARD = {
     "empty": call(floats(0, 5), floats(0, 5), 1, 4, 2, 1),
     "learned": call(*_learning(floats(3, 5), floats(3, 5)), 1, 4, 2, 1),
 }
+_LINEAR_BACKWARD = {
+    "int8": call(floats(5, 19), _W, _WS),
+    "packed": call(floats(2, 5, 19).bfloat16(), _W, _WS, packed_weight=ops.pack_weight(_W), x_multiplier=floats(37)),
+    "one_scale": call(floats(19), _W, _S),
+    "sliced": call(floats(6, 40)[1:, ::2][:, :19], _W, _WS, packed_weight=ops.pack_weight(_W)),
+    "no_rows": call(floats(0, 19).half(), _W, _WS),
+}
+_CONV_BACKWARD = {
+    "int8": call(floats(2, 4, 5, 7), [2, 6, 5, 7], codes(4, 6, 1, 1), scales(4)),
+    "packed": call(
+        *(floats(4, 3, 4).half(), [6, 5, 7], codes(4, 3, 3, 3), scales(4), [2, 2], [1, 1], [1, 1], 2),
+        packed_weight=ops.pack_weight(codes(4, 3, 3, 3), 2),
+    ),
+    "uneven": call(floats(2, 4, 6, 8), [2, 6, 5, 7], codes(4, 6, 3, 3), scales(4), 1, [1, 2, 2, 1], 1, 1),
+}
+_WEIGHT_ONLY_BACKWARD = {
+    "int8": call(floats(5, 19), _W, _WS),
+    "int4_groups": call(floats(2, 5, 19).bfloat16(), _W4, _GROUP_SCALES, codes(19, 2), 4, 32, x_multiplier=floats(37)),
+    "packed": call(floats(5, 19), _W4, _GROUP_SCALES, floats(19, 2), 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
+    "no_rows": call(floats(0, 19), _W, _WS),
+}
 SAMPLES = {
     "quant_float_forward": _FLOAT,
     "quant_float_backward": _FLOAT_BACKWARD,
@@ -324,6 +345,9 @@ SAMPLES = {
     "choose_qparams_affine": _CHOOSE_AFFINE,
     "quantize_affine": _QUANTIZE_AFFINE,
     "dequantize_affine": _DEQUANTIZE_AFFINE,
+    "int8_linear_backward": _LINEAR_BACKWARD,
+    "int8_conv2d_backward": _CONV_BACKWARD,
+    "weight_only_linear_backward": _WEIGHT_ONLY_BACKWARD,
     "int8_gemm": _GEMM,
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
@@ -334,6 +358,9 @@ SAMPLES = {
         name: call(ops.pack_weight_only(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK_WEIGHT_ONLY.items()
     },
     "pack_weight": _PACK,
+    "transpose_packed_weight": {
+        name: call(ops.pack_weight(*args), list(args[0].shape)) for name, (args, _) in _PACK.items() if args[0].dim() == 2
+    },
     "unpack_weight": {
         name: call(ops.pack_weight(*args), list(args[0].shape), *args[1:]) for name, (args, _) in _PACK.items() if args[0].numel()
     },

@@ -22,6 +22,7 @@ BELOW = {
     "autoquant": {"", "nn", "convert", "report"},
     "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report", "autoquant"},
     "cli": {"", "nn", "convert", "report"},
+    "integrations": {"", "nn", "convert"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in FREE)

@@ -1,4 +1,5 @@
-// pack_weight: plain int8 weights into the layout of pack.h. One pass, parallel over panels.
+// pack_weight: plain int8 weights into the layout of pack.h. One pass, parallel over panels. And back, and from the packed copy of
+// a linear weight to that of its transpose, for the gradient of its input.
 #include "cpu/pack.h"
 
 #include <algorithm>
@@ -50,6 +51,13 @@ int64_t depthwise_place(const PackedLayout& l, int64_t channel, int64_t i, int64
   return (quad * kPanelStep + channel % kPanelStep) * kQuad + i % kQuad;
 }
 
+// The header, and zeros up to the panels.
+void begin_packed(const PackedLayout& l, int8_t* packed) {
+  std::memset(packed, 0, static_cast<size_t>(l.panels_offset));
+  const Header header = header_of(l);
+  std::memcpy(packed, &header, sizeof(header));
+}
+
 int32_t* column_sums(const PackedLayout& l, int64_t product, int8_t* packed) {
   return reinterpret_cast<int32_t*>(packed + l.column_sum_offset(product));
 }
@@ -61,6 +69,26 @@ void pack_depthwise(const int8_t* weight, const PackedLayout& l, int8_t* packed)
   for (int64_t c = 0; c < l.out_channels; ++c)
     for (int64_t i = 0; i < l.r; ++i)
       for (int64_t j = 0; j < l.s; ++j) column_sum[c] += b[depthwise_place(l, c, i, j)] = *weight++;
+}
+
+// A linear weight's column in [k] of the plain weight, from a panel whose quads are `row` bytes apart.
+void unpack_column(const int8_t* column, int64_t row, int64_t k, int8_t* to) {
+  int64_t quad = 0;
+  for (; (quad + 1) * kQuad <= k; ++quad) std::memcpy(to + quad * kQuad, column + quad * row, kQuad);
+  for (int64_t i = quad * kQuad; i < k; ++i) to[i] = column[quad * row + i % kQuad];
+}
+
+// Bytes [4][4] to their transpose: both matrices are four neighbouring quads.
+void transpose_quads(const int8_t* from, int8_t* to) {
+  static_assert(kQuad == 4);
+  constexpr uint32_t kEven = 0x00ff00ff, kLow = 0x0000ffff;
+  uint32_t a[4];
+  std::memcpy(a, from, sizeof(a));
+  const uint32_t even01 = (a[0] & kEven) | (a[1] & kEven) << 8, odd01 = (a[0] >> 8 & kEven) | (a[1] & ~kEven);
+  const uint32_t even23 = (a[2] & kEven) | (a[3] & kEven) << 8, odd23 = (a[2] >> 8 & kEven) | (a[3] & ~kEven);
+  const uint32_t b[4] = {(even01 & kLow) | even23 << 16, (odd01 & kLow) | odd23 << 16, even01 >> 16 | (even23 & ~kLow),
+                         odd01 >> 16 | (odd23 & ~kLow)};
+  std::memcpy(to, b, sizeof(b));
 }
 
 }  // namespace
@@ -131,9 +159,7 @@ PackedLayout packed_layout(int64_t out_channels, int64_t in_channels_per_group, 
 }
 
 void pack_weight_cpu(const int8_t* weight, const PackedLayout& l, int8_t* packed) {
-  std::memset(packed, 0, static_cast<size_t>(l.panels_offset));
-  const Header header = header_of(l);
-  std::memcpy(packed, &header, sizeof(header));
+  begin_packed(l, packed);
   if (l.form == WeightForm::kDepthwise) return pack_depthwise(weight, l, packed);
   const int64_t panels = l.panels();
   parallel_for(l.products * panels, 1, [&](int64_t begin, int64_t end) {
@@ -153,6 +179,15 @@ void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weig
         weight[c * l.taps + t] = packed[l.panels_offset + depthwise_place(l, c, t / l.s, t % l.s)];
     return;
   }
+  if (l.taps == 1 && l.products == 1 && taps_are_positions(l)) {
+    parallel_for(l.n, kPanel, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t panel = j / kPanel;
+        unpack_column(l.panel(packed, 0, panel) + j % kPanel * kQuad, l.width(panel) * kQuad, l.k, weight + j * l.k);
+      }
+    });
+    return;
+  }
   for (int64_t product = 0; product < l.products; ++product)
     for (int64_t j = 0; j < l.n; ++j) {
       const int64_t panel = j / kPanel, row = l.width(panel) * kQuad;
@@ -163,6 +198,29 @@ void unpack_weight_cpu(const int8_t* packed, const PackedLayout& l, int8_t* weig
           if (to >= 0) weight[to] = column[(t * l.quads + k / kQuad) * row + k % kQuad];
         }
     }
+}
+
+// Quads of four neighbouring columns are the transpose of quads of four neighbouring k, so 16 bytes become 16 bytes. Neither weight
+// has fewer columns, with its padding, than the other has quads of k, and padding is zeros on both sides.
+void transpose_packed_weight_cpu(const int8_t* packed, const PackedLayout& from, const PackedLayout& to, int8_t* transposed) {
+  begin_packed(to, transposed);
+  parallel_for(to.panels(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t width = to.width(panel), row = width * kQuad,
+                    quads = std::min(width / kQuad, from.quads - panel * kPanel / kQuad);
+      int32_t* sums = column_sums(to, 0, transposed) + panel * kPanel;
+      int8_t* to_row = transposed + to.panel_offset(0, panel);
+      for (int64_t quad = 0; quad < to.quads; ++quad, to_row += row) {
+        const int64_t source_panel = quad * kQuad / kPanel, source_row = from.width(source_panel) * kQuad;
+        const int8_t* source =
+            from.panel(packed, 0, source_panel) + panel * kPanel / kQuad * source_row + quad * kQuad % kPanel * kQuad;
+        for (int64_t i = 0; i < quads; ++i) transpose_quads(source + i * source_row, to_row + i * kQuad * kQuad);
+        std::memset(to_row + quads * kQuad * kQuad, 0, static_cast<size_t>(row - quads * kQuad * kQuad));
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t i = 0; i < kQuad; ++i) sums[j] += to_row[j * kQuad + i];
+      }
+    }
+  });
 }
 
 bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& l) {

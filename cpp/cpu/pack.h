@@ -65,6 +65,9 @@ void pack_panel(const int8_t* weight, const PackedLayout& layout, int64_t produc
 // The plain weight again.
 void unpack_weight_cpu(const int8_t* packed, const PackedLayout& layout, int8_t* weight);
 
+// The packed copy of the transposed weight: `to` is the layout of [N, K] where `from` is that of [K, N], both linear weights.
+void transpose_packed_weight_cpu(const int8_t* packed, const PackedLayout& from, const PackedLayout& to, int8_t* transposed);
+
 // Whether pack_weight_cpu made this buffer of `bytes` bytes for this layout. It compares shapes; it cannot compare contents.
 bool is_packed_for(const int8_t* packed, int64_t bytes, const PackedLayout& layout);
 

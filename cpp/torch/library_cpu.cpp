@@ -131,6 +131,10 @@ struct Cpu {
     log_kernel(one_by_one);
     unpack_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), weight.mutable_data_ptr<int8_t>());
   }
+  static void transpose(const Tensor& packed, const WeightShape& w, const WeightShape& of, Tensor& transposed) {
+    transpose_packed_weight_cpu(packed.const_data_ptr<int8_t>(), layout_of(w), layout_of(of),
+                                transposed.mutable_data_ptr<int8_t>());
+  }
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return quant_ops::is_packed_for(packed.const_data_ptr<int8_t>(), packed.numel(), layout_of(w));
   }
@@ -175,4 +179,5 @@ STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
   QO_IMPLEMENT(m, unpack_weight, quant_ops::Cpu);
+  QO_IMPLEMENT(m, transpose_packed_weight, quant_ops::Cpu);
 }

@@ -38,6 +38,7 @@ struct Meta {
   static int64_t packed_bytes(const WeightShape& w) { return packed_layout(w.o, w.c, w.r, w.s, w.groups).bytes; }
   static void pack(const Tensor&, const WeightShape&, Tensor&) {}
   static void unpack(const Tensor&, const WeightShape&, Tensor&) {}
+  static void transpose(const Tensor&, const WeightShape&, const WeightShape&, Tensor&) {}
   // The length of one of the devices' layouts: which device the tensor stands for is not known here.
   static bool is_packed_for(const Tensor& packed, const WeightShape& w) {
     return packed.numel() == packed_bytes(w) || packed.numel() == cuda_weights(w.o, w.c, w.r, w.s, w.groups).bytes;
@@ -61,4 +62,5 @@ STABLE_TORCH_LIBRARY(quant_ops_meta, m) { quant_ops::define_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(quant_ops_meta, Meta, m) {
   quant_ops::implement_operators<quant_ops::Meta>(m);
   QO_IMPLEMENT(m, unpack_weight, quant_ops::Meta);
+  QO_IMPLEMENT(m, transpose_packed_weight, quant_ops::Meta);
 }

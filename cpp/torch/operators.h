@@ -5,7 +5,7 @@
 //   *_affine                                affine.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
-//   pack_weight, unpack_weight              pack.h
+//   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h
 //   weight_only_embedding                   weight_only_embedding.h
 // Read next: one of these; python/quant_ops/ops for the documentation of an operator, its fake kernel and its gradient.
@@ -81,6 +81,7 @@ void define_operators(Library& m) {
   m.def("pack_weight_only(Tensor weight, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight_only(Tensor packed_weight, int[] shape, int bits=8, int group_size=-1) -> Tensor");
   m.def("unpack_weight(Tensor packed_weight, int[] shape, int groups=1) -> Tensor");
+  m.def("transpose_packed_weight(Tensor packed_weight, int[] shape) -> Tensor");
 }
 
 // Registers the operator of this name for the library `m`, with errors that name it and a line of the log.
@@ -93,7 +94,7 @@ void define_operators(Library& m) {
     ::quant_ops::named_errors(#name, [&] { TORCH_BOX (&Operator::call)(stack, arguments, results); }); \
   })
 
-// All but unpack_weight, which CUDA does not have.
+// All but unpack_weight and transpose_packed_weight, which CUDA does not have.
 template <class Backend, class Library>
 void implement_operators(Library& m) {
   QO_IMPLEMENT(m, quant_tensor_forward, Backend);

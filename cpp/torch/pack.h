@@ -1,5 +1,6 @@
-// pack_weight and unpack_weight: checks and allocation. `Backend` supplies packed_bytes(shape) and pack(weight, shape, packed), and
-// on the CPU unpack(packed, shape, weight). Read next: cpu/pack.h and contract/cuda_weights.h for the layouts.
+// pack_weight, unpack_weight and transpose_packed_weight: checks and allocation. `Backend` supplies packed_bytes(shape) and
+// pack(weight, shape, packed), and on the CPU unpack(packed, shape, weight) and transpose(packed, shape, transposed). Read next:
+// cpu/pack.h and contract/cuda_weights.h for the layouts.
 #pragma once
 
 #include "torch/int8.h"
@@ -44,6 +45,21 @@ Tensor unpack_weight(const Tensor& packed_weight, const Ints& shape, int64_t gro
   Tensor weight = empty(shape, ScalarType::Char, packed_weight);
   Backend::unpack(packed_weight, of, weight);
   return weight;
+}
+
+template <class Backend>
+Tensor transpose_packed_weight(const Tensor& packed_weight, const Ints& shape) {
+  const char* op = "transpose_packed_weight";
+  expect_int8(op, "packed_weight", packed_weight);
+  QO_EXPECT(shape.size() == 2, op, "shape (N, K), got ", shape_text(shape));
+  for (int64_t size : shape) QO_EXPECT(size >= 0, op, "sizes >= 0, got shape ", shape_text(shape));
+  expect_weight_size(op, shape, 1);
+  const WeightShape of = weight_shape(shape, 1), transposed_of = weight_shape(Ints{shape[1], shape[0]}, 1);
+  QO_EXPECT(packed_weight.is_contiguous() && Backend::is_packed_for(packed_weight, of), op,
+            "packed_weight made by pack_weight from a weight of this shape, got another one");
+  Tensor transposed = empty({Backend::packed_bytes(transposed_of)}, ScalarType::Char, packed_weight);
+  Backend::transpose(packed_weight, of, transposed_of, transposed);
+  return transposed;
 }
 
 }  // namespace quant_ops

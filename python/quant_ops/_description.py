@@ -17,6 +17,7 @@ class Description:
     """Can be compared, hashed, and written as JSON."""
 
     kind: ClassVar[str]
+    newer: ClassVar[tuple[str, ...]] = ()  # fields that earlier versions lack, which JSON leaves out where they are False
 
     def to_json(self) -> str:
         """The fields as JSON, with the class's name."""
@@ -47,6 +48,7 @@ class Config(Description):
     """How to quantize a model."""
 
     kind = "config"
+    newer = ("backward",)
 
     @property
     def quant_method(self) -> NoReturn:
@@ -61,7 +63,8 @@ def _plain(value: Any) -> Any:
     """A description as what json writes."""
     if not isinstance(value, Description):
         return value
-    fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    names = [field.name for field in dataclasses.fields(value)]
+    fields = {name: _plain(getattr(value, name)) for name in names if name not in value.newer or getattr(value, name)}
     return {value.kind: type(value).__name__, **fields}
 
 

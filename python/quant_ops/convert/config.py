@@ -21,14 +21,18 @@ class Int8Dynamic(Config):
             are a little faster, on GPUs most of all, and sum up to 131071 products exactly instead of 65793.
         weight_bits: 2 to 8; fewer than 8 bits coarsen the weights, which stay int8 in memory.
         weight_observer: how each channel's weight scale is chosen, by the name of an observer; "mse" helps below 8 bits.
+        backward: gradients flow through the layers to their inputs, so that adapters (LoRA) train around or before them; the
+            weights stay as they are.
     """
 
     asymmetric: bool = True
     weight_bits: int = 8
     weight_observer: str = "minmax"
+    backward: bool = False
 
     def __post_init__(self) -> None:
         self._expect_integer("weight_bits", 2, 8)
+        self._expect_bool("backward")
         self._expect_choice("weight_observer", Observer.kinds)
 
 
@@ -44,6 +48,7 @@ class Int8Static(Config):
         weight_observer: how each channel's weight scale is chosen; "mse" helps below 8 bits.
         percentile: of the "percentile" observer: percent of the values that must not be clipped (of either sign, if asymmetric).
         momentum: of the "ema" observer: weight of the newest batch.
+        backward: as in :class:`Int8Dynamic`; where the scale clips an input, its gradient is 0.
     """
 
     observer: str = "minmax"
@@ -53,6 +58,7 @@ class Int8Static(Config):
     weight_observer: str = "minmax"
     percentile: float = 99.99
     momentum: float = 0.1
+    backward: bool = False
 
     def __post_init__(self) -> None:
         self._expect_choice("observer", Observer.kinds)
@@ -61,6 +67,7 @@ class Int8Static(Config):
         self._expect_choice("weight_observer", Observer.kinds)
         self._expect(50 < self.percentile <= 100, f"50 < percentile <= 100, got {self.percentile}")
         self._expect(0 < self.momentum <= 1, f"0 < momentum <= 1, got {self.momentum}")
+        self._expect_bool("backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +75,22 @@ class WeightOnly(Config):
     """Base class: int8 or int4 weights with a scale for each group of a row, read by operators of their own."""
 
     group_size: int
+    backward: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.group_size is None:
             object.__setattr__(self, "group_size", -1)
         known = isinstance(self.group_size, int) and not isinstance(self.group_size, bool) and self.group_size in GROUP_SIZES
         self._expect(known, f"group_size 32, 64, 128, 256 or -1 (one group a row of the weight), got {self.group_size!r}")
-        self._expect_bool("asymmetric")
+        self._expect_bool("asymmetric", "backward")
 
     def settings(self) -> dict[str, Any]:
         """The arguments of ``from_float`` that say what the weight is."""
         raise NotImplementedError
 
     def linear_settings(self) -> dict[str, Any]:
-        """Those that say what becomes of the input of a linear layer."""
-        return {}
+        """Those that say what becomes of the input of a linear layer, and whether its gradient is wanted."""
+        return {"backward": True} if self.backward else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Int8WeightOnly(WeightOnly):
     Attributes:
         group_size: 32, 64, 128 or 256 consecutive weights of a row share a scale; -1 or None: one scale per output channel.
         asymmetric: the groups have zero points.
+        backward: as in :class:`Int8Dynamic`, through linear layers; by keyword alone.
     """
 
     group_size: int = -1
@@ -113,6 +122,7 @@ class Int4WeightOnly(WeightOnly):
         asymmetric: the groups have zero points, which uses all 16 codes of each.
         zero_point: "int": zero points are codes, so that 0 is exact. "float": they are values of the weight, and the range need not
             contain 0 (the FLOAT domain of torchao's int4_weight_only).
+        backward: as in :class:`Int8WeightOnly`.
     """
 
     group_size: int = 128
@@ -138,6 +148,7 @@ class Int8DynamicInt4Weight(WeightOnly):
     Attributes:
         group_size: as in :class:`Int4WeightOnly`.
         asymmetric: the activations get a zero point, as in :class:`Int8Dynamic`.
+        backward: as in :class:`Int8WeightOnly`.
     """
 
     group_size: int = 32
@@ -147,7 +158,7 @@ class Int8DynamicInt4Weight(WeightOnly):
         return {"bits": 4, "group_size": self.group_size, "asymmetric": False}
 
     def linear_settings(self) -> dict[str, Any]:
-        return {"dynamic": True, "asymmetric_input": self.asymmetric}
+        return {"dynamic": True, "asymmetric_input": self.asymmetric, **super().linear_settings()}
 
 
 Int8Scheme = Int8Dynamic | Int8Static

@@ -59,6 +59,8 @@ def to_int8(layer: Any, config: Int8Scheme, weight_scale: Tensor | None = None, 
     kind = INT8_LAYERS[float_class(layer)]
     if not isinstance(config, Int8Static):
         settings["asymmetric"] = config.asymmetric
+    if config.backward:
+        settings["backward"] = True
     made = kind.from_float(layer, weight_bits=config.weight_bits, weight_scale=weight_scale, **settings)
     made.config = config
     return made

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 
+from ..ops._register import wants_derivative
 from .saving import SavedState
 from .scaled import ScaledLinear, checked_multiplier
 from .transposed import as_linear
@@ -38,6 +39,7 @@ class QuantizedLayer(SavedState):
     geometry: ClassVar[tuple[str, ...]]  # arguments and attributes that the constructors of both layers share; bias is another
     settings: ClassVar[tuple[str, ...]]  # keyword arguments of the constructor, and attributes
     newer: ClassVar[dict[str, Any]] = {}  # settings that earlier versions lack, which files leave out where they have these values
+    backward: bool = False  # whether gradients flow through forward to the input; see ops/backward.py
     has_bias: ClassVar[bool] = True  # whether both constructors take bias
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
 
@@ -140,6 +142,8 @@ class QuantizedLayer(SavedState):
                 f"quant_ops.{type(self).__name__}: expected a plain tensor, got a DTensor. Pass its full_tensor(), or its "
                 "to_local() where every process has rows of its own, or shard the layer with a style of quant_ops.distributed."
             )
+        if self.backward and torch.is_grad_enabled() and (x.requires_grad if is_compiling() else wants_derivative((x,))):
+            return self._run(x, through=True)
         return self._run(x)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +165,6 @@ class QuantizedLayer(SavedState):
             "torch.jit.trace or torch.export.export."
         )
 
-    def _run(self, x: Tensor) -> Tensor:
-        """The operator call."""
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
+        """The operator call; with ``through``, of the differentiable one."""
         raise NotImplementedError

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.backward import differentiable
 from .int8 import Int8Layer
 from .weight import as_image_kernel
 
@@ -42,6 +43,7 @@ class _QuantConv(Int8Layer):
         *,
         asymmetric: bool = False,
         relu: bool = False,
+        backward: bool = False,
     ) -> None:
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         conv = self.float_class(*arguments, device="meta")  # the meta device costs no memory
@@ -60,7 +62,7 @@ class _QuantConv(Int8Layer):
         }
         defaults = {"stride": (1, 1), "padding": [0] * 4, "dilation": (1, 1), "groups": 1}
         self._conv_options = {name: value for name, value in options.items() if value != defaults[name]}
-        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu)
+        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu, backward)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
@@ -84,7 +86,7 @@ class QuantConv2d(_QuantConv):
 
     float_class = nn.Conv2d
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers
         weight = b["qweight"]
         options = self._conv_options | self._options()
@@ -92,7 +94,10 @@ class QuantConv2d(_QuantConv):
             options["channels_last"] = True
         if self._pad_input is not None:
             x = F.pad(x, self._pad_input, self.padding_mode)
-        return _conv2d(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **options)
+        weight = self._placeholder if weight is None else weight
+        if through:
+            return differentiable("int8_conv2d", x, weight, b["weight_scale"], b["bias"], **options)
+        return _conv2d(x, weight, b["weight_scale"], b["bias"], **options)
 
 
 class QuantConv1d(_QuantConv):
@@ -104,7 +109,7 @@ class QuantConv1d(_QuantConv):
 
     float_class = nn.Conv1d
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         if x.dim() not in (2, 3):
             raise ValueError(f"quant_ops.QuantConv1d: expected x.shape (N, C, L) or (C, L), got {tuple(x.shape)}")
         b = self._buffers
@@ -113,4 +118,6 @@ class QuantConv1d(_QuantConv):
             x = F.pad(x, self._pad_input, self.padding_mode)
         weight = self._placeholder if b["qweight"] is None else as_image_kernel(b["qweight"])
         options = self._conv_options | self._options()
+        if through:
+            return differentiable("int8_conv2d", x, weight, b["weight_scale"], b["bias"], **options).squeeze(-2)
         return _conv2d(x, weight, b["weight_scale"], b["bias"], **options).squeeze(-2)

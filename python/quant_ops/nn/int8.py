@@ -110,6 +110,7 @@ class Settings:
     relu: bool
     input_multiplier: Tensor | None
     codes: Tensor | None
+    backward: bool
 
     def check(self, layer: str) -> None:
         """Raises ValueError for settings that exclude each other; ``layer`` is the name of the class."""
@@ -117,6 +118,10 @@ class Settings:
             raise ValueError(f"quant_ops.{layer}: expected input_zero_point only together with input_scale")
         if self.output_zero_point is not None and self.output_scale is None:
             raise ValueError(f"quant_ops.{layer}: expected output_zero_point only together with output_scale")
+        if self.backward and self.output_scale is not None:
+            raise ValueError(
+                f"quant_ops.{layer}: expected backward=True only with a floating output, got output_scale. Codes carry no gradient."
+            )
         if self.asymmetric and self.input_scale is not None:
             raise ValueError(
                 f"quant_ops.{layer}: expected asymmetric only for dynamic quantization. Pass input_zero_point instead."
@@ -126,7 +131,8 @@ class Settings:
 class Int8Layer(QuantizedLayer):
     """Base class of the int8 layers. On the CPU, whose kernels read nothing else, the packed copy replaces the codes."""
 
-    settings = ("asymmetric", "relu")
+    settings = ("asymmetric", "relu", "backward")
+    newer: ClassVar[dict[str, Any]] = {"backward": False}
     optional: ClassVar[tuple[str, ...]] = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
     form = "int8"
     groups: int = 1
@@ -139,11 +145,18 @@ class Int8Layer(QuantizedLayer):
     timestep: Tensor | None  # the current step, 0-dim, of a layer with more than one; see convert/steps.py
 
     def __init__(
-        self, weight_shape: tuple[int, ...], bias: bool, device: torch.device | str | None, asymmetric: bool, relu: bool
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        device: torch.device | str | None,
+        asymmetric: bool,
+        relu: bool,
+        backward: bool,
     ) -> None:
         super().__init__(weight_shape, (weight_shape[0],), bias, device)
         self.asymmetric = asymmetric
         self.relu = relu
+        self.backward = backward
         self.weight_bits = 8
         self.register_buffer("timestep", None, persistent=False)
 
@@ -168,6 +181,7 @@ class Int8Layer(QuantizedLayer):
         relu: bool = False,
         input_multiplier: Tensor | None = None,
         codes: Tensor | None = None,
+        backward: bool = False,
     ) -> _Self:
         """The int8 layer of a float one, which is left as it is.
 
@@ -185,6 +199,9 @@ class Int8Layer(QuantizedLayer):
                 quantized (SmoothQuant). The weight is taken as it is: whoever wants the same function has divided its columns by
                 the multiplier. That of a ScaledLinear is taken over.
             codes: int8 of the weight's shape, in ±(2^(weight_bits-1) - 1), with ``weight_scale``: the weight is not rounded.
+            backward: gradients of the output become gradients of a floating input, by the dequantized weight and straight through
+                the rounding of the input; 0 where ``input_scale`` clips it. Weight, scales and bias stay constants. See
+                :func:`int8_linear_backward` and :func:`int8_conv2d_backward`.
 
         Raises:
             TypeError: module is of another class, or the multiplier no floating tensor.
@@ -205,6 +222,7 @@ class Int8Layer(QuantizedLayer):
                 relu=relu,
                 input_multiplier=input_multiplier,
                 codes=codes,
+                backward=backward,
             ),
         )
         return layer
@@ -246,6 +264,7 @@ class Int8Layer(QuantizedLayer):
         self.output_scale = scalar("output_scale", torch.float32)
         self.output_zero_point = scalar("output_zero_point", torch.int32)
         self.asymmetric, self.relu, self.weight_bits = settings.asymmetric, settings.relu, settings.weight_bits
+        self.backward = settings.backward
         self._check(self._buffers)
         self._count_steps()
         self._hold(codes)
@@ -406,6 +425,6 @@ class Int8Layer(QuantizedLayer):
         zero = "asymmetric" if self.asymmetric or self.input_zero_point is not None else "symmetric"
         kernel = _library.gemm_kernel() if self.device.type == "cpu" else self.device.type
         output = "" if self.output_scale is None else ", output=int8"
-        relu = ", relu=True" if self.relu else ""
+        flags = "".join(f", {name}=True" for name in ("relu", "backward") if getattr(self, name))
         mode += " of multiplied columns" if self._buffers.get("input_multiplier") is not None else ""
-        return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{relu}, kernel={kernel}"
+        return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{flags}, kernel={kernel}"

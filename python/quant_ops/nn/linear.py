@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.backward import differentiable
 from .int8 import Int8Layer
 
 _linear = torch.ops.quant_ops.int8_linear.default
 
 
 class QuantLinear(Int8Layer):
-    """int8 nn.Linear for inference: float in, float out, exact int32 sums, one operator call.
+    """int8 nn.Linear with a frozen weight: float in, float out, exact int32 sums, one operator call.
 
     Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
-    with a zero point) and ``relu`` are settings of the layer, not part of its state_dict. Weights are replaced by
-    ``load_state_dict``, or by assigning ``qweight``. The layer has buffers and no parameters.
+    with a zero point), ``relu`` and ``backward`` (gradients flow to the input) are settings of the layer, not part of its
+    state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The layer
+    has buffers and no parameters.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
@@ -38,17 +40,21 @@ class QuantLinear(Int8Layer):
         *,
         asymmetric: bool = False,
         relu: bool = False,
+        backward: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        super().__init__((out_features, in_features), bias, device, asymmetric, relu)
+        super().__init__((out_features, in_features), bias, device, asymmetric, relu, backward)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers
         weight, options = b["qweight"], self._options()
         if (multiplier := b["input_multiplier"]) is not None:
             options["x_multiplier"] = multiplier
-        return _linear(x, self._placeholder if weight is None else weight, b["weight_scale"], b["bias"], **options)
+        weight = self._placeholder if weight is None else weight
+        if through:
+            return differentiable("int8_linear", x, weight, b["weight_scale"], b["bias"], **options)
+        return _linear(x, weight, b["weight_scale"], b["bias"], **options)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

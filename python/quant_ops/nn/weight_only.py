@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _library
 from ..ops import pack_weight_only, unpack_weight_only
 from ..ops._register import call
+from ..ops.backward import differentiable
 from .base import QuantizedLayer
 from .groups import GROUP_SIZES, ZERO_POINTS, code_range, group_count, most_products, quantize_groups
 from .weight import placeholder
@@ -384,7 +385,8 @@ class WeightOnlyLinear(WeightOnlyLayer):
 
     float_class = nn.Linear
     geometry = ("in_features", "out_features")
-    settings = (*WeightOnlyLayer.settings, "dynamic", "asymmetric_input")
+    settings = (*WeightOnlyLayer.settings, "dynamic", "asymmetric_input", "backward")
+    newer: ClassVar[dict[str, Any]] = {**WeightOnlyLayer.newer, "backward": False}
     optional = (*WeightOnlyLayer.optional, "input_multiplier")
 
     input_multiplier: Tensor | None
@@ -402,9 +404,11 @@ class WeightOnlyLinear(WeightOnlyLayer):
         dynamic: bool = False,
         asymmetric_input: bool = False,
         zero_point: str = "int",
+        backward: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
+        self.backward = backward
         self.dynamic = dynamic
         self.asymmetric_input = asymmetric_input
         if asymmetric_input and not dynamic:
@@ -431,6 +435,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
         weight_scale: Tensor | None = None,
         weight_zero_point: Tensor | None = None,
         codes: Tensor | None = None,
+        backward: bool = False,
     ) -> "WeightOnlyLinear":
         """The weight-only layer of a float one, which is left as it is.
 
@@ -452,6 +457,9 @@ class WeightOnlyLinear(WeightOnlyLayer):
             weight_scale, weight_zero_point: ``(out_features, groups)``, to round with in place of those that the weight would get.
                 Zero points make the layer asymmetric; floating ones are those of ``zero_point="float"``.
             codes: int8 ``(out_features, in_features)``, in [-8, 7] for 4 bits, with ``weight_scale``: the weight is not rounded.
+            backward: gradients of the output become gradients of the input, by the dequantized weight and, with ``dynamic``,
+                straight through the rounding of the input. Weight, scales and bias stay constants. See
+                :func:`weight_only_linear_backward`.
 
         Raises:
             TypeError: module is of another class, or the multiplier no floating tensor.
@@ -462,7 +470,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
         if weight_zero_point is not None:
             asymmetric, zero_point = True, "float" if weight_zero_point.is_floating_point() else "int"
         settings = {"asymmetric": asymmetric, "dynamic": dynamic, "asymmetric_input": asymmetric_input, "zero_point": zero_point}
-        layer, module = cls._like(module, bits=bits, group_size=group_size, **settings)
+        layer, module = cls._like(module, bits=bits, group_size=group_size, backward=backward, **settings)
         layer._take(module, shared_with, given)._take_multiplier(module, input_multiplier)
         return layer
 
@@ -474,13 +482,18 @@ class WeightOnlyLinear(WeightOnlyLayer):
             if size > limit:
                 self._refuse(f"groups of at most {limit} weights, so that an int32 sum is exact", f"{size}. Choose a group_size")
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers
         scale, zero_point, bias = b["weight_scale"], b["weight_zero_point"], b["bias"]
         options: dict[str, Any] = self._options
         multiplier = b["input_multiplier"]
         if multiplier is not None:
             options = {**options, "x_multiplier": multiplier}
+        if through:
+            lent = b["qweight"] is not None
+            codes, packed = (self.qweight, None) if lent else (self._placeholder, b["packed_weight"])
+            arguments = (x, codes, scale, zero_point, bias, self.bits, self.group_size)
+            return differentiable("weight_only_linear", *arguments, packed_weight=packed, **options)
         if b["qweight"] is not None:  # which functional_call lends
             return _linear(x, self.qweight, scale, zero_point, bias, self.bits, self.group_size, **options)
         packed = b["packed_weight"]
@@ -491,7 +504,8 @@ class WeightOnlyLinear(WeightOnlyLayer):
         zero = "asymmetric" if self.asymmetric_input else "symmetric"
         x = f"int8 {zero} dynamic per row" if self.dynamic else "float"
         x += " of multiplied columns" if self.input_multiplier is not None else ""
-        return f"{shape}, {self._describe()}, input={x}, kernel={self._kernel()}"
+        backward = ", backward=True" if self.backward else ""
+        return f"{shape}, {self._describe()}, input={x}{backward}, kernel={self._kernel()}"
 
     def _kernel(self) -> str:
         """The micro-kernel on the CPU, elsewhere the device."""
@@ -565,7 +579,7 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
             )
         return layer._take(module, shared_with)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers
         lent = b["qweight"] is not None  # by functional_call
         codes, packed = (self.qweight, None) if lent else (self._placeholder, b["packed_weight"])

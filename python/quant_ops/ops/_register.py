@@ -5,7 +5,7 @@ for tensors without data, and adds the one thing that C++ cannot: shapes in whic
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def _without_data(value: Any) -> Any:
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
 
 
-def _expect_one_device(name: str, named: dict[str, Any]) -> None:
+def expect_one_device(name: str, named: dict[str, Any]) -> None:
     """A tensor of device meta among others brings their call here: the result would be memory that nobody wrote."""
     devices = {key: value.device.type for key, value in named.items() if isinstance(value, Tensor) and key != "seed"}
     if "meta" in devices.values() and len(set(devices.values())) > 1:
@@ -104,7 +104,7 @@ def fake_kernel(name: str) -> Callable[[Callable[..., Any]], None]:
     def register(results: Callable[..., Any]) -> None:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             named = dict(zip(names, args, strict=False)) | kwargs
-            _expect_one_device(name, named)
+            expect_one_device(name, named)
             with torch._C._DisableTorchDispatch():
                 checked = check(**{k: _without_data(v) for k, v in named.items()})
             return results(checked=checked, **defaults | named)
@@ -132,12 +132,17 @@ def wants_derivative(tensors: Sequence[Any]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in floating)
 
 
-def expect_no_transform(name: str) -> None:
+def refuse_derivative(name: str, expected: str, got: str) -> NoReturn:
+    raise DerivativeError(f"quant_ops.{name}: expected {expected}, got {got}.")
+
+
+def expect_no_transform(name: str, instead: str | None = None) -> None:
     """torch.func meets a Function before the dispatcher or not at all."""
     if in_transform() is not None:
-        raise DerivativeError(
-            f"quant_ops.{name}: expected a call of quant_ops.{name} inside torch.func.grad, vjp or jvp, got one of "
-            f"torch.ops.quant_ops.{name}, which torch.func cannot differentiate."
+        refuse_derivative(
+            name,
+            f"a call of {instead or f'quant_ops.{name}'} inside torch.func.grad, vjp or jvp",
+            f"one of torch.ops.quant_ops.{name}, which torch.func cannot differentiate",
         )
 
 
@@ -166,12 +171,26 @@ class _Inference(torch.autograd.Function):
         return None, None, *(_no_gradient(grad, *like, ctx.name) if needs and like else None for needs, like in needed)
 
 
+_WITH_TWIN = ("int8_linear", "int8_conv2d", "weight_only_linear")  # see backward.py
+
+
+def refuse_second_derivative(name: str) -> NoReturn:
+    refuse_derivative(
+        name,
+        "the gradient of a layer with backward=True to be differentiated no further",
+        "a second derivative. Differentiate once, without create_graph=True and without a transform around the transform",
+    )
+
+
 # An operator, so that tracing (torch.compile with gradients enabled) meets the fake kernel and only a real backward pass raises.
 @torch.library.custom_op("quant_ops::_no_gradient", mutates_args=())
 def _no_gradient(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor:
+    if op.endswith("_backward"):
+        refuse_second_derivative(op.split(".")[-1])
+    through = "a layer made with backward=True, which hands gradients on, or " if op.split(".")[-1] in _WITH_TWIN else ""
     raise RuntimeError(
         f"{op}: expected no gradient to be asked for, got a backward pass through an operator that is for inference. "
-        "Train with the simulated quant_tensor_forward, or call it under torch.no_grad()."
+        f"Train with {through}the simulated quant_tensor_forward, or call it under torch.no_grad()."
     )
 
 
@@ -187,9 +206,13 @@ def inference_only(name: str) -> None:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if wants_derivative((*args, *kwargs.values())):
             if in_transform() is not None or forward_ad._current_level >= 0:  # there a result would count as a constant
+                if name.endswith("_backward"):
+                    refuse_second_derivative(name)
+                through = "a layer with backward=True, in reverse mode, or " if name in _WITH_TWIN else ""
                 raise DerivativeError(
                     f"quant_ops.{name}: expected no derivative to be asked for, got a call inside torch.func.grad, vjp, jvp or "
-                    "forward mode of an operator that is for inference. Differentiate the simulated quant_tensor_forward instead."
+                    f"forward mode of an operator that is for inference. Differentiate {through}the simulated "
+                    "quant_tensor_forward instead."
                 )
             return _Inference.apply(op, tuple(kwargs), *args, *kwargs.values())  # type: ignore[no-untyped-call]
         with _below_autograd():

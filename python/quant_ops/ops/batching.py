@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_ops.ops import backward as backward  # defines operators that have rules here
 from quant_ops.ops._register import register_kernel
 from quant_ops.ops.quantize_float import ROUNDINGS
 
@@ -134,6 +135,32 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
         return None
     named["indices"] = named["indices"].movedim(dims["indices"], 0)
     return _ops.weight_only_embedding(**named), 0
+
+
+def _of_rows(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        if _batched_besides(dims, named, "grad"):
+            return None
+        named["grad"] = named["grad"].movedim(dims["grad"], 0)
+        return None if named["grad"].dim() < 2 else (op(**named), 0)
+
+    return rule
+
+
+for _name in ("int8_linear_backward", "weight_only_linear_backward"):
+    _register(_name)(_of_rows(getattr(_ops, _name)))
+
+
+@_register("int8_conv2d_backward")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "grad"):
+        return None
+    grad, sizes = named["grad"].movedim(dims["grad"], 0), list(named["input_size"])
+    if grad.dim() == 5:
+        named["grad"], named["input_size"] = grad.flatten(0, 1), [size * sizes[0], *sizes[1:]]
+        return _ops.int8_conv2d_backward(**named).unflatten(0, (size, sizes[0])), 0
+    named["grad"], named["input_size"] = grad, [size, *sizes]
+    return _ops.int8_conv2d_backward(**named), 0
 
 
 @_register("int8_conv2d")

@@ -172,9 +172,9 @@ def int8_conv2d(
         weight,
         weight_scale,
         bias,
-        _list(stride),
-        _list(padding),
-        _list(dilation),
+        as_list(stride),
+        as_list(padding),
+        as_list(dilation),
         groups,
         x_scale,
         x_zero_point,
@@ -188,7 +188,7 @@ def int8_conv2d(
     )
 
 
-def _list(value: int | Sequence[int]) -> list[int]:
+def as_list(value: int | Sequence[int]) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
 
 
@@ -268,3 +268,33 @@ def _(checked: Tensor, packed_weight: Tensor, shape: Sequence[int], **_: Any) ->
 
 
 inference_only("unpack_weight")
+
+# ---- transpose_packed_weight -----------------------------------------------------------------------------------------
+
+
+def transpose_packed_weight(packed_weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """``pack_weight(weight.T)`` from ``packed_weight = pack_weight(weight)``, on the CPU, without the plain weight.
+
+    It takes about as long as copying the weight, so that products with the transposed weight, such as the gradient of a linear
+    layer's input, need not keep a second copy.
+
+    Args:
+        packed_weight: of a linear weight.
+        shape: ``(N, K)``, that of the weight.
+
+    Returns:
+        int8, one dimension.
+
+    Raises:
+        TypeError: packed_weight is not int8.
+        ValueError: it was made from a weight of another shape.
+    """
+    return call(_ops.transpose_packed_weight.default, packed_weight, shape)
+
+
+@fake_kernel("transpose_packed_weight")
+def _(checked: Tensor, packed_weight: Tensor, shape: Sequence[int]) -> Tensor:
+    return packed_weight.new_empty((_library.packed_bytes(shape[1], shape[0], 1, 1, 1, "cpu"),), dtype=checked.dtype)
+
+
+inference_only("transpose_packed_weight")
