@@ -1,8 +1,6 @@
 """Fixtures: every instruction set this machine runs, thread counts, and seeds."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 import operands
 import pytest
@@ -15,26 +13,6 @@ from quant_ops import _library
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def _operators_of_torchvision():
-    """Declares those that torchvision's Python part asks for where its library was built for another torch and cannot be loaded.
-
-    So it is after "pip install timm" into an environment with the CPU's torch. transformers imports torchvision where there is one.
-    """
-    found = importlib.util.find_spec("torchvision")
-    for library in Path(found.origin).parent.glob("_C*.so") if found else ():
-        try:
-            torch.ops.load_library(library)
-        except OSError:
-            declared = torch.library.Library("torchvision", "FRAGMENT")
-            declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            return declared  # its declarations go with it
-    return None
-
-
-_torchvision = _operators_of_torchvision()
 
 
 @pytest.fixture(params=_library.isas())

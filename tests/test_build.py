@@ -102,7 +102,7 @@ def test_library_has_no_search_path_of_the_build_machine():
     assert not re.search(r"R(UN)?PATH", tool("readelf", "-d", LIBRARY))
 
 
-@pytest.mark.parametrize("version", [torch_headers.OLDEST, None], ids=["oldest", "newest"])
+@pytest.mark.parametrize("version", [torch_headers.OLDEST, pytest.param(None, marks=pytest.mark.slow)], ids=["oldest", "newest"])
 def test_bindings_compile_with_every_supported_torch(version):
     """Of the CPU and of CUDA, against the headers of the oldest torch that is supported and of the newest that pip offers."""
     if CXX is None:

@@ -413,9 +413,27 @@ def test_a_model_that_is_not_finished(folder, tmp_path):
         model.save_pretrained(tmp_path)
 
 
-def test_the_package_imports_none_of_the_libraries():
-    code = "import sys, quant_ops; print(sorted({'transformers', 'diffusers', 'accelerate'} & set(sys.modules)))"
-    assert python("-c", code).stdout.strip() == "[]"
+def test_a_program_that_only_loads(quantized):
+    """It imports quant_ops, which imports none of the libraries and is registered once transformers is imported."""
+    code = f"""
+import quant_ops, sys
+assert not {{"transformers", "diffusers", "accelerate"}} & set(sys.modules)
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({str(quantized)!r})
+print(sum(isinstance(module, quant_ops.QuantLinear) for module in model.modules()))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4
+
+
+def test_adapters_can_be_trained_where_gradients_flow(folder):
+    for backward in (False, True):
+        model = loaded(folder, QuantOpsConfig(qo.Int8Dynamic(backward=backward)))
+        assert model.hf_quantizer.is_trainable is backward
+        model = fresh(llama)
+        qo.quantize_(model, {"model.embed_tokens": qo.Int8WeightOnly(), "*": qo.Int8Dynamic(backward=backward)})
+        assert model.hf_quantizer.is_trainable is backward
 
 
 def test_a_transformers_that_is_too_old(monkeypatch):

@@ -352,7 +352,7 @@ def test_calls_per_step_below_one():
 # ---- the example -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unet", ["small", "diffusers"])
+@pytest.mark.parametrize("unet", ["small", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_diffusion_example(unet, tmp_path):
     if unet == "diffusers":
         pytest.importorskip("diffusers")

@@ -595,7 +595,8 @@ def test_config_is_frozen_and_checked():
         ),
         (
             '{"config": "Int8Dynamic", "bits": 8}',
-            r"^quant_ops\.Int8Dynamic: expected fields among \['asymmetric', 'weight_bits', 'weight_observer'\], got \['bits'\]$",
+            r"^quant_ops\.Int8Dynamic: expected fields among \['asymmetric', 'backward', 'weight_bits', 'weight_observer'\], "
+            r"got \['bits'\]$",
         ),
         ('{"config": "Int8Dynamic", "weight_bits": 9}', "expected 2 <= weight_bits <= 8, got 9"),
         ("[]", "^quant_ops: expected "),

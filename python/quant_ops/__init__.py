@@ -6,7 +6,7 @@ Start with :func:`quantize_` for a whole model or :class:`QuantLinear` and :clas
 
 import importlib
 
-from . import _library
+from . import _libraries, _library
 
 _library.load()
 
@@ -99,6 +99,7 @@ from .simulation.mode import simulate_products_, simulated_products  # noqa: E40
 
 __version__ = _library.VERSION
 cmake_prefix_path = _library.cmake_prefix_path()  # as torch.utils.cmake_prefix_path, for find_package(quant_ops)
+_libraries.register_when_imported()
 
 
 def __getattr__(name: str) -> object:

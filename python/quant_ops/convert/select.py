@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import importlib
 import logging
 import math
 import sys
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._description import Config
+from .._libraries import LIBRARIES, integration
 from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, show_bytes
 from ..nn import (
     INT8_LAYERS,
@@ -503,23 +503,14 @@ def settle(model: nn.Module) -> None:
     tell_library(model)
 
 
-# Libraries that save and load models themselves, where their class of models is, and how the package's part for them is called.
-_LIBRARIES = (("transformers.modeling_utils", "PreTrainedModel"), ("diffusers.models.modeling_utils", "ModelMixin"))
-
-
 def tell_library(model: nn.Module) -> None:
     """Lets ``save_pretrained`` of a model of transformers or diffusers know what is quantized; neither is imported here."""
-    for defined_in, name in _LIBRARIES:
+    for defined_in, name in LIBRARIES.items():
         kind = getattr(sys.modules.get(defined_in), name, None)
         if kind is None or not any(isinstance(module, kind) for module in model.modules()):
             continue
-        library = defined_in.partition(".")[0]
-        try:
-            integration = importlib.import_module(f"quant_ops.integrations.{library}")
-        except ImportError as error:
-            warnings.warn(f"{error} Until then save_pretrained writes files that nothing can load.", stacklevel=2)
-        else:
-            integration.attach(model)
+        if (found := integration(defined_in)) is not None:
+            found.attach(model)
 
 
 def leave_fused_paths(model: nn.Module) -> None:

@@ -1,5 +1,5 @@
-"""Quantized models in the libraries that save and load models themselves: transformers and diffusers.
+"""Quantized models in the libraries that save and load models themselves, transformers and diffusers; and peft's adapters.
 
-Importing ``quant_ops.integrations.transformers`` or ``.diffusers`` registers the package there; ``import quant_ops`` imports
-neither. Read first: checkpoint.py, which both stand on.
+The first two are imported, and so registered there, as soon as a program has imported quant_ops and the library
+(``_libraries.py``). Read first: checkpoint.py, which both stand on.
 """
