@@ -4,6 +4,7 @@ import os
 
 import operands
 import pytest
+import sweep
 import torch
 from compiled import ROOT, compiled_for_host
 
@@ -53,8 +54,17 @@ def emulated(emulated_library):
     return torch.ops.quant_ops_emulated
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason="no CUDA device")
+    sampled = {}
     for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(skip)
+        if "cuda" in item.keywords:
+            if not torch.cuda.is_available():
+                item.add_marker(skip)
+        elif mark := item.get_closest_marker("sampled"):
+            sampled.setdefault((item.nodeid.split("[")[0], *mark.args), []).append(item)
+    for (test, count), cases in sampled.items():
+        if len(cases) > 1:  # one alone was asked for by its name
+            left_out = set(cases) - set(sweep.part(cases, count, test))
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)

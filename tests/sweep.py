@@ -9,7 +9,7 @@ ALL = os.environ.get("QUANT_OPS_TEST_ALL") == "1"
 Case = TypeVar("Case")
 
 
-def part(cases: Iterable[Case], count: int, seed: int = 0) -> list[Case]:
+def part(cases: Iterable[Case], count: int, seed: int | str = 0) -> list[Case]:
     """`count` of the cases in their order, or all of them; which ones depends on `seed`."""
     cases = list(cases)
     if ALL or count >= len(cases):

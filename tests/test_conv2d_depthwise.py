@@ -42,6 +42,7 @@ def test_sums_are_exact(isa, seed):
             assert torch.equal(y, expected), (c, h, w, r, s, stride, padding, dilation, dtype, zero)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 144, 40, 50), (1, 20, 61, 300), (3, 960, 7, 7)])
 def test_bands_are_seamless(isa, threads, shape, channels_last):

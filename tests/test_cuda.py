@@ -223,6 +223,7 @@ def largest_of(name: str) -> float:
 class KernelCases:
     """Every case takes a fixture ``subject``."""
 
+    @pytest.mark.sampled(40)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("case", range(len(GRANULARITIES)))
     def test_float_forward_and_backward(self, subject, dtype, case):
@@ -331,6 +332,7 @@ class KernelCases:
         for view in layouts(grad):
             subject.check("quant_block_backward", view, x, dim, block, 2, 1, scale_rule=4)
 
+    @pytest.mark.sampled(40)
     @pytest.mark.parametrize("rule", range(7))
     @pytest.mark.parametrize("name", FORMATS)
     def test_scales_of_blocks(self, subject, name, rule):
@@ -449,6 +451,7 @@ class KernelCases:
             subject.check("quant_tensor_forward", x, scale, None, -128, 127, False, simulate)
             subject.check("quant_tensor_forward", x.t().contiguous(), scale.view(1, -1), None, -128, 127, False, simulate)
 
+    @pytest.mark.sampled(40)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("case", range(len(REDUCTIONS)))
     def test_choose_qparams(self, subject, dtype, case):

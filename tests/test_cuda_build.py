@@ -147,7 +147,9 @@ static bool same_in_range(std::mt19937_64& random, bool asymmetric) {
   return true;
 }
 
-int main() {
+// With an argument all draws, otherwise a quarter of them.
+int main(int count, char**) {
+  const int share = count > 1 ? 1 : 4;
   std::mt19937_64 random(1);
   for (int i = 0; i < 2000; ++i)
     for (bool asymmetric : {false, true})
@@ -164,7 +166,7 @@ int main() {
   for (uint32_t bits : {0x0001u, 0x0007u, 0x03ffu, 0x7bffu, 0x7800u})
     if (!same_row<Half>(bits)) return fail("factors of large and small float16");
   // checked factors next to ties
-  for (int i = 0; i < 1000000; ++i) {
+  for (int i = 0; i < 1000000 / share; ++i) {
     const float s = bits_float((static_cast<uint32_t>(random()) & 0x7fffffu) | static_cast<uint32_t>(68 + random() % 119) << 23);
     const float r = safe_reciprocal(s), tie = (static_cast<float>(random() % 256) + 0.5f) * s;
     for (int32_t ulp = -3; ulp <= 3; ++ulp)
@@ -172,7 +174,7 @@ int main() {
         return fail("checked factors");
   }
   // FastDiv: around multiples of divisors of every size
-  for (int i = 0; i < 2000000; ++i) {
+  for (int i = 0; i < 2000000 / share; ++i) {
     const int64_t d = static_cast<int64_t>(random() >> (1 + random() % 63)) + 1;
     const int64_t n = static_cast<int64_t>(random() >> (1 + random() % 63));
     const FastDiv div(d);
@@ -188,7 +190,7 @@ int main() {
       if (!same_code(bits_float(b << 16), s, r)) return fail("quotient of bfloat16");
   }
   // floats next to ties, for scales with long and short significands
-  for (int i = 0; i < 4000000; ++i) {
+  for (int i = 0; i < 4000000 / share; ++i) {
     uint32_t bits = (static_cast<uint32_t>(random()) & 0x7fffffu) | static_cast<uint32_t>(68 + random() % 119) << 23;
     if (random() % 4 == 0) bits |= 0x7ffff0u;
     const float s = bits_float(bits), r = safe_reciprocal(s);
@@ -259,7 +261,7 @@ int main() {
 @needs_compiler
 def test_fast_division_and_mended_quotient():
     program = compiled_for_host("arithmetic", [source_file("arithmetic.cc", ARITHMETIC)], "-O2")
-    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    done = subprocess.run([program, *(["all"] if sweep.ALL else [])], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

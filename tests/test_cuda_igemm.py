@@ -61,6 +61,7 @@ class KernelCases:
 
 
 class IgemmCases(KernelCases):
+    @pytest.mark.sampled(12)
     @pytest.mark.parametrize("parts", ["", ":2", ":3", ":7"])
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_products_of_every_kernel(self, subject, kernel, parts):
@@ -87,6 +88,7 @@ class IgemmCases(KernelCases):
             if codes_of is not None:
                 subject.check("int8_gemm", wide[:, :k], codes((n, k), torch.int8))
 
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("asymmetric", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("kernel", FUSED)
@@ -132,6 +134,7 @@ class IgemmCases(KernelCases):
             a, b = torch.full((2, k), value, dtype=torch.int64).to(dtype), torch.full((3, k), -128, dtype=torch.int8)
             subject.check("int8_gemm", a, b)
 
+    @pytest.mark.sampled(10)
     @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static", "static zero", "per row", "codes", "unsigned", "mixed"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_linear(self, subject, dtype, mode):
@@ -219,6 +222,7 @@ class IgemmCases(KernelCases):
             )
             subject.check("int8_conv2d", x, *args, torch.tensor(0.1), torch.tensor(-9))
 
+    @pytest.mark.sampled(20)
     @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static", "static zero", "per sample", "unsigned", "mixed"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -246,6 +250,7 @@ class IgemmCases(KernelCases):
                 "int8_conv2d", x, weight, torch.rand(o) * 0.01, stride=[1], padding=[kernel // 2], groups=groups, **kwargs
             )
 
+    @pytest.mark.sampled(12)
     @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static zero", "per sample", "unsigned", "codes"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -87,6 +87,7 @@ class WeightOnlyCases(KernelCases):
         for (m, k, n), zeros, asymmetric in itertools.product([*SHAPES, (4, 0, 3)], ZEROS, [False, True]):
             self.check_codes(subject, m, k, n, bits, group, zeros, asymmetric)
 
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("kernel", [GEMV, *TILES])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_codes_by_every_kernel(self, subject, bits, kernel):
@@ -114,12 +115,14 @@ class WeightOnlyCases(KernelCases):
         rounded = linear(subject, x, codes, scale, zero, bias, bits, group, out_dtype=out)
         assert torch.equal(rounded, y.to(out))
 
+    @pytest.mark.sampled(8)
     @pytest.mark.parametrize("group", GROUPS)
     @pytest.mark.parametrize("bits", [8, 4])
     def test_floats_keep_their_bound(self, subject, bits, group):
         for (m, k, n), zeros, dtype in itertools.product([*SHAPES, (4, 0, 3)], ZEROS, FLOATS):
             self.check_floats(subject, (torch.randn(m, k) * 3).to(dtype), bits, group, zeros, n, torch.randn(n) if m % 2 else None)
 
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("kernel", [GEMV, *TILES])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_floats_by_every_kernel(self, subject, bits, kernel):
@@ -135,6 +138,7 @@ class WeightOnlyCases(KernelCases):
             dtype = torch.bfloat16 if bits == 4 else torch.float32
             self.check_floats(subject, torch.randn(1, 7100).to(dtype), bits, 32, zeros, 130)
 
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize("splits", [2, 3, 7])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_floats_with_splits_of_k(self, subject, bits, splits):
@@ -143,6 +147,7 @@ class WeightOnlyCases(KernelCases):
             self.check_floats(subject, (torch.randn(m, k) * 3).to(HALVES[n // 2 % 2]), bits, group, ZEROS[m % 2], n, torch.randn(n))
         self.check_codes(subject, 17, 515, 30, bits, 128, "none", False)  # codes are not split
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("kernel", [None, *TILES[:1]])
     @pytest.mark.parametrize("bits", [8, 4])
     def test_long_sums_of_one_sign_keep_the_bound(self, subject, bits, kernel):

@@ -102,9 +102,10 @@ SIMULATED = {
     "graphormer": (None, ["--graphs", "16"]),
     "imagebind": (None, ["--images", "16"]),
 }
+SLOW = ("codegen", "maskformer", "stable_diffusion")  # ten seconds each; the others use the same parts of the package
 
 
-@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SIMULATED])
 def test_int_fp_qsim(name):
     needed, arguments = SIMULATED[name]
     if needed is not None and importlib.util.find_spec(needed) is None:

@@ -257,6 +257,7 @@ def block_elements(n, dtype, seed):
     return from_float32(x, dtype)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TORCH_NAMES)
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -288,6 +289,7 @@ def test_contiguous_blocks(isa, dtype, name):
             got.check()
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_scales_at_their_thresholds(isa, name):
@@ -306,6 +308,7 @@ def test_scales_at_their_thresholds(isa, name):
         assert same(y, expected, "float32"), (rule, x[y != expected][:3])
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TORCH_NAMES)
 @pytest.mark.parametrize("name", BLOCK_FORMATS)

@@ -83,6 +83,7 @@ def test_percentile(name, percentile):
     assert torch.equal(observer.qparams()[0], expected.amax() / torch.tensor(format.largest))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("data", ["heavy", "laplace", "normal", "relu", "outlier", "uniform"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_mse_and_histogram_find_the_least_error(name, data):

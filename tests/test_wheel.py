@@ -99,6 +99,7 @@ def test_what_the_sdist_holds(tmp_path):
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     tracked = run("git", "ls-files", "cmake", "cpp", "cuda", "python", "CMakeLists.txt", "LICENSE", "pyproject.toml").split()
     assert set(tracked) <= names
+    assert not [name for name in names if name.startswith(("build/", "dist/", ".venv/"))]
 
 
 @pytest.mark.slow
