@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 
 from quant_ops import info
+from quant_ops._memory import is_kept
 from quant_ops.report.limits import limit_seconds, peak_gops, read_gbs
 
 PACKAGES = ("torchao", "onnxruntime", "onnx", "transformers", "llama_cpp_python")
@@ -24,6 +25,7 @@ def describe(cpu=None):
         "cpu": cpu or report["cpu"],
         **{key: report[key] for key in ("isa", "threads", "torch", "quant_ops", "python")},
         "packages": {package: _version(package) for package in PACKAGES},
+        "memory_kept": is_kept(),
         "kernel": report["kernels"]["int8_linear"],
         "date": datetime.date.today().isoformat(),
         "load_before": round(os.getloadavg()[0], 2),

@@ -12,6 +12,7 @@ import torch
 from benchmarks import table
 from benchmarks.common import machine, results
 from benchmarks.common.contenders import prepare
+from quant_ops import keep_memory
 from quant_ops.report.timing import interleave
 
 SETTLE_SECONDS = 0.01  # until the threads of the contender before have stopped looking for work
@@ -22,6 +23,8 @@ class Run:
     """The results of one script."""
 
     def __init__(self, kind, options, threads=None):
+        if getattr(options, "keep_memory", False):
+            keep_memory()
         self.options, self.machine = options, machine.describe(options.cpu)
         if threads is not None:
             self.machine["threads"] = threads
@@ -80,6 +83,7 @@ def model_parser(document, *, seconds):
     threads = sorted({1, torch.get_num_threads()})
     arguments.add_argument("--threads", type=int, nargs="+", default=threads, help="default: 1 and all")
     arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    arguments.add_argument("--keep-memory", action="store_true", help="call quant_ops.keep_memory() first, for all contenders")
     arguments.add_argument("--smoke", action="store_true", help="small models, to see that it runs")
     return arguments
 

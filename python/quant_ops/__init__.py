@@ -7,6 +7,7 @@ Start with :func:`quantize_` for a whole model or :class:`QuantLinear` and :clas
 import importlib
 
 from . import _libraries, _library
+from ._memory import keep_memory
 
 _library.load()
 
@@ -186,6 +187,7 @@ __all__ = [
     "int8_gemm",
     "int8_linear",
     "int8_linear_backward",
+    "keep_memory",
     "keep_weights_",
     "kernel_for",
     "load_",
