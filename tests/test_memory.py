@@ -28,8 +28,8 @@ def test_large_results_need_no_new_pages():
         done = python("-c", SCRIPT, mode)
         assert done.returncode == 0, done.stderr
         faults[mode] = int(done.stdout)
-    assert faults["keep"] < 100
-    assert faults["plain"] > 20 * faults["keep"] + 20  # of 4 KiB or 2 MiB
+    assert faults["keep"] < 10
+    assert faults["plain"] >= 24  # of 2 MiB at most
 
 
 def test_other_libraries_are_refused(monkeypatch):
