@@ -16,8 +16,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     qo.quant_tensor_forward(x, scale, None, -128, 127)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+counts = [faults() for _ in range(16)]
+print(max(counts[8:]), min(counts[8:]))  # the first calls make the holes that later results fall into
 """
 
 
@@ -27,9 +27,9 @@ def test_large_results_need_no_new_pages():
     for mode in ("keep", "plain"):
         done = python("-c", SCRIPT, mode)
         assert done.returncode == 0, done.stderr
-        faults[mode] = int(done.stdout)
-    assert faults["keep"] < 10
-    assert faults["plain"] >= 24  # of 2 MiB at most
+        faults[mode] = [int(count) for count in done.stdout.split()]
+    assert faults["keep"][0] < 10
+    assert faults["plain"][1] >= 24  # of 2 MiB at most
 
 
 def test_other_libraries_are_refused(monkeypatch):

@@ -14,8 +14,9 @@ def keep_memory() -> None:
 
     Without it glibc maps every large tensor anew and unmaps it when it is freed, and the system clears each page when it is first
     written to, which takes longer than most operators take to write it. The price: memory stays at what the process has needed at
-    most. ``docs/guide.md`` has figures. Call it once, before the first model runs; other allocators, such as jemalloc by
-    ``LD_PRELOAD``, have settings of their own.
+    most, and somewhat above it, since the first few results make the holes into which later ones of their sizes fall.
+    ``docs/guide.md`` has figures. Call it once, before the first model runs; other allocators, such as jemalloc by ``LD_PRELOAD``,
+    have settings of their own.
 
     Raises:
         RuntimeError: the C library is not glibc.

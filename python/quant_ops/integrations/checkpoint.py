@@ -98,6 +98,15 @@ class CheckpointConfig:
         """Whether this describes a quantized model."""
         return "layers" in self.saved
 
+    @property
+    def hands_gradients_on(self) -> bool:
+        """Whether gradients pass through all quantized layers, so that adapters can be trained."""
+        if self.is_saved:
+            entries = [entry for entry in self.saved["layers"] if entry["class"] != "WeightOnlyEmbedding"]
+            return all(entry["arguments"].get("backward", False) for entry in entries)
+        given = self.config.values() if isinstance(self.config, Mapping) else [self.config]
+        return all(one is None or getattr(one, "backward", False) for one in given)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         head = {"quant_method": Method.QUANT_OPS.value, "format_version": FORMAT_VERSION, "quant_ops": self.written_by}

@@ -140,8 +140,8 @@ class QuantOpsQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Quantized weights are not trained."""
-        return False
+        """Whether adapters can be trained: all quantized layers have ``backward=True``. The quantized weights never are."""
+        return bool(self.quantization_config.hands_gradients_on)
 
     @property
     def is_compileable(self) -> bool:

@@ -131,12 +131,7 @@ class QuantOpsQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Whether adapters can be trained: all quantized layers have ``backward=True``. The quantized weights never are."""
-        config = self.quantization_config
-        if config.is_saved:
-            entries = [entry for entry in config.saved["layers"] if entry["class"] != "WeightOnlyEmbedding"]
-            return all(entry["arguments"].get("backward", False) for entry in entries)
-        given = config.config.values() if isinstance(config.config, Mapping) else [config.config]
-        return all(one is None or one.backward for one in given)
+        return bool(self.quantization_config.hands_gradients_on)
 
     @property
     def is_compileable(self) -> bool:
