@@ -18,13 +18,27 @@ from .layers import SHARDED, ShardedLayer, Sharding, replace
 _Commit = Callable[[], None]
 
 
-class _QuantizedStyle:
-    """What the two styles share: how a quantized layer is taken."""
+class _QuantizedStyle(torch_parallel.ParallelStyle):
+    """What the two styles share: how a quantized layer is taken. torch's style of the same name comes after it in their bases."""
 
     src_data_rank: int | None
     use_local_output: bool
     _way: str
     _given: tuple[Placement | None, Placement | None]
+
+    def __init__(
+        self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None, use_local_output: bool = True
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
+        )
+        self._given = input_layouts, output_layouts
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, QuantizedLayer):
+            return self._apply_quantized(module, device_mesh)
+        _refuse_other(self, module)
+        return super()._apply(module, device_mesh)  # type: ignore[safe-super]
 
     def _prepare(self, layer: QuantizedLayer, mesh: DeviceMesh, name: str, shared: dict[Any, Any]) -> _Commit:
         """Makes this process's part of a layer, and returns what puts it in the layer's place."""
@@ -94,18 +108,6 @@ class ColwiseParallel(_QuantizedStyle, torch_parallel.ColwiseParallel):
 
     _way = "colwise"
 
-    def __init__(
-        self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None, use_local_output: bool = True
-    ) -> None:
-        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self._given = input_layouts, output_layouts
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if isinstance(module, QuantizedLayer):
-            return self._apply_quantized(module, device_mesh)
-        _refuse_other(self, module)
-        return super()._apply(module, device_mesh)
-
 
 class RowwiseParallel(_QuantizedStyle, torch_parallel.RowwiseParallel):
     """torch's RowwiseParallel, which takes quantized layers too: every process multiplies some of the input channels.
@@ -124,18 +126,6 @@ class RowwiseParallel(_QuantizedStyle, torch_parallel.RowwiseParallel):
     """
 
     _way = "rowwise"
-
-    def __init__(
-        self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None, use_local_output: bool = True
-    ) -> None:
-        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self._given = input_layouts, output_layouts
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if isinstance(module, QuantizedLayer):
-            return self._apply_quantized(module, device_mesh)
-        _refuse_other(self, module)
-        return super()._apply(module, device_mesh)
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------------
