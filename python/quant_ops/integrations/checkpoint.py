@@ -152,6 +152,40 @@ class CheckpointConfig:
         return f"QuantOpsConfig({self.config}{exclude})"
 
 
+class LibraryQuantizer:
+    """What the two libraries' quantizers share. The library's own class comes after it in their bases."""
+
+    quantization_config: Any
+    pre_quantized: bool
+
+    def _check_device_map(self, device_map: Any, instead: str) -> None:
+        """Raises ValueError for a device_map whose parts accelerate would have to move in every call."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"quant_ops.from_pretrained: expected a device_map of one kind of devices, got {sorted(places)}. Quantized layers "
+                f"are not offloaded: choose {instead}, or a smaller config such as Int4WeightOnly()."
+            )
+
+    def _check_is_float(self, where: str) -> None:
+        """Raises ValueError for the config of a quantized model beside a float checkpoint."""
+        if not self.pre_quantized and self.quantization_config.is_saved:
+            raise ValueError(
+                f"quant_ops.from_pretrained: expected a QuantOpsConfig of what to quantize in the float checkpoint {where}, got "
+                "that of a quantized one. Give a config such as QuantOpsConfig(Int8Dynamic())."
+            )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained: all quantized layers have ``backward=True``. The quantized weights never are."""
+        return bool(self.quantization_config.hands_gradients_on)
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile takes the quantized layers."""
+        return True
+
+
 def _config_of(given: Any) -> Any:
     """A config, or a mapping to configs, which may be in JSON's form: ``[[filter, config], ...]`` for a mapping."""
     if given is None:

@@ -6,14 +6,13 @@ first: checkpoint.py.
 """
 
 import contextlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..convert.select import ConversionResult, tell_library
-from .checkpoint import Checkpoint, CheckpointConfig, Method, OnTheFly, dequantized_, described, repeated
+from .checkpoint import Checkpoint, CheckpointConfig, LibraryQuantizer, Method, OnTheFly, dequantized_, described, repeated
 
 try:
     from diffusers.configuration_utils import FrozenDict
@@ -38,7 +37,7 @@ class QuantOpsConfig(CheckpointConfig, QuantizationConfigMixin):
     """
 
 
-class QuantOpsQuantizer(DiffusersQuantizer):
+class QuantOpsQuantizer(LibraryQuantizer, DiffusersQuantizer):
     """diffusers' side of the package; it is the attribute ``hf_quantizer`` of a quantized model.
 
     Attributes:
@@ -46,8 +45,6 @@ class QuantOpsQuantizer(DiffusersQuantizer):
     """
 
     use_keep_in_fp32_modules = True
-    quantization_config: Any
-    pre_quantized: bool
     result: ConversionResult | None = None
     repeated: tuple[str, ...] = ()  # names in the state_dict of tensors that it has under another name
     _reader: Checkpoint | OnTheFly | None = None
@@ -55,12 +52,7 @@ class QuantOpsQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for a device_map whose parts accelerate would have to move in every call."""
-        places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError(
-                f"quant_ops.from_pretrained: expected a device_map of one kind of devices, got {sorted(places)}. Quantized layers "
-                "are not offloaded: choose one device, or a smaller config such as Int4WeightOnly()."
-            )
+        self._check_device_map(device_map, "one device")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         """Takes the wanted dtype as it is."""
@@ -73,11 +65,7 @@ class QuantOpsQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config, where = self.quantization_config, getattr(model.config, "_name_or_path", None) or type(model).__name__
-        if not self.pre_quantized and config.is_saved:
-            raise ValueError(
-                f"quant_ops.from_pretrained: expected a QuantOpsConfig of what to quantize in the float checkpoint {where}, got "
-                "that of a quantized one. Give a config such as QuantOpsConfig(Int8Dynamic())."
-            )
+        self._check_is_float(where)
         self.pre_quantized = config.is_saved
         if config.is_saved:
             self._reader = Checkpoint(model, config.saved, where, self._dtype or model.dtype)
@@ -136,16 +124,6 @@ class QuantOpsQuantizer(DiffusersQuantizer):
     @property
     def is_serializable(self) -> bool:
         """save_pretrained writes the quantized weights."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters can be trained: all quantized layers have ``backward=True``. The quantized weights never are."""
-        return bool(self.quantization_config.hands_gradients_on)
-
-    @property
-    def is_compileable(self) -> bool:
-        """torch.compile takes the quantized layers."""
         return True
 
 

@@ -7,7 +7,7 @@ first: checkpoint.py.
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from ..convert.select import ConversionResult, tell_library
 from ..convert.workflow import form_of
 from ..nn import QuantizedLayer
-from .checkpoint import Checkpoint, CheckpointConfig, Method, OnTheFly, check_finished, dequantized_, described, state_of
+from .checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    LibraryQuantizer,
+    Method,
+    OnTheFly,
+    check_finished,
+    dequantized_,
+    described,
+    state_of,
+)
 
 try:
     from transformers import PreTrainedModel
@@ -41,34 +51,23 @@ class QuantOpsConfig(CheckpointConfig, QuantizationConfigMixin):
 
 
 @register_quantizer(Method.QUANT_OPS.value)
-class QuantOpsQuantizer(HfQuantizer):
+class QuantOpsQuantizer(LibraryQuantizer, HfQuantizer):
     """transformers' side of the package; it is the attribute ``hf_quantizer`` of a quantized model.
 
     Attributes:
         result: what ``from_pretrained`` with a QuantOpsConfig has converted, and what it left float and why.
     """
 
-    quantization_config: Any
-    pre_quantized: bool
     result: ConversionResult | None = None
     _reader: Checkpoint | OnTheFly | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for a device_map whose parts accelerate would have to move in every call."""
-        places = {str(place) for place in device_map.values()} if isinstance(device_map, Mapping) else set()
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise ValueError(
-                f"quant_ops.from_pretrained: expected a device_map of one kind of devices, got {sorted(places)}. Quantized layers "
-                "are not offloaded: choose device_map='cpu', or a smaller config such as Int4WeightOnly()."
-            )
+        self._check_device_map(device_map, "device_map='cpu'")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config, where = self.quantization_config, model.config.name_or_path
-        if not self.pre_quantized and config.is_saved:
-            raise ValueError(
-                f"quant_ops.from_pretrained: expected a QuantOpsConfig of what to quantize in the float checkpoint {where}, got "
-                "that of a quantized one. Give a config such as QuantOpsConfig(Int8Dynamic())."
-            )
+        self._check_is_float(where)
         self.pre_quantized = config.is_saved  # a config.json may also say what is to be quantized
         tied = model.all_tied_weights_keys
         if not self.pre_quantized:
@@ -126,16 +125,6 @@ class QuantOpsQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the quantized weights."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters can be trained: all quantized layers have ``backward=True``. The quantized weights never are."""
-        return bool(self.quantization_config.hands_gradients_on)
-
-    @property
-    def is_compileable(self) -> bool:
-        """torch.compile takes the quantized layers."""
         return True
 
 
