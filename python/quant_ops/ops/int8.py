@@ -15,6 +15,19 @@ from quant_ops.ops._register import call, fake_kernel, inference_only
 
 _ops = torch.ops.quant_ops
 
+# In the order of their numbers, from 1 on (``Function`` of cpp/contract/functions.h).
+ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+
+
+def activation_number(op: str, activation: str | None) -> int:
+    """What the operator ``op`` takes for an activation's name."""
+    if activation is None:
+        return 0
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"quant_ops.{op}: expected activation to be None or one of {ACTIVATIONS}, got {activation!r}.")
+    return ACTIVATIONS.index(activation) + 1
+
+
 # ---- int8_gemm -------------------------------------------------------------------------------------------------------
 
 
