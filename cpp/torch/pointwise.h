@@ -66,12 +66,6 @@ ResultParams result_params(const char* op, const Tensor& x, const CodesResultArg
   return out;
 }
 
-inline Function function_of(const char* op, int64_t number) {
-  QO_EXPECT(number >= 0 && number <= static_cast<int64_t>(Function::kGeluTanh), op, "activation in [0, ",
-            static_cast<int64_t>(Function::kGeluTanh), "], got ", number);
-  return static_cast<Function>(number);
-}
-
 // ---- elements in the order of memory --------------------------------------------------------------------------------
 
 // Whether t's elements lie as those of a dense tensor do, in torch's order or (4-D) in channels_last.
@@ -124,7 +118,7 @@ Tensor requantize(const Tensor& x, const Tensor& x_scale, const std::optional<Te
       .x_dtype = to_dtype(x.scalar_type()),
       .x_scale = scale_of_codes(op, "x_scale", x_scale, x, &holder),
       .x_zero_point = zero_point_of_codes<Backend>(op, "x_zero_point", x_zero_point, x.scalar_type(), x, &holder),
-      .function = function_of(op, activation),
+      .function = function_of(op, false, activation),
       .out = result_params<Backend>(op, x, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
       .y_stride = x.numel()};
   Tensor y = dense_like(x, type);
@@ -158,7 +152,7 @@ Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
       .residual = {.dtype = to_dtype(b.scalar_type()),
                    .scale = scale_of_codes(op, "b_scale", b_scale, a, &holder),
                    .zero_point = zero_point_of_codes<Backend>(op, "b_zero_point", b_zero_point, b.scalar_type(), a, &holder)},
-      .function = function_of(op, activation),
+      .function = function_of(op, false, activation),
       .out = result_params<Backend>(op, a, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
       .y_stride = a.numel()};
   Tensor y = dense_like(a, type);
