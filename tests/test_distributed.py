@@ -290,6 +290,8 @@ def test_dtensors_of_integer_products(tmp_path):
             x, rows = torch.randn(shape), range(len(shape) - 1)
             row = torch.rand(*shape[:-1], 1) + 0.01
             check(qo.int8_linear, x, weight, rows, scale, bias, packed=packed, asymmetric=True, relu=True)
+            added = {"residual": torch.randn(*shape[:-1], 9), "activation": "gelu"}
+            check(qo.int8_linear, x, weight, rows, scale, bias, **added)
             check(qo.int8_linear, x, weight, rows, scale, bias, x_scale=row, x_zero_point=torch.full(row.shape, 3))
             check(qo.int8_linear, x, weight, rows, scale[:1], x_scale=row, out_dtype=torch.int32, x_multiplier=torch.rand(31))
         image, kernel = torch.randn(3, 4, 6, 7), torch.randint(-127, 128, (6, 4, 3, 3), dtype=torch.int8)

@@ -63,6 +63,8 @@ LINEAR = {
     "out_scale": (lambda x, s: qo.int8_linear(x, W, WS, B, out_scale=s), [0, 0], X, scales(3)),
     "no rows": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 0, 8)),
     "multiplier": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, None], X, floats(8)),
+    "residual": (lambda x, r: qo.int8_linear(x, W, WS, residual=r, activation="gelu"), [0, 1], X, floats(4, 3, 6)),
+    "residuals for one x": (lambda x, r: qo.int8_linear(x, W, WS, residual=r), [None, 0], X[0], floats(3, 4, 6)),
     "multipliers": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, 1], X, floats(8, 3)),
     "multipliers for one x": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [None, 0], X[0], floats(3, 8)),
 }

@@ -2,11 +2,11 @@
 // and no others, so that every instruction set and every GPU gives the same bits. kernels/generic/functions.h is the same for
 // vectors. NaN stays NaN, and limits are those of torch: the functions whose formula has Inf * 0 give NaN for -Inf.
 //
-// Largest error against float64 (tests/test_functions.py):
+// Largest error against float64 (tests/test_epilogue.py):
 //   exp_of       1.1 ulp
 //   relu, relu6  none
 //   hardswish    2 ulp; the operations are torch's: x * clamp(x + 3, 0, 6), then divided by 6
-//   silu         2 ulp down to -88.37; below, where the value is smaller than 2^-121, it is -0
+//   silu         2.1 ulp down to -88.37; below, where the value is smaller than 2^-121, it is -0
 //   gelu         3 ulp down to -1; below, 2^-24.5, and -0 in the end
 //   gelu_tanh    3 ulp down to -1; below, 2^-24.5, and -0 in the end
 // Read next: arithmetic.h for the rest of the epilogue.
