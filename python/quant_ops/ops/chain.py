@@ -5,7 +5,6 @@ Programs are made and explained by ``quant_ops/chains/program.py``; the CPU's ch
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
