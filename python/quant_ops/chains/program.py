@@ -307,7 +307,8 @@ def _conv2d(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
     o, c, r, s, *geometry = step.numbers
     first, keywords = _product(step, values, constants, (o, c, r, s))
     stride, padding, dilation, groups = geometry[:2], geometry[2:6], geometry[6:8], geometry[8]
-    return _operator("int8_conv2d")(*first, stride, padding, dilation, groups, **keywords, channels_last=True)
+    channels_last = True if values[0].dim() == 4 else None
+    return _operator("int8_conv2d")(*first, stride, padding, dilation, groups, **keywords, channels_last=channels_last)
 
 
 def _linear(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
