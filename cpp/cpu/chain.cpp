@@ -30,7 +30,7 @@ constexpr int64_t kOwnBytes =
 // tiles are then cut from all pixels together.
 bool is_pixelwise(const Int8Conv2dParams& p) {
   const bool one = p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.groups == 1;
-  return one && p.in.mode == Activation::kQuantized && p.x_stride[1] == 1 && p.y_channels_last;
+  return one && p.in.mode == InputMode::kQuantized && p.x_stride[1] == 1 && p.y_channels_last;
 }
 
 Int8Conv2dParams of_samples(Int8Conv2dParams p, int64_t samples) {
@@ -247,7 +247,7 @@ class ChainRun {
   static void run_flatten(const ChainFlatten& p, int64_t samples, const void* x, void* y) {
     const int64_t image = p.pixels * p.channels * p.element_bytes;
     for (int64_t n = 0; n < p.images * samples; ++n)
-      transpose_store(p.element_bytes, static_cast<const char*>(x) + n * image, p.pixels, p.channels, p.channels,
+      transpose_bytes(p.element_bytes, static_cast<const char*>(x) + n * image, p.channels, p.pixels, p.channels,
                       static_cast<char*>(y) + n * image, p.pixels);
   }
 

@@ -301,16 +301,15 @@ class ChainBuilder {
     QO_EXPECT(c[1] >= 0, op, "weight_scale, got none");
     QO_EXPECT(is_codes(to) == (c[5] >= 0), op, "out_scale with int8 and uint8 results and no others, got ", dtype_name(to),
               c[5] >= 0 ? " with one" : " without one");
-    QO_EXPECT(activation == 0 || activation == 1, op, "an activation numbered 0 or 1, got ", activation);
     QO_EXPECT(source.inputs.size() == 1, op, "no residual, got one");
     expect_exact(op, "the products of a sum", k, has_zero_point || from == ScalarType::Byte);
     in->dtype = to_dtype(from);
-    in->mode = !has_scale ? Activation::kDynamic : is_floating(from) ? Activation::kStatic : Activation::kQuantized;
+    in->mode = !has_scale ? InputMode::kDynamic : is_floating(from) ? InputMode::kStatic : InputMode::kQuantized;
     out->dtype = to_dtype(to);
     out->weight_scale_stride = 1;
     static const float kPresent = 0.0f;  // plans look at whether there is a bias; each call brings it
     if (c[2] >= 0) out->bias = &kPresent;
-    out->relu = activation == 1;
+    out->function = function_of(op, false, activation);
     return to;
   }
 
