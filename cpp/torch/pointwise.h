@@ -90,7 +90,7 @@ inline Tensor dense_like(const Tensor& t, ScalarType type) {
 }
 
 // t's elements where y has them: t itself or a copy.
-inline Tensor laid_out_as(const Tensor& y, const Tensor& t) {
+inline Tensor in_order_of(const Tensor& y, const Tensor& t) {
   const auto sizes = y.sizes();
   const auto to = y.strides(), from = t.strides();
   bool same = true;
@@ -122,7 +122,7 @@ Tensor requantize(const Tensor& x, const Tensor& x_scale, const std::optional<Te
       .out = result_params<Backend>(op, x, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
       .y_stride = x.numel()};
   Tensor y = dense_like(x, type);
-  const Tensor source = laid_out_as(y, x);
+  const Tensor source = in_order_of(y, x);
   p.x = source.const_data_ptr();
   p.out.y = y.mutable_data_ptr();
   Backend::pointwise(op, p, x);
@@ -156,7 +156,7 @@ Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
       .out = result_params<Backend>(op, a, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
       .y_stride = a.numel()};
   Tensor y = dense_like(a, type);
-  const Tensor a_source = laid_out_as(y, a), b_source = laid_out_as(y, b);
+  const Tensor a_source = in_order_of(y, a), b_source = in_order_of(y, b);
   p.x = a_source.const_data_ptr();
   p.residual.r = b_source.const_data_ptr();
   p.out.y = y.mutable_data_ptr();
