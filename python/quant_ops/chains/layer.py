@@ -1,0 +1,187 @@
+"""A chain as a module: a program, the layers whose weights it reads, and scales of its own; ``forward`` is one operator call.
+
+The layers keep their names below ``layers``, so that whatever moves, saves or shows quantized layers finds them. Read first:
+program.py.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+
+from ..nn import QuantizedLayer
+from ..ops._register import call, in_transform, wants_derivative
+from .program import STEPS, Program
+
+Source = tuple[str, str]  # where a constant is: the name of a layer, or "" for the chain itself, and the name of the buffer
+
+_int8_chain = torch.ops.quant_ops.int8_chain.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_WEIGHT = STEPS["conv2d"].constants.index("weight")  # as of "linear"
+
+
+class Chain(nn.Module):
+    """Layers, additions, activations and pools between which values stay int8, as one call of :func:`int8_chain`.
+
+    Made by :func:`chain_`. Takes and gives floating tensors; images are (N, C, H, W), and results lie in channels_last. It is for
+    inference: a gradient is refused.
+
+    A chain owns its layers, under their names in the model below ``layers``, and reads their weights, biases and scales where they
+    lie. Its ``state_dict`` has theirs, the scales that were observed for the chain, and the program, so that loading one makes the
+    chain that was saved.
+
+    Attributes:
+        program: the steps; see :mod:`quant_ops.chains.program`.
+        layers: the quantized layers.
+    """
+
+    program: Program
+    layers: nn.Module
+
+    def __init__(
+        self,
+        program: Program,
+        sources: Sequence[Source],
+        paths: Sequence[str],
+        layers: Mapping[str, QuantizedLayer],
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """
+        Args:
+            sources: of every constant of the program.
+            paths: the name of each step's layer, empty for a step without one.
+            layers: by name.
+            values: scales and zero points that belong to no layer.
+        """
+        super().__init__()
+        self.layers = nn.Module()
+        for path, layer in layers.items():
+            _place(self.layers, path, layer)
+        for name, tensor in values.items():
+            self.register_buffer(name, tensor)
+        self._describe(program, sources, paths)
+        self.eval()
+
+    def _describe(self, program: Program, sources: Sequence[Source], paths: Sequence[str]) -> None:
+        self.program, self._sources, self._paths = program, tuple(sources), tuple(paths)
+        self._held: tuple[list[int], list[tuple[Any, str]]] | None = None
+
+    # ---- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The chain's result, or its results in a tuple."""
+        if isinstance(inputs[0], Proxy):  # one node of a graph
+            tracer: Any = inputs[0].tracer
+            node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
+            return node
+        code, refs = self._arguments()
+        constants = [buffers[name] for buffers, name in refs]
+        if is_compiling() or torch.is_inference_mode_enabled() or in_transform() is not None or wants_derivative(inputs):
+            results = call(_int8_chain, inputs, constants, code)
+        else:
+            with _below_autograd():
+                results = call(_int8_chain, inputs, constants, code)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _arguments(self) -> tuple[list[int], list[tuple[Any, str]]]:
+        """The encoded program, and for each constant the buffers that have it and its name there."""
+        if self._held is not None and not is_compiling():
+            return self._held
+        program, sources = self.program, self._sources
+        if self.device.type == "cuda":
+            program, sources = self._with_weights()
+        refs = [((self.layers.get_submodule(path) if path else self)._buffers, name) for path, name in sources]
+        held = program.encode(), refs
+        if not is_compiling():
+            self._held = held
+        return held
+
+    def _with_weights(self) -> tuple[Program, tuple[Source, ...]]:
+        """CUDA's kernels read the weight itself, beside the packed one."""
+        sources, steps = [*self._sources], []
+        for step, path in zip(self.program.steps, self._paths, strict=True):
+            if path:
+                constants = [*step.constants]
+                constants[_WEIGHT] = len(sources)
+                sources.append((path, "qweight"))
+                step = dataclasses.replace(step, constants=tuple(constants))
+            steps.append(step)
+        return dataclasses.replace(self.program, steps=tuple(steps)), tuple(sources)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the chain is."""
+        return next(self.buffers()).device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:  # .half() and friends
+                self._buffers[name] = old.to(new.device)
+        self._held = None
+        return self
+
+    # ---- saving ----------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """What the ``state_dict`` has beside tensors, as the bytes of JSON."""
+        state = {"program": self.program.encode(), "sources": self._sources, "paths": self._paths}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Makes this the chain that was saved.
+
+        Raises:
+            RuntimeError: it was another model's.
+        """
+        try:
+            saved = json.loads(bytes(state.cpu().tolist()))
+            program, paths = Program.decode(saved["program"]), [str(path) for path in saved["paths"]]
+            sources = [(str(path), str(name)) for path, name in saved["sources"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(f"quant_ops.Chain: expected the state of a chain, got {type(state).__name__}: {error}") from error
+        mine = {path for path in self._paths if path}
+        if theirs := {path for path in paths if path} ^ mine:
+            raise RuntimeError(f"quant_ops.Chain: expected a chain of the same layers, got a difference in {sorted(theirs)}")
+        for name in {name for path, name in sources if not path} - set(self._buffers):
+            kind = torch.int32 if name.startswith("zero_point") else torch.float32
+            self.register_buffer(name, torch.empty((), dtype=kind, device=self.device))
+        for name in set(self._buffers) - {name for path, name in sources if not path}:
+            del self._buffers[name]
+        self._describe(program, sources, paths)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            try:
+                self.set_extra_state(state_dict[key])  # before the buffers are loaded, since it says which there are
+            except RuntimeError as error:
+                args[-1].append(str(error))
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def extra_repr(self) -> str:
+        layers = len({path for path in self._paths if path})
+        return f"{layers} layers, {len(self.program.steps)} steps, {self.program.inputs} inputs, {len(self.program.outputs)} results"
+
+
+def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
+    """Registers a layer under a name with dots."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        child = root._modules[parent]
+        assert child is not None
+        root = child
+    root.add_module(name, layer)
