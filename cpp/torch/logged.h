@@ -20,6 +20,7 @@ namespace quant_ops {
 
 inline std::string value_text(const Tensor& t) { return dtype_name(t.scalar_type()) + shape_text(t); }
 inline std::string value_text(const Ints& list) { return shape_text(list); }
+inline std::string value_text(const std::vector<Tensor>& list) { return std::to_string(list.size()).append(" tensors"); }
 inline std::string value_text(bool value) { return value ? "True" : "False"; }
 inline std::string value_text(int64_t value) { return std::to_string(value); }
 inline std::string value_text(ScalarType type) { return dtype_name(type); }

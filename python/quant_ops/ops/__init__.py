@@ -7,6 +7,7 @@ The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raise
 from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
 from quant_ops.ops.backward import int8_conv2d_backward, int8_linear_backward, weight_only_linear_backward
+from quant_ops.ops.chain import int8_chain
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, transpose_packed_weight, unpack_weight
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
 from quant_ops.ops.quantize_float import quant_block_backward, quant_block_forward, quant_float_backward, quant_float_forward
@@ -22,6 +23,7 @@ __all__ = [
     "choose_qparams_affine",
     "dequant_tensor",
     "dequantize_affine",
+    "int8_chain",
     "int8_conv2d",
     "int8_conv2d_backward",
     "int8_gemm",

@@ -1,0 +1,640 @@
+// int8_chain on the CPU: a program (python/quant_ops/chains/program.py has its format) becomes a plan, once for each shape of the
+// inputs, and each call gives the plan's steps their constants. On CUDA and for fake tensors the operator is Python:
+// python/quant_ops/ops/chain.py. Read next: cpu/chain.h.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cpu/chain.h"
+#include "torch/conv2d.h"
+#include "torch/linear.h"
+#include "torch/quantize.h"
+
+namespace quant_ops {
+
+// The codes of STEPS in program.py.
+enum class ChainOp : int64_t {
+  kQuantize,
+  kConv2d,
+  kLinear,
+  kAdd,
+  kRequantize,
+  kMaxPool2d,
+  kAvgPool2d,
+  kAdaptiveAvgPool2d,
+  kCat,
+  kUpsampleNearest2d,
+  kFlatten,
+  kDequantize,
+};
+constexpr const char* kChainOps[] = {
+    "quantize",           "conv2d",  "linear",    "add", "requantize", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
+    "upsample_nearest2d", "flatten", "dequantize"};
+constexpr int64_t kChainOpCount = 12, kChainVersion = 1;
+constexpr const char* kChain = "int8_chain";
+
+// A step as the program has it.
+struct ChainSource {
+  ChainOp op;
+  Ints inputs, constants, numbers;
+  std::string name;  // "int8_chain, step 3 (conv2d)", for errors
+};
+
+struct ChainProgram {
+  int64_t inputs;
+  Ints results;
+  std::vector<ChainSource> steps;
+};
+
+// ---- the program ----------------------------------------------------------------------------------------------------
+
+class ChainReader {
+ public:
+  explicit ChainReader(const Ints& code) : code_(code) {}
+
+  int64_t number() {
+    QO_EXPECT(at_ < code_.size(), kChain, "a program as Program.encode gives it, got ", code_.size(), " integers that end early");
+    return code_[at_++];
+  }
+  Ints list(int64_t count) {
+    QO_EXPECT(count >= 0 && count <= static_cast<int64_t>(code_.size() - at_), kChain, "a program as Program.encode gives it, got ",
+              code_.size(), " integers that end early");
+    const auto first = code_.begin() + static_cast<int64_t>(at_);
+    at_ += static_cast<size_t>(count);
+    return Ints(first, first + count);
+  }
+
+ private:
+  const Ints& code_;
+  size_t at_ = 0;
+};
+
+// How many constants and numbers a step has.
+struct ChainCounts {
+  int64_t least_inputs, most_inputs, constants, numbers;
+};
+inline ChainCounts chain_counts(ChainOp op, int64_t inputs) {
+  switch (op) {
+    case ChainOp::kQuantize: return {1, 1, 2, 2};
+    case ChainOp::kConv2d: return {1, 2, 10, 15};
+    case ChainOp::kLinear: return {1, 2, 10, 4};
+    case ChainOp::kAdd: return {2, 2, 6, 2};
+    case ChainOp::kRequantize: return {1, 1, 4, 2};
+    case ChainOp::kMaxPool2d: return {1, 1, 0, 9};
+    case ChainOp::kAvgPool2d: return {1, 1, 4, 10};
+    case ChainOp::kAdaptiveAvgPool2d: return {1, 1, 4, 3};
+    case ChainOp::kCat: return {1, inputs, 2 * inputs + 2, 2};
+    case ChainOp::kUpsampleNearest2d: return {1, 1, 0, 2};
+    case ChainOp::kFlatten: return {1, 1, 0, 1};
+    default: return {1, 1, 2, 1};
+  }
+}
+
+inline ChainSource chain_source(ChainReader* reader, int64_t step, int64_t values, int64_t constants) {
+  ChainSource source;
+  const int64_t op = reader->number();
+  QO_EXPECT(op >= 0 && op < kChainOpCount, kChain, "operations numbered 0 to ", kChainOpCount - 1, ", got ", op);
+  source.op = static_cast<ChainOp>(op);
+  std::ostringstream text;
+  text << kChain << ", step " << step << " (" << kChainOps[op] << ")";
+  source.name = text.str();
+  const char* name = source.name.c_str();
+  const int64_t inputs = reader->number(), of_constants = reader->number(), numbers = reader->number();
+  const ChainCounts counts = chain_counts(source.op, inputs);
+  QO_EXPECT(inputs >= counts.least_inputs && inputs <= counts.most_inputs && of_constants == counts.constants &&
+                numbers == counts.numbers,
+            name, counts.most_inputs, " inputs, ", counts.constants, " constants and ", counts.numbers, " numbers, got ", inputs,
+            ", ", of_constants, " and ", numbers);
+  source.inputs = reader->list(inputs);
+  source.constants = reader->list(of_constants);
+  source.numbers = reader->list(numbers);
+  for (int64_t value : source.inputs) QO_EXPECT(value >= 0 && value < values, name, "values 0 to ", values - 1, ", got ", value);
+  for (int64_t index : source.constants)
+    QO_EXPECT(index >= -1 && index < constants, name, "constants -1 to ", constants - 1, ", got ", index);
+  return source;
+}
+
+inline ChainProgram chain_program(const Ints& code, int64_t inputs, int64_t constants) {
+  ChainReader reader(code);
+  const int64_t version = reader.number();
+  QO_EXPECT(version == kChainVersion, kChain, "a program of version ", kChainVersion, ", got one of version ", version);
+  ChainProgram program{.inputs = reader.number(), .results = {}, .steps = {}};
+  QO_EXPECT(program.inputs >= 1 && program.inputs == inputs, kChain, program.inputs, " inputs, got ", inputs);
+  program.results = reader.list(reader.number());
+  const int64_t steps = reader.number();
+  for (int64_t i = 0; i < steps; ++i) program.steps.push_back(chain_source(&reader, i, inputs + i, constants));
+  for (int64_t value : program.results)
+    QO_EXPECT(value >= inputs && value < inputs + steps, kChain, "results that are values of steps, got ", value);
+  return program;
+}
+
+// ---- from a program and the shapes of its inputs to a plan -----------------------------------------------------------
+
+// A plan and what each call needs beside it.
+struct Chain {
+  ChainPlan plan;
+  std::vector<ChainSource> sources;  // of each step
+  std::vector<ScalarType> types;     // of each value, for the caller
+};
+
+inline ScalarType chain_type(const char* op, int64_t number) {
+  constexpr ScalarType kTypes[] = {ScalarType::Char, ScalarType::Byte, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
+  QO_EXPECT(number >= 0 && number < 5, op, "a dtype numbered 0 to 4, got ", number);
+  return kTypes[number];
+}
+inline bool is_codes(ScalarType type) { return is_one_of(type, {ScalarType::Char, ScalarType::Byte}); }
+
+// Follows the shapes through the steps. Parameters are those of the whole batch until `finish` divides it into samples.
+class ChainBuilder {
+ public:
+  ChainBuilder(const ChainProgram& program, const KernelTable& table, int64_t threads) : table_(table), threads_(threads) {
+    chain_.sources = program.steps;
+    chain_.plan.results = program.results;
+  }
+
+  void add_input(const Ints& sizes, ScalarType type, bool channels_last) {
+    ChainValue& value = add_value(sizes, type, channels_last);
+    value.place = ChainValue::Place::kInput;
+    value.at = static_cast<int64_t>(chain_.plan.values.size()) - 1;
+    ++inputs_;
+  }
+
+  std::shared_ptr<const Chain> build() {
+    samples_ = common_samples();
+    for (const ChainSource& source : chain_.sources) add_step(source);
+    shift_codes();
+    chain_.plan.samples = samples_;
+    for (ChainStep& step : chain_.plan.steps) divide(&step);
+    plan_chain(&chain_.plan, table_, threads_);
+    return std::make_shared<const Chain>(std::move(chain_));
+  }
+
+ private:
+  ChainValue& value(int64_t i) { return chain_.plan.values[static_cast<size_t>(i)]; }
+  ScalarType type(int64_t i) const { return chain_.types[static_cast<size_t>(i)]; }
+
+  ChainValue& add_value(const Ints& sizes, ScalarType type, bool channels_last) {
+    ChainValue v;
+    v.sizes = sizes;
+    v.dtype = to_dtype(type);
+    v.channels_last = channels_last && sizes.size() == 4;
+    chain_.plan.values.push_back(v);
+    chain_.types.push_back(type);
+    if (sizes.empty() || sizes[0] != samples_) samples_ = 1;
+    return chain_.plan.values.back();
+  }
+
+  // The first size of all inputs, where they agree; 1 where samples cannot be told apart.
+  int64_t common_samples() {
+    const Ints& first = value(0).sizes;
+    if (first.empty()) return 1;
+    for (const ChainValue& v : chain_.plan.values)
+      if (v.sizes.empty() || v.sizes[0] != first[0]) return 1;
+    return std::max<int64_t>(1, first[0]);
+  }
+
+  void add_step(const ChainSource& source) {
+    switch (source.op) {
+      case ChainOp::kQuantize: return add_quantize(source);
+      case ChainOp::kConv2d: return add_conv2d(source);
+      case ChainOp::kLinear: return add_linear(source);
+      case ChainOp::kFlatten: return add_flatten(source);
+      case ChainOp::kDequantize: return add_dequantize(source);
+      default: QO_EXPECT(false, source.name.c_str(), "an operation that the CPU has, got another one");
+    }
+  }
+
+  template <class Params>
+  void add(const ChainSource& source, const Params& params, int64_t weight_bytes, const Ints& sizes, ScalarType type,
+           bool channels_last) {
+    expect_elements(source.name.c_str(), "a result", sizes);
+    add_value(sizes, type, channels_last);
+    chain_.plan.steps.push_back({.params = params,
+                                 .inputs = source.inputs,
+                                 .output = static_cast<int64_t>(chain_.plan.values.size()) - 1,
+                                 .weight_bytes = weight_bytes});
+  }
+
+  static int64_t elements(const ChainValue& v) {
+    int64_t n = 1;
+    for (int64_t size : v.sizes) n *= size;
+    return n;
+  }
+
+  void add_quantize(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const int64_t qmin = source.numbers[0], qmax = source.numbers[1];
+    expect_codes(op, qmin, qmax);
+    QO_EXPECT_DTYPE(is_floating(type(source.inputs[0])), op, "a floating value, got ", dtype_name(type(source.inputs[0])));
+    const ScalarType to = code_type(qmin, qmax);
+    QO_EXPECT(is_codes(to), op, "qmin and qmax of int8 or uint8 codes, got ", qmin, " and ", qmax);
+    const ChainElements p{.n = elements(x),
+                          .quantizes = true,
+                          .from = x.dtype,
+                          .to = to_dtype(to),
+                          .scale = nullptr,
+                          .zero_point = 0,
+                          .qmin = static_cast<int32_t>(qmin),
+                          .qmax = static_cast<int32_t>(qmax)};
+    add(source, p, 0, x.sizes, to, x.channels_last);
+  }
+
+  void add_dequantize(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const ScalarType to = chain_type(op, source.numbers[0]);
+    QO_EXPECT_DTYPE(is_codes(type(source.inputs[0])), op, "int8 or uint8 codes, got ", dtype_name(type(source.inputs[0])));
+    QO_EXPECT_DTYPE(is_floating(to), op, "a floating dtype of the result, got ", dtype_name(to));
+    const ChainElements p{.n = elements(x),
+                          .quantizes = false,
+                          .from = x.dtype,
+                          .to = to_dtype(to),
+                          .scale = nullptr,
+                          .zero_point = 0,
+                          .qmin = 0,
+                          .qmax = 0};
+    add(source, p, 0, x.sizes, to, x.channels_last);
+  }
+
+  // Plans look at whether there is a packed weight; each call brings it.
+  static const int8_t* packed_weight(const ChainSource& source) {
+    static const int8_t kPresent = 0;
+    return source.constants[0] >= 0 ? &kPresent : nullptr;
+  }
+
+  // What convolutions and linear layers share: how x is read, and the dtype of the result.
+  ScalarType add_product(const ChainSource& source, int64_t out_dtype, int64_t activation, int64_t k, InputParams* in,
+                         OutputParams* out) {
+    const char* op = source.name.c_str();
+    const ScalarType from = type(source.inputs[0]), to = chain_type(op, out_dtype);
+    const Ints& c = source.constants;
+    const bool has_scale = c[3] >= 0, has_zero_point = c[4] >= 0;
+    QO_EXPECT(has_scale || is_floating(from), op, "x_scale for ", dtype_name(from), " codes, got none");
+    QO_EXPECT(c[0] >= 0 || c[9] >= 0, op, "packed_weight or weight, got neither");
+    QO_EXPECT(c[1] >= 0, op, "weight_scale, got none");
+    QO_EXPECT(is_codes(to) == (c[5] >= 0), op, "out_scale with int8 and uint8 results and no others, got ", dtype_name(to),
+              c[5] >= 0 ? " with one" : " without one");
+    QO_EXPECT(activation == 0 || activation == 1, op, "an activation numbered 0 or 1, got ", activation);
+    QO_EXPECT(source.inputs.size() == 1, op, "no residual, got one");
+    expect_exact(op, "the products of a sum", k, has_zero_point || from == ScalarType::Byte);
+    in->dtype = to_dtype(from);
+    in->mode = !has_scale ? Activation::kDynamic : is_floating(from) ? Activation::kStatic : Activation::kQuantized;
+    out->dtype = to_dtype(to);
+    out->weight_scale_stride = 1;
+    static const float kPresent = 0.0f;  // plans look at whether there is a bias; each call brings it
+    if (c[2] >= 0) out->bias = &kPresent;
+    out->relu = activation == 1;
+    return to;
+  }
+
+  void add_conv2d(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const Ints& n = source.numbers;
+    const bool batched = x.sizes.size() == 4;
+    QO_EXPECT(batched || x.sizes.size() == 3, op, "a value (N, C, H, W) or (C, H, W), got ", shape_text(x.sizes));
+    Ints shape = x.sizes;
+    if (!batched) {
+      shape.insert(shape.begin(), 1);
+      samples_ = 1;
+    }
+    for (int i = 0; i < 4; ++i) QO_EXPECT(n[static_cast<size_t>(i)] >= 0, op, "sizes of the weight >= 0, got ", shape_text(n));
+    const Ints weight{n[0], n[1], n[2], n[3]};
+    Int8Conv2dParams p = conv2d_geometry(op, shape, weight, {n[4], n[5]}, {n[6], n[7], n[8], n[9]}, {n[10], n[11]}, n[12]);
+    const ScalarType to = add_product(source, n[13], n[14], times(times(n[1], n[2]), n[3]), &p.in, &p.out);
+    const int64_t pixels = p.H * p.W;
+    const Ints strides = x.channels_last ? Ints{pixels * p.C, 1, p.W * p.C, p.C} : Ints{pixels * p.C, pixels, p.W, 1};
+    std::copy(strides.begin(), strides.end(), p.x_stride);
+    p.packed = packed_weight(source);
+    p.y_channels_last = batched;
+    add(source, p, times(times(n[0], n[1]), times(n[2], n[3])), batched ? Ints{p.N, p.O, p.OH, p.OW} : Ints{p.O, p.OH, p.OW}, to,
+        true);
+  }
+
+  void add_linear(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const int64_t N = source.numbers[0], K = source.numbers[1];
+    QO_EXPECT(N >= 0 && !x.sizes.empty() && x.sizes.back() == K, op, "a value of ", K, " columns, got ", shape_text(x.sizes));
+    expect_elements(op, "weight", {N, K});
+    Int8LinearParams p{};
+    p.N = N;
+    p.K = p.x_stride = K;
+    p.y_stride = N;
+    p.packed = packed_weight(source);
+    p.M = 1;
+    for (size_t d = 0; d + 1 < x.sizes.size(); ++d) p.M *= x.sizes[d];
+    const ScalarType to = add_product(source, source.numbers[2], source.numbers[3], K, &p.in, &p.out);
+    if (x.sizes.size() < 2) samples_ = 1;
+    QO_EXPECT(!x.channels_last, op, "a value that does not lie in channels_last, got one. Flatten it first.");
+    Ints sizes = x.sizes;
+    sizes.back() = N;
+    add(source, p, N * K, sizes, to, false);
+  }
+
+  void add_flatten(const ChainSource& source) {
+    const ChainValue x = value(source.inputs[0]);
+    const int64_t dims = static_cast<int64_t>(x.sizes.size()), start = source.numbers[0];
+    QO_EXPECT(start >= 0 && start < dims, source.name.c_str(), "start_dim in [0, ", dims - 1, "], got ", start);
+    Ints sizes(x.sizes.begin(), x.sizes.begin() + start);
+    sizes.push_back(1);
+    for (int64_t d = start; d < dims; ++d) sizes.back() *= x.sizes[static_cast<size_t>(d)];
+    if (start == 0) samples_ = 1;
+    ChainFlatten p{.images = elements(x), .pixels = 1, .channels = 1, .element_bytes = dtype_bytes(x.dtype)};
+    if (x.channels_last)
+      p = {.images = x.sizes[0], .pixels = x.sizes[2] * x.sizes[3], .channels = x.sizes[1], .element_bytes = p.element_bytes};
+    add(source, p, 0, sizes, type(source.inputs[0]), false);
+  }
+
+  // Steps whose result has codes of the same scale and zero point as their input.
+  static bool keeps_codes(ChainOp op) {
+    return op == ChainOp::kFlatten || op == ChainOp::kMaxPool2d || op == ChainOp::kUpsampleNearest2d || op == ChainOp::kCat;
+  }
+
+  // Keeps int8 codes between steps as q + 128 where neither the caller nor a step that keeps codes of the caller's sees them.
+  void shift_codes() {
+    std::vector<ChainValue>& values = chain_.plan.values;
+    for (size_t i = static_cast<size_t>(inputs_); i < values.size(); ++i) values[i].shifted = values[i].dtype == DType::kInt8;
+    for (int64_t result : chain_.plan.results) value(result).shifted = false;
+    const auto unite = [&](const ChainStep& step) {
+      bool shifted = value(step.output).shifted;
+      for (int64_t input : step.inputs) shifted = shifted && value(input).shifted;
+      bool changed = value(step.output).shifted != shifted;
+      value(step.output).shifted = shifted;
+      for (int64_t input : step.inputs) {
+        changed = changed || value(input).shifted != shifted;
+        value(input).shifted = shifted;
+      }
+      return changed;
+    };
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (size_t i = 0; i < chain_.sources.size(); ++i)
+        if (keeps_codes(chain_.sources[i].op)) changed = unite(chain_.plan.steps[i]) || changed;
+    }
+    for (ChainValue& v : values)
+      if (v.shifted) v.dtype = DType::kUInt8;
+    for (ChainStep& step : chain_.plan.steps) take_dtypes(&step);
+  }
+
+  void take_dtypes(ChainStep* step) {
+    const DType from = value(step->inputs[0]).dtype, to = value(step->output).dtype;
+    if (auto* conv = std::get_if<Int8Conv2dParams>(&step->params)) {
+      conv->in.dtype = from;
+      conv->out.dtype = to;
+    } else if (auto* linear = std::get_if<Int8LinearParams>(&step->params)) {
+      linear->in.dtype = from;
+      linear->out.dtype = to;
+    } else if (auto* elements = std::get_if<ChainElements>(&step->params)) {
+      elements->from = from;
+      elements->to = to;
+      if (elements->quantizes && value(step->output).shifted) {
+        elements->qmin += kSignedOffset;
+        elements->qmax += kSignedOffset;
+      }
+    }
+  }
+
+  // From the whole batch to one sample.
+  void divide(ChainStep* step) const {
+    if (auto* conv = std::get_if<Int8Conv2dParams>(&step->params))
+      conv->N /= samples_;
+    else if (auto* linear = std::get_if<Int8LinearParams>(&step->params))
+      linear->M /= samples_;
+    else if (auto* elements = std::get_if<ChainElements>(&step->params))
+      elements->n /= samples_;
+    else if (auto* flatten = std::get_if<ChainFlatten>(&step->params))
+      flatten->images /= samples_;
+  }
+
+  const KernelTable& table_;
+  const int64_t threads_;
+  int64_t inputs_ = 0, samples_ = 1;
+  Chain chain_;
+};
+
+// ---- the constants of a call -----------------------------------------------------------------------------------------
+
+// Copies of a chain's steps with the pointers of this call's constants, which have to stay alive.
+class ChainConstants {
+ public:
+  ChainConstants(const Chain& chain, const std::vector<Tensor>& constants)
+      : chain_(chain), constants_(constants), steps_(chain.plan.steps), zero_points_(2 * steps_.size()) {
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      source_ = &chain.sources[i];
+      zero_point_ = &zero_points_[2 * i];
+      step_ = &steps_[i];
+      std::visit([&](auto& params) { take(&params); }, step_->params);
+    }
+  }
+  const std::vector<ChainStep>& steps() const { return steps_; }
+
+ private:
+  const char* op() const { return source_->name.c_str(); }
+  const ChainValue& value(int64_t i) const { return chain_.plan.values[static_cast<size_t>(i)]; }
+
+  // The constant in this place of the step; null for none.
+  const Tensor* constant(size_t place) const {
+    const int64_t index = source_->constants[place];
+    return index < 0 ? nullptr : &constants_[static_cast<size_t>(index)];
+  }
+
+  const float* floats(const char* name, const Tensor& t, int64_t count) {
+    expect_floating(op(), name, t);
+    QO_EXPECT(t.numel() == count, op(), name, " to have ", count, " elements, got shape ", shape_text(t));
+    return holder_.floats(t);
+  }
+  const float* scale(const char* name, size_t place) {
+    const Tensor* t = constant(place);
+    return t == nullptr ? nullptr : floats(name, *t, 1);
+  }
+
+  // The zero point of codes of this value, as they are kept.
+  int32_t zero_point(const char* name, size_t place, int64_t of_value) {
+    const Tensor* t = constant(place);
+    const ChainValue& v = value(of_value);
+    const int32_t shift = v.shifted ? kSignedOffset : 0;
+    if (t == nullptr) return shift;
+    QO_EXPECT(t->numel() == 1, op(), name, " to have one element, got shape ", shape_text(*t));
+    expect_zero_point_dtype(op(), name, *t);
+    const bool is_unsigned = chain_.types[static_cast<size_t>(of_value)] == ScalarType::Byte;
+    const int64_t least = is_unsigned ? 0 : -128, most = is_unsigned ? 255 : 127;
+    return static_cast<int32_t>(zero_point_value(name, *t, least, most)) + shift;
+  }
+
+  int64_t zero_point_value(const char* name, const Tensor& t, int64_t least, int64_t most) const {
+    if (is_floating(t.scalar_type()))
+      return round_zero_point(*to_type(t, ScalarType::Double).const_data_ptr<double>(), least, most);
+    const int64_t z = t.scalar_type() == ScalarType::Int ? *static_cast<const int32_t*>(t.const_data_ptr())
+                                                         : *to_type(t, ScalarType::Long).const_data_ptr<int64_t>();
+    QO_EXPECT(z >= least && z <= most, op(), name, " in [", least, ", ", most, "], got ", z);
+    return z;
+  }
+
+  void take(ChainElements* p) {
+    const int64_t codes = p->quantizes ? step_->output : step_->inputs[0];
+    p->scale = scale("scale", 0);
+    QO_EXPECT(p->scale != nullptr, op(), "scale, got none");
+    p->zero_point = zero_point("zero_point", 1, codes);
+  }
+
+  void take(ChainFlatten*) {}
+
+  void take(Int8Conv2dParams* p) { take_product(p->O, weight_layout(*p), p); }
+  void take(Int8LinearParams* p) { take_product(p->N, packed_layout(p->N, p->K, 1, 1, 1), p); }
+
+  template <class Params>
+  void take_product(int64_t channels, const PackedLayout& layout, Params* p) {
+    if (const Tensor* packed = constant(0)) {
+      expect_int8(op(), "packed_weight", *packed);
+      p->packed = static_cast<const int8_t*>(packed->const_data_ptr());
+      QO_EXPECT(packed->is_contiguous() && is_packed_for(p->packed, packed->numel(), layout), op(),
+                "packed_weight made by pack_weight from a weight of the sizes in the program, got another one");
+    } else {
+      const Tensor* weight = constant(9);
+      expect_int8(op(), "weight", *weight);
+      QO_EXPECT(weight->is_contiguous() && weight->numel() == layout.out_channels * layout.in_channels * layout.r * layout.s, op(),
+                "a contiguous weight of the sizes in the program, got shape ", shape_text(*weight));
+      p->weight = static_cast<const int8_t*>(weight->const_data_ptr());
+    }
+    OutputParams& out = p->out;
+    out.weight_scale = weight_scales(*constant(1), channels);
+    if (const Tensor* bias = constant(2)) out.bias = floats("bias", *bias, channels);
+    p->in.scale = scale("x_scale", 3);
+    if (p->in.scale != nullptr && (constant(4) != nullptr || value(step_->inputs[0]).shifted)) {
+      zero_point_[0] = zero_point("x_zero_point", 4, step_->inputs[0]);
+      p->in.zero_point = &zero_point_[0];
+    }
+    out.out_scale = scale("out_scale", 5);
+    if (out.out_scale != nullptr) {
+      zero_point_[1] = zero_point("out_zero_point", 6, step_->output);
+      out.out_zero_point = &zero_point_[1];
+    }
+  }
+
+  // One for each channel: plans count on it.
+  const float* weight_scales(const Tensor& t, int64_t channels) {
+    if (t.numel() != 1 || channels == 1) return floats("weight_scale", t, channels);
+    copies_.push_back(std::make_unique<std::vector<float>>(static_cast<size_t>(channels), *floats("weight_scale", t, 1)));
+    return copies_.back()->data();
+  }
+
+  const Chain& chain_;
+  const std::vector<Tensor>& constants_;
+  std::vector<ChainStep> steps_;
+  std::vector<int32_t> zero_points_;  // two of each step
+  std::vector<std::unique_ptr<std::vector<float>>> copies_;
+  Holder holder_;
+  const ChainSource* source_ = nullptr;
+  ChainStep* step_ = nullptr;
+  int32_t* zero_point_ = nullptr;
+};
+
+// ---- plans that are kept --------------------------------------------------------------------------------------------
+
+// The plans of the last calls, by program, inputs, instruction set and threads.
+class ChainCache {
+ public:
+  struct Key {
+    Ints program, inputs;  // of each input its number of dimensions, dtype, memory format and sizes
+    const KernelTable* table;
+    int64_t threads, constants;
+
+    bool operator==(const Key& other) const = default;
+  };
+
+  template <class Build>
+  static std::shared_ptr<const Chain> find(const Key& key, const Build& build) {
+    static ChainCache cache;
+    {
+      const std::lock_guard<std::mutex> lock(cache.mutex_);
+      for (Entry& entry : cache.entries_)
+        if (entry.key == key) {
+          entry.used = ++cache.clock_;
+          return entry.chain;
+        }
+    }
+    std::shared_ptr<const Chain> chain = build();
+    const std::lock_guard<std::mutex> lock(cache.mutex_);
+    if (cache.entries_.size() >= kEntries)
+      cache.entries_.erase(std::min_element(cache.entries_.begin(), cache.entries_.end(),
+                                            [](const Entry& a, const Entry& b) { return a.used < b.used; }));
+    cache.entries_.push_back({.key = key, .chain = chain, .used = ++cache.clock_});
+    return chain;
+  }
+
+ private:
+  static constexpr size_t kEntries = 64;
+  struct Entry {
+    Key key;
+    std::shared_ptr<const Chain> chain;
+    uint64_t used;
+  };
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+  uint64_t clock_ = 0;
+};
+
+// ---- the operator ---------------------------------------------------------------------------------------------------
+
+// Whether the elements of a 4-D tensor lie in channels_last order without gaps, and not in the usual order.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.is_contiguous()) return false;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t step = 1;
+  for (size_t d : {size_t{1}, size_t{3}, size_t{2}, size_t{0}}) {
+    if (sizes[d] != 1 && strides[d] != step) return false;
+    step *= sizes[d];
+  }
+  return true;
+}
+
+template <class Backend>
+std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
+  QO_EXPECT(!inputs.empty(), kChain, "at least one input, got none");
+  const KernelTable& table = kernels();
+  std::vector<Tensor> dense;
+  ChainCache::Key key{.program = program,
+                      .inputs = {},
+                      .table = &table,
+                      .threads = parallel_threads(),
+                      .constants = static_cast<int64_t>(constants.size())};
+  std::vector<const void*> sources;
+  for (const Tensor& x : inputs) {
+    QO_EXPECT_DTYPE(
+        is_one_of(x.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte}),
+        kChain, "inputs of dtype float32, float16, bfloat16, int8 or uint8, got ", dtype_name(x.scalar_type()));
+    const bool channels_last = is_channels_last(x);
+    expect_elements(kChain, "an input", x.sizes());
+    dense.push_back(channels_last ? x : as_contiguous(x));
+    sources.push_back(dense.back().const_data_ptr());
+    for (int64_t n : {x.dim(), static_cast<int64_t>(x.scalar_type()), int64_t{channels_last}}) key.inputs.push_back(n);
+    for (int64_t size : x.sizes()) key.inputs.push_back(size);
+  }
+  const std::shared_ptr<const Chain> chain = ChainCache::find(key, [&] {
+    const ChainProgram decoded =
+        chain_program(program, static_cast<int64_t>(inputs.size()), static_cast<int64_t>(constants.size()));
+    ChainBuilder builder(decoded, table, key.threads);
+    for (const Tensor& x : inputs) builder.add_input(sizes_of(x), x.scalar_type(), is_channels_last(x));
+    return builder.build();
+  });
+  const ChainConstants bound(*chain, constants);
+  std::vector<Tensor> results;
+  std::vector<void*> destinations;
+  bool is_empty = false;
+  for (int64_t result : chain->plan.results) {
+    const ChainValue& value = chain->plan.values[static_cast<size_t>(result)];
+    results.push_back(empty(value.sizes, chain->types[static_cast<size_t>(result)], inputs[0], value.channels_last));
+    destinations.push_back(results.back().mutable_data_ptr());
+    is_empty = is_empty || results.back().numel() == 0;
+  }
+  if (!is_empty) run_chain(chain->plan, bound.steps(), sources, destinations);
+  return results;
+}
+
+}  // namespace quant_ops
