@@ -301,9 +301,21 @@ def chain_of(region: Region, observers: Mapping[fx.Node, Observer]) -> Chain:
     builder = _Builder(region.units, region.scales)
     for unit in region.units:
         builder.write(unit)
-    program = Program(tuple(builder.steps), len(builder.inputs), tuple(builder.floats[node] for node in region.results))
+    steps, sources = _by_owner(builder.steps, builder.sources)
+    program = Program(steps, len(builder.inputs), tuple(builder.floats[node] for node in region.results))
     layers = {unit.path: unit.layer for unit in region.units if unit.layer is not None}
-    return Chain(program, builder.sources, builder.paths, layers, values)
+    return Chain(program, sources, builder.paths, layers, values)
+
+
+def _by_owner(steps: Sequence[Step], sources: Sequence[Source]) -> tuple[tuple[Step, ...], list[Source]]:
+    """The constants of one layer side by side: a call of the chain then looks at each layer once."""
+    order = sorted(range(len(sources)), key=lambda i: [path for path, _ in sources].index(sources[i][0]))
+    place = {old: new for new, old in enumerate(order)}
+    moved = [
+        dataclasses.replace(step, constants=tuple(None if index is None else place[index] for index in step.constants))
+        for step in steps
+    ]
+    return tuple(moved), [sources[i] for i in order]
 
 
 def _fold(layer: Int8Layer, batchnorm: nn.BatchNorm2d) -> None:

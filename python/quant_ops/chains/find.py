@@ -184,8 +184,10 @@ class Unit:
         return self.nodes[-1]
 
     def __str__(self) -> str:
-        names = [str(node.target) if node.op == "call_module" else node.name for node in self.nodes]
-        return " + ".join(names)
+        name = self.path or (str(self.nodes[0].target) if self.nodes[0].op == "call_module" else self.nodes[0].name)
+        parts = [name if self.layer is not None else f"{name} ({self.kind})"]
+        parts += ["batchnorm"] * (self.batchnorm is not None) + ["add"] * (self.residual is not None)
+        return " + ".join(parts + [self.activation] * (self.activation is not None and self.kind != "requantize"))
 
 
 @dataclasses.dataclass

@@ -69,7 +69,7 @@ class Chain(nn.Module):
 
     def _describe(self, program: Program, sources: Sequence[Source], paths: Sequence[str]) -> None:
         self.program, self._sources, self._paths = program, tuple(sources), tuple(paths)
-        self._held: tuple[list[int], list[tuple[Any, str]]] | None = None
+        self._held: tuple[list[int], list[tuple[nn.Module, list[str]]]] | None = None
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
@@ -79,8 +79,11 @@ class Chain(nn.Module):
             tracer: Any = inputs[0].tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
             return node
-        code, refs = self._arguments()
-        constants = [buffers[name] for buffers, name in refs]
+        code, owners = self._arguments()
+        constants: list[Any] = []
+        for module, names in owners:
+            buffers = module._buffers
+            constants.extend([buffers[name] for name in names])
         if is_compiling() or torch.is_inference_mode_enabled() or in_transform() is not None or wants_derivative(inputs):
             results = call(_int8_chain, inputs, constants, code)
         else:
@@ -88,15 +91,21 @@ class Chain(nn.Module):
                 results = call(_int8_chain, inputs, constants, code)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _arguments(self) -> tuple[list[int], list[tuple[Any, str]]]:
-        """The encoded program, and for each constant the buffers that have it and its name there."""
+    def _arguments(self) -> tuple[list[int], list[tuple[nn.Module, list[str]]]]:
+        """The encoded program, and the modules and names of the buffers that are its constants."""
         if self._held is not None and not is_compiling():
             return self._held
         program, sources = self.program, self._sources
         if self.device.type == "cuda":
             program, sources = self._with_weights()
-        refs = [((self.layers.get_submodule(path) if path else self)._buffers, name) for path, name in sources]
-        held = program.encode(), refs
+        owners: list[tuple[nn.Module, list[str]]] = []
+        last = None
+        for path, name in sources:
+            if path != last:
+                owners.append((self.layers.get_submodule(path) if path else self, []))
+                last = path
+            owners[-1][1].append(name)
+        held = program.encode(), owners
         if not is_compiling():
             self._held = held
         return held
