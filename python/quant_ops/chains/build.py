@@ -1,8 +1,9 @@
 """The program of a region: which values are int8 and by which scale, the steps, and the constants that they read.
 
 A value takes the scale that the layer which reads it was calibrated with, so that its codes are those that the layer would have made
-of it. If several layers read it the widest range wins, and all of them take the codes as they are. Values that only additions and
-pools read get a scale from what a run has observed. What the rest of the model reads too is computed in float and then quantized.
+of it. If several layers read it the widest range wins, and all of them take the codes as they are. Values that only pools and
+concatenations read get a scale from what a run has observed. What the rest of the model or an addition reads too is computed in
+float and quantized once more, since errors of a sum that is rounded in every block add up.
 Read first: find.py; next: layer.py.
 """
 
@@ -55,15 +56,16 @@ def _scale_of(layer: Int8Layer, path: str) -> Scale:
 
 
 class Scales:
-    """The scale of every value of a region.
+    """The scale of every value of a region, and which values are floating.
 
     Attributes:
+        residual_dtype: of values that are added.
         observed: the nodes whose ranges a run has to tell, each with the scale that is made of it.
         results: what the rest of the graph reads.
     """
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = units
+    def __init__(self, units: Sequence[Unit], residual_dtype: torch.dtype) -> None:
+        self.units, self.residual_dtype = units, residual_dtype
         self.unit_of = {unit.result: unit for unit in units}
         own = {node for unit in units for node in unit.nodes}
         self.results = [unit.result for unit in units if any(user not in own for user in unit.result.users)]
@@ -75,8 +77,20 @@ class Scales:
         self._wanted: dict[fx.Node, Scale | None] = {}
 
     def is_float(self, node: fx.Node) -> bool:
-        """Whether a value is there in float: it comes from outside, or is needed there and its step can give it."""
-        return node not in self.unit_of or (node in self.results and self.unit_of[node].kind not in (*_KEEP_SCALE, "cat"))
+        """Whether a value is there in float: it comes from outside, or is needed so and its step can give it."""
+        unit = self.unit_of.get(node)
+        if unit is None:
+            return True
+        if node in self.results:
+            return unit.kind not in (*_KEEP_SCALE, "cat")
+        wide = self.residual_dtype != torch.int8 and unit.kind in ("conv2d", "linear", "add")
+        return wide and any(reader.residual is node for reader in self.readers[node])
+
+    def dtype_of(self, node: fx.Node) -> int:
+        """The number of the dtype of such a value; of a result it is that of the example."""
+        example = example_of(node)
+        assert example is not None
+        return DTYPES.index(example.dtype if node in self.results else self.residual_dtype)
 
     def wanted(self, node: fx.Node) -> Scale | None:
         """The scale that those who read a value expect; None if none of them does."""
@@ -173,7 +187,9 @@ class _Builder:
     def constants_of(self, scale: Scale | None) -> tuple[int | None, int | None]:
         return (None, None) if scale is None else (self.constant(scale.sources[0]), self.constant(scale.sources[1]))
 
-    def add(self, op: str, inputs: Sequence[int], constants: Sequence[int | None] = (), numbers: Sequence[int] = (), path: str = "") -> int:
+    def add(
+        self, op: str, inputs: Sequence[int], constants: Sequence[int | None] = (), numbers: Sequence[int] = (), path: str = ""
+    ) -> int:
         """Appends a step; the number of its value."""
         self.steps.append(Step(op, tuple(inputs), tuple(constants), tuple(numbers)))
         self.paths.append(path)
@@ -196,9 +212,8 @@ class _Builder:
         """Appends what computes the result of a unit."""
         node, write = unit.result, getattr(self, f"_{unit.kind}", None)
         if self.scales.is_float(node):
-            example = example_of(node)
-            assert example is not None and write is not None
-            self.floats[node] = write(unit, None, DTYPES.index(example.dtype))
+            assert write is not None
+            self.floats[node] = write(unit, None, self.scales.dtype_of(node))
             return
         if unit.kind in _KEEP_SCALE:
             number, scale = self.read(unit.inputs[0], self.scales.of_codes(node))
@@ -209,9 +224,7 @@ class _Builder:
             self.codes[node] = [(write(unit, scale, 0), scale)]
         if node in self.scales.results:
             number, scale = self.codes[node][0]
-            example = example_of(node)
-            assert example is not None
-            self.floats[node] = self.add("dequantize", (number,), self.constants_of(scale), (DTYPES.index(example.dtype),))
+            self.floats[node] = self.add("dequantize", (number,), self.constants_of(scale), (self.scales.dtype_of(node),))
 
     # ---- one function for each kind: the number of the value by the scale, or in float without one ----------------------
 
@@ -273,9 +286,9 @@ class _Builder:
         return self.add("cat", values, constants, (*unit.numbers, dtype))
 
 
-def region_of(units: list[Unit]) -> Region:
+def region_of(units: list[Unit], residual_dtype: torch.dtype) -> Region:
     """A region with the scales that are known and a list of those that are to be observed."""
-    scales = Scales(units)
+    scales = Scales(units, residual_dtype)
     builder = _Builder(units, scales)
     for unit in units:
         builder.write(unit)  # asks for every scale that there is to be

@@ -228,16 +228,18 @@ def find_units(target: Target) -> Found:
 
 def _writes_elsewhere(node: fx.Node, op: Op, modules: Mapping[str, nn.Module]) -> str | None:
     """Why the order of operators in place forbids this one: steps run when their region does, on values of their own."""
+    written = op.inputs[0]
+    if op.in_place and (written.op == "placeholder" or len(written.users) > 1):
+        return f"it changes {written.name} in place, which others may read"
     for source in op.inputs:
-        if op.in_place and (source.op == "placeholder" or len(source.users) > 1):
-            return f"it changes {source.name} in place, which others may read"
         for user in source.users:
-            if user is not node and _is_in_place(user, modules):
+            if user is not node and user.args[:1] == (source,) and _is_in_place(user, modules):
                 return f"{user.name} changes {source.name} in place, which it reads"
     return None
 
 
 def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -293,7 +295,13 @@ def _product_of(op: Op, units: Mapping[fx.Node, Unit]) -> Unit | None:
 def _unfoldable(op: Op, units: Mapping[fx.Node, Unit], graph: fx.GraphModule) -> str | None:
     """Why the layer before a BatchNorm cannot take it in."""
     before = units.get(op.inputs[0])
-    if before is None or before.kind != "conv2d" or not _is_open(before) or before.residual is not None or before.batchnorm is not None:
+    if (
+        before is None
+        or before.kind != "conv2d"
+        or not _is_open(before)
+        or before.residual is not None
+        or before.batchnorm is not None
+    ):
         return "it does not follow an int8 convolution directly"
     if sum(node.op == "call_module" and graph.get_submodule(str(node.target)) is before.layer for node in graph.graph.nodes) > 1:
         return f"the layer before it, {before.path}, is called more than once"

@@ -181,7 +181,9 @@ class Chain(nn.Module):
 
     def extra_repr(self) -> str:
         layers = len({path for path in self._paths if path})
-        return f"{layers} layers, {len(self.program.steps)} steps, {self.program.inputs} inputs, {len(self.program.outputs)} results"
+        return (
+            f"{layers} layers, {len(self.program.steps)} steps, {self.program.inputs} inputs, {len(self.program.outputs)} results"
+        )
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:

@@ -168,7 +168,12 @@ def _adaptive_avg_pool2d(x: tuple[fx.Node], output_size: Any) -> Op:
 
 
 def _upsample(
-    x: tuple[fx.Node], size: Any = None, scale_factor: Any = None, mode: str = "nearest", recompute_scale_factor: Any = None, **_: Any
+    x: tuple[fx.Node],
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    recompute_scale_factor: Any = None,
+    **_: Any,
 ) -> Op:
     _expect_images(*x)
     if mode != "nearest" or size is not None or scale_factor is None:
@@ -207,9 +212,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
     nn.SiLU: _activation("silu"),
     nn.GELU: lambda x, m: _gelu(x, m.approximate),
     nn.Hardtanh: lambda x, m: _hardtanh(x, m.min_val, m.max_val, m.inplace),
-    nn.MaxPool2d: lambda x, m: _max_pool2d(
-        x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
-    ),
+    nn.MaxPool2d: lambda x, m: _max_pool2d(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
     nn.AvgPool2d: lambda x, m: _avg_pool2d(
         x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
     ),

@@ -23,6 +23,7 @@ from .find import Call, Recorder, Stopped, Target, find_regions, find_units, in_
 from .layer import Chain
 from .operators import example_of
 
+_RESIDUALS = (torch.int8, torch.float16, torch.float32)
 _log = logging.getLogger("quant_ops")
 
 
@@ -95,9 +96,9 @@ def _record(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any],
 class _Plan:
     """What is to become of one traced module."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, residual_dtype: torch.dtype) -> None:
         self.target, self.found = target, find_units(target)
-        self.regions = [region_of(units) for units in find_regions(self._graph, self.found.units)]
+        self.regions = [region_of(units, residual_dtype) for units in find_regions(self._graph, self.found.units)]
         self._prefix = f"{target.name}." if target.name else ""
 
     @property
@@ -159,7 +160,13 @@ def _become(module: nn.Module, graph: fx.GraphModule) -> None:
     module.__dict__.update(new)
 
 
-def chain_(model: nn.Module, example_inputs: Any, *, calibration: Iterable[Any] | None = None) -> ChainResult:
+def chain_(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    residual_dtype: torch.dtype = torch.float16,
+) -> ChainResult:
     """Joins the layers of a calibrated int8 model to chains, in place: values stay int8 from one layer to the next.
 
     What follows a convolution or a linear layer is computed where its sums are: an addition, an activation, the rounding to the next
@@ -177,13 +184,15 @@ def chain_(model: nn.Module, example_inputs: Any, *, calibration: Iterable[Any] 
             image sizes may be others.
         calibration: batches as for :func:`calibrate`, for the scales that are new. Without it ``example_inputs`` is all that they
             are chosen by, and has to be data as the model will see it.
+        residual_dtype: of values that additions read: float16 or float32, or int8, which is faster and rounds the sum that runs
+            through a residual network in every block.
 
     Returns:
         The steps of every chain, and where the chains end and why.
 
     Raises:
         TypeError: calibration is one batch.
-        ValueError: the model is in training mode or is a layer itself, or a value that needs a scale held NaN or Inf only.
+        ValueError: residual_dtype is another dtype, the model is in training mode or is a layer itself, or a value that needs a scale held NaN or Inf only.
     """
     if isinstance(model, QuantizedLayer):
         raise ValueError(f"quant_ops.chain_: expected a model that contains layers, got a bare {type(model).__name__}.")
@@ -191,11 +200,13 @@ def chain_(model: nn.Module, example_inputs: Any, *, calibration: Iterable[Any] 
         raise ValueError("quant_ops.chain_: expected a model in eval mode, got one in training mode. Call model.eval() first.")
     if isinstance(calibration, Tensor | Mapping):
         raise TypeError(f"quant_ops.chain_: expected an iterable of batches, got one {type(calibration).__name__}. Write [batch].")
+    if residual_dtype not in _RESIDUALS:
+        raise ValueError(f"quant_ops.chain_: expected residual_dtype in {_RESIDUALS}, got {residual_dtype}.")
     result = ChainResult(model)
     with quiet(model):
         targets = trace_all(model, _calls_of(model, example_inputs), result.stopped)
         _record(model, targets, [example_inputs], {})
-        plans = [_Plan(target) for target in targets]
+        plans = [_Plan(target, residual_dtype) for target in targets]
         observers = {node: observer for plan in plans for node, observer in plan.observers().items()}
         if observers:
             _record(model, targets, itertools.chain([example_inputs], calibration or ()), observers)
@@ -204,5 +215,7 @@ def chain_(model: nn.Module, example_inputs: Any, *, calibration: Iterable[Any] 
             result.fused += plan.insert(observers)
     _log.info("%s", result)
     if not result.fused:
-        warnings.warn(f"quant_ops.chain_: expected at least one chain, got none: the model stays as it was ({result})", stacklevel=2)
+        warnings.warn(
+            f"quant_ops.chain_: expected at least one chain, got none: the model stays as it was ({result})", stacklevel=2
+        )
     return result
