@@ -7,7 +7,6 @@ long as no pool averages codes: then the chained model has to be equal to the un
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -86,7 +85,7 @@ def test_network(name):
     assert sqnr(expected, y) > sqnr(expected, unchained(x)) - 0.5
 
     chain = result.chains["chain_0"]
-    code, owners = chain._arguments()
+    owners = chain._arguments()[1]
     constants = [module._buffers[name] for module, names in owners for name in names]
     assert torch.equal(run_steps(chain.program, [x], constants)[0], y)
     for threads in (1, 2):
@@ -445,7 +444,7 @@ def test_state_dict_and_files(chained, tmp_path):
 
 
 def test_the_state_is_that_of_another_chain(chained):
-    model, x, y = chained
+    model, x, _ = chained
     state = model.state_dict()
     other = static(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)).eval(), images())
     qo.chain_(other, x)
@@ -501,10 +500,9 @@ def test_compile_and_trace(chained):
 
 def test_no_gradient(chained):
     model, x, _ = chained
-    y = model(x.clone().requires_grad_())
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="expected no gradient to be asked for|does not require grad"):
-        warnings.simplefilter("ignore")
-        y.sum().backward()
+    loss = model(x.clone().requires_grad_()).sum()
+    with pytest.raises(RuntimeError, match="expected no gradient to be asked for"):
+        loss.backward()
 
 
 def test_weights_are_shared_and_half_keeps_the_bits(chained):

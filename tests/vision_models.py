@@ -1,5 +1,7 @@
 """Small vision networks with the structure of well-known ones, as if trained: for the tests of chains."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,7 +107,7 @@ class UNet(nn.Module):
         super().__init__()
         sizes = [width << i for i in range(depth + 1)]
         self.first = double_conv(3, width)
-        self.down = nn.ModuleList(double_conv(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.down = nn.ModuleList(double_conv(a, b) for a, b in itertools.pairwise(sizes))
         self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(sizes[-2::-1], sizes[::-1], strict=False))
         self.last = nn.Conv2d(width, classes, 1)
 

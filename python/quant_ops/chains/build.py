@@ -9,7 +9,6 @@ Read first: find.py; next: layer.py.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn

@@ -78,7 +78,7 @@ def _trace(module: nn.Module, call: Call) -> tuple[fx.Graph, list[str], dict[str
         raise TypeError("its forward takes *args or **kwargs")
     given = {*list(parameters)[: call[0]], *call[1]}
     constants = {name: parameter.default for name, parameter in parameters.items() if name not in given}
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     shared |= {id(layer): layer for layer in module.modules() if isinstance(layer, QuantizedLayer)}
     reasons: dict[str, str] = {}
     while True:
@@ -187,7 +187,9 @@ class Unit:
         name = self.path or (str(self.nodes[0].target) if self.nodes[0].op == "call_module" else self.nodes[0].name)
         parts = [name if self.layer is not None else f"{name} ({self.kind})"]
         parts += ["batchnorm"] * (self.batchnorm is not None) + ["add"] * (self.residual is not None)
-        return " + ".join(parts + [self.activation] * (self.activation is not None and self.kind != "requantize"))
+        if self.activation is not None and self.kind != "requantize":
+            parts.append(self.activation)
+        return " + ".join(parts)
 
 
 @dataclasses.dataclass
