@@ -49,14 +49,14 @@ Int8LinearParams of_samples(Int8LinearParams p, int64_t samples) {
   return p;
 }
 
-ProductPlan plan_product(const ChainStep& step, int64_t samples, const KernelTable& table, int64_t threads) {
-  if (const auto* one = std::get_if<Int8Conv2dParams>(&step.params)) {
+ProductPlan plan_product(const ChainParams& params, int64_t samples, const KernelTable& table, int64_t threads) {
+  if (const auto* one = std::get_if<Int8Conv2dParams>(&params)) {
     const Int8Conv2dParams p = of_samples(*one, samples);
     const PackedLayout layout = weight_layout(p);
     if (layout.form == WeightForm::kDepthwise) return plan_depthwise(p, layout, table, threads);
     return plan_conv2d(p, layout, table, threads);
   }
-  if (const auto* one = std::get_if<Int8LinearParams>(&step.params)) return plan_linear(of_samples(*one, samples), table, threads);
+  if (const auto* one = std::get_if<Int8LinearParams>(&params)) return plan_linear(of_samples(*one, samples), table, threads);
   return std::monostate();
 }
 
@@ -106,8 +106,9 @@ class Arena {
 };
 
 // Flattening that moves nothing: the value is its input under another shape.
-bool is_alias(const ChainPlan& plan, const ChainStep& step) {
-  const auto* p = std::get_if<ChainFlatten>(&step.params);
+bool is_alias(const ChainPlan& plan, size_t i) {
+  const ChainStep& step = plan.steps[i];
+  const auto* p = std::get_if<ChainFlatten>(&plan.params[i]);
   return p != nullptr && (p->pixels == 1 || p->channels == 1) &&
          plan.values[static_cast<size_t>(step.output)].place != Place::kResult;
 }
@@ -117,7 +118,7 @@ std::vector<int64_t> last_uses(const ChainPlan& plan) {
   std::vector<int64_t> last(plan.values.size(), -1);
   for (size_t i = plan.steps.size(); i-- > 0;) {
     const ChainStep& step = plan.steps[i];
-    const int64_t reader = std::max(static_cast<int64_t>(i), is_alias(plan, step) ? last[static_cast<size_t>(step.output)] : -1);
+    const int64_t reader = std::max(static_cast<int64_t>(i), is_alias(plan, i) ? last[static_cast<size_t>(step.output)] : -1);
     for (int64_t value : step.inputs) last[static_cast<size_t>(value)] = std::max(last[static_cast<size_t>(value)], reader);
   }
   return last;
@@ -125,22 +126,20 @@ std::vector<int64_t> last_uses(const ChainPlan& plan) {
 
 void place_values(ChainPlan* plan, int64_t cut) {
   const std::vector<int64_t> last = last_uses(*plan);
-  const auto is_kept = [&](const ChainStep& step) {
-    return plan->values[static_cast<size_t>(step.output)].place == Place::kResult || is_alias(*plan, step);
-  };
   Arena own, shared;
   for (int64_t i = 0; i < static_cast<int64_t>(plan->steps.size()); ++i) {
     const ChainStep& step = plan->steps[static_cast<size_t>(i)];
     ChainValue& value = plan->values[static_cast<size_t>(step.output)];
-    if (is_kept(step)) continue;
+    if (value.place == Place::kResult || is_alias(*plan, static_cast<size_t>(i))) continue;
     const int64_t until = std::max(i, last[static_cast<size_t>(step.output)]);
     // what is read after the cut is there before any step after it, for all samples
     value.place = until < cut ? Place::kOwn : Place::kShared;
     value.at = value.place == Place::kOwn ? own.place(value.bytes * plan->apart.samples, i, until)
                                           : shared.place(value.bytes * plan->samples, i < cut ? 0 : i, until);
   }
-  for (const ChainStep& step : plan->steps) {
-    if (!is_alias(*plan, step)) continue;
+  for (size_t i = 0; i < plan->steps.size(); ++i) {
+    if (!is_alias(*plan, i)) continue;
+    const ChainStep& step = plan->steps[i];
     const ChainValue& from = plan->values[static_cast<size_t>(step.inputs[0])];
     ChainValue& to = plan->values[static_cast<size_t>(step.output)];
     to.place = from.place;
@@ -154,10 +153,10 @@ void place_values(ChainPlan* plan, int64_t cut) {
 
 class ChainRun {
  public:
-  ChainRun(const ChainPlan& plan, const std::vector<ChainStep>& steps, const std::vector<const void*>& inputs,
+  ChainRun(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
            const std::vector<void*>& results)
       : plan_(plan),
-        steps_(steps),
+        params_(params),
         inputs_(inputs),
         results_(results),
         memory_(plan.shared_bytes + std::max<int64_t>(plan.workers, 1) * plan.own_bytes, Scratch::Keeper::kChain),
@@ -187,7 +186,7 @@ class ChainRun {
 
   void run_phase(const ChainPhase& phase, int64_t sample, char* own) const {
     for (int64_t i = phase.first; i < phase.last; ++i) {
-      const ChainStep& step = steps_[static_cast<size_t>(i)];
+      const ChainStep& step = plan_.steps[static_cast<size_t>(i)];
       const ProductPlan& product = phase.products[static_cast<size_t>(i - phase.first)];
       const void* x = address(step.inputs[0], sample, own);
       void* y = address(step.output, sample, own);
@@ -207,7 +206,7 @@ class ChainRun {
                             [&](const ChainFlatten& p) {
                               if (x != y) run_flatten(p, phase.samples, x, y);
                             }},
-                 step.params);
+                 params_[static_cast<size_t>(i)]);
     }
   }
 
@@ -265,7 +264,7 @@ class ChainRun {
   }
 
   const ChainPlan& plan_;
-  const std::vector<ChainStep>& steps_;
+  const std::vector<ChainParams>& params_;
   const std::vector<const void*>& inputs_;
   const std::vector<void*>& results_;
   const Scratch memory_;
@@ -276,12 +275,12 @@ class ChainRun {
 
 // The kernel of the first product, for the log.
 std::string first_kernel(const ChainPlan& plan) {
-  for (const ChainStep& step : plan.steps) {
-    if (const auto* p = std::get_if<Int8LinearParams>(&step.params)) {
+  for (const ChainParams& params : plan.params) {
+    if (const auto* p = std::get_if<Int8LinearParams>(&params)) {
       const LinearPlan linear = plan_linear(*p, kernels(), 1);
       return first_tile_name(kernels(), p->M * plan.samples, linear.layout.width(0));
     }
-    if (const auto* p = std::get_if<Int8Conv2dParams>(&step.params)) {
+    if (const auto* p = std::get_if<Int8Conv2dParams>(&params)) {
       const PackedLayout layout = weight_layout(*p);
       if (layout.form == WeightForm::kDepthwise) return "depthwise";
       return first_tile_name(kernels(), p->N * p->OH * p->OW, layout.width(0));
@@ -319,7 +318,7 @@ void plan_chain(ChainPlan* plan, const KernelTable& table, int64_t threads) {
   const auto phase = [&](int64_t first, int64_t last, int64_t samples, int64_t of_threads) {
     ChainPhase p{.first = first, .last = last, .samples = samples, .threads = of_threads, .products = {}};
     for (int64_t i = first; i < last; ++i)
-      p.products.push_back(plan_product(plan->steps[static_cast<size_t>(i)], samples, table, of_threads));
+      p.products.push_back(plan_product(plan->params[static_cast<size_t>(i)], samples, table, of_threads));
     return p;
   };
   plan->apart = phase(0, plan->share > 0 ? cut : 0, group, 1);
@@ -327,10 +326,10 @@ void plan_chain(ChainPlan* plan, const KernelTable& table, int64_t threads) {
   plan->together = phase(cut, steps, plan->samples, threads);
 }
 
-void run_chain(const ChainPlan& plan, const std::vector<ChainStep>& steps, const std::vector<const void*>& inputs,
+void run_chain(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
                const std::vector<void*>& results) {
   log_kernel([&] { return first_kernel(plan); });
-  ChainRun(plan, steps, inputs, results).run();
+  ChainRun(plan, params, inputs, results).run();
 }
 
 }  // namespace quant_ops

@@ -45,11 +45,13 @@ struct ChainFlatten {
 };
 
 struct ChainStep {
-  std::variant<ChainElements, Int8Conv2dParams, Int8LinearParams, ChainFlatten> params;  // of one sample, without pointers
-  std::vector<int64_t> inputs;                                                           // values
+  std::vector<int64_t> inputs;  // values
   int64_t output;
   int64_t weight_bytes;  // that the step reads
 };
+
+// Of one sample. Pointers to constants are those of a call; where a plan depends on whether one is there, it is not null.
+using ChainParams = std::variant<ChainElements, Int8Conv2dParams, Int8LinearParams, ChainFlatten>;
 
 // What is chosen for a product with a number of samples and threads.
 using ProductPlan = std::variant<std::monostate, Conv2dPlan, DepthwisePlan, LinearPlan>;
@@ -64,7 +66,8 @@ struct ChainPhase {
 struct ChainPlan {
   std::vector<ChainValue> values;
   std::vector<ChainStep> steps;
-  std::vector<int64_t> results;  // values
+  std::vector<ChainParams> params;  // of each step
+  std::vector<int64_t> results;     // values
   int64_t samples;
   int64_t workers;         // that run `apart` at the same time
   int64_t share;           // samples of each of them, a multiple of apart.samples
@@ -74,11 +77,11 @@ struct ChainPlan {
   int64_t shared_bytes;
 };
 
-// Completes a plan whose values, steps, results and samples are there.
+// Completes a plan whose values, steps, params, results and samples are there.
 void plan_chain(ChainPlan* plan, const KernelTable& table, int64_t threads);
 
-// `steps` are the plan's with the pointers of their constants.
-void run_chain(const ChainPlan& plan, const std::vector<ChainStep>& steps, const std::vector<const void*>& inputs,
+// `params` are the plan's with the pointers of this call's constants.
+void run_chain(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
                const std::vector<void*>& results);
 
 }  // namespace quant_ops

@@ -34,6 +34,7 @@ constexpr const char* kChainOps[] = {
     "quantize",           "conv2d",  "linear",    "add", "requantize", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
     "upsample_nearest2d", "flatten", "dequantize"};
 constexpr int64_t kChainOpCount = 12, kChainVersion = 1;
+constexpr int64_t kChainElement = int64_t{1} << 24;  // constants below it are whole tensors (`element` in program.py)
 constexpr const char* kChain = "int8_chain";
 
 // A step as the program has it.
@@ -51,25 +52,43 @@ struct ChainProgram {
 
 // ---- the program ----------------------------------------------------------------------------------------------------
 
+// The numbers of an encoding, which are bytes in integers (_as_words in program.py).
 class ChainReader {
  public:
-  explicit ChainReader(const Ints& code) : code_(code) {}
+  explicit ChainReader(const Ints& code) : code_(code), bytes_(code.empty() ? 0 : code[0]) {
+    QO_EXPECT(bytes_ >= 0 && bytes_ / 8 < static_cast<int64_t>(code.size()), kChain, "a program as Program.encode gives it, got ",
+              code.size(), " integers that are none");
+  }
 
   int64_t number() {
-    QO_EXPECT(at_ < code_.size(), kChain, "a program as Program.encode gives it, got ", code_.size(), " integers that end early");
-    return code_[at_++];
+    uint64_t coded = 0;
+    for (int shift = 0;; shift += 7) {
+      const uint64_t byte = next();
+      coded |= (byte & 127) << (shift & 63);
+      if (byte < 128) break;
+    }
+    return static_cast<int64_t>(coded % 2 == 0 ? coded >> 1 : ~(coded >> 1));
   }
+
+  // `count` numbers, each of which has at least a byte.
   Ints list(int64_t count) {
-    QO_EXPECT(count >= 0 && count <= static_cast<int64_t>(code_.size() - at_), kChain, "a program as Program.encode gives it, got ",
-              code_.size(), " integers that end early");
-    const auto first = code_.begin() + static_cast<int64_t>(at_);
-    at_ += static_cast<size_t>(count);
-    return Ints(first, first + count);
+    QO_EXPECT(count >= 0 && count <= bytes_ - at_, kChain, "a program as Program.encode gives it, got a list of ", count,
+              " numbers");
+    Ints numbers(static_cast<size_t>(count));
+    for (int64_t& n : numbers) n = number();
+    return numbers;
   }
 
  private:
+  uint64_t next() {
+    QO_EXPECT(at_ < bytes_, kChain, "a program as Program.encode gives it, got ", bytes_, " bytes that end early");
+    const uint64_t word = static_cast<uint64_t>(code_[static_cast<size_t>(1 + at_ / 8)]);
+    return word >> at_++ % 8 * 8 & 255;
+  }
+
   const Ints& code_;
-  size_t at_ = 0;
+  const int64_t bytes_;
+  int64_t at_ = 0;
 };
 
 // How many constants and numbers a step has.
@@ -113,7 +132,7 @@ inline ChainSource chain_source(ChainReader* reader, int64_t step, int64_t value
   source.numbers = reader->list(numbers);
   for (int64_t value : source.inputs) QO_EXPECT(value >= 0 && value < values, name, "values 0 to ", values - 1, ", got ", value);
   for (int64_t index : source.constants)
-    QO_EXPECT(index >= -1 && index < constants, name, "constants -1 to ", constants - 1, ", got ", index);
+    QO_EXPECT(index >= -1 && index % kChainElement < constants, name, "constants -1 to ", constants - 1, ", got ", index);
   return source;
 }
 
@@ -136,8 +155,9 @@ inline ChainProgram chain_program(const Ints& code, int64_t inputs, int64_t cons
 // A plan and what each call needs beside it.
 struct Chain {
   ChainPlan plan;
-  std::vector<ChainSource> sources;  // of each step
-  std::vector<ScalarType> types;     // of each value, for the caller
+  std::vector<ChainSource> sources;   // of each step
+  std::vector<PackedLayout> layouts;  // of the weight of each step, where it has one
+  std::vector<ScalarType> types;      // of each value, for the caller
 };
 
 inline ScalarType chain_type(const char* op, int64_t number) {
@@ -167,7 +187,7 @@ class ChainBuilder {
     for (const ChainSource& source : chain_.sources) add_step(source);
     shift_codes();
     chain_.plan.samples = samples_;
-    for (ChainStep& step : chain_.plan.steps) divide(&step);
+    for (ChainParams& params : chain_.plan.params) divide(&params);
     plan_chain(&chain_.plan, table_, threads_);
     return std::make_shared<const Chain>(std::move(chain_));
   }
@@ -212,10 +232,13 @@ class ChainBuilder {
            bool channels_last) {
     expect_elements(source.name.c_str(), "a result", sizes);
     add_value(sizes, type, channels_last);
-    chain_.plan.steps.push_back({.params = params,
-                                 .inputs = source.inputs,
-                                 .output = static_cast<int64_t>(chain_.plan.values.size()) - 1,
-                                 .weight_bytes = weight_bytes});
+    chain_.plan.params.push_back(params);
+    PackedLayout layout{};
+    if constexpr (std::is_same_v<Params, Int8Conv2dParams>) layout = weight_layout(params);
+    if constexpr (std::is_same_v<Params, Int8LinearParams>) layout = packed_layout(params.N, params.K, 1, 1, 1);
+    chain_.layouts.push_back(layout);
+    chain_.plan.steps.push_back(
+        {.inputs = source.inputs, .output = static_cast<int64_t>(chain_.plan.values.size()) - 1, .weight_bytes = weight_bytes});
   }
 
   static int64_t elements(const ChainValue& v) {
@@ -378,21 +401,21 @@ class ChainBuilder {
     }
     for (ChainValue& v : values)
       if (v.shifted) v.dtype = DType::kUInt8;
-    for (ChainStep& step : chain_.plan.steps) take_dtypes(&step);
+    for (size_t i = 0; i < chain_.plan.steps.size(); ++i) take_dtypes(chain_.plan.steps[i], &chain_.plan.params[i]);
   }
 
-  void take_dtypes(ChainStep* step) {
-    const DType from = value(step->inputs[0]).dtype, to = value(step->output).dtype;
-    if (auto* conv = std::get_if<Int8Conv2dParams>(&step->params)) {
+  void take_dtypes(const ChainStep& step, ChainParams* params) {
+    const DType from = value(step.inputs[0]).dtype, to = value(step.output).dtype;
+    if (auto* conv = std::get_if<Int8Conv2dParams>(params)) {
       conv->in.dtype = from;
       conv->out.dtype = to;
-    } else if (auto* linear = std::get_if<Int8LinearParams>(&step->params)) {
+    } else if (auto* linear = std::get_if<Int8LinearParams>(params)) {
       linear->in.dtype = from;
       linear->out.dtype = to;
-    } else if (auto* elements = std::get_if<ChainElements>(&step->params)) {
+    } else if (auto* elements = std::get_if<ChainElements>(params)) {
       elements->from = from;
       elements->to = to;
-      if (elements->quantizes && value(step->output).shifted) {
+      if (elements->quantizes && value(step.output).shifted) {
         elements->qmin += kSignedOffset;
         elements->qmax += kSignedOffset;
       }
@@ -400,14 +423,14 @@ class ChainBuilder {
   }
 
   // From the whole batch to one sample.
-  void divide(ChainStep* step) const {
-    if (auto* conv = std::get_if<Int8Conv2dParams>(&step->params))
+  void divide(ChainParams* params) const {
+    if (auto* conv = std::get_if<Int8Conv2dParams>(params))
       conv->N /= samples_;
-    else if (auto* linear = std::get_if<Int8LinearParams>(&step->params))
+    else if (auto* linear = std::get_if<Int8LinearParams>(params))
       linear->M /= samples_;
-    else if (auto* elements = std::get_if<ChainElements>(&step->params))
+    else if (auto* elements = std::get_if<ChainElements>(params))
       elements->n /= samples_;
-    else if (auto* flatten = std::get_if<ChainFlatten>(&step->params))
+    else if (auto* flatten = std::get_if<ChainFlatten>(params))
       flatten->images /= samples_;
   }
 
@@ -423,15 +446,16 @@ class ChainBuilder {
 class ChainConstants {
  public:
   ChainConstants(const Chain& chain, const std::vector<Tensor>& constants)
-      : chain_(chain), constants_(constants), steps_(chain.plan.steps), zero_points_(2 * steps_.size()) {
-    for (size_t i = 0; i < steps_.size(); ++i) {
+      : chain_(chain), constants_(constants), params_(chain.plan.params), zero_points_(2 * params_.size()) {
+    for (size_t i = 0; i < params_.size(); ++i) {
       source_ = &chain.sources[i];
       zero_point_ = &zero_points_[2 * i];
-      step_ = &steps_[i];
-      std::visit([&](auto& params) { take(&params); }, step_->params);
+      step_ = &chain.plan.steps[i];
+      layout_ = &chain.layouts[i];
+      std::visit([&](auto& params) { take(&params); }, params_[i]);
     }
   }
-  const std::vector<ChainStep>& steps() const { return steps_; }
+  const std::vector<ChainParams>& params() const { return params_; }
 
  private:
   const char* op() const { return source_->name.c_str(); }
@@ -440,7 +464,15 @@ class ChainConstants {
   // The constant in this place of the step; null for none.
   const Tensor* constant(size_t place) const {
     const int64_t index = source_->constants[place];
-    return index < 0 ? nullptr : &constants_[static_cast<size_t>(index)];
+    return index < 0 ? nullptr : &constants_[static_cast<size_t>(index % kChainElement)];
+  }
+
+  // Of a constant that has one element, or of which the step names one: which it is.
+  int64_t position(const char* name, size_t place, const Tensor& t) const {
+    const int64_t index = source_->constants[place], position = index / kChainElement - 1;
+    QO_EXPECT(position < 0 ? t.numel() == 1 : t.dim() == 1 && position < t.numel(), op(), name,
+              " to have one element, or one dimension with the element ", position, ", got shape ", shape_text(t));
+    return std::max<int64_t>(position, 0);
   }
 
   const float* floats(const char* name, const Tensor& t, int64_t count) {
@@ -450,7 +482,10 @@ class ChainConstants {
   }
   const float* scale(const char* name, size_t place) {
     const Tensor* t = constant(place);
-    return t == nullptr ? nullptr : floats(name, *t, 1);
+    if (t == nullptr) return nullptr;
+    const int64_t at = position(name, place, *t);
+    expect_floating(op(), name, *t);
+    return holder_.floats(*t) + at;
   }
 
   // The zero point of codes of this value, as they are kept.
@@ -459,18 +494,18 @@ class ChainConstants {
     const ChainValue& v = value(of_value);
     const int32_t shift = v.shifted ? kSignedOffset : 0;
     if (t == nullptr) return shift;
-    QO_EXPECT(t->numel() == 1, op(), name, " to have one element, got shape ", shape_text(*t));
     expect_zero_point_dtype(op(), name, *t);
     const bool is_unsigned = chain_.types[static_cast<size_t>(of_value)] == ScalarType::Byte;
     const int64_t least = is_unsigned ? 0 : -128, most = is_unsigned ? 255 : 127;
-    return static_cast<int32_t>(zero_point_value(name, *t, least, most)) + shift;
+    return static_cast<int32_t>(zero_point_value(name, *t, position(name, place, *t), least, most)) + shift;
   }
 
-  int64_t zero_point_value(const char* name, const Tensor& t, int64_t least, int64_t most) const {
+  int64_t zero_point_value(const char* name, const Tensor& t, int64_t at, int64_t least, int64_t most) const {
     if (is_floating(t.scalar_type()))
-      return round_zero_point(*to_type(t, ScalarType::Double).const_data_ptr<double>(), least, most);
-    const int64_t z = t.scalar_type() == ScalarType::Int ? *static_cast<const int32_t*>(t.const_data_ptr())
-                                                         : *to_type(t, ScalarType::Long).const_data_ptr<int64_t>();
+      return round_zero_point(as_contiguous(to_type(t, ScalarType::Double)).const_data_ptr<double>()[at], least, most);
+    const bool as_it_is = t.scalar_type() == ScalarType::Int && t.is_contiguous();
+    const int64_t z = as_it_is ? static_cast<const int32_t*>(t.const_data_ptr())[at]
+                               : as_contiguous(to_type(t, ScalarType::Long)).const_data_ptr<int64_t>()[at];
     QO_EXPECT(z >= least && z <= most, op(), name, " in [", least, ", ", most, "], got ", z);
     return z;
   }
@@ -484,11 +519,12 @@ class ChainConstants {
 
   void take(ChainFlatten*) {}
 
-  void take(Int8Conv2dParams* p) { take_product(p->O, weight_layout(*p), p); }
-  void take(Int8LinearParams* p) { take_product(p->N, packed_layout(p->N, p->K, 1, 1, 1), p); }
+  void take(Int8Conv2dParams* p) { take_product(p->O, p); }
+  void take(Int8LinearParams* p) { take_product(p->N, p); }
 
   template <class Params>
-  void take_product(int64_t channels, const PackedLayout& layout, Params* p) {
+  void take_product(int64_t channels, Params* p) {
+    const PackedLayout& layout = *layout_;
     if (const Tensor* packed = constant(0)) {
       expect_int8(op(), "packed_weight", *packed);
       p->packed = static_cast<const int8_t*>(packed->const_data_ptr());
@@ -525,12 +561,13 @@ class ChainConstants {
 
   const Chain& chain_;
   const std::vector<Tensor>& constants_;
-  std::vector<ChainStep> steps_;
+  std::vector<ChainParams> params_;
   std::vector<int32_t> zero_points_;  // two of each step
   std::vector<std::unique_ptr<std::vector<float>>> copies_;
   Holder holder_;
   const ChainSource* source_ = nullptr;
-  ChainStep* step_ = nullptr;
+  const ChainStep* step_ = nullptr;
+  const PackedLayout* layout_ = nullptr;
   int32_t* zero_point_ = nullptr;
 };
 
@@ -633,7 +670,7 @@ std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vec
     destinations.push_back(results.back().mutable_data_ptr());
     is_empty = is_empty || results.back().numel() == 0;
   }
-  if (!is_empty) run_chain(chain->plan, bound.steps(), sources, destinations);
+  if (!is_empty) run_chain(chain->plan, bound.params(), sources, destinations);
   return results;
 }
 

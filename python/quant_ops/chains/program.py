@@ -4,12 +4,15 @@ The inputs are values 0, 1, ..., and step i gives the value after those of the s
 with its arguments taken apart: values by number, tensors (scales, zero points, biases, packed weights) by their index among the
 constants, None for one that is absent, and numbers, -1 for one that is absent. ``STEPS`` has the names and the order of all.
 
+Each tensor and each integer that an operator takes costs the call a tenth of a microsecond. So scales and zero points can lie
+together, where :func:`element` names one of them, and the encoding has eight bytes an integer.
+
 A value of four dimensions lies in channels_last after a convolution, else as the first input of its step. :func:`run_steps` is the
 reference: each step by the operator of its name. cpp/cpu/chain.cpp gives the same bits on the CPU.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +26,12 @@ ACTIVATIONS = (None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
 """An ``activation`` is an index of it."""
 
 _VERSION = 1  # of the encoding
+_ELEMENT = 1 << 24  # constants below it are whole tensors
+
+
+def element(index: int, position: int) -> int:
+    """The constant that is one element of the constant ``index``, a tensor of one dimension."""
+    return (position + 1) * _ELEMENT + index
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,8 @@ def _refuse(expected: str, got: object) -> NoReturn:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: values by number, constants by index (None: absent) and numbers, each in the order of ``STEPS[op]``.
+    """One operation: values by number, constants by index or :func:`element` (None: absent) and numbers, each in the order of
+    ``STEPS[op]``.
 
     An absent residual is left out of the inputs.
     """
@@ -142,17 +152,19 @@ class Program:
                 _refuse(f"step {i} ({step.op}) to read values below {self.inputs + i}", step.inputs)
             if any(index is not None and index < 0 for index in step.constants):
                 _refuse(f"indices of constants >= 0 in step {i} ({step.op})", step.constants)
+        if len(set(self.outputs)) != len(self.outputs):
+            _refuse("outputs that differ", self.outputs)
         if not self.outputs or any(not self.inputs <= value < self.inputs + len(self.steps) for value in self.outputs):
             _refuse("outputs that are values of steps", self.outputs)
 
     def encode(self) -> list[int]:
         """The list of integers that ``int8_chain`` takes."""
-        code = [_VERSION, self.inputs, len(self.outputs), *self.outputs, len(self.steps)]
+        numbers = [_VERSION, self.inputs, len(self.outputs), *self.outputs, len(self.steps)]
         for step in self.steps:
-            code += [STEPS[step.op].code, len(step.inputs), len(step.constants), len(step.numbers), *step.inputs]
-            code += [-1 if index is None else index for index in step.constants]
-            code += step.numbers
-        return code
+            numbers += [STEPS[step.op].code, len(step.inputs), len(step.constants), len(step.numbers), *step.inputs]
+            numbers += [-1 if index is None else index for index in step.constants]
+            numbers += step.numbers
+        return _as_words(numbers)
 
     @staticmethod
     def decode(code: Sequence[int]) -> "Program":
@@ -175,9 +187,38 @@ class Program:
         return ends
 
 
+def _as_words(numbers: Sequence[int]) -> list[int]:
+    """The length in bytes, then the bytes, eight to an integer.
+
+    A byte has seven bits of a number, the lowest first, and its eighth is set if more follow. The lowest bit of all tells whether
+    the number is the complement of the others.
+    """
+    code = bytearray()
+    for number in numbers:
+        rest = 2 * number if number >= 0 else -2 * number - 1
+        while rest >= 128:
+            code.append(rest & 127 | 128)
+            rest >>= 7
+        code.append(rest)
+    length = len(code)
+    code += bytes(-length % 8)
+    return [length, *(int.from_bytes(code[i : i + 8], "little", signed=True) for i in range(0, len(code), 8))]
+
+
+def _numbers_of(words: Sequence[int]) -> Iterator[int]:
+    length, *rest = words
+    number = shift = 0
+    for byte in b"".join(word.to_bytes(8, "little", signed=True) for word in rest)[:length]:
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            yield number >> 1 if number % 2 == 0 else -(number >> 1) - 1
+            number = shift = 0
+
+
 @functools.lru_cache(maxsize=64)
 def _decode(code: tuple[int, ...]) -> Program:
-    rest = iter(code)
+    rest = _numbers_of(code)
 
     def take(count: int) -> tuple[int, ...]:
         return tuple(next(rest) for _ in range(count))
@@ -194,8 +235,10 @@ def _decode(code: tuple[int, ...]) -> Program:
                 _refuse(f"operations numbered 0 to {len(_NAMES) - 1}", operation)
             indices = (take(values), tuple(None if index == -1 else index for index in take(constants)))
             steps.append(Step(_NAMES[operation], *indices, take(numbers)))
-    except (StopIteration, RuntimeError):
-        _refuse("a program as Program.encode gives it", f"a list of {len(code)} integers that ends early")
+    except (StopIteration, RuntimeError, ValueError, OverflowError) as error:
+        if str(error).startswith("quant_ops."):
+            raise
+        _refuse("a program as Program.encode gives it", f"{len(code)} integers that are none")
     return Program(tuple(steps), inputs, outputs)
 
 
@@ -209,10 +252,16 @@ def run_steps(program: Program, inputs: Sequence[Tensor], constants: Sequence[Te
     values: list[Tensor | None] = [_dense(x) for x in inputs]
     for step, ended in zip(program.steps, program.last_uses(), strict=True):
         read = [values[number] for number in step.inputs]
-        values.append(_RUN[step.op](step, read, [None if index is None else constants[index] for index in step.constants]))
+        values.append(_RUN[step.op](step, read, [_constant(constants, index) for index in step.constants]))
         for number in ended:
             values[number] = None
     return [values[number] for number in program.outputs]  # type: ignore[misc]  # no result ends
+
+
+def _constant(constants: Sequence[Tensor], index: int | None) -> Tensor | None:
+    if index is None or index < _ELEMENT:
+        return None if index is None else constants[index]
+    return constants[index % _ELEMENT][index // _ELEMENT - 1]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -258,7 +307,8 @@ def _conv2d(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
     o, c, r, s, *geometry = step.numbers
     first, keywords = _product(step, values, constants, (o, c, r, s))
     stride, padding, dilation, groups = geometry[:2], geometry[2:6], geometry[6:8], geometry[8]
-    return _operator("int8_conv2d")(*first, stride, padding, dilation, groups, **keywords, channels_last=True)
+    channels_last = True if values[0].dim() == 4 else None
+    return _operator("int8_conv2d")(*first, stride, padding, dilation, groups, **keywords, channels_last=channels_last)
 
 
 def _linear(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
