@@ -39,7 +39,9 @@ class Builder:
         held = torch.randn(shape[0], generator=self.generator) if bias else None
         return self.constant(qo.pack_weight(weight, groups)), self.constant(scale), None if held is None else self.constant(held)
 
-    def conv(self, x, shape, source, out, dtype=INT8, activation=RELU, stride=1, padding=(0, 0, 0, 0), dilation=1, groups=1, bias=True):
+    def conv(
+        self, x, shape, source, out, dtype=INT8, activation=RELU, stride=1, padding=(0, 0, 0, 0), dilation=1, groups=1, bias=True
+    ):
         """``source`` and ``out`` are pairs of constants: scale and zero point, each None for none."""
         constants = (*self.weight(*shape, groups=groups, bias=bias), *source, *out, None, None, None)
         numbers = (*shape, stride, stride, *padding, dilation, dilation, groups, dtype, activation)
@@ -189,7 +191,9 @@ def test_encoding():
     program, _ = network()
     assert Program.decode(program.encode()) == program
     numbers = (2**40, -(2**40), 0, 127, -128, 128, 16384, -1, 1)
-    other = Program((Step("max_pool2d", (0,), (), numbers), Step("cat", (1, 0, 1), (None, element(7, 9), *[None] * 6), (-1, 0))), 1, (2,))
+    other = Program(
+        (Step("max_pool2d", (0,), (), numbers), Step("cat", (1, 0, 1), (None, element(7, 9), *[None] * 6), (-1, 0))), 1, (2,)
+    )
     assert Program.decode(other.encode()) == other
     assert len({signature.code for signature in STEPS.values()}) == len(STEPS)
 

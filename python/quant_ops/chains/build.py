@@ -1,14 +1,14 @@
 """The program of a region: which values are int8 and by which scale, the steps, and the constants that they read.
 
-A value takes the scale that the layer which reads it was calibrated with, so that its codes are those that the layer would have made
-of it. If several layers read it the widest range wins, and all of them take the codes as they are. Values that only pools and
+A value takes the scale that the layer which reads it was calibrated with, so that its codes are those that the layer would have
+made of it. If several layers read it the widest range wins, and all of them take the codes as they are. Values that only pools and
 concatenations read get a scale from what a run has observed. What the rest of the model or an addition reads too is computed in
-float and quantized once more, since errors of a sum that is rounded in every block add up.
-Read first: find.py; next: layer.py.
+float and quantized once more, since the errors of a sum that is rounded in every block add up. Read first: find.py; next: layer.py.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from ..observers import Observer
 from .find import Unit
 from .layer import Chain, Source
 from .operators import example_of
-from .program import ACTIVATIONS, DTYPES, Program, Step
+from .program import ACTIVATIONS, DTYPES, Program, Step, element
 
 _KEEP_SCALE = ("max_pool2d", "upsample_nearest2d", "flatten")  # steps that move codes and compute none
 _SAME_RANGE = 1.25  # a value that is concatenated takes the scale of the result up to this many times its own
@@ -29,29 +29,21 @@ _SAME_RANGE = 1.25  # a value that is concatenated takes the scale of the result
 
 @dataclasses.dataclass(eq=False)
 class Scale:
-    """A scale and a zero point, and where the chain keeps them.
-
-    Attributes:
-        scale: None until it has been observed.
-        zero_point: None for symmetric codes.
-        sources: of both; the zero point's is None if there is none.
-    """
+    """A scale, None until it has been observed, and a zero point, None for symmetric codes."""
 
     scale: float | None
     zero_point: int | None
-    sources: tuple[Source, Source | None]
 
     def is_as(self, other: "Scale") -> bool:
         if self is other:
             return True
-        return self.scale is not None and self.scale == other.scale and (self.zero_point or 0) == (other.zero_point or 0)
+        return self.scale is not None and (self.scale, self.zero_point or 0) == (other.scale, other.zero_point or 0)
 
 
-def _scale_of(layer: Int8Layer, path: str) -> Scale:
+def _scale_of(layer: Int8Layer) -> Scale:
     scale, zero_point = layer.input_scale, layer.input_zero_point
     assert scale is not None
-    source = None if zero_point is None else (path, "input_zero_point")
-    return Scale(scale.item(), None if zero_point is None else int(zero_point.item()), ((path, "input_scale"), source))
+    return Scale(scale.item(), None if zero_point is None else int(zero_point.item()))
 
 
 class Scales:
@@ -102,7 +94,7 @@ class Scales:
         joined: list[Scale] = []
         for unit in self.readers.get(node, ()):
             if unit.layer is not None and unit.inputs[0] is node:
-                expected.append(_scale_of(unit.layer, unit.path))
+                expected.append(_scale_of(unit.layer))
             elif unit.kind in _KEEP_SCALE and (scale := self.wanted(unit.result)) is not None:
                 expected.append(scale)
             elif unit.kind == "cat":
@@ -123,10 +115,7 @@ class Scales:
         return self.wanted(node) or self._observe(node)
 
     def _observe(self, node: fx.Node) -> Scale:
-        if node not in self.observed:
-            number = len(self.observed)
-            self.observed[node] = Scale(None, 0, (("", f"scale_{number}"), ("", f"zero_point_{number}")))
-        return self.observed[node]
+        return self.observed.setdefault(node, Scale(None, 0))
 
 
 def _width(scale: Scale) -> float:
@@ -170,21 +159,30 @@ class _Builder:
     def __init__(self, units: Sequence[Unit], scales: Scales) -> None:
         self.units, self.scales = units, scales
         self.steps: list[Step] = []
-        self.sources: list[Source] = []
+        self.sources: list[Source] = [("", "scales"), ("", "zero_points")]
+        self.known: list[Scale] = []  # the elements of these two
         self.paths: list[str] = []  # of each step's layer, empty if it has none
         self.inputs = [node for node in dict.fromkeys(node for unit in units for node in unit.inputs) if node not in scales.unit_of]
         self.floats = {node: i for i, node in enumerate(self.inputs)}  # the number of each value that is there in float
         self.codes: dict[fx.Node, list[tuple[int, Scale]]] = {}  # the number of each value's codes, by each of its scales
 
-    def constant(self, source: Source | None) -> int | None:
-        if source is None:
-            return None
-        if source not in self.sources:
-            self.sources.append(source)
-        return self.sources.index(source)
-
     def constants_of(self, scale: Scale | None) -> tuple[int | None, int | None]:
-        return (None, None) if scale is None else (self.constant(scale.sources[0]), self.constant(scale.sources[1]))
+        """Scale and zero point."""
+        if scale is None:
+            return None, None
+        position = next((i for i, known in enumerate(self.known) if known.is_as(scale)), len(self.known))
+        self.known[position:] = self.known[position:] or [scale]
+        return element(0, position), None if scale.zero_point is None else element(1, position)
+
+    def held_by(self, unit: Unit) -> list[int | None]:
+        """Packed weight, weight scale and bias of a unit's layer."""
+        names = ["packed_weight", "weight_scale"]
+        if unit.layer.bias is not None or unit.batchnorm is not None:
+            names.append("bias")
+        if (unit.path, names[0]) not in self.sources:
+            self.sources += [(unit.path, name) for name in names]
+        held = [self.sources.index((unit.path, name)) for name in names]
+        return [*held, *[None] * (3 - len(held))]
 
     def add(
         self, op: str, inputs: Sequence[int], constants: Sequence[int | None] = (), numbers: Sequence[int] = (), path: str = ""
@@ -228,8 +226,7 @@ class _Builder:
     # ---- one function for each kind: the number of the value by the scale, or in float without one ----------------------
 
     def _product(self, unit: Unit, out: Scale | None, shape: Sequence[int], dtype: int) -> int:
-        layer, path = unit.layer, unit.path
-        x, x_scale = self.read(unit.inputs[0], _scale_of(layer, path))
+        x, x_scale = self.read(unit.inputs[0], _scale_of(unit.layer))
         inputs, residual = [x], None
         if unit.residual is not None:
             if unit.residual in self.floats:
@@ -237,20 +234,18 @@ class _Builder:
             else:
                 number, residual = self.read(unit.residual)
                 inputs.append(number)
-        held = {name: (path, name) for name in ("packed_weight", "weight_scale", "bias")}
-        bias = layer.bias is not None or unit.batchnorm is not None
         constants = (
-            *(self.constant(held[name]) if name != "bias" or bias else None for name in held),
+            *self.held_by(unit),
             *self.constants_of(x_scale),
             *self.constants_of(out),
             *self.constants_of(residual),
-            None,  # the weight itself, which CUDA reads, is added where the chain is
+            None,  # the weight itself, which the chain adds where CUDA reads it
         )
-        return self.add(unit.kind, inputs, constants, (*shape, dtype, ACTIVATIONS.index(unit.activation)), path)
+        return self.add(unit.kind, inputs, constants, (*shape, dtype, ACTIVATIONS.index(unit.activation)), unit.path)
 
     def _conv2d(self, unit: Unit, out: Scale | None, dtype: int) -> int:
         assert isinstance(unit.layer, QuantConv2d)
-        options = {"stride": (1, 1), "padding": [0] * 4, "dilation": (1, 1), **unit.layer._conv_options}
+        options: dict[str, Any] = {"stride": (1, 1), "padding": [0] * 4, "dilation": (1, 1), **unit.layer._conv_options}
         geometry = (*options["stride"], *options["padding"], *options["dilation"], unit.layer.groups)
         return self._product(unit, out, (*unit.layer._weight_shape, *geometry), dtype)
 
@@ -279,10 +274,10 @@ class _Builder:
         return self.add("flatten", (self._rescaled("adaptive_avg_pool2d", unit, out, (1, 1, dtype)),), (), (1,))
 
     def _cat(self, unit: Unit, out: Scale | None, dtype: int) -> int:
-        values, scales = zip(*(self.read(node, out) for node in unit.inputs), strict=True)
-        pairs = [self.constants_of(scale) for scale in scales]
-        constants = (*(scale for scale, _ in pairs), *(zero_point for _, zero_point in pairs), *self.constants_of(out))
-        return self.add("cat", values, constants, (*unit.numbers, dtype))
+        read = [self.read(node, out) for node in unit.inputs]
+        pairs = [self.constants_of(scale) for _, scale in read]
+        constants = [*(scale for scale, _ in pairs), *(zero_point for _, zero_point in pairs), *self.constants_of(out)]
+        return self.add("cat", [number for number, _ in read], constants, (*unit.numbers, dtype))
 
 
 def region_of(units: list[Unit], residual_dtype: torch.dtype) -> Region:
@@ -300,12 +295,8 @@ def chain_of(region: Region, observers: Mapping[fx.Node, Observer]) -> Chain:
     Raises:
         ValueError: nothing finite has been observed of a value.
     """
-    values: dict[str, Tensor] = {}
     for node, scale in region.scales.observed.items():
         found, zero_point = observers[node].qparams()
-        for source, tensor in zip(scale.sources, (found, zero_point), strict=True):
-            assert source is not None
-            values[source[1]] = tensor.reshape(()).clone()
         scale.scale, scale.zero_point = found.item(), int(zero_point.item())
     for unit in region.units:
         if unit.batchnorm is not None:
@@ -313,26 +304,18 @@ def chain_of(region: Region, observers: Mapping[fx.Node, Observer]) -> Chain:
     builder = _Builder(region.units, region.scales)
     for unit in region.units:
         builder.write(unit)
-    steps, sources = _by_owner(builder.steps, builder.sources)
-    program = Program(steps, len(builder.inputs), tuple(builder.floats[node] for node in region.results))
+    program = Program(tuple(builder.steps), len(builder.inputs), tuple(builder.floats[node] for node in region.results))
     layers = {unit.path: unit.layer for unit in region.units if unit.layer is not None}
-    return Chain(program, sources, builder.paths, layers, values)
-
-
-def _by_owner(steps: Sequence[Step], sources: Sequence[Source]) -> tuple[tuple[Step, ...], list[Source]]:
-    """The constants of one layer side by side: a call of the chain then looks at each layer once."""
-    order = sorted(range(len(sources)), key=lambda i: [path for path, _ in sources].index(sources[i][0]))
-    place = {old: new for new, old in enumerate(order)}
-    moved = [
-        dataclasses.replace(step, constants=tuple(None if index is None else place[index] for index in step.constants))
-        for step in steps
-    ]
-    return tuple(moved), [sources[i] for i in order]
+    device = next(iter(layers.values())).device
+    scales = torch.tensor([scale.scale for scale in builder.known], dtype=torch.float32, device=device)
+    zero_points = torch.tensor([scale.zero_point or 0 for scale in builder.known], dtype=torch.int32, device=device)
+    return Chain(program, builder.sources, builder.paths, layers, scales, zero_points)
 
 
 def _fold(layer: Int8Layer, batchnorm: nn.BatchNorm2d) -> None:
-    """Folds a BatchNorm into the scales and the bias of the layer before it: its codes stay, but for a sign where the gain is negative."""
-    assert batchnorm.running_mean is not None and batchnorm.running_var is not None
+    """Folds a BatchNorm into the scales and the bias of the layer before it. Codes change their sign where the gain is negative."""
+    assert batchnorm.running_mean is not None
+    assert batchnorm.running_var is not None
 
     def double(tensor: Tensor | None, default: float) -> Tensor:
         like = layer.weight_scale.double()

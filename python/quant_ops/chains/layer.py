@@ -5,7 +5,9 @@ program.py.
 """
 
 import dataclasses
+import itertools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,17 +33,19 @@ class Chain(nn.Module):
     Made by :func:`chain_`. Takes and gives floating tensors; images are (N, C, H, W), and results lie in channels_last. It is for
     inference: a gradient is refused.
 
-    A chain owns its layers, under their names in the model below ``layers``, and reads their weights, biases and scales where they
-    lie. Its ``state_dict`` has theirs, the scales that were observed for the chain, and the program, so that loading one makes the
-    chain that was saved.
+    A chain owns its layers, under their names in the model below ``layers``, and reads their weights, biases where they
+    lie. Its ``state_dict`` has theirs, the scales of the values and the program: loading it makes the chain that was saved.
 
     Attributes:
         program: the steps; see :mod:`quant_ops.chains.program`.
         layers: the quantized layers.
+        scales, zero_points: of the values, float32 and int32. Layers keep theirs, which are not read.
     """
 
     program: Program
     layers: nn.Module
+    scales: Tensor
+    zero_points: Tensor
 
     def __init__(
         self,
@@ -49,27 +53,38 @@ class Chain(nn.Module):
         sources: Sequence[Source],
         paths: Sequence[str],
         layers: Mapping[str, QuantizedLayer],
-        values: Mapping[str, Tensor],
+        scales: Tensor,
+        zero_points: Tensor,
     ) -> None:
         """
         Args:
             sources: of every constant of the program.
             paths: the name of each step's layer, empty for a step without one.
             layers: by name.
-            values: scales and zero points that belong to no layer.
+            scales, zero_points: of the values, float32 and int32.
         """
         super().__init__()
         self.layers = nn.Module()
         for path, layer in layers.items():
             _place(self.layers, path, layer)
-        for name, tensor in values.items():
-            self.register_buffer(name, tensor)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zero_points", zero_points)
         self._describe(program, sources, paths)
         self.eval()
 
     def _describe(self, program: Program, sources: Sequence[Source], paths: Sequence[str]) -> None:
         self.program, self._sources, self._paths = program, tuple(sources), tuple(paths)
-        self._held: tuple[list[int], list[tuple[nn.Module, list[str]]]] | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what a call needs, on whichever device the chain is now."""
+        program, sources = self.program, self._sources
+        if self.device.type == "cuda":
+            program, sources = self._with_weights()
+        self._code = program.encode()
+        groups = itertools.groupby(sources, operator.itemgetter(0))
+        self._constants = [(path, [name for _, name in group]) for path, group in groups]  # by owner, whose buffers they are
+        self._owners: list[nn.Module] | None = None
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
@@ -79,36 +94,26 @@ class Chain(nn.Module):
             tracer: Any = inputs[0].tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
             return node
-        code, owners = self._arguments()
-        constants: list[Any] = []
-        for module, names in owners:
-            buffers = module._buffers
-            constants.extend([buffers[name] for name in names])
+        constants = self.constants()
         if is_compiling() or torch.is_inference_mode_enabled() or in_transform() is not None or wants_derivative(inputs):
-            results = call(_int8_chain, inputs, constants, code)
+            results = call(_int8_chain, inputs, constants, self._code)
         else:
             with _below_autograd():
-                results = call(_int8_chain, inputs, constants, code)
+                results = call(_int8_chain, inputs, constants, self._code)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _arguments(self) -> tuple[list[int], list[tuple[nn.Module, list[str]]]]:
-        """The encoded program, and the modules and names of the buffers that are its constants."""
-        if self._held is not None and not is_compiling():
-            return self._held
-        program, sources = self.program, self._sources
-        if self.device.type == "cuda":
-            program, sources = self._with_weights()
-        owners: list[tuple[nn.Module, list[str]]] = []
-        last = None
-        for path, name in sources:
-            if path != last:
-                owners.append((self.layers.get_submodule(path) if path else self, []))
-                last = path
-            owners[-1][1].append(name)
-        held = program.encode(), owners
-        if not is_compiling():
-            self._held = held
-        return held
+    def constants(self) -> list[Tensor]:
+        """The constants of the program, in their order: buffers of the chain and of its layers."""
+        owners = self._owners
+        if owners is None or is_compiling():
+            owners = [self.layers.get_submodule(path) if path else self for path, _ in self._constants]
+            if not is_compiling():
+                self._owners = owners
+        constants: list[Any] = []
+        for owner, (_, names) in zip(owners, self._constants, strict=True):
+            buffers = owner._buffers
+            constants.extend([buffers[name] for name in names])
+        return constants
 
     def _with_weights(self) -> tuple[Program, tuple[Source, ...]]:
         """CUDA's kernels read the weight itself, beside the packed one."""
@@ -125,7 +130,7 @@ class Chain(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the chain is."""
-        return next(self.buffers()).device
+        return self.scales.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Chain":
         before = dict(self._buffers)
@@ -134,7 +139,7 @@ class Chain(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:  # .half() and friends
                 self._buffers[name] = old.to(new.device)
-        self._held = None
+        self._prepare()
         return self
 
     # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -159,11 +164,6 @@ class Chain(nn.Module):
         mine = {path for path in self._paths if path}
         if theirs := {path for path in paths if path} ^ mine:
             raise RuntimeError(f"quant_ops.Chain: expected a chain of the same layers, got a difference in {sorted(theirs)}")
-        for name in {name for path, name in sources if not path} - set(self._buffers):
-            kind = torch.int32 if name.startswith("zero_point") else torch.float32
-            self.register_buffer(name, torch.empty((), dtype=kind, device=self.device))
-        for name in set(self._buffers) - {name for path, name in sources if not path}:
-            del self._buffers[name]
         self._describe(program, sources, paths)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -174,10 +174,14 @@ class Chain(nn.Module):
             except RuntimeError as error:
                 args[-1].append(str(error))
                 return
+        for name in ("scales", "zero_points"):  # as many as that program has
+            stored, held = state_dict.get(prefix + name), self._buffers[name]
+            if isinstance(stored, Tensor) and held is not None and stored.shape != held.shape:
+                self._buffers[name] = torch.empty(stored.shape, dtype=held.dtype, device=held.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_owners": None}
 
     def extra_repr(self) -> str:
         layers = len({path for path in self._paths if path})

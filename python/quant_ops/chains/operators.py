@@ -205,6 +205,12 @@ def _gelu(x: tuple[fx.Node], approximate: str) -> Op:
     return Op("activation", x, ("gelu_tanh" if approximate == "tanh" else "gelu",))
 
 
+def _batchnorm(x: tuple[fx.Node], module: nn.BatchNorm2d) -> Op:
+    if module.running_mean is None:
+        raise _Unknown("it has no running statistics: it normalizes with those of each batch")
+    return Op("batchnorm", x, layer=module)
+
+
 _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
     nn.ReLU: _activation("relu"),
     nn.ReLU6: _activation("relu6"),
@@ -220,15 +226,9 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
     nn.Upsample: lambda x, m: _upsample(x, m.size, m.scale_factor, m.mode),
     nn.UpsamplingNearest2d: lambda x, m: _upsample(x, m.size, m.scale_factor, m.mode),
     nn.Flatten: lambda x, m: _flatten(x, m.start_dim, m.end_dim),
-    nn.BatchNorm2d: lambda x, m: _batchnorm(x, m),
+    nn.BatchNorm2d: _batchnorm,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), lambda x, m: Op("same", x)),
 }
-
-
-def _batchnorm(x: tuple[fx.Node], module: nn.BatchNorm2d) -> Op:
-    if module.running_mean is None:
-        raise _Unknown("it has no running statistics: it normalizes with those of each batch")
-    return Op("batchnorm", x, layer=module)
 
 
 # ---- functions and methods -----------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def _dropout(node: fx.Node, input: Any, p: float = 0.5, training: bool = True, i
 
 
 def _pool(make: Callable[..., Op]) -> Callable[..., Op]:
-    return lambda node, input, **arguments: make(_tensors(input), **arguments)
+    return lambda _, input, **arguments: make(_tensors(input), **arguments)
 
 
 _X = ("input",)

@@ -169,19 +169,19 @@ def chain_(
 ) -> ChainResult:
     """Joins the layers of a calibrated int8 model to chains, in place: values stay int8 from one layer to the next.
 
-    What follows a convolution or a linear layer is computed where its sums are: an addition, an activation, the rounding to the next
-    layer's codes. Pools and concatenations work on codes. Each chain is one call of :func:`int8_chain`. A value has the scale that
-    the layer which reads it was calibrated with; additions and pools, whose values have none, get one from ``example_inputs`` and
-    ``calibration``.
+    What follows a convolution or a linear layer is computed where its sums are: an addition, an activation, the rounding to the
+    next layer's codes. Pools and concatenations work on codes. Each chain is one call of :func:`int8_chain`. A value has the scale
+    that the layer which reads it was calibrated with; one that only additions and pools read, which have none, gets it from
+    ``example_inputs`` and ``calibration``.
 
     The model is traced by ``torch.fx`` and becomes an ``fx.GraphModule``. Modules that cannot be traced stay as they are, and those
     inside of them are traced by themselves.
 
     Args:
         model: in eval mode, with layers of static quantization (:class:`Int8Static`). Fold BatchNorms before quantizing.
-        example_inputs: a batch: a tensor is the model's argument, a tuple or list are its arguments, a mapping its keyword arguments.
-            It has to take the path through the model that matters, with tensors of the dtype that the model will get; batch and
-            image sizes may be others.
+        example_inputs: a batch: a tensor is the model's argument, a tuple or list are its arguments, a mapping its keyword
+            arguments. It has to take the path through the model that matters, with tensors of the dtype that the model will get;
+            batch and image sizes may be others.
         calibration: batches as for :func:`calibrate`, for the scales that are new. Without it ``example_inputs`` is all that they
             are chosen by, and has to be data as the model will see it.
         residual_dtype: of values that additions read: float16 or float32, or int8, which is faster and rounds the sum that runs
@@ -192,7 +192,8 @@ def chain_(
 
     Raises:
         TypeError: calibration is one batch.
-        ValueError: residual_dtype is another dtype, the model is in training mode or is a layer itself, or a value that needs a scale held NaN or Inf only.
+        ValueError: residual_dtype is another dtype, the model is in training mode or is a layer itself, or a value that needs a
+            scale held NaN or Inf in every batch.
     """
     if isinstance(model, QuantizedLayer):
         raise ValueError(f"quant_ops.chain_: expected a model that contains layers, got a bare {type(model).__name__}.")
