@@ -492,6 +492,94 @@ void check_conv2d(Random* random, InputMode mode, int i, Log* log) {
   out.log(named("int8_conv2d: mode, N, C, O, groups, R, S", {int64_t(mode), p.N, p.C, p.O, p.groups, p.R, p.S}), log);
 }
 
+// Rows of codes or floats, with and without a residual, whose result has gaps between its rows.
+void check_pointwise(Random* random, int i, Log* log) {
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8, DType::kUInt8};
+  PointwiseParams p{.rows = random->between(1, 5), .columns = random->between(1, random->one_in(4) ? 1500 : 300)};
+  const int64_t n = p.rows * p.columns;
+  p.x_dtype = dtypes[random->one_in(3) ? i % 3 : 3 + i % 2];
+  p.out.dtype = dtypes[random->between(0, 4)];
+  p.residual.dtype = dtypes[random->one_in(3) ? random->between(0, 2) : random->between(3, 4)];
+  p.function = static_cast<Function>(random->one_in(2) ? random->between(0, 2) : random->between(0, kFunctions - 1));
+  p.y_stride = p.columns + (random->one_in(2) ? 0 : random->between(1, 9));
+  const bool plain = !random->one_in(4);
+  const Bytes x(n * dtype_bytes(p.x_dtype)), r(n * dtype_bytes(p.residual.dtype));
+  fill(x, p.x_dtype, random, 6, plain ? 0 : 20);
+  fill(r, p.residual.dtype, random, 6, plain ? 0 : 20);
+  const float scales[3] = {random->real(plain ? 3 : 60, plain ? 0 : 6), random->real(plain ? 3 : 60, plain ? 0 : 6),
+                           random->real(plain ? 3 : 60, plain ? 0 : 6)};
+  const auto zero_of = [&](DType dtype) {
+    return static_cast<int32_t>(dtype == DType::kInt8 ? random->between(-128, 127) : random->between(0, 255));
+  };
+  const int32_t zeros[3] = {zero_of(p.x_dtype), zero_of(p.residual.dtype), zero_of(p.out.dtype)};
+  p.x = x.data();
+  p.x_scale = &scales[0];
+  p.x_zero_point = &zeros[0];
+  p.residual.r = random->one_in(2) ? r.data() : nullptr;
+  p.residual.scale = &scales[1];
+  p.residual.zero_point = &zeros[1];
+  p.out.scale = &scales[2];
+  p.out.zero_point = &zeros[2];
+  const int64_t y_bytes = ((p.rows - 1) * p.y_stride + p.columns) * dtype_bytes(p.out.dtype);
+  const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
+  p.out.y = y.data();
+  pointwise_cpu(p);
+  log->add(named("pointwise: x, residual, function, result, rows, columns",
+                 {int64_t(p.x_dtype), p.residual.r ? int64_t(p.residual.dtype) : -1, int64_t(p.function), int64_t(p.out.dtype),
+                  p.rows, p.columns}),
+           y.data(), y_bytes, p.out.dtype);
+}
+
+PoolAxis any_axis(Random* random, bool dilates) {
+  PoolAxis a{.size = random->between(1, 12), .dilation = dilates ? random->between(1, 2) : 1};
+  if (!dilates && random->one_in(3)) {
+    a.out = random->between(1, 13);
+    return a;
+  }
+  a.stride = random->between(1, 3);
+  do {
+    a.kernel = random->between(1, 4);
+    a.pad = random->between(0, a.kernel / 2);
+    a.out = a.size + 2 * a.pad - a.dilation * (a.kernel - 1) - 1;
+  } while (a.out < 0);
+  a.out = a.out / a.stride + 1;
+  return a;
+}
+
+void check_pools(Random* random, int i, Log* log) {
+  const DType dtype = i % 2 ? DType::kInt8 : DType::kUInt8;
+  PoolShape s{.N = random->between(1, 2), .C = random->one_in(2) ? random->between(1, 40) : random->between(1, 300)};
+  const bool averages = i % 4 < 2;
+  s.h = any_axis(random, !averages);
+  do s.w = any_axis(random, !averages);
+  while ((s.w.kernel == 0) != (s.h.kernel == 0));
+  s.y_channels_last = random->one_in(2);
+  const int64_t H = s.h.size, W = s.w.size;
+  const int64_t strides[2][4] = {{s.C * H * W, H * W, W, 1}, {s.C * H * W, 1, W * s.C, s.C}};
+  std::copy(strides[s.y_channels_last], strides[s.y_channels_last] + 4, s.x_stride);
+  const Bytes x(s.N * s.C * H * W);
+  fill(x, dtype, random, 6, 0);
+  const int64_t results = s.N * s.C * s.h.out * s.w.out;
+  const std::string name = named(averages ? "average: N, C, H, W, OH, OW, last" : "max: N, C, H, W, OH, OW, last",
+                                 {s.N, s.C, H, W, s.h.out, s.w.out, s.y_channels_last});
+  if (!averages) {
+    const Bytes y(results);
+    max_pool2d_cpu({.shape = s, .x = x.data(), .y = y.data(), .dtype = dtype});
+    return log->add(name, y.data(), results, dtype);
+  }
+  const float scale = std::fabs(random->real(4, 0)), out_scale = std::fabs(random->real(4, 0));
+  const int32_t zero = static_cast<int32_t>(dtype == DType::kInt8 ? random->between(-128, 127) : random->between(0, 255)),
+                out_zero = 9;
+  AvgPoolParams p{.shape = s, .x = x.data(), .dtype = dtype, .x_scale = &scale, .x_zero_point = &zero};
+  p.counts_padding = random->one_in(2);
+  p.divisor = random->one_in(3) ? random->between(1, 9) : 0;
+  p.out = {.dtype = random->one_in(2) ? DType::kFloat32 : dtype, .scale = &out_scale, .zero_point = &out_zero};
+  const Bytes y(results * dtype_bytes(p.out.dtype));
+  p.out.y = y.data();
+  avg_pool2d_cpu(p);
+  log->add(name, y.data(), y.bytes(), p.out.dtype);
+}
+
 // The gradients of scale and zero point are sums in float64 in a fixed order.
 void check_backward(Random* random, DType dtype, Log* log) {
   const int64_t n = random->between(1, 3000), odd = random->one_in(2) ? 0 : 50;
@@ -670,6 +758,8 @@ bool run(const KernelTable& table, Log* log) {
       check_conv2d(&random, mode, i, log);
     }
   for (int i = 0; i < 96; ++i) check_weight_only(&random, i, log);
+  for (int i = 0; i < 240; ++i) check_pointwise(&random, i, log);
+  for (int i = 0; i < 160; ++i) check_pools(&random, i, log);
   for (int i = 0; i < 18; ++i) {
     check_backward(&random, kFloats[i % 3], log);
     check_float_driver(&random, kFloats[i % 3], log);

@@ -30,7 +30,7 @@ constexpr int64_t kOwnBytes =
 // tiles are then cut from all pixels together.
 bool is_pixelwise(const Int8Conv2dParams& p) {
   const bool one = p.R == 1 && p.S == 1 && p.stride[0] == 1 && p.stride[1] == 1 && p.OH == p.H && p.OW == p.W && p.groups == 1;
-  return one && p.in.mode == Activation::kQuantized && p.x_stride[1] == 1 && p.y_channels_last;
+  return one && p.in.mode == InputMode::kQuantized && p.x_stride[1] == 1 && p.y_channels_last;
 }
 
 Int8Conv2dParams of_samples(Int8Conv2dParams p, int64_t samples) {
@@ -187,35 +187,92 @@ class ChainRun {
   void run_phase(const ChainPhase& phase, int64_t sample, char* own) const {
     for (int64_t i = phase.first; i < phase.last; ++i) {
       const ChainStep& step = plan_.steps[static_cast<size_t>(i)];
+      const Memory memory{.x = address(step.inputs[0], sample, own),
+                          .second = step.inputs.size() > 1 ? address(step.inputs[1], sample, own) : nullptr,
+                          .y = address(step.output, sample, own)};
       const ProductPlan& product = phase.products[static_cast<size_t>(i - phase.first)];
-      const void* x = address(step.inputs[0], sample, own);
-      void* y = address(step.output, sample, own);
-      std::visit(Overloaded{[&](const Int8Conv2dParams& one) {
-                              Int8Conv2dParams p = of_samples(one, phase.samples);
-                              p.in.x = x;
-                              p.out.y = y;
-                              run_product(product, p);
-                            },
-                            [&](const Int8LinearParams& one) {
-                              Int8LinearParams p = of_samples(one, phase.samples);
-                              p.in.x = x;
-                              p.out.y = y;
-                              run_linear(std::get<LinearPlan>(product), p);
-                            },
-                            [&](const ChainElements& p) { run_elements(p, phase.samples, x, y); },
-                            [&](const ChainFlatten& p) {
-                              if (x != y) run_flatten(p, phase.samples, x, y);
-                            }},
+      const int64_t samples = phase.samples;
+      std::visit(Overloaded{
+                     [&](const Int8Conv2dParams& p) { run_conv2d(of_samples(p, samples), product, memory); },
+                     [&](const Int8LinearParams& p) { run_linear(of_samples(p, samples), product, memory); },
+                     [&](const ChainElements& p) { run_elements(p, samples, memory); },
+                     [&](const ChainFlatten& p) { run_flatten(p, samples, memory); },
+                     [&](const PointwiseParams& p) { run_pointwise(p, samples, memory); },
+                     [&](const MaxPoolParams& p) { run_max_pool(p, samples, memory); },
+                     [&](const AvgPoolParams& p) { run_avg_pool(p, samples, memory); },
+                     [&](const UpsampleParams& p) { run_upsample(p, samples, memory); },
+                     [&](const ChainCat& p) {
+                       char* y = static_cast<char*>(memory.y);
+                       for (size_t part = 0; part < p.parts.size(); ++part)
+                         y = run_part(p.parts[part], samples, address(step.inputs[part], sample, own), y);
+                     },
+                 },
                  params_[static_cast<size_t>(i)]);
     }
   }
 
-  static void run_product(const ProductPlan& product, const Int8Conv2dParams& p) {
-    if (const auto* plan = std::get_if<DepthwisePlan>(&product)) return run_depthwise(*plan, p);
-    run_conv2d(std::get<Conv2dPlan>(product), p);
+  // The values of a step, from the first sample on.
+  struct Memory {
+    const void* x;
+    const void* second;  // residual or b; null without one
+    void* y;
+  };
+
+  static void run_conv2d(Int8Conv2dParams p, const ProductPlan& product, const Memory& memory) {
+    p.in.x = memory.x;
+    p.out.residual.r = memory.second;
+    p.out.y = memory.y;
+    if (const auto* plan = std::get_if<DepthwisePlan>(&product)) return quant_ops::run_depthwise(*plan, p);
+    quant_ops::run_conv2d(std::get<Conv2dPlan>(product), p);
   }
 
-  static void run_elements(const ChainElements& p, int64_t samples, const void* x, void* y) {
+  static void run_linear(Int8LinearParams p, const ProductPlan& product, const Memory& memory) {
+    p.in.x = memory.x;
+    p.out.residual.r = memory.second;
+    p.out.y = memory.y;
+    quant_ops::run_linear(std::get<LinearPlan>(product), p);
+  }
+
+  static void run_pointwise(PointwiseParams p, int64_t samples, const Memory& memory) {
+    p.columns *= samples;
+    p.y_stride = p.columns;
+    p.x = memory.x;
+    p.residual.r = memory.second;
+    p.out.y = memory.y;
+    pointwise_cpu(p);
+  }
+
+  // Returns where the next part begins.
+  static char* run_part(PointwiseParams p, int64_t samples, const void* x, char* y) {
+    p.rows *= samples;
+    p.x = x;
+    p.out.y = y;
+    pointwise_cpu(p);
+    return y + p.columns * dtype_bytes(p.out.dtype);
+  }
+
+  static void run_max_pool(MaxPoolParams p, int64_t samples, const Memory& memory) {
+    p.shape.N *= samples;
+    p.x = memory.x;
+    p.y = memory.y;
+    max_pool2d_cpu(p);
+  }
+
+  static void run_avg_pool(AvgPoolParams p, int64_t samples, const Memory& memory) {
+    p.shape.N *= samples;
+    p.x = memory.x;
+    p.out.y = memory.y;
+    avg_pool2d_cpu(p);
+  }
+
+  static void run_upsample(UpsampleParams p, int64_t samples, const Memory& memory) {
+    p.N *= samples;
+    p.x = memory.x;
+    p.y = memory.y;
+    upsample_nearest2d_cpu(p);
+  }
+
+  static void run_elements(const ChainElements& p, int64_t samples, const Memory& memory) {
     Iteration it;
     it.ndim = 1;
     it.operands = 4;
@@ -223,8 +280,8 @@ class ChainRun {
     it.stride[0][0] = it.stride[1][0] = 1;
     if (p.quantizes)
       quantize_cpu({.it = it,
-                    .x = x,
-                    .y = y,
+                    .x = memory.x,
+                    .y = memory.y,
                     .x_dtype = p.from,
                     .y_dtype = p.to,
                     .scale = p.scale,
@@ -235,8 +292,8 @@ class ChainRun {
                     .simulate = false});
     else
       dequantize_cpu({.it = it,
-                      .q = x,
-                      .y = y,
+                      .q = memory.x,
+                      .y = memory.y,
                       .q_dtype = p.from,
                       .y_dtype = p.to,
                       .scale = p.scale,
@@ -244,11 +301,12 @@ class ChainRun {
                       .exact_in_float32 = true});
   }
 
-  static void run_flatten(const ChainFlatten& p, int64_t samples, const void* x, void* y) {
+  static void run_flatten(const ChainFlatten& p, int64_t samples, const Memory& memory) {
+    if (memory.x == memory.y) return;
     const int64_t image = p.pixels * p.channels * p.element_bytes;
     for (int64_t n = 0; n < p.images * samples; ++n)
-      transpose_store(p.element_bytes, static_cast<const char*>(x) + n * image, p.pixels, p.channels, p.channels,
-                      static_cast<char*>(y) + n * image, p.pixels);
+      transpose_bytes(p.element_bytes, static_cast<const char*>(memory.x) + n * image, p.channels, p.pixels, p.channels,
+                      static_cast<char*>(memory.y) + n * image, p.pixels);
   }
 
   // Of the samples from this one on; what a worker has of its own starts with it.

@@ -50,8 +50,14 @@ struct ChainStep {
   int64_t weight_bytes;  // that the step reads
 };
 
+// int8_cat: of each value the rows that it gives to those of the result; y_stride and `out` without y are those of the result.
+struct ChainCat {
+  std::vector<PointwiseParams> parts;
+};
+
 // Of one sample. Pointers to constants are those of a call; where a plan depends on whether one is there, it is not null.
-using ChainParams = std::variant<ChainElements, Int8Conv2dParams, Int8LinearParams, ChainFlatten>;
+using ChainParams = std::variant<ChainElements, Int8Conv2dParams, Int8LinearParams, ChainFlatten, PointwiseParams, MaxPoolParams,
+                                 AvgPoolParams, ChainCat, UpsampleParams>;
 
 // What is chosen for a product with a number of samples and threads.
 using ProductPlan = std::variant<std::monostate, Conv2dPlan, DepthwisePlan, LinearPlan>;

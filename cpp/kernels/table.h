@@ -225,6 +225,46 @@ constexpr float kFewLimit = 0x1p80f;
 
 constexpr int64_t kFloatRows = 6;
 
+// n elements as in PointwiseParams (ops.h); x may also be int32, a sum of codes less that of their zero points. y may be x or the
+// residual themselves if their elements are as wide.
+struct PointwiseRun {
+  int64_t n;
+  const void* x;
+  DType x_dtype;
+  float x_scale;
+  int32_t x_zero_point;
+  const void* residual = nullptr;
+  DType residual_dtype = DType::kInt8;
+  float residual_scale = 0.0f;
+  int32_t residual_zero_point = 0;
+  Function function;
+  void* y;
+  DType y_dtype;
+  float out_scale;
+  int32_t out_zero_point;
+};
+
+// The largest code over windows of `rows` rows, `row` codes apart, of `taps` pixels, `tap` codes apart; n codes of each pixel, of
+// as many windows as there are `pixels` of the result. A window has at least one tap.
+struct MaxRun {
+  const void* x;
+  DType dtype;  // int8 or uint8
+  int64_t rows, row, taps, tap;
+  int64_t n;
+  int64_t pixels, x_pixel;  // codes between the first taps of neighbouring windows
+  void* y;
+  int64_t y_pixel;
+};
+
+// The sums over one such window.
+struct SumRun {
+  const void* x;
+  DType dtype;
+  int64_t rows, row, taps, tap;
+  int64_t n;
+  int32_t* sums;
+};
+
 // Rows of floats to the dtype of a result.
 struct StoreRun {
   const float* from;
@@ -411,6 +451,9 @@ struct VectorKernels {
   void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
   void (*quantize_affine)(const AffineRun&);
   void (*dequantize_affine)(const AffineRun&);
+  void (*pointwise)(const PointwiseRun&);
+  void (*max_pool)(const MaxRun&);
+  void (*sum_pool)(const SumRun&);
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.

@@ -11,6 +11,8 @@
 #include "cpu/chain.h"
 #include "torch/conv2d.h"
 #include "torch/linear.h"
+#include "torch/pointwise.h"
+#include "torch/pool.h"
 #include "torch/quantize.h"
 
 namespace quant_ops {
@@ -158,6 +160,7 @@ struct Chain {
   std::vector<ChainSource> sources;   // of each step
   std::vector<PackedLayout> layouts;  // of the weight of each step, where it has one
   std::vector<ScalarType> types;      // of each value, for the caller
+  int64_t zero_points = 0;            // that the steps read, at most
 };
 
 inline ScalarType chain_type(const char* op, int64_t number) {
@@ -221,9 +224,15 @@ class ChainBuilder {
       case ChainOp::kQuantize: return add_quantize(source);
       case ChainOp::kConv2d: return add_conv2d(source);
       case ChainOp::kLinear: return add_linear(source);
+      case ChainOp::kAdd:
+      case ChainOp::kRequantize: return add_pointwise(source);
+      case ChainOp::kMaxPool2d: return add_max_pool(source);
+      case ChainOp::kAvgPool2d:
+      case ChainOp::kAdaptiveAvgPool2d: return add_avg_pool(source);
+      case ChainOp::kCat: return add_cat(source);
+      case ChainOp::kUpsampleNearest2d: return add_upsample(source);
       case ChainOp::kFlatten: return add_flatten(source);
       case ChainOp::kDequantize: return add_dequantize(source);
-      default: QO_EXPECT(false, source.name.c_str(), "an operation that the CPU has, got another one");
     }
   }
 
@@ -232,6 +241,7 @@ class ChainBuilder {
            bool channels_last) {
     expect_elements(source.name.c_str(), "a result", sizes);
     add_value(sizes, type, channels_last);
+    chain_.zero_points += static_cast<int64_t>(source.inputs.size()) + 1;
     chain_.plan.params.push_back(params);
     PackedLayout layout{};
     if constexpr (std::is_same_v<Params, Int8Conv2dParams>) layout = weight_layout(params);
@@ -299,19 +309,44 @@ class ChainBuilder {
     QO_EXPECT(has_scale || is_floating(from), op, "x_scale for ", dtype_name(from), " codes, got none");
     QO_EXPECT(c[0] >= 0 || c[9] >= 0, op, "packed_weight or weight, got neither");
     QO_EXPECT(c[1] >= 0, op, "weight_scale, got none");
-    QO_EXPECT(is_codes(to) == (c[5] >= 0), op, "out_scale with int8 and uint8 results and no others, got ", dtype_name(to),
-              c[5] >= 0 ? " with one" : " without one");
-    QO_EXPECT(activation == 0 || activation == 1, op, "an activation numbered 0 or 1, got ", activation);
-    QO_EXPECT(source.inputs.size() == 1, op, "no residual, got one");
+    expect_scale_of(op, to, c[5]);
     expect_exact(op, "the products of a sum", k, has_zero_point || from == ScalarType::Byte);
     in->dtype = to_dtype(from);
-    in->mode = !has_scale ? Activation::kDynamic : is_floating(from) ? Activation::kStatic : Activation::kQuantized;
+    in->mode = !has_scale ? InputMode::kDynamic : is_floating(from) ? InputMode::kStatic : InputMode::kQuantized;
     out->dtype = to_dtype(to);
     out->weight_scale_stride = 1;
     static const float kPresent = 0.0f;  // plans look at whether there is a bias; each call brings it
     if (c[2] >= 0) out->bias = &kPresent;
-    out->relu = activation == 1;
+    out->function = function_of(op, false, activation);
     return to;
+  }
+
+  // out_scale, a constant, goes with codes alone.
+  static void expect_scale_of(const char* op, ScalarType to, int64_t out_scale) {
+    QO_EXPECT(is_codes(to) == (out_scale >= 0), op, "out_scale with int8 and uint8 results and no others, got ", dtype_name(to),
+              out_scale >= 0 ? " with one" : " without one");
+  }
+
+  // The residual of a product whose result has these sizes and lies so.
+  void take_residual(const ChainSource& source, const Ints& sizes, bool channels_last, OutputParams* out) {
+    if (source.inputs.size() < 2) return;
+    const char* op = source.name.c_str();
+    const ChainValue& r = value(source.inputs[1]);
+    const bool codes = is_codes(type(source.inputs[1]));
+    QO_EXPECT(r.sizes == sizes, op, "residual to have the shape of the result, ", shape_text(sizes), ", got ", shape_text(r.sizes));
+    QO_EXPECT(codes == (source.constants[7] >= 0), op, "residual_scale with a residual of int8 or uint8 and no other, got ",
+              dtype_name(type(source.inputs[1])), codes ? " without one" : " with one");
+    expect_layout(op, source.inputs[1], channels_last);
+    static const int8_t kPresent = 0;  // as kPresent of a bias
+    out->residual.r = &kPresent;
+  }
+
+  // A value that is read beside another one lies as that does, unless one of the two orders is the other.
+  void expect_layout(const char* op, int64_t i, bool channels_last) {
+    const ChainValue& v = value(i);
+    const bool one_order = v.sizes.size() != 4 || v.sizes[1] == 1 || v.sizes[2] * v.sizes[3] == 1;
+    QO_EXPECT(one_order || v.channels_last == channels_last, op, "values of one memory format, got ",
+              v.channels_last ? "channels_last beside another" : "another beside channels_last");
   }
 
   void add_conv2d(const ChainSource& source) {
@@ -329,13 +364,13 @@ class ChainBuilder {
     const Ints weight{n[0], n[1], n[2], n[3]};
     Int8Conv2dParams p = conv2d_geometry(op, shape, weight, {n[4], n[5]}, {n[6], n[7], n[8], n[9]}, {n[10], n[11]}, n[12]);
     const ScalarType to = add_product(source, n[13], n[14], times(times(n[1], n[2]), n[3]), &p.in, &p.out);
-    const int64_t pixels = p.H * p.W;
-    const Ints strides = x.channels_last ? Ints{pixels * p.C, 1, p.W * p.C, p.C} : Ints{pixels * p.C, pixels, p.W, 1};
+    const Ints strides = strides_of(x.channels_last, p.C, p.H, p.W);
     std::copy(strides.begin(), strides.end(), p.x_stride);
     p.packed = packed_weight(source);
     p.y_channels_last = batched;
-    add(source, p, times(times(n[0], n[1]), times(n[2], n[3])), batched ? Ints{p.N, p.O, p.OH, p.OW} : Ints{p.O, p.OH, p.OW}, to,
-        true);
+    const Ints sizes = batched ? Ints{p.N, p.O, p.OH, p.OW} : Ints{p.O, p.OH, p.OW};
+    take_residual(source, sizes, batched, &p.out);
+    add(source, p, times(times(n[0], n[1]), times(n[2], n[3])), sizes, to, true);
   }
 
   void add_linear(const ChainSource& source) {
@@ -356,6 +391,7 @@ class ChainBuilder {
     QO_EXPECT(!x.channels_last, op, "a value that does not lie in channels_last, got one. Flatten it first.");
     Ints sizes = x.sizes;
     sizes.back() = N;
+    take_residual(source, sizes, false, &p.out);
     add(source, p, N * K, sizes, to, false);
   }
 
@@ -373,9 +409,150 @@ class ChainBuilder {
     add(source, p, 0, sizes, type(source.inputs[0]), false);
   }
 
+  void add_pointwise(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const bool adds = source.op == ChainOp::kAdd;
+    expect_codes_of(op, source.inputs);
+    const ScalarType to = chain_type(op, source.numbers[0]);
+    expect_scale_of(op, to, source.constants[adds ? 4 : 2]);
+    PointwiseParams p{.rows = 1, .columns = elements(x), .function = function_of(op, false, source.numbers[1])};
+    if (adds) {
+      const ChainValue& b = value(source.inputs[1]);
+      QO_EXPECT(b.sizes == x.sizes, op, "values of one shape, got ", shape_text(x.sizes), " and ", shape_text(b.sizes));
+      expect_layout(op, source.inputs[1], x.channels_last);
+    }
+    add(source, p, 0, x.sizes, to, x.channels_last);
+  }
+
+  void expect_codes_of(const char* op, const Ints& values) const {
+    for (int64_t i : values) QO_EXPECT_DTYPE(is_codes(type(i)), op, "int8 or uint8 codes, got ", dtype_name(type(i)));
+  }
+
+  // The images that pools and upsampling read.
+  Image image_of_value(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue& x = value(source.inputs[0]);
+    const bool batched = x.sizes.size() == 4;
+    expect_codes_of(op, source.inputs);
+    QO_EXPECT(batched || x.sizes.size() == 3, op, "a value (N, C, H, W) or (C, H, W), got ", shape_text(x.sizes));
+    const size_t c = batched ? 1 : 0;
+    Image image{.source = Tensor(),
+                .N = batched ? x.sizes[0] : 1,
+                .C = x.sizes[c],
+                .H = x.sizes[c + 1],
+                .W = x.sizes[c + 2],
+                .channels_last = x.channels_last,
+                .stride = {}};
+    QO_EXPECT(image.H >= 1 && image.W >= 1, op, "images of at least 1 x 1, got ", shape_text(x.sizes));
+    if (!batched) samples_ = 1;
+    const Ints strides = strides_of(x.channels_last, image.C, image.H, image.W);
+    std::copy(strides.begin(), strides.end(), image.stride);
+    return image;
+  }
+  static Ints strides_of(bool channels_last, int64_t c, int64_t h, int64_t w) {
+    return channels_last ? Ints{c * h * w, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
+  }
+  Ints image_sizes(const ChainSource& source, const Image& image, int64_t height, int64_t width) {
+    const bool batched = value(source.inputs[0]).sizes.size() == 4;
+    return batched ? Ints{image.N, image.C, height, width} : Ints{image.C, height, width};
+  }
+
+  void add_max_pool(const ChainSource& source) {
+    const Ints& n = source.numbers;
+    const Image image = image_of_value(source);
+    const Windows windows = windows_of(source.name.c_str(), image,
+                                       {.kernel_size = {n[0], n[1]},
+                                        .stride = {n[2], n[3]},
+                                        .padding = {n[4], n[5]},
+                                        .dilation = {n[6], n[7]},
+                                        .ceil_mode = n[8] != 0});
+    const MaxPoolParams p{.shape = pool_shape(image, windows.axis[0], windows.axis[1])};
+    add(source, p, 0, image_sizes(source, image, windows.axis[0].out, windows.axis[1].out), type(source.inputs[0]),
+        image.channels_last);
+  }
+
+  void add_avg_pool(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const Ints& n = source.numbers;
+    const Image image = image_of_value(source);
+    const bool adaptive = source.op == ChainOp::kAdaptiveAvgPool2d;
+    const ScalarType to = chain_type(op, n.back());
+    expect_scale_of(op, to, source.constants[2]);
+    AvgPoolParams p{};
+    if (adaptive) {
+      p.shape = adaptive_shape(op, image, n[0], n[1]);
+    } else {
+      QO_EXPECT(n[8] != 0, op, "divisor_override other than 0, got 0");
+      const Windows windows = windows_of(
+          op, image,
+          {.kernel_size = {n[0], n[1]}, .stride = {n[2], n[3]}, .padding = {n[4], n[5]}, .dilation = {1}, .ceil_mode = n[6] != 0});
+      p.shape = pool_shape(image, windows.axis[0], windows.axis[1]);
+      p.counts_padding = n[7] != 0;
+      p.divisor = n[8] == -1 ? 0 : n[8];
+    }
+    expect_exact_windows(op, p.shape);
+    add(source, p, 0, image_sizes(source, image, p.shape.h.out, p.shape.w.out), to, image.channels_last);
+  }
+
+  // The windows of an adaptive average.
+  static PoolShape adaptive_shape(const char* op, const Image& image, int64_t height, int64_t width) {
+    QO_EXPECT(height >= 1 && width >= 1 && std::max({height, width, image.H, image.W}) < kMostSize, op,
+              "a result of at least 1 x 1 and each side of both images below 2^30, got ", height, " x ", width);
+    return pool_shape(image, {.size = image.H, .out = height, .dilation = 1}, {.size = image.W, .out = width, .dilation = 1});
+  }
+
+  static void expect_exact_windows(const char* op, const PoolShape& shape) {
+    int64_t taps = 1;
+    for (const PoolAxis& a : {shape.h, shape.w})
+      taps = times(taps, a.kernel == 0 ? ceil_div(a.size, a.out) + 1 : std::min(a.kernel, a.size));
+    QO_EXPECT(taps <= kMaxWindow, op, "windows of at most ", kMaxWindow, " pixels so that the int32 sum is exact, got ", taps);
+  }
+
+  void add_upsample(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const Image image = image_of_value(source);
+    UpsampleParams p{.N = image.N, .C = image.C, .H = image.H, .W = image.W, .y_channels_last = image.channels_last};
+    pair_of(op, "scale_factor", source.numbers, 1, p.factor);
+    std::copy(image.stride, image.stride + 4, p.x_stride);
+    const int64_t height = times(p.H, p.factor[0]), width = times(p.W, p.factor[1]);
+    QO_EXPECT(std::max(height, width) < kMostSize, op, "each side of the result below 2^30, got ", height, " x ", width);
+    add(source, p, 0, image_sizes(source, image, height, width), type(source.inputs[0]), image.channels_last);
+  }
+
+  void add_cat(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue first = value(source.inputs[0]);
+    const int64_t dims = static_cast<int64_t>(first.sizes.size());
+    int64_t dim = source.numbers[0];
+    expect_codes_of(op, source.inputs);
+    QO_EXPECT(dim >= -dims && dim < dims, op, "dim in [", -dims, ", ", dims - 1, "], got ", dim);
+    if (dim < 0) dim += dims;
+    const size_t d = static_cast<size_t>(dim);
+    const ScalarType to = chain_type(op, source.numbers[1]);
+    expect_scale_of(op, to, source.constants[source.constants.size() - 2]);
+    if (dim == 0) samples_ = 1;
+    Ints sizes = first.sizes;
+    sizes[d] = 0;
+    ChainCat cat;
+    for (int64_t i : source.inputs) {
+      const ChainValue& v = value(i);
+      bool alike = v.sizes.size() == sizes.size();
+      for (size_t k = 0; alike && k < sizes.size(); ++k) alike = k == d || v.sizes[k] == sizes[k];
+      QO_EXPECT(alike, op, "values that differ in dimension ", dim, " alone, got shapes ", shape_text(first.sizes), " and ",
+                shape_text(v.sizes));
+      expect_layout(op, i, first.channels_last);
+      sizes[d] += v.sizes[d];
+      const CatRows rows = cat_rows(v.sizes, dim, first.channels_last);
+      cat.parts.push_back({.rows = rows.rows, .columns = rows.columns});
+    }
+    for (PointwiseParams& part : cat.parts) part.y_stride = cat_rows(sizes, dim, first.channels_last).columns;
+    add(source, cat, 0, sizes, to, first.channels_last);
+  }
+
   // Steps whose result has codes of the same scale and zero point as their input.
   static bool keeps_codes(ChainOp op) {
-    return op == ChainOp::kFlatten || op == ChainOp::kMaxPool2d || op == ChainOp::kUpsampleNearest2d || op == ChainOp::kCat;
+    return op == ChainOp::kFlatten || op == ChainOp::kMaxPool2d || op == ChainOp::kUpsampleNearest2d;
   }
 
   // Keeps int8 codes between steps as q + 128 where neither the caller nor a step that keeps codes of the caller's sees them.
@@ -406,32 +583,50 @@ class ChainBuilder {
 
   void take_dtypes(const ChainStep& step, ChainParams* params) {
     const DType from = value(step.inputs[0]).dtype, to = value(step.output).dtype;
-    if (auto* conv = std::get_if<Int8Conv2dParams>(params)) {
-      conv->in.dtype = from;
-      conv->out.dtype = to;
-    } else if (auto* linear = std::get_if<Int8LinearParams>(params)) {
-      linear->in.dtype = from;
-      linear->out.dtype = to;
-    } else if (auto* elements = std::get_if<ChainElements>(params)) {
+    const DType second = step.inputs.size() > 1 ? value(step.inputs[1]).dtype : DType::kInt8;
+    const auto take_product = [&](auto* product) {
+      product->in.dtype = from;
+      product->out.residual.dtype = second;
+      product->out.dtype = to;
+    };
+    if (auto* conv = std::get_if<Int8Conv2dParams>(params)) take_product(conv);
+    if (auto* linear = std::get_if<Int8LinearParams>(params)) take_product(linear);
+    if (auto* pool = std::get_if<MaxPoolParams>(params)) pool->dtype = from;
+    if (auto* pointwise = std::get_if<PointwiseParams>(params)) {
+      pointwise->x_dtype = from;
+      pointwise->residual.dtype = second;
+      pointwise->out.dtype = to;
+    }
+    if (auto* pool = std::get_if<AvgPoolParams>(params)) {
+      pool->dtype = from;
+      pool->out.dtype = to;
+    }
+    if (auto* cat = std::get_if<ChainCat>(params))
+      for (size_t i = 0; i < cat->parts.size(); ++i) {
+        cat->parts[i].x_dtype = value(step.inputs[i]).dtype;
+        cat->parts[i].out.dtype = to;
+      }
+    if (auto* elements = std::get_if<ChainElements>(params)) {
+      const int32_t shift = elements->quantizes && value(step.output).shifted ? kSignedOffset : 0;
       elements->from = from;
       elements->to = to;
-      if (elements->quantizes && value(step.output).shifted) {
-        elements->qmin += kSignedOffset;
-        elements->qmax += kSignedOffset;
-      }
+      elements->qmin += shift;
+      elements->qmax += shift;
     }
   }
 
   // From the whole batch to one sample.
   void divide(ChainParams* params) const {
-    if (auto* conv = std::get_if<Int8Conv2dParams>(params))
-      conv->N /= samples_;
-    else if (auto* linear = std::get_if<Int8LinearParams>(params))
-      linear->M /= samples_;
-    else if (auto* elements = std::get_if<ChainElements>(params))
-      elements->n /= samples_;
-    else if (auto* flatten = std::get_if<ChainFlatten>(params))
-      flatten->images /= samples_;
+    if (auto* conv = std::get_if<Int8Conv2dParams>(params)) conv->N /= samples_;
+    if (auto* linear = std::get_if<Int8LinearParams>(params)) linear->M /= samples_;
+    if (auto* elements = std::get_if<ChainElements>(params)) elements->n /= samples_;
+    if (auto* flatten = std::get_if<ChainFlatten>(params)) flatten->images /= samples_;
+    if (auto* pointwise = std::get_if<PointwiseParams>(params)) pointwise->columns /= samples_;
+    if (auto* pool = std::get_if<MaxPoolParams>(params)) pool->shape.N /= samples_;
+    if (auto* pool = std::get_if<AvgPoolParams>(params)) pool->shape.N /= samples_;
+    if (auto* upsample = std::get_if<UpsampleParams>(params)) upsample->N /= samples_;
+    if (auto* cat = std::get_if<ChainCat>(params))
+      for (PointwiseParams& part : cat->parts) part.rows /= samples_;
   }
 
   const KernelTable& table_;
@@ -446,10 +641,10 @@ class ChainBuilder {
 class ChainConstants {
  public:
   ChainConstants(const Chain& chain, const std::vector<Tensor>& constants)
-      : chain_(chain), constants_(constants), params_(chain.plan.params), zero_points_(2 * params_.size()) {
+      : chain_(chain), constants_(constants), params_(chain.plan.params), zero_points_(static_cast<size_t>(chain.zero_points)) {
+    next_zero_point_ = zero_points_.data();
     for (size_t i = 0; i < params_.size(); ++i) {
       source_ = &chain.sources[i];
-      zero_point_ = &zero_points_[2 * i];
       step_ = &chain.plan.steps[i];
       layout_ = &chain.layouts[i];
       std::visit([&](auto& params) { take(&params); }, params_[i]);
@@ -512,8 +707,7 @@ class ChainConstants {
 
   void take(ChainElements* p) {
     const int64_t codes = p->quantizes ? step_->output : step_->inputs[0];
-    p->scale = scale("scale", 0);
-    QO_EXPECT(p->scale != nullptr, op(), "scale, got none");
+    p->scale = needed_scale("scale", 0);
     p->zero_point = zero_point("zero_point", 1, codes);
   }
 
@@ -541,15 +735,63 @@ class ChainConstants {
     out.weight_scale = weight_scales(*constant(1), channels);
     if (const Tensor* bias = constant(2)) out.bias = floats("bias", *bias, channels);
     p->in.scale = scale("x_scale", 3);
-    if (p->in.scale != nullptr && (constant(4) != nullptr || value(step_->inputs[0]).shifted)) {
-      zero_point_[0] = zero_point("x_zero_point", 4, step_->inputs[0]);
-      p->in.zero_point = &zero_point_[0];
-    }
+    p->in.zero_point = kept_zero_point("x_zero_point", p->in.scale, 4, step_->inputs[0]);
     out.out_scale = scale("out_scale", 5);
-    if (out.out_scale != nullptr) {
-      zero_point_[1] = zero_point("out_zero_point", 6, step_->output);
-      out.out_zero_point = &zero_point_[1];
+    out.out_zero_point = kept_zero_point("out_zero_point", out.out_scale, 6, step_->output);
+    if (step_->inputs.size() < 2) return;
+    out.residual.scale = scale("residual_scale", 7);
+    out.residual.zero_point = kept_zero_point("residual_zero_point", out.residual.scale, 8, step_->inputs[1]);
+  }
+
+  void take(PointwiseParams* p) {
+    const bool adds = source_->op == ChainOp::kAdd;
+    const size_t zero = adds ? 2 : 1, out = adds ? 4 : 2;
+    p->x_scale = needed_scale("x_scale", 0);
+    p->x_zero_point = kept_zero_point("x_zero_point", p->x_scale, zero, step_->inputs[0]);
+    if (adds) {
+      p->residual.scale = needed_scale("b_scale", 1);
+      p->residual.zero_point = kept_zero_point("b_zero_point", p->residual.scale, zero + 1, step_->inputs[1]);
     }
+    take_result(out, &p->out);
+  }
+
+  void take(MaxPoolParams*) {}
+  void take(UpsampleParams*) {}
+
+  void take(AvgPoolParams* p) {
+    p->x_scale = needed_scale("x_scale", 0);
+    p->x_zero_point = kept_zero_point("x_zero_point", p->x_scale, 1, step_->inputs[0]);
+    take_result(2, &p->out);
+  }
+
+  void take(ChainCat* cat) {
+    const size_t n = cat->parts.size();
+    ResultParams out = cat->parts[0].out;
+    take_result(2 * n, &out);
+    for (size_t i = 0; i < n; ++i) {
+      PointwiseParams& part = cat->parts[i];
+      part.x_scale = needed_scale("a scale", i);
+      part.x_zero_point = kept_zero_point("a zero point", part.x_scale, n + i, step_->inputs[i]);
+      part.out = out;
+    }
+  }
+
+  // out_scale and the zero point after it.
+  void take_result(size_t place, ResultParams* out) {
+    out->scale = scale("out_scale", place);
+    out->zero_point = kept_zero_point("out_zero_point", out->scale, place + 1, step_->output);
+  }
+
+  const float* needed_scale(const char* name, size_t place) {
+    QO_EXPECT(constant(place) != nullptr, op(), name, ", got none");
+    return scale(name, place);
+  }
+
+  // The zero point of a value whose scale is this; null without a scale.
+  const int32_t* kept_zero_point(const char* name, const float* scale, size_t place, int64_t of_value) {
+    if (scale == nullptr) return nullptr;
+    *next_zero_point_ = zero_point(name, place, of_value);
+    return next_zero_point_++;
   }
 
   // One for each channel: plans count on it.
@@ -562,13 +804,13 @@ class ChainConstants {
   const Chain& chain_;
   const std::vector<Tensor>& constants_;
   std::vector<ChainParams> params_;
-  std::vector<int32_t> zero_points_;  // two of each step
+  std::vector<int32_t> zero_points_;  // one for each value that a step reads or writes, at most
   std::vector<std::unique_ptr<std::vector<float>>> copies_;
   Holder holder_;
   const ChainSource* source_ = nullptr;
   const ChainStep* step_ = nullptr;
   const PackedLayout* layout_ = nullptr;
-  int32_t* zero_point_ = nullptr;
+  int32_t* next_zero_point_ = nullptr;
 };
 
 // ---- plans that are kept --------------------------------------------------------------------------------------------

@@ -116,6 +116,11 @@ struct Cpu {
   static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
   static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
 
+  static void pointwise(const char*, const PointwiseParams& p, const Tensor&) { pointwise_cpu(p); }
+  static void max_pool(const MaxPoolParams& p, const Tensor&) { max_pool2d_cpu(p); }
+  static void avg_pool(const char*, const AvgPoolParams& p, const Tensor&) { avg_pool2d_cpu(p); }
+  static void upsample(const UpsampleParams& p, const Tensor&) { upsample_nearest2d_cpu(p); }
+
   static const int32_t* given_zero_points(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax,
                                           Holder* holder) {
     holder->integers.push_back(zero_point_values(op, name, t, qmin, qmax));

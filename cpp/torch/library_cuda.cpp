@@ -205,6 +205,25 @@ struct Cuda {
     run_conv2d(plan, p, device.launch(workspace.memory()));
   }
 
+  static void pointwise(const char* op, const PointwiseParams& p, const Tensor& x) {
+    if (p.rows * p.columns == 0) return;
+    const OnDeviceOf device(op, x);
+    pointwise_cuda(p, device.launch());
+  }
+
+  static void max_pool(const MaxPoolParams& p, const Tensor& x) {
+    const OnDeviceOf device("int8_max_pool2d", x);
+    max_pool2d_cuda(p, device.launch());
+  }
+  static void avg_pool(const char* op, const AvgPoolParams& p, const Tensor& x) {
+    const OnDeviceOf device(op, x);
+    avg_pool2d_cuda(p, device.launch());
+  }
+  static void upsample(const UpsampleParams& p, const Tensor& x) {
+    const OnDeviceOf device("int8_upsample_nearest2d", x);
+    upsample_nearest2d_cuda(p, device.launch());
+  }
+
   // Integer zero points are used as they are: looking at them would wait for the device.
   static const int32_t* given_zero_points(const char*, const char*, const Tensor& t, int64_t qmin, int64_t qmax, Holder* holder) {
     holder->tensors.push_back(as_contiguous(zero_points(t, qmin, qmax).tensor));

@@ -5,6 +5,8 @@
 #include "kernels/generic/affine.h"
 #include "kernels/generic/dequantize.h"
 #include "kernels/generic/pack.h"
+#include "kernels/generic/pointwise.h"
+#include "kernels/generic/pool.h"
 #include "kernels/generic/quantize.h"
 #include "kernels/generic/quantize_block.h"
 #include "kernels/generic/quantize_float.h"
@@ -40,6 +42,9 @@ constexpr VectorKernels kVectorKernels = {
     .random_words = random_words,
     .quantize_affine = quantize_affine,
     .dequantize_affine = dequantize_affine,
+    .pointwise = pointwise,
+    .max_pool = max_pool,
+    .sum_pool = sum_pool,
 };
 
 }  // namespace

@@ -95,6 +95,7 @@ struct Simd {
   static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm512_max_epu8(a, b); }
   static QO_INLINE I min_bytes(I a, I b, int8_t) { return _mm512_min_epi8(a, b); }
   static QO_INLINE I min_bytes(I a, I b, uint8_t) { return _mm512_min_epu8(a, b); }
+  static QO_INLINE I load_codes(const void* p) { return _mm512_loadu_si512(p); }
   static QO_INLINE void store_codes(void* p, I codes) { _mm512_storeu_si512(p, codes); }
   template <int kQuarter>
   static QO_INLINE void store_quarter(void* p, I codes) {

@@ -104,6 +104,7 @@ struct Simd {
   static QO_INLINE I min_bytes(I a, I b, uint8_t) {
     return vreinterpretq_s32_u8(vminq_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
   }
+  static QO_INLINE I load_codes(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
   static QO_INLINE void store_codes(void* p, I codes) { vst1q_s32(static_cast<int32_t*>(p), codes); }
   template <int kQuarter>
   static QO_INLINE void store_quarter(void* p, I codes) {

@@ -76,6 +76,11 @@ struct Simd {
     }
     return static_cast<I>(bytes);
   }
+  static I load_codes(const void* p) {
+    I codes;
+    std::memcpy(&codes, p, sizeof(codes));
+    return codes;
+  }
   static void store_codes(void* p, I codes) { std::memcpy(p, &codes, sizeof(codes)); }
   template <int kQuarter>
   static void store_quarter(void* p, I codes) {

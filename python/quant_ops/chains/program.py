@@ -296,9 +296,7 @@ def _product(step: Step, values: list[Any], constants: list[Any], shape: Sequenc
     keywords = {name: named[name] for name in ("x_scale", "x_zero_point", "packed_weight")} | _out(named, numbers["out_dtype"])
     if len(values) > 1:
         keywords |= {"residual": values[1], **{name: named[name] for name in ("residual_scale", "residual_zero_point")}}
-    if numbers["activation"] == 1:
-        keywords["relu"] = True
-    elif numbers["activation"]:
+    if numbers["activation"]:
         keywords["activation"] = numbers["activation"]
     return [values[0], weight, named["weight_scale"], named["bias"]], keywords
 
