@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .._models import has_hooks, patched
 from ..nn import Int8Layer, QuantConv2d, QuantizedLayer, QuantLinear
+from ..nn.int8 import MOST_SHIFTED
 
 EXAMPLE = "quant_ops_example"  # key of node.meta: an empty tensor with the shape and the dtype that the example's run has seen
 
@@ -103,6 +104,8 @@ def _of_layer(node: fx.Node, layer: QuantizedLayer, x: tuple[fx.Node]) -> Op:
         raise _Unknown("its input is quantized from the data of every call. Chains need fixed scales: quantize with Int8Static")
     if layer.num_steps > 1:
         raise _Unknown(f"it has scales for {layer.num_steps} steps")
+    if layer._weight_shape[1:].numel() > MOST_SHIFTED:
+        raise _Unknown("its sums are too long for codes with a zero point, which the values of a chain may have")
     if layer.output_scale is not None:
         raise _Unknown("it has an output_scale of its own. Chains choose the scales between layers themselves")
     if isinstance(layer, QuantLinear):
