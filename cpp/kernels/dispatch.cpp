@@ -197,7 +197,8 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"store", &KernelTable::store},
                                     Entry{"random_words", &KernelTable::random_words},
                                     Entry{"quantize_affine", &KernelTable::quantize_affine},
-                                    Entry{"dequantize_affine", &KernelTable::dequantize_affine}};
+                                    Entry{"dequantize_affine", &KernelTable::dequantize_affine},
+                                    Entry{"softmax", &KernelTable::softmax}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");
 

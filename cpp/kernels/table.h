@@ -369,6 +369,16 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
+// codes = rne(255 exp_of(scores - their largest)). `scores` and `codes` have room for a multiple of kSoftmaxLanes elements; those
+// beyond n become -Inf and 0.
+struct SoftmaxRun {
+  float* scores;
+  const float* mask;  // null: none
+  int64_t n;
+  uint8_t* codes;
+};
+
 // ---- the tables -----------------------------------------------------------------------------------------------------
 
 // Kernels that need an instruction set's vectors alone. Sets with the same vectors share them (generic/vectors.h).
@@ -401,6 +411,7 @@ struct VectorKernels {
   void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
   void (*quantize_affine)(const AffineRun&);
   void (*dequantize_affine)(const AffineRun&);
+  float (*softmax)(const SoftmaxRun&);  // returns the sum of the exponentials; 0 if the largest score is -Inf
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.

@@ -114,6 +114,7 @@ struct Cpu {
   static constexpr bool kReadsPlainBesidePacked = false;
   static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
   static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
+  static void attention(const char*, const AttentionParams& p, const Tensor&) { int8_attention_cpu(p); }
 
   static const int32_t* given_zero_points(const char* op, const char* name, const Tensor& t, int64_t qmin, int64_t qmax,
                                           Holder* holder) {

@@ -197,6 +197,10 @@ struct Cuda {
     run_conv2d(plan, p, device.launch(workspace.memory()));
   }
 
+  static void attention(const char* op, const AttentionParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch.nn.functional.scaled_dot_product_attention there.");
+  }
+
   // Integer zero points are used as they are: looking at them would wait for the device.
   static const int32_t* given_zero_points(const char*, const char*, const Tensor& t, int64_t qmin, int64_t qmax, Holder* holder) {
     holder->tensors.push_back(as_contiguous(zero_points(t, qmin, qmax).tensor));

@@ -26,6 +26,7 @@ struct Meta {
   static Seed seed(const Tensor&) { return {}; }
   static void linear(const char*, const Int8LinearParams&, const Tensor&) {}
   static void conv2d(const Int8Conv2dParams&, const Tensor&) {}
+  static void attention(const char*, const AttentionParams&, const Tensor&) {}
 
   static const int32_t* no_zero_point() { return nullptr; }
   static ZeroPoints zero_points(const Tensor& t, int64_t, int64_t) {

@@ -5,6 +5,7 @@
 //   *_affine                                affine.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
+//   int8_attention                          attention.h
 //   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h
 //   weight_only_embedding                   weight_only_embedding.h
@@ -12,6 +13,7 @@
 #pragma once
 
 #include "torch/affine.h"
+#include "torch/attention.h"
 #include "torch/conv2d.h"
 #include "torch/linear.h"
 #include "torch/logged.h"
@@ -70,6 +72,8 @@ void define_operators(Library& m) {
       "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
       "bool relu=False, bool? channels_last=None) -> Tensor");
+  m.def(
+      "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
@@ -112,6 +116,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_gemm, Backend);
   QO_IMPLEMENT(m, int8_linear, Backend);
   QO_IMPLEMENT(m, int8_conv2d, Backend);
+  QO_IMPLEMENT(m, int8_attention, Backend);
   QO_IMPLEMENT(m, pack_weight, Backend);
   QO_IMPLEMENT(m, weight_only_linear, Backend);
   QO_IMPLEMENT(m, weight_only_embedding, Backend);

@@ -10,6 +10,7 @@
 #include "kernels/generic/quantize_float.h"
 #include "kernels/generic/random.h"
 #include "kernels/generic/range.h"
+#include "kernels/generic/softmax.h"
 #include "kernels/generic/straight_through.h"
 #include "kernels/generic/weight_groups.h"
 
@@ -40,6 +41,7 @@ constexpr VectorKernels kVectorKernels = {
     .random_words = random_words,
     .quantize_affine = quantize_affine,
     .dequantize_affine = dequantize_affine,
+    .softmax = softmax,
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
 """The operators: ``quantize`` for floating tensors, ``affine`` for torchao's primitives, ``int8`` for integer products,
-``weight_only`` for weights in groups.
+``attention``, ``weight_only`` for weights in groups.
 
 The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words.
 """
 
 from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
+from quant_ops.ops.attention import int8_attention
 from quant_ops.ops.backward import int8_conv2d_backward, int8_linear_backward, weight_only_linear_backward
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, transpose_packed_weight, unpack_weight
 from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
@@ -22,6 +23,7 @@ __all__ = [
     "choose_qparams_affine",
     "dequant_tensor",
     "dequantize_affine",
+    "int8_attention",
     "int8_conv2d",
     "int8_conv2d_backward",
     "int8_gemm",

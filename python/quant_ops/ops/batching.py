@@ -178,6 +178,23 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     return y.unflatten(0, x.shape[:2]) if x.dim() == 5 else y, 0
 
 
+@_register("int8_attention")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if any(named[name].dim() - (dims[name] is not None) != 4 for name in "qkv"):
+        return None
+    samples = named["q"].shape[0 if dims["q"] != 0 else 1]
+    for name in "qkv":
+        named[name] = _first(named[name], dims[name], size).flatten(0, 1)
+    mask, dim = named["mask"], dims["mask"]
+    if mask is not None:
+        if mask.dim() - (dim is not None) > 4:
+            return None
+        mask = _first(mask, dim, size)
+        mask = mask.reshape(size, *[1] * (5 - mask.dim()), *mask.shape[1:])
+        named["mask"] = mask.expand(size, samples, *mask.shape[2:]).flatten(0, 1)
+    return _ops.int8_attention(**named).unflatten(0, (size, samples)), 0
+
+
 # ---- the quantize family ---------------------------------------------------------------------------------------------
 
 

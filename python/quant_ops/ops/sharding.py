@@ -276,6 +276,7 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
     "int8_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, _sums_of_given_codes, _linear_shape),
     "int8_conv2d": _product("x", "weight", lambda x: range(x.dim() - 3), -3, _sums_of_given_codes, _conv2d_shape),
     "weight_only_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, lambda **_: False, _linear_shape),
+    "int8_attention": _gather(),
     "pack_weight": _gather(),
     "unpack_weight": _gather(),
     "pack_weight_only": _gather(),

@@ -1,0 +1,96 @@
+// The softmax of a row of scores as codes of eight bits: KernelTable::softmax. The sum of the exponentials is in the order that
+// AttentionParams fixes, so that every instruction set gives the same bits.
+#pragma once
+
+#include "kernels/generic/partial.h"
+
+namespace quant_ops::QO_ISA {
+namespace {
+
+// The vectors of kSoftmaxLanes lanes.
+constexpr int kLaneVectors = kSoftmaxLanes / Simd::N;
+
+// TEMPORARY
+QO_INLINE typename Simd::F exp_of(typename Simd::F x) {
+  x = Simd::max(x, Simd::set(-87.0f));
+  const auto n = Simd::round_even(Simd::mul(x, Simd::set(1.44269504f)));
+  auto r = Simd::fnma(n, Simd::set(0.693359375f), x);
+  r = Simd::fnma(n, Simd::set(-2.12194440e-4f), r);
+  auto p = Simd::set(1.9875691500E-4f);
+  p = Simd::fma(p, r, Simd::set(1.3981999507E-3f));
+  p = Simd::fma(p, r, Simd::set(8.3334519073E-3f));
+  p = Simd::fma(p, r, Simd::set(4.1665795894E-2f));
+  p = Simd::fma(p, r, Simd::set(1.6666665459E-1f));
+  p = Simd::fma(p, r, Simd::set(5.0000001201E-1f));
+  p = Simd::fma(p, Simd::mul(r, r), Simd::add(r, Simd::set(1.0f)));
+  return Simd::mul(p, Simd::as_float(Simd::shift_left(Simd::add(Simd::to_int(n), Simd::set_int(127)), 23)));
+}
+
+// Lanes that are added as a butterfly.
+struct LaneSum {
+  typename Simd::F lanes[kLaneVectors];
+
+  QO_INLINE LaneSum() {
+    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { lanes[v.value] = Simd::set(0.0f); });
+  }
+  template <int kVector>
+  QO_INLINE void add(typename Simd::F x) {
+    lanes[kVector] = Simd::add(lanes[kVector], x);
+  }
+  QO_INLINE float total() const {
+    alignas(64) float sum[kSoftmaxLanes];
+    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { Simd::store(sum + v.value * Simd::N, lanes[v.value]); });
+    for (int half = kSoftmaxLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    return sum[0];
+  }
+};
+
+// The largest score, after the mask is added. NaN is ignored here; it reaches the sum.
+template <bool kMask>
+float masked_max(const SoftmaxRun& r, int64_t padded) {
+  constexpr int64_t N = Simd::N;
+  for (int64_t i = r.n; i < padded; ++i) r.scores[i] = -INFINITY;
+  typename Simd::F max[kLaneVectors];
+  unroll<kLaneVectors>([&](auto v) QO_LAMBDA { max[v.value] = Simd::set(-INFINITY); });
+  for (int64_t i = 0; i < padded; i += kSoftmaxLanes)
+    unroll<kLaneVectors>([&](auto v) QO_LAMBDA {
+      const int64_t at = i + v.value * N;
+      auto x = Simd::load(r.scores + at);
+      if constexpr (kMask) {
+        const int64_t left = r.n - at;
+        x = Simd::add(x, load_part(r.mask + (left > 0 ? at : 0), left > 0 ? left : 0));
+        Simd::store(r.scores + at, x);
+      }
+      max[v.value] = Simd::max(x, max[v.value]);
+    });
+  unroll<kLaneVectors - 1>([&](auto v) QO_LAMBDA { max[0] = Simd::max(max[v.value + 1], max[0]); });
+  return Simd::reduce_max(max[0]);
+}
+
+float softmax(const SoftmaxRun& r) {
+  constexpr int64_t N = Simd::N;
+  const int64_t padded = (r.n + kSoftmaxLanes - 1) / kSoftmaxLanes * kSoftmaxLanes;
+  const float largest = r.mask == nullptr ? masked_max<false>(r, padded) : masked_max<true>(r, padded);
+  if (largest == -INFINITY) {
+    bool nan = false;
+    for (int64_t i = 0; i < r.n; ++i) nan = nan || r.scores[i] != r.scores[i];
+    std::memset(r.codes, 0, static_cast<size_t>(padded));
+    return nan ? NAN : 0.0f;
+  }
+  const auto max = Simd::set(largest), top = Simd::set(255.0f);
+  LaneSum sum;
+  for (int64_t i = 0; i < padded; i += kSoftmaxLanes) {
+    typename Simd::I code[kLaneVectors];
+    unroll<kLaneVectors>([&](auto v) QO_LAMBDA {
+      const auto p = exp_of(Simd::sub(Simd::load(r.scores + i + v.value * N), max));
+      sum.add<v.value>(p);
+      code[v.value] = Simd::to_int(Simd::mul(p, top));
+    });
+    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { Simd::store(r.codes + i + v.value * N, code[v.value]); });
+  }
+  return sum.total();
+}
+
+}  // namespace
+}  // namespace quant_ops::QO_ISA
