@@ -24,6 +24,7 @@
 
 #include "contract/arithmetic.h"
 #include "contract/float_format.h"
+#include "contract/functions.h"
 #include "contract/philox.h"
 
 namespace quant_ops {
