@@ -105,6 +105,8 @@ def good(op: str) -> dict[str, object]:
                         "x_multiplier": filled([20], torch.float32) + 1},
         "int8_conv2d": {**image_call, "weight": kernel, "weight_scale": scale, "groups": 1, "asymmetric": False},
         "int8_conv2d depthwise": {**image_call, **depthwise, "asymmetric": False},
+        "int8_attention": {"q": filled([2, 4, 5, 6], torch.float32), "k": filled([2, 2, 3, 6], torch.float32),
+                           "v": filled([2, 2, 3, 7], torch.float32), "mask": filled([2, 1, 5, 3], torch.float32), "causal": False},
         "pack_weight": {"weight": kernel, "groups": 1},
         "unpack_weight": {"packed_weight": qo.pack_weight(kernel), "shape": [6, 4, 3, 3], "groups": 1},
         "weight_only_linear": {"x": x, "weight": codes % 8, "weight_scale": filled([3], torch.float32) + 1,
@@ -124,8 +126,8 @@ def good(op: str) -> dict[str, object]:
 OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
     "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
-    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
-    "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
+    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention",
+    "pack_weight", "unpack_weight", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 

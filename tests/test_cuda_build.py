@@ -39,6 +39,7 @@ OPERATORS = [
     "int8_gemm",
     "int8_linear",
     "int8_conv2d",
+    "int8_attention",
     "pack_weight",
     "weight_only_linear",
     "pack_weight_only",

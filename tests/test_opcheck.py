@@ -332,6 +332,14 @@ _WEIGHT_ONLY_BACKWARD = {
     "packed": call(floats(5, 19), _W4, _GROUP_SCALES, floats(19, 2), 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
     "no_rows": call(floats(0, 19), _W, _WS),
 }
+_ATTENTION = {
+    "heads": call(*(floats(2, 5, 3, 8).transpose(1, 2) for _ in range(3))),
+    "grouped": call(floats(1, 4, 5, 8).half(), floats(1, 2, 7, 8).half(), floats(1, 2, 7, 3).half(), None, True),
+    "mask": call(floats(2, 1, 5, 8), floats(2, 1, 6, 8), floats(2, 1, 6, 4), floats(5, 6) > 0, scale=0.5),
+    "bias": call(floats(1, 2, 5, 8), floats(1, 2, 5, 8), floats(1, 2, 5, 8), floats(2, 1, 5)),
+    "sliced": call(*(floats(2, 3, 5, 16)[..., ::2] for _ in range(3))),
+    "no_keys": call(floats(2, 1, 5, 8), floats(2, 1, 0, 8), floats(2, 1, 0, 8)),
+}
 SAMPLES = {
     "quant_float_forward": _FLOAT,
     "quant_float_backward": _FLOAT_BACKWARD,
@@ -351,6 +359,7 @@ SAMPLES = {
     "int8_gemm": _GEMM,
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
+    "int8_attention": _ATTENTION,
     "weight_only_linear": _WEIGHT_ONLY,
     "weight_only_embedding": _EMBEDDING,
     "pack_weight_only": _PACK_WEIGHT_ONLY,

@@ -346,13 +346,15 @@ void int8_conv2d_cpu(const Int8Conv2dParams& p);
 //             magnitude (choose_qparams_of): a[l], b[s] and c[d]
 //   scores    x[l,s] = float(sum_d qc[l,d] kc[s,d]) * ((a[l] * scale) * b[s]), the sum exact; then + mask[l,s], -Inf where a Boolean
 //             mask is false or, if causal, s > l
-//   softmax   p[l,s] = exp_of(x[l,s] - max_s x[l,s]);  Z[l] = sum_s p[l,s] in this order: element s goes to lane s % kSoftmaxLanes,
-//             lanes are added as a butterfly (8, 4, 2, 1)
+//   softmax   p[l,s] = exp_of(max(x[l,s] - max_s x[l,s], kLeastExponent));  Z[l] = sum_s p[l,s] in this order: element s goes to
+//             lane s % kSoftmaxLanes, lanes are added as a butterfly (8, 4, 2, 1). Z is at least 1, so what is e^-87 in place of
+//             less does not show
 //   result    y[l,d] = fma(float(sum_s rne(255 p[l,s]) vc[s,d]), (1 / (255 Z[l])) * c[d], mean_v[d]), rounded once to y's dtype. A
 //             row whose largest score is -Inf, or without scores, is 0.
 // The codes of p are of 1/255 of the row's largest; Z is the sum of p itself. So small p that have no code count as a token whose
 // v is the mean, instead of being lost. docs/reference/operators.md has the bound of the error.
 constexpr int kSoftmaxLanes = 16;
+constexpr float kLeastExponent = -87.0f;  // e^-87 is a normal number
 struct AttentionParams {
   int64_t batch, heads, kv_heads;  // head h reads k and v of head h / (heads / kv_heads)
   int64_t L, S, D, DV;             // rows of q, rows of k and v, columns of q and k, columns of v

@@ -370,7 +370,7 @@ struct RangeColumnsRun {
 };
 
 // The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
-// codes = rne(255 exp_of(scores - their largest)). `scores` and `codes` have room for a multiple of kSoftmaxLanes elements; those
+// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSoftmaxLanes elements; those
 // beyond n become -Inf and 0.
 struct SoftmaxRun {
   float* scores;

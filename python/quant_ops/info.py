@@ -18,6 +18,7 @@ _ENTRIES = {
     "int8_gemm": ("gemm", "gemm_few_rows"),
     "int8_linear": ("gemm", "gemm_few_rows"),
     "int8_conv2d": ("gemm", "gemm_few_rows", "depthwise"),
+    "int8_attention": ("range", "range_columns", "quantize", "codes", "pack", "gemm", "gemm_few_rows", "softmax"),
     "weight_only_linear": ("nibbles", "gemm", "gemm_few_rows", "fold", "few_rows", "expand", "float_tile"),
     "weight_only_embedding": ("store",),
     "quant_tensor_forward": ("quantize",),

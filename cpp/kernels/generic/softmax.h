@@ -2,7 +2,7 @@
 // AttentionParams fixes, so that every instruction set gives the same bits.
 #pragma once
 
-#include "kernels/generic/partial.h"
+#include "kernels/generic/functions.h"
 
 namespace quant_ops::QO_ISA {
 namespace {
@@ -10,20 +10,11 @@ namespace {
 // The vectors of kSoftmaxLanes lanes.
 constexpr int kLaneVectors = kSoftmaxLanes / Simd::N;
 
-// TEMPORARY
-QO_INLINE typename Simd::F exp_of(typename Simd::F x) {
-  x = Simd::max(x, Simd::set(-87.0f));
-  const auto n = Simd::round_even(Simd::mul(x, Simd::set(1.44269504f)));
-  auto r = Simd::fnma(n, Simd::set(0.693359375f), x);
-  r = Simd::fnma(n, Simd::set(-2.12194440e-4f), r);
-  auto p = Simd::set(1.9875691500E-4f);
-  p = Simd::fma(p, r, Simd::set(1.3981999507E-3f));
-  p = Simd::fma(p, r, Simd::set(8.3334519073E-3f));
-  p = Simd::fma(p, r, Simd::set(4.1665795894E-2f));
-  p = Simd::fma(p, r, Simd::set(1.6666665459E-1f));
-  p = Simd::fma(p, r, Simd::set(5.0000001201E-1f));
-  p = Simd::fma(p, Simd::mul(r, r), Simd::add(r, Simd::set(1.0f)));
-  return Simd::mul(p, Simd::as_float(Simd::shift_left(Simd::add(Simd::to_int(n), Simd::set_int(127)), 23)));
+// exp_of(max(x, -87)) for x <= 0: without what exp_of does for results that are subnormal or above 1.
+QO_INLINE typename Simd::F exp_below_zero(typename Simd::F x) {
+  typename Simd::F rounded;
+  const auto p = exp_fraction(Simd::max(Simd::set(kLeastExponent), x), &rounded);
+  return Simd::mul(p, power_of_two(rounded, Simd::set_int(127 << 23)));
 }
 
 // Lanes that are added as a butterfly.
@@ -83,7 +74,7 @@ float softmax(const SoftmaxRun& r) {
   for (int64_t i = 0; i < padded; i += kSoftmaxLanes) {
     typename Simd::I code[kLaneVectors];
     unroll<kLaneVectors>([&](auto v) QO_LAMBDA {
-      const auto p = exp_of(Simd::sub(Simd::load(r.scores + i + v.value * N), max));
+      const auto p = exp_below_zero(Simd::sub(Simd::load(r.scores + i + v.value * N), max));
       sum.add<v.value>(p);
       code[v.value] = Simd::to_int(Simd::mul(p, top));
     });

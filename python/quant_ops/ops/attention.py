@@ -25,12 +25,11 @@ def int8_attention(
     which is most of the magnitude of many models' keys, and small probabilities that have no code count as a token whose ``v`` is
     the mean.
 
-    A result ``y`` and the exact one differ by at most
-    ``(exp(2 * e) - 1) * r + S / (510 * Z) * r + r / 250`` and float32's rounding, where ``e`` is
-    ``abs(scale) * (a * norm1(k') + b * norm1(q)) / 2`` for the worst ``k'``, a row of ``k`` less the mean, ``a`` and ``b`` are the
-    steps of the codes of the rows of ``q`` and ``k'`` (1/127 of their largest magnitudes), ``r`` is the largest magnitude of the
-    column of ``v`` less its mean, and ``1 / Z`` is the largest probability of the row. For random data the ratio of signal to noise
-    is about 36 dB.
+    A result and the exact one differ by at most ``r * (exp(2 * e) * (1 + S / 510 * p) - 1 + 1 / 254)`` and float32's rounding. Here
+    ``r`` is the largest magnitude of the column of ``v`` less its mean, ``p`` the row's largest probability, and ``e`` bounds the
+    error of a score: ``abs(scale) / 2 * (a * norm1(k') + b * norm1(q) + a * b * D / 2)`` for the worst ``k'``, a row of ``k`` less
+    the mean, where ``a`` and ``b`` are the steps of the codes of the rows ``q`` and ``k'``, 1/127 of their largest magnitudes. That
+    is the worst case. With random data the signal is 36 dB above the noise.
 
     Args:
         q: float32, float16 or bfloat16, ``(B, H, L, D)``; read in place if its last dimension is contiguous, as are k and v.
