@@ -89,6 +89,8 @@ def good(op: str) -> dict[str, object]:
         "dequant_tensor": {"tensor": filled([2, 4, 6], torch.int8), "scale": scale, "zero_point": None, "block_size": None},
         "choose_qparams": {"tensor": image, "dim": [1], "qmin": -127, "qmax": 127, "asymmetric": False},
         "quantize_rows": {"x": x, "asymmetric": False},
+        "norm_quantize_rows": {"x": x, "weight": x[0], "bias": None, "eps": 1e-5, "rms": False, "asymmetric": True,
+                               "residual": x + 1},
         "quant_float_forward": {"tensor": image, **element, "scale": scale, "seed": seed, "saturate": True, "subnormals": True,
                                 "rounding": 3, "block_size": None},
         "quant_float_backward": {"grad": image, "tensor": image, **element, "scale": scale, "subnormals": True, "block_size": None},
@@ -124,7 +126,8 @@ def good(op: str) -> dict[str, object]:
 
 
 OPERATORS = [
-    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
+    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "norm_quantize_rows",
+    "quant_float_forward",
     "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
     "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention",
     "pack_weight", "unpack_weight", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",

@@ -13,7 +13,10 @@ import quant_ops as qo
 
 F32 = np.float32
 LANES = 16
-EXP2 = [F32(float.fromhex(c)) for c in "-0x1.62e43p-1 0x1.ebfbdcp-3 -0x1.c6aee6p-5 0x1.3b2d5p-7 -0x1.5f3f3p-10 0x1.41fb2cp-13".split()]
+EXP2 = [
+    F32(float.fromhex(c))
+    for c in ("-0x1.62e43p-1", "0x1.ebfbdcp-3", "-0x1.c6aee6p-5", "0x1.3b2d5p-7", "-0x1.5f3f3p-10", "0x1.41fb2cp-13")
+]
 LOG2E, LOG2E_REST = F32(float.fromhex("0x1.715476p+0")), F32(float.fromhex("0x1.4ae0cp-26"))
 
 

@@ -29,6 +29,7 @@ OPERATORS = [
     "dequant_tensor",
     "choose_qparams",
     "quantize_rows",
+    "norm_quantize_rows",
     "quant_float_forward",
     "quant_float_backward",
     "quant_block_forward",

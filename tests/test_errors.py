@@ -49,6 +49,7 @@ def good(op):
         "dequant_tensor": {"tensor": i8(2, 4, 3, 6), "scale": f32(), "zero_point": None},
         "choose_qparams": {"tensor": f32(2, 4), "dim": [1], "qmin": -127, "qmax": 127},
         "quantize_rows": {"x": f32(2, 4)},
+        "norm_quantize_rows": {"x": f32(2, 4), "weight": f32(4), "bias": None, "eps": 1e-5},
         "int8_gemm": {"a": i8(2, 4), "b": i8(3, 4)},
         "int8_linear": {"x": f32(2, 4), "weight": i8(3, 4), "weight_scale": f32(3)},
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
@@ -142,12 +143,23 @@ add(_ATTENTION, "v.shape (2, 2, 3, columns), got (2, 2, 4, 7)", v=f32(2, 2, 4, 7
 add(_ATTENTION, "k's heads to divide q's, got 3 and 4", k=f32(2, 3, 3, 6), v=f32(2, 3, 3, 7))
 add(_ATTENTION, "q.shape[-1] >= 1, got 0", q=f32(2, 4, 5, 0), k=f32(2, 2, 3, 0))
 add(
-    *(_ATTENTION, "k.shape[-2] <= 65793 so that the int32 sum is exact, got 65794. Use torch.nn.functional.scaled_dot_product_attention."),
+    *(
+        _ATTENTION,
+        "k.shape[-2] <= 65793 so that the int32 sum is exact, got 65794. Use torch.nn.functional.scaled_dot_product_attention.",
+    ),
     **{"k": f32(1, 1, 1, 1).expand(2, 2, 65794, 6), "v": f32(1, 1, 1, 1).expand(2, 2, 65794, 7)},
 )
 add(_ATTENTION, "mask.dtype in (bool, float32, float16, bfloat16), got int8", TypeError, mask=i8(5, 3))
 add(_ATTENTION, "mask.shape to broadcast to (batch, heads, L, S) (2, 4, 5, 3), got (2, 5, 3)", mask=f32(2, 5, 3))
 add(_ATTENTION, "mask or causal=True, got both. Put the causal part into the mask.", mask=f32(5, 3), causal=True)
+_NORM = "norm_quantize_rows"
+add(_NORM, "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 4).double())
+add(_NORM, "x to have at least one dimension, got shape ()", x=f32())
+add(_NORM, "weight.shape (4,), got (3,)", weight=f32(3))
+add(_NORM, "bias.shape (4,), got (1, 4)", bias=f32(1, 4))
+add(_NORM, f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(4))
+add(_NORM, "residual.shape == x.shape, got (4,) and (2, 4)", residual=f32(4))
+add(_NORM, "residual.dtype == x.dtype, got float16 and float32", TypeError, residual=f32(2, 4).half())
 add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 4).double())
 add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got int8", TypeError, x=i8(2, 4))
 add("quantize_rows", "x to have at least one dimension, got shape ()", x=f32())

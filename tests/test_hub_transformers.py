@@ -474,5 +474,22 @@ def test_attention_by_name(make):
 def test_attention_refuses_dropout():
     model = bert().train()
     model.set_attn_implementation("quant_ops")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"^quant_ops\.int8_attention: expected attention without dropout and soft"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"^quant_ops\.int8_attention: expected attention without dropout and soft"),
+    ):
         model(IDS)
+
+
+def test_fused_activations_are_kept(tmp_path):
+    torch.manual_seed(0)
+    model = bert().eval()
+    qo.quantize_(model, exclude=["cls.*"])
+    result = qo.fuse_activations_(model, IDS)
+    assert [(activation, function) for _, activation, function in result.fused] == [
+        ("bert.encoder.layer.0.intermediate.intermediate_act_fn", "gelu")
+    ]
+    model.save_pretrained(tmp_path)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -340,6 +340,12 @@ _ATTENTION = {
     "sliced": call(*(floats(2, 3, 5, 16)[..., ::2] for _ in range(3))),
     "no_keys": call(floats(2, 1, 5, 8), floats(2, 1, 0, 8), floats(2, 1, 0, 8)),
 }
+_NORM_ROWS = {
+    "layer": call(floats(5, 20), floats(20), floats(20), 1e-5),
+    "rms": call(floats(2, 3, 7).half(), floats(7).half(), None, 1e-6, True, True, floats(2, 3, 7).half()),
+    "sliced": call(floats(6, 40)[1:, ::2], None, floats(20), 0.0),
+    "no_rows": call(floats(0, 5), None, None, 1e-5),
+}
 SAMPLES = {
     "quant_float_forward": _FLOAT,
     "quant_float_backward": _FLOAT_BACKWARD,
@@ -350,6 +356,7 @@ SAMPLES = {
     "dequant_tensor": _DEQUANT,
     "choose_qparams": _QPARAMS,
     "quantize_rows": _ROWS,
+    "norm_quantize_rows": _NORM_ROWS,
     "choose_qparams_affine": _CHOOSE_AFFINE,
     "quantize_affine": _QUANTIZE_AFFINE,
     "dequantize_affine": _DEQUANTIZE_AFFINE,

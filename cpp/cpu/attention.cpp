@@ -1,7 +1,7 @@
 // int8_attention on the CPU: AttentionParams in ops.h has the arithmetic.
 //
-// A unit is one head of k and v in one sample. Its k and v become packed weights (pack.h), of S columns of D and of DV columns of S.
-// Then a block of rows of q becomes codes, is multiplied by k to scores in scratch, the softmax turns these into codes, and the
+// A unit is one head of k and v in one sample. Its k and v become packed weights (pack.h), of S columns of D and of DV columns of
+// S. Then a block of rows of q becomes codes, is multiplied by k to scores in scratch, the softmax turns these into codes, and the
 // product of those with v is the result. A pass is the units whose packed weights are in scratch at one time: one with a single
 // thread, so that they stay in the cache; with several threads enough for all of them.
 #include <algorithm>
@@ -44,16 +44,16 @@ struct Product {
 struct AttentionPlan {
   const KernelTable* table;
   int64_t threads;
-  PackedLayout k, v;       // of k as a weight [S, D], of v as a weight [DV, S]
-  int64_t score_stride;    // elements between rows of scores, and between rows of their codes
-  int64_t block_rows;      // of q
+  PackedLayout k, v;     // of k as a weight [S, D], of v as a weight [DV, S]
+  int64_t score_stride;  // elements between rows of scores, and between rows of their codes
+  int64_t block_rows;    // of q
   int64_t pass_units;
   int64_t units_at, unit_bytes;
   int64_t k_packed, k_scale, k_bias, v_packed, v_scale, v_mean;  // in a unit
   int64_t workers_at, worker_bytes;
-  // In a worker. To pack: rows of floats, parts of a panel. To multiply: codes, scores.
-  int64_t mean, row, reciprocal, least, most, magnitude, panel;
-  int64_t q_codes, q_scale, q_zero, scores, p_codes, p_scale, p_zero, mask;
+  // In a worker. To pack: numbers of rows or columns, a panel's rows as floats and codes. To multiply: codes, scores.
+  int64_t mean, reciprocal, least, most, magnitude, centered, panel;
+  int64_t q_codes, q_scale, q_reciprocal, q_zero, scores, p_codes, p_scale, p_zero, mask;
   int64_t scratch_bytes;
 };
 
@@ -64,7 +64,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const KernelTable& table,
   plan.threads = threads;
   plan.k = packed_layout(p.S, p.D, 1, 1, 1);
   plan.v = packed_layout(p.DV, p.S, 1, 1, 1);
-  plan.score_stride = round_up(p.S, kSoftmaxLanes);
+  plan.score_stride = round_up(p.S, kSumLanes);
   const int64_t tile = table.gemm_rows;
   plan.block_rows = std::min(p.L, std::max(tile, kScoreBytes / (plan.score_stride * kFloat) / tile * tile));
 
@@ -80,16 +80,17 @@ AttentionPlan plan_attention(const AttentionParams& p, const KernelTable& table,
   plan.pass_units = threads == 1 ? 1 : std::min(units, std::max(threads, kPassBytes / plan.unit_bytes));
 
   ScratchLayout packing, multiplying;
-  const int64_t columns = std::max(p.D, plan.v.padded_n) * kFloat;
+  const int64_t columns = std::max<int64_t>({kPanel, p.D, p.DV}) * kFloat;
   plan.mean = packing.add(columns);
-  plan.row = packing.add(columns);
   plan.reciprocal = packing.add(columns);
   plan.least = packing.add(columns);
   plan.most = packing.add(columns);
   plan.magnitude = packing.add(columns);
-  plan.panel = packing.add(std::max(kPanel * p.D, kQuad * plan.v.padded_n));
+  plan.centered = packing.add(kPanel * std::max(p.D, p.DV) * kFloat);
+  plan.panel = packing.add(kPanel * std::max(p.D, plan.v.padded_n));
   plan.q_codes = multiplying.add(plan.block_rows * plan.k.quads * kQuad);
   plan.q_scale = multiplying.add(plan.block_rows * kFloat);
+  plan.q_reciprocal = multiplying.add(plan.block_rows * kFloat);
   plan.q_zero = multiplying.add(plan.block_rows * kFloat);
   plan.scores = multiplying.add(plan.block_rows * plan.score_stride * kFloat);
   plan.p_codes = multiplying.add(plan.block_rows * plan.score_stride);
@@ -105,29 +106,49 @@ AttentionPlan plan_attention(const AttentionParams& p, const KernelTable& table,
   return plan;
 }
 
-// Sums of the columns of [rows, n], in the order of the rows, over their number. `row` is memory for a row in float32.
+// Rows of k or v of a unit.
 struct Matrix {
   const void* x;
   DType dtype;
   int64_t rows, columns, stride;
 
-  const void* row(int64_t r) const { return element(x, dtype, r * stride); }
-  // In float32; `memory` has room for a row.
-  const float* floats(const KernelTable& table, int64_t r, float* memory) const {
-    if (dtype == DType::kFloat32) return static_cast<const float*>(row(r));
-    table.widen(row(r), dtype, columns, memory);
+  // n columns of a row in float32; `memory` has room for them.
+  const float* floats(const KernelTable& table, int64_t r, int64_t first, int64_t n, float* memory) const {
+    const void* from = element(x, dtype, r * stride + first);
+    if (dtype == DType::kFloat32) return static_cast<const float*>(from);
+    table.widen(from, dtype, n, memory);
     return memory;
   }
 };
 
-void column_means(const KernelTable& table, const Matrix& m, float* memory, float* mean) {
-  std::fill_n(mean, m.columns, 0.0f);
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const float* x = m.floats(table, r, memory);
-    for (int64_t d = 0; d < m.columns; ++d) mean[d] += x[d];
+// Rows [first, first + rows) less the means, without gaps. They are at most kPanel.
+void center(const KernelTable& table, const Matrix& m, int64_t first, int64_t rows, const float* mean, float* centered) {
+  for (int64_t r = 0; r < rows; ++r, centered += m.columns) {
+    const float* x = m.floats(table, first + r, 0, m.columns, centered);
+    for (int64_t d = 0; d < m.columns; ++d) centered[d] = x[d] - mean[d];
   }
+}
+
+// Sums of neighbouring columns, which stay in registers.
+template <int kColumns>
+void add_columns(const Matrix& m, const KernelTable& table, float* memory, int64_t first, float* sums) {
+  float sum[kColumns] = {};
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const float* x = m.floats(table, r, first, kColumns, memory);
+    for (int d = 0; d < kColumns; ++d) sum[d] += x[d];
+  }
+  for (int d = 0; d < kColumns; ++d) sums[d] = sum[d];
+}
+
+// Sums of columns in the order of the rows, over their number.
+void column_means(const KernelTable& table, const Matrix& m, float* mean) {
+  constexpr int kColumns = 16;
+  float memory[kColumns];
+  int64_t d = 0;
+  for (; d + kColumns <= m.columns; d += kColumns) add_columns<kColumns>(m, table, memory, d, mean + d);
+  for (; d < m.columns; ++d) add_columns<1>(m, table, memory, d, mean + d);
   const float count = static_cast<float>(m.rows);
-  for (int64_t d = 0; d < m.columns; ++d) mean[d] = mean[d] / count;
+  for (d = 0; d < m.columns; ++d) mean[d] = mean[d] / count;
 }
 
 class Attention {
@@ -174,26 +195,23 @@ class Attention {
   // k less its means as int8 rows, which are the columns of a packed weight.
   void pack_k(int64_t unit, int64_t worker) const {
     const Matrix k = matrix(p_.k, p_.k_stride, unit, p_.S, p_.D);
-    float *mean = of_worker<float>(worker, plan_.mean), *row = of_worker<float>(worker, plan_.row);
+    float *mean = of_worker<float>(worker, plan_.mean), *centered = of_worker<float>(worker, plan_.centered);
+    float* reciprocal = of_worker<float>(worker, plan_.reciprocal);
     int8_t *codes = of_worker<int8_t>(worker, plan_.panel), *packed = of_unit<int8_t>(unit, plan_.k_packed);
     float *scale = of_unit<float>(unit, plan_.k_scale), *bias = of_unit<float>(unit, plan_.k_bias);
     std::fill_n(bias, plan_.k.padded_n, -0.0f);  // adding -0 changes nothing
     std::fill_n(scale, plan_.k.padded_n, 0.0f);
-    column_means(table_, k, row, mean);
+    column_means(table_, k, mean);
     for (int64_t panel = 0; panel < plan_.k.panels(); ++panel) {
-      const int64_t first = panel * kPanel, columns = std::min<int64_t>(kPanel, p_.S - first), width = plan_.k.width(panel);
-      for (int64_t j = 0; j < columns; ++j) {
-        const float* x = k.floats(table_, first + j, row);
-        for (int64_t d = 0; d < p_.D; ++d) row[d] = x[d] - mean[d];
-        Range range = kZeroRange;
-        table_.range(row, DType::kFloat32, p_.D, true, &range);
-        scale[first + j] = dynamic_qparams(range, false).scale;
-        quantize(row, scale + first + j, nullptr, codes + j * p_.D, p_.D);
-      }
+      const int64_t first = panel * kPanel, columns = std::min<int64_t>(kPanel, p_.S - first);
+      center(table_, k, first, columns, mean, centered);
+      row_scales(centered, DType::kFloat32, columns, p_.D, scale + first, reciprocal);
+      quantize({.x = centered, .dtype = DType::kFloat32, .rows = columns, .columns = p_.D, .stride = p_.D}, kRows, scale + first,
+               reciprocal, codes, p_.D);
       table_.pack({.weight = codes,
                    .column_step = p_.D,
                    .columns = columns,
-                   .width = width,
+                   .width = plan_.k.width(panel),
                    .k = p_.D,
                    .packed = packed + plan_.k.panel_offset(0, panel),
                    .column_sum = reinterpret_cast<int32_t*>(packed + plan_.k.column_sum_offset(0)) + first});
@@ -204,34 +222,38 @@ class Attention {
   void pack_v(int64_t unit, int64_t worker) const {
     const Matrix v = matrix(p_.v, p_.v_stride, unit, p_.S, p_.DV);
     const int64_t padded = plan_.v.padded_n;
-    float *row = of_worker<float>(worker, plan_.row), *reciprocal = of_worker<float>(worker, plan_.reciprocal);
+    float *centered = of_worker<float>(worker, plan_.centered), *reciprocal = of_worker<float>(worker, plan_.reciprocal);
     float *mean = of_unit<float>(unit, plan_.v_mean), *scale = of_unit<float>(unit, plan_.v_scale);
     int8_t *codes = of_worker<int8_t>(worker, plan_.panel), *packed = of_unit<int8_t>(unit, plan_.v_packed);
     std::fill_n(mean, padded, 0.0f);
     std::fill_n(scale, padded, 0.0f);
-    column_means(table_, v, row, mean);
+    column_means(table_, v, mean);
     column_scales(v, worker, mean, scale);
     for (int64_t d = 0; d < p_.DV; ++d) reciprocal[d] = reciprocal_of(scale[d]);
     std::memset(packed, 0, static_cast<size_t>(plan_.v.panels_offset));  // no code of p has a zero point: the sums are not needed
-    std::memset(codes, 0, static_cast<size_t>(kQuad * padded));
-    for (int64_t quad = 0; quad < plan_.v.quads; ++quad) {
-      for (int64_t i = 0; i < kQuad; ++i) {
-        const int64_t s = quad * kQuad + i;
-        if (s >= p_.S) {
-          std::memset(codes + i * padded, 0, static_cast<size_t>(padded));
-          continue;
+    std::memset(codes, 0, static_cast<size_t>(kPanel * padded));
+    for (int64_t first = 0; first < p_.S; first += kPanel) {
+      const int64_t rows = std::min<int64_t>(kPanel, p_.S - first), quads = ceil_div(rows, kQuad);
+      center(table_, v, first, rows, mean, centered);
+      quantize({.x = centered, .dtype = DType::kFloat32, .rows = rows, .columns = p_.DV, .stride = p_.DV}, kColumns, scale,
+               reciprocal, codes, padded);
+      for (int64_t r = rows; r < quads * kQuad; ++r) std::memset(codes + r * padded, 0, static_cast<size_t>(padded));
+      for (int64_t quad = 0; quad < quads; ++quad)
+        for (int64_t panel = 0; panel < plan_.v.panels(); ++panel) {
+          const int64_t width = plan_.v.width(panel);
+          interleave(codes + quad * kQuad * padded + panel * kPanel, padded, width,
+                     packed + plan_.v.panel_offset(0, panel) + (first / kQuad + quad) * width * kQuad);
         }
-        const float* x = v.floats(table_, s, row);
-        for (int64_t d = 0; d < p_.DV; ++d) row[d] = x[d] - mean[d];
-        quantize(row, scale, reciprocal, codes + i * padded, p_.DV);
-      }
-      for (int64_t panel = 0; panel < plan_.v.panels(); ++panel) {
-        const int64_t width = plan_.v.width(panel);
-        int8_t* to = packed + plan_.v.panel_offset(0, panel) + quad * width * kQuad;
-        const int8_t* from = codes + panel * kPanel;
-        for (int64_t d = 0; d < width; ++d)
-          for (int64_t i = 0; i < kQuad; ++i) to[d * kQuad + i] = from[i * padded + d];
-      }
+    }
+  }
+
+  // Four rows to quads of bytes.
+  static void interleave(const int8_t* from, int64_t stride, int64_t width, int8_t* to) {
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(from);
+    for (int64_t d = 0; d < width; ++d) {
+      const uint32_t quad =
+          x[d] | uint32_t{x[stride + d]} << 8 | uint32_t{x[2 * stride + d]} << 16 | uint32_t{x[3 * stride + d]} << 24;
+      std::memcpy(to + d * kQuad, &quad, kQuad);
     }
   }
 
@@ -257,24 +279,42 @@ class Attention {
     }
   }
 
-  // A row of floats as int8; with reciprocals every element has a scale of its own.
-  void quantize(const float* x, const float* scale, const float* reciprocal, int8_t* codes, int64_t n) const {
-    static constexpr int32_t kZero = 0;
-    const float one = reciprocal_of(*scale);
+  // The scale of every row's symmetric codes, and its reciprocal.
+  void row_scales(const void* x, DType dtype, int64_t rows, int64_t stride, float* scale, float* reciprocal) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      Range range = kZeroRange;
+      table_.range(element(x, dtype, r * stride), dtype, p_.D, true, &range);
+      scale[r] = dynamic_qparams(range, false).scale;
+      reciprocal[r] = reciprocal_of(scale[r]);
+    }
+  }
+
+  enum ScaleOf { kRows, kColumns };
+
+  // Rows to symmetric codes, with a scale for each row or for each column: int8, or uint8 with kSignedOffset added.
+  template <class Code>
+  void quantize(const Matrix& m, ScaleOf scale_of, const float* scale, const float* reciprocal, Code* codes,
+                int64_t code_stride) const {
+    static constexpr bool kUnsigned = std::is_same_v<Code, uint8_t>;
+    static constexpr int32_t kZero = kUnsigned ? kSignedOffset : 0;
     QuantizeRun run;
-    run.x = x;
-    run.y = codes;
-    run.n = n;
+    run.n = m.columns;
+    run.rows = m.rows;
+    run.from_row = m.stride;
+    run.to_row = code_stride;
     run.scale = scale;
-    run.reciprocal = reciprocal == nullptr ? &one : reciprocal;
-    run.tie = tie_for(127);
+    run.scale_step = scale_of == kColumns;
+    run.scale_row = scale_of == kRows;
     run.zero_point = &kZero;
-    run.scale_step = reciprocal == nullptr ? 0 : 1;
     run.zero_step = 0;
-    run.qmin = -127;
-    run.qmax = 127;
-    run.x_dtype = DType::kFloat32;
-    run.y_dtype = DType::kInt8;
+    run.x = m.x;
+    run.y = codes;
+    run.reciprocal = reciprocal;
+    run.tie = tie_for(127);
+    run.qmin = kZero - 127;
+    run.qmax = kZero + 127;
+    run.x_dtype = m.dtype;
+    run.y_dtype = kUnsigned ? DType::kUInt8 : DType::kInt8;
     run.simulate = false;
     table_.quantize(run);
   }
@@ -286,6 +326,9 @@ class Attention {
     const int64_t rows = std::min(plan_.block_rows, p_.L - first);
     const int64_t keys = p_.causal ? std::min(p_.S, first + rows) : p_.S;  // that the last row sees
     float* scores = of_worker<float>(worker, plan_.scores);
+    int32_t *q_zero = of_worker<int32_t>(worker, plan_.q_zero), *p_zero = of_worker<int32_t>(worker, plan_.p_zero);
+    std::fill_n(q_zero, rows, kSignedOffset);
+    std::fill_n(p_zero, rows, 0);
     quantize_q(batch, head, first, rows, worker);
     multiply({.codes = of_worker<uint8_t>(worker, plan_.q_codes),
               .row_bytes = plan_.k.quads * kQuad,
@@ -293,7 +336,7 @@ class Attention {
               .layout = &plan_.k,
               .column_scale = of_unit<float>(unit, plan_.k_scale),
               .bias = of_unit<float>(unit, plan_.k_bias),
-              .row_zero = of_worker<int32_t>(worker, plan_.q_zero),
+              .row_zero = q_zero,
               .row_scale = of_worker<float>(worker, plan_.q_scale),
               .quads = plan_.k.quads,
               .columns = keys,
@@ -310,7 +353,7 @@ class Attention {
               .layout = &plan_.v,
               .column_scale = of_unit<float>(unit, plan_.v_scale),
               .bias = of_unit<float>(unit, plan_.v_mean),
-              .row_zero = of_worker<int32_t>(worker, plan_.p_zero),
+              .row_zero = p_zero,
               .row_scale = p_scale,
               .quads = ceil_div(keys, kQuad),
               .columns = p_.DV,
@@ -324,20 +367,16 @@ class Attention {
   }
 
   void quantize_q(int64_t batch, int64_t head, int64_t first, int64_t rows, int64_t worker) const {
-    const int64_t row_bytes = plan_.k.quads * kQuad;
+    const int64_t row_bytes = plan_.k.quads * kQuad, stride = p_.q_stride[2];
+    const void* x = element(p_.q, p_.dtype, batch * p_.q_stride[0] + head * p_.q_stride[1] + first * stride);
     uint8_t* codes = of_worker<uint8_t>(worker, plan_.q_codes);
-    float* scale = of_worker<float>(worker, plan_.q_scale);
-    int32_t* zero = of_worker<int32_t>(worker, plan_.q_zero);
+    float *scale = of_worker<float>(worker, plan_.q_scale), *reciprocal = of_worker<float>(worker, plan_.q_reciprocal);
+    row_scales(x, p_.dtype, rows, stride, scale, reciprocal);
+    quantize({.x = x, .dtype = p_.dtype, .rows = rows, .columns = p_.D, .stride = stride}, kRows, scale, reciprocal, codes,
+             row_bytes);
     for (int64_t r = 0; r < rows; ++r) {
-      const void* x =
-          element(p_.q, p_.dtype, batch * p_.q_stride[0] + head * p_.q_stride[1] + (first + r) * p_.q_stride[2]);
-      Range range = kZeroRange;
-      table_.range(x, p_.dtype, p_.D, true, &range);
-      const float row_scale = dynamic_qparams(range, false).scale;
-      table_.codes(x, p_.dtype, p_.D, row_scale, kSignedOffset, codes + r * row_bytes);
       std::memset(codes + r * row_bytes + p_.D, 0, static_cast<size_t>(row_bytes - p_.D));  // meets zeros of k
-      scale[r] = row_scale * p_.scale;
-      zero[r] = kSignedOffset;
+      scale[r] = scale[r] * p_.scale;
     }
   }
 
@@ -345,17 +384,15 @@ class Attention {
   void softmax(int64_t batch, int64_t head, int64_t first, int64_t rows, int64_t keys, int64_t worker) const {
     uint8_t* codes = of_worker<uint8_t>(worker, plan_.p_codes);
     float *scores = of_worker<float>(worker, plan_.scores), *scale = of_worker<float>(worker, plan_.p_scale);
-    int32_t* zero = of_worker<int32_t>(worker, plan_.p_zero);
     const float* mask = nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       if (p_.mask != nullptr && (r == 0 || p_.mask_stride[2] != 0)) mask = mask_row(batch, head, first + r, worker);
       const int64_t n = p_.causal ? std::min(keys, first + r + 1) : keys;
       uint8_t* row = codes + r * plan_.score_stride;
       const float sum = table_.softmax({.scores = scores + r * plan_.score_stride, .mask = mask, .n = n, .codes = row});
-      const int64_t end = round_up(n, kSoftmaxLanes), wanted = round_up(keys, kQuad);
+      const int64_t end = round_up(n, kSumLanes), wanted = round_up(keys, kQuad);
       if (wanted > end) std::memset(row + end, 0, static_cast<size_t>(wanted - end));
       scale[r] = sum == 0.0f ? 0.0f : 1.0f / (static_cast<float>(kTopCode) * sum);
-      zero[r] = 0;
     }
   }
 
@@ -388,19 +425,16 @@ class Attention {
       tile.quads = a.quads;
       tile.a = a.codes;
       tile.b = tile.ahead = layout.panel(a.packed, 0, panel);
-      tile.out = {.y = nullptr,
-                  .y_stride = a.y_stride,
-                  .dtype = a.dtype,
-                  .columns = std::min<int64_t>(kPanel, a.columns - column),
-                  .column_sum = column_sum + column,
-                  .column_scale = a.column_scale + column,
-                  .bias = a.bias + column,
-                  .row_zero = nullptr,
-                  .row_scale = nullptr,
-                  .row_step = 1,
-                  .floor = -INFINITY,
-                  .out_scale = 1.0f,
-                  .out_zero_point = 0};
+      tile.out.y_stride = a.y_stride;
+      tile.out.dtype = a.dtype;
+      tile.out.columns = std::min<int64_t>(kPanel, a.columns - column);
+      tile.out.column_sum = column_sum + column;
+      tile.out.column_scale = a.column_scale + column;
+      tile.out.bias = a.bias + column;
+      tile.out.row_step = 1;
+      tile.out.floor = -INFINITY;
+      tile.out.out_scale = 1.0f;
+      tile.out.out_zero_point = 0;
       for (int64_t m = 0, count; m < rows; m += count) {
         count = tile_rows(table_, rows - m, width <= kSlimColumns);
         int64_t offset[kMaxGemmRows];
@@ -437,8 +471,8 @@ void int8_attention_cpu(const AttentionParams& p) {
   if (p.S == 0) return clear(p);
   const AttentionPlan plan = plan_attention(p, kernels(), parallel_threads());
   log_kernel([&] {
-    return first_tile_name(*plan.table, std::min(plan.block_rows, p.L), plan.k.width(0)) + ", " +
-           std::string(plan.table->vectors) + "::softmax";
+    return first_tile_name(*plan.table, std::min(plan.block_rows, p.L), plan.k.width(0)) + ", " + std::string(plan.table->vectors) +
+           "::softmax";
   });
   Attention(plan, p).run();
 }

@@ -198,6 +198,7 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"random_words", &KernelTable::random_words},
                                     Entry{"quantize_affine", &KernelTable::quantize_affine},
                                     Entry{"dequantize_affine", &KernelTable::dequantize_affine},
+                                    Entry{"normalize", &KernelTable::normalize},
                                     Entry{"softmax", &KernelTable::softmax}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");

@@ -379,8 +379,21 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The norm of one row (NormQuantizeRowsParams in ops.h) as floats. `y` has room for a multiple of kSumLanes elements.
+struct NormalizeRun {
+  const void* x;
+  const void* residual;  // null: none
+  DType dtype;
+  int64_t n;
+  const float* weight;  // null: 1
+  const float* bias;    // null: none
+  float eps;
+  bool rms;
+  float* y;
+};
+
 // The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
-// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSoftmaxLanes elements; those
+// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSumLanes elements; those
 // beyond n become -Inf and 0.
 struct SoftmaxRun {
   float* scores;
@@ -421,6 +434,7 @@ struct VectorKernels {
   void (*random_words)(uint64_t seed, uint64_t first, int64_t n, uint32_t* words);
   void (*quantize_affine)(const AffineRun&);
   void (*dequantize_affine)(const AffineRun&);
+  void (*normalize)(const NormalizeRun&);
   float (*softmax)(const SoftmaxRun&);  // returns the sum of the exponentials; 0 if the largest score is -Inf
 };
 

@@ -82,6 +82,7 @@ struct Cpu {
   static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
   static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
+  static void norm_quantize_rows(const char*, const NormQuantizeRowsParams& p, const Tensor&) { norm_quantize_rows_cpu(p); }
 
   static void quantize_float(const char*, const QuantizeFloatParams& p, const Tensor&) { quantize_float_cpu(p); }
   static void quantize_block(const char*, const QuantizeBlockParams& p, const Tensor&) { quantize_block_cpu(p); }

@@ -205,6 +205,9 @@ struct Cuda {
     run_conv2d(plan, p, device.launch(workspace.memory()));
   }
 
+  static void norm_quantize_rows(const char* op, const NormQuantizeRowsParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch's norm and quantize_rows there.");
+  }
   static void attention(const char* op, const AttentionParams&, const Tensor&) {
     QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch.nn.functional.scaled_dot_product_attention there.");
   }

@@ -18,6 +18,7 @@ struct Meta {
   static void dequantize(const DequantizeParams&, const Tensor&) {}
   static void choose_qparams(const ChooseQParams&, const Tensor&) {}
   static void quantize_rows(const QuantizeRowsParams&, const Tensor&) {}
+  static void norm_quantize_rows(const char*, const NormQuantizeRowsParams&, const Tensor&) {}
   static void quantize_float(const char*, const QuantizeFloatParams&, const Tensor&) {}
   static void quantize_block(const char*, const QuantizeBlockParams&, const Tensor&) {}
   static void choose_qparams_affine(const ChooseAffineParams&, const Tensor&) {}

@@ -39,6 +39,9 @@ void define_operators(Library& m) {
   m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor scale, Tensor zero_point)");
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
   m.def(
+      "norm_quantize_rows(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms=False, bool asymmetric=False, "
+      "Tensor? residual=None) -> (Tensor q, Tensor scale, Tensor zero_point)");
+  m.def(
       "quant_float_forward(Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, Tensor? seed=None, *, "
       "int? bias=None, int? special=None, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> "
       "Tensor");
@@ -74,8 +77,7 @@ void define_operators(Library& m) {
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
       "bool relu=False, bool? channels_last=None, "
       "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, int activation=0) -> Tensor");
-  m.def(
-      "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor");
+  m.def("int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
@@ -108,6 +110,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, dequant_tensor, Backend);
   QO_IMPLEMENT(m, choose_qparams, Backend);
   QO_IMPLEMENT(m, quantize_rows, Backend);
+  QO_IMPLEMENT(m, norm_quantize_rows, Backend);
   QO_IMPLEMENT(m, quant_float_forward, Backend);
   QO_IMPLEMENT(m, quant_float_backward, Backend);
   QO_IMPLEMENT(m, quant_block_forward, Backend);

@@ -15,6 +15,7 @@ from .accuracy.awq import AWQResult, awq_  # noqa: E402
 from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
 from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
+from .convert.activations import ActivationResult, fuse_activations_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -75,6 +76,7 @@ from .ops import (  # noqa: E402
     int8_gemm,
     int8_linear,
     int8_linear_backward,
+    norm_quantize_rows,
     pack_weight,
     pack_weight_only,
     quant_block_backward,
@@ -134,6 +136,7 @@ __all__ = [
     "NVFP4",
     "NVFP4_TWO_LEVEL",
     "AWQResult",
+    "ActivationResult",
     "AutoquantResult",
     "BlockFloat",
     "ConversionResult",
@@ -182,6 +185,7 @@ __all__ = [
     "fallback_",
     "fold_batchnorm_",
     "format_from_json",
+    "fuse_activations_",
     "gptq_",
     "int8_attention",
     "int8_conv2d",
@@ -193,6 +197,7 @@ __all__ = [
     "keep_weights_",
     "kernel_for",
     "load_",
+    "norm_quantize_rows",
     "pack_weight",
     "pack_weight_only",
     "prepare_",

@@ -26,6 +26,7 @@ _ENTRIES = {
     "dequant_tensor": ("dequantize",),
     "choose_qparams": ("range", "range_columns"),
     "quantize_rows": ("range", "quantize"),
+    "norm_quantize_rows": ("normalize", "range", "quantize"),
     "quant_float_forward": ("quantize_float", "random_words"),
     "quant_float_backward": ("quantize_float",),
     "quant_block_forward": ("quantize_blocks", "quantize_block_columns", "random_words"),

@@ -3,12 +3,10 @@
 #pragma once
 
 #include "kernels/generic/functions.h"
+#include "kernels/generic/sums.h"
 
 namespace quant_ops::QO_ISA {
 namespace {
-
-// The vectors of kSoftmaxLanes lanes.
-constexpr int kLaneVectors = kSoftmaxLanes / Simd::N;
 
 // exp_of(max(x, -87)) for x <= 0: without what exp_of does for results that are subnormal or above 1.
 QO_INLINE typename Simd::F exp_below_zero(typename Simd::F x) {
@@ -17,26 +15,6 @@ QO_INLINE typename Simd::F exp_below_zero(typename Simd::F x) {
   return Simd::mul(p, power_of_two(rounded, Simd::set_int(127 << 23)));
 }
 
-// Lanes that are added as a butterfly.
-struct LaneSum {
-  typename Simd::F lanes[kLaneVectors];
-
-  QO_INLINE LaneSum() {
-    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { lanes[v.value] = Simd::set(0.0f); });
-  }
-  template <int kVector>
-  QO_INLINE void add(typename Simd::F x) {
-    lanes[kVector] = Simd::add(lanes[kVector], x);
-  }
-  QO_INLINE float total() const {
-    alignas(64) float sum[kSoftmaxLanes];
-    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { Simd::store(sum + v.value * Simd::N, lanes[v.value]); });
-    for (int half = kSoftmaxLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-    return sum[0];
-  }
-};
-
 // The largest score, after the mask is added. NaN is ignored here; it reaches the sum.
 template <bool kMask>
 float masked_max(const SoftmaxRun& r, int64_t padded) {
@@ -44,7 +22,7 @@ float masked_max(const SoftmaxRun& r, int64_t padded) {
   for (int64_t i = r.n; i < padded; ++i) r.scores[i] = -INFINITY;
   typename Simd::F max[kLaneVectors];
   unroll<kLaneVectors>([&](auto v) QO_LAMBDA { max[v.value] = Simd::set(-INFINITY); });
-  for (int64_t i = 0; i < padded; i += kSoftmaxLanes)
+  for (int64_t i = 0; i < padded; i += kSumLanes)
     unroll<kLaneVectors>([&](auto v) QO_LAMBDA {
       const int64_t at = i + v.value * N;
       auto x = Simd::load(r.scores + at);
@@ -61,7 +39,7 @@ float masked_max(const SoftmaxRun& r, int64_t padded) {
 
 float softmax(const SoftmaxRun& r) {
   constexpr int64_t N = Simd::N;
-  const int64_t padded = (r.n + kSoftmaxLanes - 1) / kSoftmaxLanes * kSoftmaxLanes;
+  const int64_t padded = (r.n + kSumLanes - 1) / kSumLanes * kSumLanes;
   const float largest = r.mask == nullptr ? masked_max<false>(r, padded) : masked_max<true>(r, padded);
   if (largest == -INFINITY) {
     bool nan = false;
@@ -71,15 +49,23 @@ float softmax(const SoftmaxRun& r) {
   }
   const auto max = Simd::set(largest), top = Simd::set(255.0f);
   LaneSum sum;
-  for (int64_t i = 0; i < padded; i += kSoftmaxLanes) {
-    typename Simd::I code[kLaneVectors];
-    unroll<kLaneVectors>([&](auto v) QO_LAMBDA {
+  // The codes of some vectors from element i on, which is of lane 0.
+  const auto vectors = [&](auto count, int64_t i) QO_LAMBDA {
+    typename Simd::I code[count.value];
+    unroll<count.value>([&](auto v) QO_LAMBDA {
       const auto p = exp_below_zero(Simd::sub(Simd::load(r.scores + i + v.value * N), max));
-      sum.add<v.value>(p);
+      sum.add<v.value % kLaneVectors>(p);
       code[v.value] = Simd::to_int(Simd::mul(p, top));
     });
-    unroll<kLaneVectors>([&](auto v) QO_LAMBDA { Simd::store(r.codes + i + v.value * N, code[v.value]); });
-  }
+    if constexpr (count.value == 4)
+      Simd::store_bytes(r.codes + i, code[0], code[1], code[2], code[3]);
+    else
+      unroll<count.value>([&](auto v) QO_LAMBDA { Simd::store(r.codes + i + v.value * N, code[v.value]); });
+  };
+  int64_t i = 0;
+  if constexpr (kLaneVectors < 4)
+    for (; i + 4 * N <= padded; i += 4 * N) vectors(Int<4>{}, i);
+  for (; i < padded; i += kSumLanes) vectors(Int<kLaneVectors>{}, i);
   return sum.total();
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/generic/affine.h"
 #include "kernels/generic/dequantize.h"
+#include "kernels/generic/normalize.h"
 #include "kernels/generic/pack.h"
 #include "kernels/generic/quantize.h"
 #include "kernels/generic/quantize_block.h"
@@ -41,6 +42,7 @@ constexpr VectorKernels kVectorKernels = {
     .random_words = random_words,
     .quantize_affine = quantize_affine,
     .dequantize_affine = dequantize_affine,
+    .normalize = normalize,
     .softmax = softmax,
 };
 

@@ -9,7 +9,14 @@ from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_af
 from quant_ops.ops.attention import int8_attention
 from quant_ops.ops.backward import int8_conv2d_backward, int8_linear_backward, weight_only_linear_backward
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, transpose_packed_weight, unpack_weight
-from quant_ops.ops.quantize import choose_qparams, dequant_tensor, quant_tensor_backward, quant_tensor_forward, quantize_rows
+from quant_ops.ops.quantize import (
+    choose_qparams,
+    dequant_tensor,
+    norm_quantize_rows,
+    quant_tensor_backward,
+    quant_tensor_forward,
+    quantize_rows,
+)
 from quant_ops.ops.quantize_float import quant_block_backward, quant_block_forward, quant_float_backward, quant_float_forward
 from quant_ops.ops.sharding import register_rules
 from quant_ops.ops.weight_only import pack_weight_only, unpack_weight_only, weight_only_embedding, weight_only_linear
@@ -29,6 +36,7 @@ __all__ = [
     "int8_gemm",
     "int8_linear",
     "int8_linear_backward",
+    "norm_quantize_rows",
     "pack_weight",
     "pack_weight_only",
     "quant_block_backward",

@@ -18,8 +18,8 @@ def int8_attention(
 ) -> Tensor:
     """``softmax(scale * q @ k.T + mask) @ v`` for every head, with int8 products, on the CPU.
 
-    Rows of ``q``, rows of ``k`` less the mean of its rows, and columns of ``v`` less their means are quantized here, symmetric, each
-    with its own scale, separately for every sample and head. Sums of products are exact. The softmax is in float32; its
+    Rows of ``q``, rows of ``k`` less the mean of its rows, and columns of ``v`` less their means are quantized here, symmetric,
+    each with its own scale, separately for every sample and head. Sums of products are exact. The softmax is in float32; its
     probabilities are multiplied as codes of 1/255 of the row's largest. Subtracting the means changes no exact result: the first
     adds one number to all scores of a row, the second is added to the result again. It takes away what all tokens have in common,
     which is most of the magnitude of many models' keys, and small probabilities that have no code count as a token whose ``v`` is

@@ -209,6 +209,16 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     return None if x.dim() < 2 else (_ops.quantize_rows(x, named["asymmetric"]), (0, 0, 0))
 
 
+@_register("norm_quantize_rows")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x", "residual"):
+        return None
+    x = named["x"] = _first(named["x"], dims["x"], size)
+    if named["residual"] is not None:
+        named["residual"] = _first(named["residual"], dims["residual"], size)
+    return None if x.dim() < 2 else (_ops.norm_quantize_rows(**named), (0, 0, 0))
+
+
 @_register("choose_qparams")
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     x = named["tensor"] = named["tensor"].movedim(dims["tensor"], 0)

@@ -255,6 +255,10 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         lambda x, **_: range(x.dim() - 1),
         lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
     ),
+    "norm_quantize_rows": _follow(
+        lambda x, **_: range(x.dim() - 1),
+        lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
+    ),
     "weight_only_embedding": _follow(
         lambda indices, **_: range(indices.dim()),
         lambda indices, weight, **_: [((*indices.shape, weight.shape[1]), "indices")],
