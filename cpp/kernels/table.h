@@ -428,6 +428,29 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The norm of one row (NormQuantizeRowsParams in ops.h) as floats. `y` has room for a multiple of kSumLanes elements.
+struct NormalizeRun {
+  const void* x;
+  const void* residual;  // null: none
+  DType dtype;
+  int64_t n;
+  const float* weight;  // null: 1
+  const float* bias;    // null: none
+  float eps;
+  bool rms;
+  float* y;
+};
+
+// The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
+// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSumLanes elements; those
+// beyond n become -Inf and 0.
+struct SoftmaxRun {
+  float* scores;
+  const float* mask;  // null: none
+  int64_t n;
+  uint8_t* codes;
+};
+
 // ---- the tables -----------------------------------------------------------------------------------------------------
 
 // Kernels that need an instruction set's vectors alone. Sets with the same vectors share them (generic/vectors.h).
@@ -463,6 +486,8 @@ struct VectorKernels {
   void (*pointwise)(const PointwiseRun&);
   void (*max_pool)(const MaxRun&);
   void (*sum_pool)(const SumRun&);
+  void (*normalize)(const NormalizeRun&);
+  float (*softmax)(const SoftmaxRun&);  // returns the sum of the exponentials; 0 if the largest score is -Inf
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.

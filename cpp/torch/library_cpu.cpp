@@ -83,6 +83,7 @@ struct Cpu {
   static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
   static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
+  static void norm_quantize_rows(const char*, const NormQuantizeRowsParams& p, const Tensor&) { norm_quantize_rows_cpu(p); }
 
   static void quantize_float(const char*, const QuantizeFloatParams& p, const Tensor&) { quantize_float_cpu(p); }
   static void quantize_block(const char*, const QuantizeBlockParams& p, const Tensor&) { quantize_block_cpu(p); }
@@ -115,6 +116,7 @@ struct Cpu {
   static constexpr bool kReadsPlainBesidePacked = false;
   static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
   static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
+  static void attention(const char*, const AttentionParams& p, const Tensor&) { int8_attention_cpu(p); }
 
   static void pointwise(const char*, const PointwiseParams& p, const Tensor&) { pointwise_cpu(p); }
   static void max_pool(const MaxPoolParams& p, const Tensor&) { max_pool2d_cpu(p); }
