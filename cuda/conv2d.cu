@@ -107,7 +107,7 @@ void choose_hopper(const Int8Conv2dParams& p, const CudaWeights& w, bool in_plac
 
 // choose_qparams over a sample. Codes are those of quantize_rows.
 ChooseQParams range_of_samples(const Int8Conv2dParams& p, float* scale, int32_t* zero_point) {
-  const bool asymmetric = p.in.mode == Activation::kDynamicAsymmetric;
+  const bool asymmetric = p.in.mode == InputMode::kDynamicAsymmetric;
   ChooseQParams q{};
   Iteration &kept = q.range.kept, &reduced = q.range.reduced;
   kept.ndim = 1;
@@ -236,7 +236,7 @@ IgemmProblem product_of(const Int8Conv2dParams& p, const CudaWeights& w, const G
           .column_scale = p.out.weight_scale,
           .column_step = p.out.weight_scale_stride,
           .bias = p.out.bias,
-          .floor = p.out.relu ? 0.0f : -INFINITY,
+          .floor = p.out.function == Function::kRelu ? 0.0f : -INFINITY,
           .y = p.out.y,
           .y_stride = p.O,
           .y_dtype = p.out.dtype,
@@ -264,7 +264,7 @@ Epilogue epilogue_of(const Int8Conv2dParams& p, const Conv2dPlan& plan, const in
                .column_step = p.out.weight_scale_stride,
                .column_sum = column_sum,
                .bias = p.out.bias,
-               .floor = p.out.relu ? 0.0f : -INFINITY,
+               .floor = p.out.function == Function::kRelu ? 0.0f : -INFINITY,
                .y = p.out.y,
                .dtype = p.out.dtype,
                .rows = FastDiv(pixels),
@@ -314,7 +314,7 @@ Int8LinearParams linear_of_patches(const Int8Conv2dParams& p, const InputParams&
   l.K = p.C * p.R * p.S;
   l.in = in;
   l.in.dtype = DType::kInt8;
-  l.in.mode = Activation::kQuantized;
+  l.in.mode = InputMode::kQuantized;
   l.x_stride = (l.K + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
   l.weight = p.weight;
   l.packed = l.K % kVectorBytes == 0 ? p.packed : nullptr;
@@ -415,7 +415,7 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& all, const GpuLimits& gpu, const 
   if (!in_place) plan.codes = workspace.add<int8_t>(p.N * plan.gather.height * plan.gather.width * pixel);
   if (own_params) plan.scale = workspace.add<float>(p.N);
   if (own_params) plan.zero_point = workspace.add<int32_t>(p.N);
-  const bool reads_padding = plan.kernel.engine != Engine::kSm90 && !(quantizes && p.in.mode != Activation::kQuantized);
+  const bool reads_padding = plan.kernel.engine != Engine::kSm90 && !(quantizes && p.in.mode != InputMode::kQuantized);
   if (corrected && reads_padding) plan.padding = workspace.add<int8_t>(p.N * kVectorBytes);
   if (is_dynamic(p.in) && has_pixels(p)) {  // a sample without pixels has scale 1, as one of zeros
     plan.range = plan_choose_qparams(range_of_samples(all, nullptr, nullptr), gpu.multiprocessors);

@@ -112,7 +112,7 @@ enum class Encoder : int32_t {
 };
 // Whether sums need a correction for zero points; those of unsigned codes are shifted by 128.
 inline bool has_zero_points(const InputParams& in) {
-  return in.mode == Activation::kDynamicAsymmetric || in.zero_point != nullptr || in.dtype == DType::kUInt8;
+  return in.mode == InputMode::kDynamicAsymmetric || in.zero_point != nullptr || in.dtype == DType::kUInt8;
 }
 
 // Scales of samples that write_codes_cuda itself chooses, from the ranges that run_ranges left.

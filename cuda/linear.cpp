@@ -37,7 +37,7 @@ IgemmProblem product_of(const Int8LinearParams& p, const CudaWeights& weight, bo
           .column_scale = p.out.weight_scale,
           .column_step = p.out.weight_scale_stride,
           .bias = p.out.bias,
-          .floor = p.out.relu ? 0.0f : -INFINITY,
+          .floor = p.out.function == Function::kRelu ? 0.0f : -INFINITY,
           .y = p.out.y,
           .y_stride = p.y_stride,
           .y_dtype = p.out.dtype,
@@ -95,7 +95,7 @@ QuantizeRowsParams dynamic_rows(const Int8LinearParams& p) {
           .q = nullptr,
           .scale = nullptr,
           .zero_point = nullptr,
-          .asymmetric = p.in.mode == Activation::kDynamicAsymmetric};
+          .asymmetric = p.in.mode == InputMode::kDynamicAsymmetric};
 }
 
 // Codes of the rows, and arrays of their scales and zero points where the plan has them.

@@ -165,7 +165,7 @@ void choose_product(const WeightOnlyParams& p, const GpuLimits& gpu, const Kerne
   const bool named = wanted.name.rfind(kPrefix, 0) == 0;
   const WeightOnlyLayout& l = plan->layout;
   const WeightOnlyArgs a = args_of(p, l);
-  const bool zeros = has_group_zeros(p), row_zero = p.in.mode == Activation::kDynamicAsymmetric;
+  const bool zeros = has_group_zeros(p), row_zero = p.in.mode == InputMode::kDynamicAsymmetric;
   if (!p.codes && (p.in.dtype == DType::kFloat32 || p.float_zero != nullptr)) {
     plan->engine = WeightOnlyEngine::kFloats;
     plan->warps = warps_over_k(p, l, p.M == 1 ? 1 : 8, most_warps(16), kFloatGroupBytes, gpu);
@@ -214,7 +214,7 @@ WeightOnlyPlan plan_weight_only(const WeightOnlyParams& p, const GpuLimits& gpu,
     plan.row_bytes = std::max<int64_t>(1, ceil_div(p.K, kStep)) * kStep;
     plan.codes = workspace.add<int8_t>(p.M * plan.row_bytes);
     plan.row_scale = workspace.add<float>(p.M);
-    if (p.in.mode == Activation::kDynamicAsymmetric) plan.row_zero = workspace.add<int32_t>(p.M);
+    if (p.in.mode == InputMode::kDynamicAsymmetric) plan.row_zero = workspace.add<int32_t>(p.M);
     if (has_group_zeros(p)) plan.row_sum = workspace.add<int32_t>(p.M * plan.layout.groups);
     plan.early = gpu.arch >= 90 && !plan.row_sum;
   } else if (!is_whole(p)) {
@@ -238,7 +238,7 @@ void run_weight_only(const WeightOnlyPlan& plan, const WeightOnlyParams& p, cons
                         .q = codes,
                         .scale = plan.row_scale.in(at.memory),
                         .zero_point = plan.row_zero.in(at.memory),
-                        .asymmetric = p.in.mode == Activation::kDynamicAsymmetric},
+                        .asymmetric = p.in.mode == InputMode::kDynamicAsymmetric},
                        plan.row_bytes, at);
     if (plan.row_sum)
       group_sums_cuda({.M = p.M,

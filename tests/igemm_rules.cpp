@@ -254,8 +254,8 @@ struct Random {
   InputParams input() {
     static const DType floats[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
     InputParams in{};
-    in.mode = static_cast<Activation>(below(4));
-    in.dtype = in.mode != Activation::kQuantized ? floats[below(3)] : below(2) ? DType::kInt8 : DType::kUInt8;
+    in.mode = static_cast<InputMode>(below(4));
+    in.dtype = in.mode != InputMode::kQuantized ? floats[below(3)] : below(2) ? DType::kInt8 : DType::kUInt8;
     in.x = address<void>();
     if (is_dynamic(in)) return in;
     in.scale = address<float>();
@@ -310,7 +310,7 @@ static void check_linear_plans(Random random) {
   }
   Int8LinearParams p{};
   p.M = p.N = p.K = 64;
-  p.in.mode = Activation::kQuantized;
+  p.in.mode = InputMode::kQuantized;
   p.in.dtype = DType::kInt8;
   EXPECT(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).bytes == 0, "codes in place need no memory");
   EXPECT(kernel_text(plan_linear(p, kGpu, KernelChoice("igemm_s8s8_32x64x128_mma")).kernel) == "igemm_s8s8_32x64x128_mma",
@@ -363,7 +363,7 @@ static void check_conv2d_plans(Random random) {
     const bool rewritten = corrected && (p.in.dtype == DType::kUInt8 || p.in.scale_stride != p.in.zero_point_stride);
     EXPECT(bool(plan.scale) == (dynamic || rewritten) && bool(plan.zero_point) == bool(plan.scale), "parameters of samples");
     const bool quantizes = plan.depthwise.rows > 0 || plan.direct.tile_rows > 0;
-    EXPECT(bool(plan.padding) == (corrected && (!quantizes || p.in.mode == Activation::kQuantized)), "padding");
+    EXPECT(bool(plan.padding) == (corrected && (!quantizes || p.in.mode == InputMode::kQuantized)), "padding");
     EXPECT(!quantizes || plan.encoder == Encoder::kNone, "no codes in memory");
     EXPECT(plan.gather.codes == nullptr && plan.gather.padding == nullptr, "addresses come later");
     EXPECT(bool(plan.sums) == (plan.kernel.splits > 1), "sums of splits");
@@ -435,7 +435,7 @@ static void check_codes(std::mt19937_64& random) {
     const float scale = round % 3 == 0 ? any : round % 3 == 1 ? near : std::ldexp(1.0f, static_cast<int>(random() % 12) - 8);
     const InputParams in{.x = nullptr,
                          .dtype = DType::kBFloat16,
-                         .mode = Activation::kStatic,
+                         .mode = InputMode::kStatic,
                          .scale = &scale,
                          .scale_stride = 0,
                          .zero_point = &zero,

@@ -316,7 +316,7 @@ void check_quantize_block(const KernelTable& table, Random* random, DType dtype,
 
 struct Input {
   InputParams params;
-  Input(Random* random, DType dtype, Activation mode, const Bytes& x, int64_t slices)
+  Input(Random* random, DType dtype, InputMode mode, const Bytes& x, int64_t slices)
       : scale_(slices, [&](int64_t) { return std::fabs(random->real(4, 30)); }), zero_(slices, [&](int64_t) {
           return static_cast<int32_t>(dtype == DType::kUInt8 ? random->between(0, 255) : random->between(-128, 127));
         }) {
@@ -354,11 +354,11 @@ struct Output {
   TileOutput tile_;
 };
 
-DType input_dtype(Activation mode, int i) {
-  return mode == Activation::kQuantized ? (i % 2 ? DType::kInt8 : DType::kUInt8) : kFloats[i % 3];
+DType input_dtype(InputMode mode, int i) {
+  return mode == InputMode::kQuantized ? (i % 2 ? DType::kInt8 : DType::kUInt8) : kFloats[i % 3];
 }
 
-void check_linear(Random* random, Activation mode, int i, Log* log) {
+void check_linear(Random* random, InputMode mode, int i, Log* log) {
   Int8LinearParams p{};
   p.M = random->between(1, 40);
   p.N = random->between(1, 140);
@@ -372,7 +372,7 @@ void check_linear(Random* random, Activation mode, int i, Log* log) {
   const Output out(random, kOutputs[i % 6], p.N, (p.M - 1) * p.y_stride + p.N);
   const Edge<float> multiplier(p.K, [&](int64_t) { return random->real(4, 30); });
   p.in = in.params;
-  if (mode != Activation::kQuantized && random->one_in(3)) p.in.multiplier = multiplier.data();
+  if (mode != InputMode::kQuantized && random->one_in(3)) p.in.multiplier = multiplier.data();
   p.out = out.params;
   p.weight = w.data();
   const PackedLayout layout = packed_layout(p.N, p.K, 1, 1, 1);
@@ -400,7 +400,7 @@ void check_weight_only(Random* random, int i, Log* log) {
   p.group = layout.group;
   p.y_dtype = kFloats[random->between(0, 2)];
   p.in.dtype = kFloats[i % 3];
-  p.in.mode = random->one_in(2) ? Activation::kDynamic : Activation::kDynamicAsymmetric;
+  p.in.mode = random->one_in(2) ? InputMode::kDynamic : InputMode::kDynamicAsymmetric;
   const int64_t x_elements = (p.M - 1) * p.x_stride + p.K, y_bytes = ((p.M - 1) * p.y_stride + p.N) * dtype_bytes(p.y_dtype);
   const Bytes x(x_elements * dtype_bytes(p.in.dtype));
   fill(x, p.in.dtype, random, 4, random->one_in(2) ? 0 : 200);
@@ -457,7 +457,7 @@ void check_weight_only(Random* random, int i, Log* log) {
   log->add(name + " looked up", rows.data(), rows_bytes, e.y_dtype);
 }
 
-void check_conv2d(Random* random, Activation mode, int i, Log* log) {
+void check_conv2d(Random* random, InputMode mode, int i, Log* log) {
   Int8Conv2dParams p{};
   const int kind = i % 4;  // plain, plain, grouped, depthwise
   p.groups = kind < 2 ? 1 : kind == 2 ? random->between(2, 3) : random->between(2, 40);
@@ -585,7 +585,7 @@ bool check_linear_plans(const KernelTable& table) {
   p.K = 64;
   p.x_stride = 80;
   p.in.dtype = DType::kFloat32;
-  p.in.mode = Activation::kDynamic;
+  p.in.mode = InputMode::kDynamic;
   const LinearPlan many = plan_linear(p, table, 3);
   bool good = expect(many.weight == WeightSource::kPackedOnUse && many.panel_bytes >= 64 * 64 + 64 * 4,
                      "many rows by a plain weight: each worker packs a panel", table);
@@ -596,7 +596,7 @@ bool check_linear_plans(const KernelTable& table) {
                  "few rows by a plain weight: dot products, where the table has them", table);
   p.packed = &packed;
   p.in.dtype = DType::kUInt8;
-  p.in.mode = Activation::kQuantized;
+  p.in.mode = InputMode::kQuantized;
   const LinearPlan codes = plan_linear(p, table, 3);
   good &= expect(codes.weight == WeightSource::kPacked && codes.panel_bytes == 0, "a packed weight needs no panels", table);
   good &= expect(codes.in_place && codes.code_stride == p.x_stride && codes.codes_at == codes.scale_at,
@@ -619,7 +619,7 @@ bool check_conv2d_plans(const KernelTable& table) {
   std::copy(nchw, nchw + 4, p.x_stride);
   for (int d = 0; d < 2; ++d) p.stride[d] = 1, p.pad[d] = 2, p.dilation[d] = 2;
   p.in.dtype = DType::kFloat32;
-  p.in.mode = Activation::kDynamic;
+  p.in.mode = InputMode::kDynamic;
   p.packed = &packed;
   const Conv2dPlan plan = plan_conv2d(p, weight_layout(p), table, 3);
   bool good =
@@ -664,8 +664,8 @@ bool run(const KernelTable& table, Log* log) {
     check_random_words(table, &random, log);
   }
   for (int i = 0; i < 36; ++i)
-    for (const Activation mode :
-         {Activation::kDynamic, Activation::kDynamicAsymmetric, Activation::kStatic, Activation::kQuantized}) {
+    for (const InputMode mode :
+         {InputMode::kDynamic, InputMode::kDynamicAsymmetric, InputMode::kStatic, InputMode::kQuantized}) {
       check_linear(&random, mode, i, log);
       check_conv2d(&random, mode, i, log);
     }

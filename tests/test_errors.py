@@ -238,6 +238,30 @@ add(_INT8, f"out_scale.dtype in {FLOATING}, got int8", TypeError, out_scale=i8()
 add(_INT8, "out_scale to have one element, got shape (3,)", out_scale=f32(3))
 add(_INT8, "out_zero_point only together with out_scale, got out_zero_point alone", out_zero_point=i8())
 add(_INT8, "out_zero_point to have one element, got shape (2,)", out_scale=f32(), out_zero_point=i8(2))
+
+_sentence = "neither residual nor activation with out_dtype int32, which has the sums before them, got "
+add(_INT8, _sentence + "residual. Add them to the scaled sums.", out_dtype=torch.int32, residual=f32(2, 3))
+_sentence = "residual.dtype in (int8, uint8, float32, float16, bfloat16), got "
+add(_INT8, _sentence + "float64", TypeError, residual=f32(2, 3).double())
+add("int8_linear", "residual to have the shape of the result, (2, 3), got (3,)", residual=f32(3))
+add("int8_conv2d", "residual to have the shape of the result, (2, 6, 3, 3), got (2, 6, 1, 1)", residual=f32(2, 6, 1, 1))
+_sentence = "residual_scale and residual_zero_point only with "
+add(_INT8, _sentence + "residual, got residual_scale alone", residual_scale=f32())
+add(_INT8, _sentence + "residual, got residual_zero_point alone", residual_zero_point=i8())
+add(
+    "int8_linear",
+    _sentence + "a residual of int8 or uint8, got residual.dtype float16",
+    residual=f32(2, 3).half(),
+    residual_scale=f32(),
+)
+_codes = {"residual": i8(2, 3)}
+_sentence = "residual_scale with a residual of int8, got none. Pass the scale that residual was quantized with."
+add("int8_linear", _sentence, **_codes)
+add("int8_linear", "residual_scale to have one element, got shape (3,)", **_codes, residual_scale=f32(3))
+add("int8_linear", f"residual_scale.dtype in {FLOATING}, got int8", TypeError, **_codes, residual_scale=i8())
+_codes["residual_scale"] = f32()
+add("int8_linear", "residual_zero_point to have one element, got shape (2,)", **_codes, residual_zero_point=i8(2))
+add("int8_linear", "residual_zero_point in [-128, 127], got 200", fake=False, **_codes, residual_zero_point=Z_BIG)
 _sentence = "out_zero_point.dtype integer or floating, got bool"
 add(_INT8, _sentence, TypeError, out_scale=f32(), out_zero_point=torch.tensor(True))
 add(_INT8, "out_zero_point in [-128, 127], got 200", fake=False, out_scale=f32(), out_zero_point=Z_BIG)

@@ -240,13 +240,12 @@ QO_HD QParams<T> choose_qparams_of(T min, T max, bool finite, int32_t qmin, int3
 
 // y = fma(acc, scale_a * scale_b, bias): the product of the scales is rounded once, then one fused multiply-add.
 // "No bias" is bias = -0: adding -0 changes no value and no sign.
-QO_HD float epilogue(int32_t acc, float scale_a, float scale_b, float bias, bool relu) {
+QO_HD float epilogue(int32_t acc, float scale_a, float scale_b, float bias) {
 #if defined(__CUDA_ARCH__)
-  const float y = __fmaf_rn(__int2float_rn(acc), __fmul_rn(scale_a, scale_b), bias);
+  return __fmaf_rn(__int2float_rn(acc), __fmul_rn(scale_a, scale_b), bias);
 #else
-  const float y = __builtin_fmaf(static_cast<float>(acc), scale_a * scale_b, bias);
+  return __builtin_fmaf(static_cast<float>(acc), scale_a * scale_b, bias);
 #endif
-  return relu && y < 0.0f ? 0.0f : y;
 }
 
 }  // namespace quant_ops

@@ -24,6 +24,7 @@
 
 #include "contract/arithmetic.h"
 #include "contract/float_format.h"
+#include "contract/functions.h"
 #include "contract/philox.h"
 
 namespace quant_ops {
@@ -224,15 +225,24 @@ void quantize_rows_cpu(const QuantizeRowsParams& p);
 
 // ---- integer GEMM and convolution; on each device linear and conv2d --------------------------------------------------
 
-// How activations become integer codes.
-enum class Activation : int32_t {
+// How the input becomes integer codes.
+enum class InputMode : int32_t {
   kDynamic,            // scale from the data, symmetric: Linear per row, Conv2d per sample
   kDynamicAsymmetric,  // scale and zero point from the data
   kStatic,             // floating x, scale given: codes clamped to [-128, 127]
   kQuantized,          // x is int8 or uint8 already
 };
 
-// What an output element becomes after y = fma(acc, scale_a * scale_b, bias) [, ReLU]:
+// A tensor that is added to the result before its function: codes of r mean (r - zero_point) * scale.
+struct ResidualParams {
+  const void* r;              // lies exactly as y does; null: none
+  DType dtype;                // int8, uint8, float32, float16 or bfloat16
+  const float* scale;         // one element; null: floating
+  const int32_t* zero_point;  // likewise; null: 0
+};
+
+// What an output element becomes, in float32: y = fma(acc, scale_a * scale_b, bias); with a residual y = fma(r - zero_point, scale,
+// y), or y + r for a floating r; then the function; then
 //   floating dtype: rounded once;  int8 / uint8: clamp(rne(y / out_scale) + out_zero_point);  int32: acc itself, no epilogue
 struct OutputParams {
   void* y;
@@ -240,7 +250,8 @@ struct OutputParams {
   const float* weight_scale;
   int64_t weight_scale_stride;  // 1: per output channel, 0: per tensor
   const float* bias;            // null: none
-  bool relu;
+  ResidualParams residual;
+  Function function;
   const float* out_scale;         // one element; null: floating or int32
   const int32_t* out_zero_point;  // likewise; null: 0
 };
@@ -248,7 +259,7 @@ struct OutputParams {
 struct InputParams {
   const void* x;
   DType dtype;
-  Activation mode;
+  InputMode mode;
   const float* scale;  // static and quantized; stride 0 or 1 over rows (Linear) or samples (Conv2d)
   int64_t scale_stride;
   const int32_t* zero_point;
@@ -257,9 +268,7 @@ struct InputParams {
   // float32 multiplication. Null: x itself.
   const float* multiplier;
 };
-inline bool is_dynamic(const InputParams& in) {
-  return in.mode == Activation::kDynamic || in.mode == Activation::kDynamicAsymmetric;
-}
+inline bool is_dynamic(const InputParams& in) { return in.mode == InputMode::kDynamic || in.mode == InputMode::kDynamicAsymmetric; }
 
 struct Int8LinearParams {
   int64_t M, N, K;

@@ -24,7 +24,7 @@ void for_each_product(const KernelTable& table, const InputParams& in, int64_t o
 }  // namespace
 
 void find_range(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, Range* range) {
-  const bool only_magnitude = in.mode == Activation::kDynamic;
+  const bool only_magnitude = in.mode == InputMode::kDynamic;
   if (in.multiplier == nullptr) return table.range(element(in.x, in.dtype, offset), in.dtype, n, only_magnitude, range);
   for_each_product(table, in, offset, n, [&](const float* products, int64_t, int64_t count) {
     table.range(products, DType::kFloat32, count, only_magnitude, range);
@@ -40,7 +40,7 @@ QParams<float> dynamic_qparams(const Range& range, bool asymmetric) {
 
 QParams<float> code_qparams(const InputParams& in, int64_t i, const Range& range) {
   if (is_dynamic(in)) {
-    const QParams<float> p = dynamic_qparams(range, in.mode == Activation::kDynamicAsymmetric);
+    const QParams<float> p = dynamic_qparams(range, in.mode == InputMode::kDynamicAsymmetric);
     return {p.scale, p.zero_point + kSignedOffset};
   }
   const int32_t offset = in.dtype == DType::kUInt8 ? 0 : kSignedOffset;

@@ -34,7 +34,7 @@ void write_codes(const KernelTable& table, const InputParams& in, int64_t offset
 
 // Whether the GEMM can read the codes of quantized activations where they lie, and with which GemmTile::flip.
 inline bool reads_in_place(const KernelTable& table, const InputParams& in) {
-  return in.mode == Activation::kQuantized && (in.dtype == DType::kUInt8 || table.flips);
+  return in.mode == InputMode::kQuantized && (in.dtype == DType::kUInt8 || table.flips);
 }
 inline uint32_t flip_of(const InputParams& in) { return in.dtype == DType::kInt8 ? 0x80808080u : 0u; }
 

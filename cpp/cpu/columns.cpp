@@ -6,14 +6,15 @@
 namespace quant_ops {
 
 bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
-                int64_t columns) {
+                int64_t columns, double residual) {
   const auto largest = [](const float* x, int64_t n) {
     Range range{0.0f, 0.0f, 0};
     kernels().range(x, DType::kFloat32, n, true, &range);
     return double{bits_float(range.abs_bits)};  // NaN if x contains one; then no comparison below holds
   };
   return out_scale > 0x1p-100f && out_scale < 0x1p100f &&
-         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) < 0x1p30 * out_scale;
+         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) + residual <
+             0x1p30 * out_scale;
 }
 
 ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, ScratchLayout* scratch) {
@@ -38,6 +39,24 @@ Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedL
   };
   if (plan.scale_at != ColumnsPlan::kNoCopy) scale_ = padded(plan.scale_at, out.weight_scale, out.weight_scale_stride, 0.0f);
   if (plan.bias_at != ColumnsPlan::kNoCopy) bias_ = padded(plan.bias_at, out.bias, 1, -0.0f);  // adding -0 changes nothing
+
+  // Rounding to codes keeps the order of the values if the scale is positive, so that clamping can wait until afterwards.
+  const bool codes = out.out_scale != nullptr;
+  const bool clamps =
+      (out.function == Function::kRelu || (codes && out.function == Function::kRelu6)) && !(codes && *out.out_scale < 0);
+  const ResidualParams& r = out.residual;
+  floor_ = clamps ? 0.0f : -INFINITY;
+  ceiling_ = clamps && out.function == Function::kRelu6 ? 6.0f : INFINITY;
+  extras_ = {.function = clamps ? Function::kNone : out.function,
+             .residual_dtype = r.dtype,
+             .residual_scale = r.scale ? *r.scale : 1.0f,
+             .residual_zero = r.zero_point ? *r.zero_point : 0};
+  has_extras_ = r.r != nullptr || extras_.function != Function::kNone;
+}
+
+double Columns::largest_residual(const OutputParams& out) const {
+  if (out.residual.r == nullptr) return 0.0;
+  return out.residual.scale == nullptr ? INFINITY : 255.0 * std::fabs(double{*out.residual.scale});
 }
 
 TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {
@@ -46,9 +65,11 @@ TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, i
   o.column_sum = column_sum;
   o.column_scale = scale_ + column;
   o.bias = bias_ + column;
-  o.floor = out.relu ? 0.0f : -INFINITY;
+  o.floor = floor_;
+  o.ceiling = ceiling_;
   o.out_scale = out.out_scale ? *out.out_scale : 1.0f;
   o.out_zero_point = out.out_zero_point ? *out.out_zero_point : 0;
+  o.extras = has_extras_ ? &extras_ : nullptr;
   return o;
 }
 

@@ -21,9 +21,9 @@ inline std::string first_tile_name(const KernelTable& table, int64_t rows, int64
   return gemm_name(table, tile_rows(table, rows, width <= kSlimColumns), width);
 }
 
-// TileOutput::bounded for every accumulator that int32 holds.
+// TileOutput::bounded for every accumulator that int32 holds; `residual`: the largest magnitude that is added.
 bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
-                int64_t columns);
+                int64_t columns, double residual = 0.0);
 
 // Kernels read whole vectors of scales and biases, so every product needs padded_n of each. The caller's arrays serve where they
 // are as long and step by 1, else copies.
@@ -39,17 +39,29 @@ class Columns {
  public:
   Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& layout, const Scratch& scratch);
 
-  // The epilogue of tiles that start at this column of all products' columns. Callers add `y`, the valid columns and the rows.
+  // The epilogue of tiles that start at this column of all products' columns. Callers add `y`, the valid columns and the rows, and
+  // where there is a residual set_residual. Refers to this object.
   TileOutput output(const OutputParams& out, const int32_t* column_sum, int64_t column) const;
 
   bool bounded(const OutputParams& out, const float* row_scale, int64_t rows) const {
-    return dtype_bytes(out.dtype) == 1 && is_bounded(*out.out_scale, row_scale, rows, scale_, bias_, count_);
+    return dtype_bytes(out.dtype) == 1 && is_bounded(*out.out_scale, row_scale, rows, scale_, bias_, count_, largest_residual(out));
   }
 
  private:
+  double largest_residual(const OutputParams& out) const;
+
   int64_t count_;
   const float* scale_;
   const float* bias_;
+  float floor_, ceiling_;
+  TileExtras extras_;
+  bool has_extras_;
 };
+
+// The residual of a tile whose first element is element `offset` of the result, or of a block that lies like it.
+inline void set_residual(const OutputParams& out, const void* residual, int64_t offset, int64_t stride, TileOutput* tile) {
+  tile->residual = static_cast<const char*>(residual) + offset * dtype_bytes(out.residual.dtype);
+  tile->residual_stride = stride;
+}
 
 }  // namespace quant_ops

@@ -216,19 +216,32 @@ class Conv2d {
         const int64_t column = panel * kPanel, channel = product * layout.n + column;
         const int64_t columns = std::min(layout.width(panel), layout.n - column), sample = first_sample_ + n;
         if (p_.y_channels_last) {
-          char* y = static_cast<char*>(p_.out.y) + ((sample * pixels + first) * p_.O + channel) * bytes;
-          multiply_panel(n, product, panel, offsets, rows, y, p_.O);
-        } else {
+          const int64_t offset = (sample * pixels + first) * p_.O + channel;
+          multiply_panel(n, product, panel, offsets, rows,
+                         {static_cast<char*>(p_.out.y) + offset * bytes, p_.O, p_.out.residual.r, offset});
+        } else {  // through blocks of [rows][columns]
+          const int64_t offset = (sample * p_.O + channel) * pixels + first, r_bytes = residual_bytes(p_.out);
           char* block = scratch_.at<char>(plan_.outputs_at + worker * plan_.output_bytes);
-          multiply_panel(n, product, panel, offsets, rows, block, columns);
-          transpose_store(bytes, block, rows, columns, columns,
-                          static_cast<char*>(p_.out.y) + ((sample * p_.O + channel) * pixels + first) * bytes, pixels);
+          char* r_block = scratch_.at<char>(plan_.residuals_at + worker * plan_.residual_bytes);
+          if (r_bytes > 0)
+            transpose_bytes(r_bytes, static_cast<const char*>(p_.out.residual.r) + offset * r_bytes, pixels, columns, rows, r_block,
+                            columns);
+          multiply_panel(n, product, panel, offsets, rows, {block, columns, r_block, 0});
+          transpose_bytes(bytes, block, columns, rows, columns, static_cast<char*>(p_.out.y) + offset * bytes, pixels);
         }
       }
   }
 
-  void multiply_panel(int64_t n, int64_t product, int64_t panel, const int64_t* offsets, int64_t rows, char* y,
-                      int64_t y_stride) const {
+  // Where the results of some pixels go: element 0 is the first channel of the first one.
+  struct Destination {
+    char* y;
+    int64_t stride;  // between pixels
+    const void* residual;
+    int64_t residual_offset;
+  };
+
+  void multiply_panel(int64_t n, int64_t product, int64_t panel, const int64_t* offsets, int64_t rows,
+                      const Destination& to) const {
     const PackedLayout& layout = plan_.layout;
     const int64_t column = panel * kPanel, width = layout.width(panel);
     const uint8_t* a = plan_.in_place ? static_cast<const uint8_t*>(p_.in.x) + first_sample_ * plan_.sample : codes_;
@@ -240,7 +253,7 @@ class Conv2d {
     tile.b = layout.panel(packed_, product, panel);
     tile.out = columns_.output(p_.out, layout.column_sum(packed_, product) + column, product * layout.padded_n + column);
     tile.out.columns = std::min(width, layout.n - column);
-    tile.out.y_stride = y_stride;
+    tile.out.y_stride = to.stride;
     tile.out.row_scale = scale_ + n;
     tile.out.row_zero = zero_ + n;
     tile.out.row_step = 0;
@@ -251,7 +264,8 @@ class Conv2d {
     for (int64_t m = 0, count; m < rows; m += count) {
       count = tile_rows(table_, rows - m, slim);
       tile.a_offset = offsets + m * layout.taps;
-      tile.out.y = y + m * y_stride * dtype_bytes(p_.out.dtype);
+      tile.out.y = to.y + m * to.stride * dtype_bytes(p_.out.dtype);
+      if (p_.out.residual.r != nullptr) set_residual(p_.out, to.residual, to.residual_offset + m * to.stride, to.stride, &tile.out);
       table_.gemm(tile, count, width);
     }
   }
@@ -328,8 +342,9 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, co
   };
   plan.buffers_at = workers(plan.strips > 0 ? plan.strip * p.C : 0, &plan.buffer_bytes);
   plan.offsets_at = workers(plan.block * layout.taps * int64_t{sizeof(int64_t)}, &plan.offset_bytes);
-  plan.outputs_at = workers(p.y_channels_last ? 0 : plan.block * std::min<int64_t>(kPanel, layout.n) * dtype_bytes(p.out.dtype),
-                            &plan.output_bytes);
+  const int64_t block = p.y_channels_last ? 0 : plan.block * std::min<int64_t>(kPanel, layout.n);
+  plan.outputs_at = workers(block * dtype_bytes(p.out.dtype), &plan.output_bytes);
+  plan.residuals_at = workers(block * residual_bytes(p.out), &plan.residual_bytes);
   plan.scratch_bytes = scratch.bytes;
   return plan;
 }

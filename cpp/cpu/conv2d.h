@@ -36,11 +36,11 @@ struct Conv2dPlan {
   bool pointwise;   // every output pixel reads the input pixel of its own place
   int64_t block;    // output pixels whose indirection table is made at a time
   int64_t samples;  // of a pass
-  // scratch: a part that is not needed has no bytes; each worker has buffer_bytes, offset_bytes and output_bytes of its own
+  // scratch: a part that is not needed has no bytes; each worker has bytes of its own
   ColumnsPlan columns;
   bool packs;  // the weight is packed into scratch
   int64_t packed_at, codes_at, ranges_at, scale_at, zero_at;
-  int64_t buffers_at, buffer_bytes, offsets_at, offset_bytes, outputs_at, output_bytes;
+  int64_t buffers_at, buffer_bytes, offsets_at, offset_bytes, outputs_at, output_bytes, residuals_at, residual_bytes;
   int64_t scratch_bytes;
 
   int64_t column_offset(int64_t column) const {
@@ -64,7 +64,7 @@ struct DepthwisePlan {
   bool packs;
   int64_t packed_at, ranges_at, qparams_at;
   int64_t workers_at, worker_bytes;  // worker_bytes for each worker, with the following parts
-  int64_t codes_own, padding_own, buffer_own, line_own, rows_own, output_own;
+  int64_t codes_own, padding_own, buffer_own, line_own, rows_own, output_own, residual_own;
   int64_t scratch_bytes;
 };
 
@@ -130,16 +130,19 @@ inline Range join(const Range* ranges, int64_t count) {
   return all;
 }
 
-// NCHW output: a block of [rows][columns] in memory becomes `columns` runs of `rows` pixels.
-inline void transpose_store(int64_t bytes, const void* block, int64_t rows, int64_t columns, int64_t block_stride, void* y,
-                            int64_t y_stride) {
+// to[c * to_stride + r] = from[r * from_stride + c] for elements of so many bytes.
+inline void transpose_bytes(int64_t bytes, const void* from, int64_t from_stride, int64_t rows, int64_t columns, void* to,
+                            int64_t to_stride) {
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    transpose(static_cast<const T*>(block), block_stride, rows, columns, static_cast<T*>(y), y_stride);
+    transpose(static_cast<const T*>(from), from_stride, rows, columns, static_cast<T*>(to), to_stride);
   };
   if (bytes == 4) return run(static_cast<uint32_t*>(nullptr));
   if (bytes == 2) return run(static_cast<uint16_t*>(nullptr));
   run(static_cast<uint8_t*>(nullptr));
 }
+
+// The bytes that an element of the residual takes; 0 without one.
+inline int64_t residual_bytes(const OutputParams& out) { return out.residual.r == nullptr ? 0 : dtype_bytes(out.residual.dtype); }
 
 }  // namespace quant_ops

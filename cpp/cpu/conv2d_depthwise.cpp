@@ -104,10 +104,17 @@ class Depthwise {
         window.advance(first, last, plan_.strip_rows,
                        [&](int64_t h, int64_t rows, uint8_t* codes) { quantize_rows(n, h, rows, codes, buffer); });
       char* y = static_cast<char*>(p_.out.y);
-      char* block = p_.y_channels_last ? y + row * p_.OW * p_.O * bytes : scratch_.at<char>(own + plan_.output_own);
-      compute_band(&run, top, count, input, first, padding, scratch_.at<const uint8_t*>(own + plan_.rows_own), block);
-      if (!p_.y_channels_last)
-        transpose_store(bytes, block, count * p_.OW, p_.O, p_.O, y + (n * p_.O * p_.OH + oh) * p_.OW * bytes, p_.OH * p_.OW);
+      const int64_t pixels = count * p_.OW, channel_step = p_.OH * p_.OW, r_bytes = residual_bytes(p_.out);
+      const int64_t offset = p_.y_channels_last ? row * p_.OW * p_.O : (n * p_.O * p_.OH + oh) * p_.OW;
+      char* block = p_.y_channels_last ? y + offset * bytes : scratch_.at<char>(own + plan_.output_own);
+      const char* residual = static_cast<const char*>(p_.out.residual.r) + offset * r_bytes;
+      if (!p_.y_channels_last && r_bytes > 0) {
+        char* r_block = scratch_.at<char>(own + plan_.residual_own);
+        transpose_bytes(r_bytes, residual, channel_step, p_.O, pixels, r_block, p_.O);
+        residual = r_block;
+      }
+      compute_band(&run, top, count, input, first, padding, scratch_.at<const uint8_t*>(own + plan_.rows_own), block, residual);
+      if (!p_.y_channels_last) transpose_bytes(bytes, block, p_.O, pixels, p_.O, y + offset * bytes, channel_step);
     }
   }
 
@@ -147,9 +154,10 @@ class Depthwise {
     }
   }
 
-  // `count` output rows, the first of which starts at input row `top`, into [rows][OW][O]. `input` is input row `first`.
+  // `count` output rows, the first of which starts at input row `top`, into [rows][OW][O], as the residual lies. `input` is input
+  // row `first`.
   void compute_band(DepthwiseRun* run, int64_t top, int64_t count, const uint8_t* input, int64_t first, const uint8_t* padding,
-                    const uint8_t** rows, char* y) const {
+                    const uint8_t** rows, char* y, const char* residual) const {
     const int64_t row_step = plan_.in_place ? p_.x_stride[2] : plan_.row, bytes = dtype_bytes(p_.out.dtype);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t r = 0; r < plan_.row_pointers; ++r) {
@@ -159,7 +167,9 @@ class Depthwise {
       for (int64_t ow = 0; ow < p_.OW; ow += plan_.run) {
         run->first = ow * p_.stride[1] - p_.pad[1];
         run->pixels = std::min(plan_.run, p_.OW - ow);
-        run->out.y = y + (i * p_.OW + ow) * p_.O * bytes;
+        const int64_t offset = (i * p_.OW + ow) * p_.O;
+        run->out.y = y + offset * bytes;
+        if (p_.out.residual.r != nullptr) set_residual(p_.out, residual, offset, p_.O, &run->out);
         table_.depthwise(*run);
       }
     }
@@ -194,7 +204,7 @@ DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layo
   plan.layout = layout;
   plan.channels_last = p.x_stride[1] == 1;
   plan.pixel = layout.padded_n;
-  plan.in_place = p.in.mode == Activation::kQuantized && plan.channels_last && p.x_stride[3] == p.C && plan.pixel == p.C;
+  plan.in_place = p.in.mode == InputMode::kQuantized && plan.channels_last && p.x_stride[3] == p.C && plan.pixel == p.C;
   const int64_t width = std::max<int64_t>(1, p.W), output_row = p.OW * p.O * dtype_bytes(p.out.dtype);
   plan.row = width * plan.pixel;
   plan.reach = (p.R - 1) * p.dilation[0] + 1;
@@ -215,6 +225,7 @@ DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layo
   plan.line_own = own.add(line_bytes(p, plan.run));
   plan.rows_own = own.add(plan.row_pointers * int64_t{sizeof(uint8_t*)});
   plan.output_own = own.add(p.y_channels_last ? 0 : plan.band * output_row);
+  plan.residual_own = own.add(p.y_channels_last ? 0 : plan.band * p.OW * p.O * residual_bytes(p.out));
   plan.worker_bytes = own.bytes;
   plan.columns = plan_columns(p.out, layout, &scratch);
   plan.packs = p.packed == nullptr;

@@ -139,8 +139,10 @@ class Linear {
     TileOutput out = columns_.output(p_.out, column_sum, column);
     out.bounded = bounded_;
     out.columns = std::min<int64_t>(kPanel, p_.N - column);
-    out.y = static_cast<char*>(p_.out.y) + ((pass_first_ + m) * p_.y_stride + column) * dtype_bytes(p_.out.dtype);
+    const int64_t offset = (pass_first_ + m) * p_.y_stride + column;
+    out.y = static_cast<char*>(p_.out.y) + offset * dtype_bytes(p_.out.dtype);
     out.y_stride = p_.y_stride;
+    if (p_.out.residual.r != nullptr) set_residual(p_.out, p_.out.residual.r, offset, p_.y_stride, &out);
     out.row_scale = row_scale_ + m;
     out.row_zero = row_zero_ + m;
     out.row_step = 1;

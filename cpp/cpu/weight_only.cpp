@@ -250,7 +250,7 @@ class WeightOnly {
   void prepare() {
     few_rows_ = plan_.few_rows && largest() < kFewLimit;
     if (plan_.in_place) return;
-    any_row_zero_ = p_.in.mode == Activation::kDynamicAsymmetric;
+    any_row_zero_ = p_.in.mode == InputMode::kDynamicAsymmetric;
     parallel_for(pass_rows_, std::max<int64_t>(1, kPreparedPerThread / std::max<int64_t>(p_.K, 1)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t m = begin; m < end; ++m) p_.codes ? write_codes_of(m) : write_floats(m);

@@ -21,6 +21,14 @@ constexpr int kSlimColumns = 32;     // panels of at most so many columns use th
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
+// What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.
+struct TileExtras {
+  Function function;
+  DType residual_dtype;
+  float residual_scale;  // with residual_zero: of a residual of codes
+  int32_t residual_zero;
+};
+
 // The epilogue of one tile. Arrays over columns have `width` readable elements.
 struct TileOutput {
   void* y;           // first element of the tile
@@ -32,20 +40,22 @@ struct TileOutput {
   const float* bias;        // -0 without a bias
   const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
   const float* row_scale;
-  int64_t row_step;  // 0 or 1
-  float floor;       // 0 for ReLU, else -inf
-  float out_scale;   // int8 / uint8 output
+  int64_t row_step;          // 0 or 1
+  float floor;               // 0 for ReLU and ReLU6, else -inf
+  float ceiling = INFINITY;  // int8 / uint8 output: 6 for ReLU6, else inf
+  float out_scale;           // int8 / uint8 output
   int32_t out_zero_point;
+  const TileExtras* extras = nullptr;  // null: neither a residual nor a function
+  const void* residual = nullptr;      // first element of the tile, its columns contiguous; null: none
+  int64_t residual_stride = 0;         // between rows
   // True if, for every possible sum, y is finite and |y / out_scale| < 2^30, and if 1 / out_scale is a normal number.
   bool bounded = false;
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
     TileOutput o = *this;
-    const int64_t bytes = dtype == DType::kInt8 || dtype == DType::kUInt8         ? 1
-                          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
-                                                                                  : 4;
-    o.y = static_cast<char*>(y) + n * bytes;
+    o.y = static_cast<char*>(y) + n * dtype_bytes(dtype);
+    if (residual != nullptr) o.residual = static_cast<const char*>(residual) + n * dtype_bytes(extras->residual_dtype);
     o.columns -= n;
     o.column_sum += n;
     o.column_scale += n;

@@ -92,15 +92,21 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                    const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
                    const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
                    const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu,
-                   std::optional<bool> channels_last) {
+                   std::optional<bool> channels_last, const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& residual_zero_point,
+                   int64_t activation) {
   const char* op = "int8_conv2d";
-  const ActivationArgs activation{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
+  const InputArgs input{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
   const ResultArgs result{.weight_scale = weight_scale,
                           .bias = bias,
                           .scale = out_scale,
                           .zero_point = out_zero_point,
                           .dtype = out_dtype,
-                          .relu = relu};
+                          .relu = relu,
+                          .residual = residual,
+                          .residual_scale = residual_scale,
+                          .residual_zero_point = residual_zero_point,
+                          .activation = activation};
   expect_int8(op, "weight", weight);
   QO_EXPECT(weight.dim() == 4, op, "weight.shape (O, C/groups, R, S), got ", shape_text(weight));
   const bool batched = x.dim() == 4;
@@ -108,19 +114,20 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   Ints shape = sizes_of(x);
   if (!batched) shape.insert(shape.begin(), 1);
   Int8Conv2dParams p = conv2d_geometry(op, shape, sizes_of(weight), stride, padding, dilation, groups);
-  expect_exact(op, "C/groups * R * S", times(times(weight.size(1), p.R), p.S), activation.unsigned_codes(x));
+  expect_exact(op, "C/groups * R * S", times(times(weight.size(1), p.R), p.S), input.unsigned_codes(x));
 
   Holder holder;
   const Tensor source = conv2d_source(x, &p);
   QO_EXPECT(batched || !channels_last, op, "x.shape (N, C, H, W) for a result that is channels_last or not, got ", shape_text(x));
   if (channels_last) p.y_channels_last = *channels_last;
-  p.in = input_params<Backend>(op, source, activation, batched ? Ints{p.N, 1, 1, 1} : Ints{1, 1, 1}, &holder);
+  p.in = input_params<Backend>(op, source, input, batched ? Ints{p.N, 1, 1, 1} : Ints{1, 1, 1}, &holder);
   ScalarType type;
   p.out = output_params<Backend>(op, x, result, p.O, &type, &holder);
   const WeightData data = weight_data<Backend>(op, weight, packed_weight, groups, x, &holder);
   p.weight = data.plain;
   p.packed = data.packed;
   Tensor y = empty(batched ? Ints{p.N, p.O, p.OH, p.OW} : Ints{p.O, p.OH, p.OW}, type, x, p.y_channels_last);
+  p.out.residual = residual_params<Backend>(op, result, y, p.y_channels_last, &holder);
   p.out.y = y.mutable_data_ptr();
   Backend::conv2d(p, x);
   return y;

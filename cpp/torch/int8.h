@@ -42,9 +42,9 @@ const int32_t* code_zero_points(const char* op, const char* name, const Tensor& 
   return Backend::given_zero_points(op, name, zero_point, is_unsigned ? 0 : -128, is_unsigned ? 255 : 127, holder);
 }
 
-// ---- activations ----------------------------------------------------------------------------------------------------
+// ---- the input ------------------------------------------------------------------------------------------------------
 
-struct ActivationArgs {
+struct InputArgs {
   const std::optional<Tensor>&scale, &zero_point;
   bool asymmetric;
 
@@ -54,7 +54,7 @@ struct ActivationArgs {
 
 // `row_shape`: the shape of a parameter that has one value per row (int8_linear) or per sample (int8_conv2d).
 template <class Backend>
-InputParams input_params(const char* op, const Tensor& x, const ActivationArgs& args, const Ints& row_shape, Holder* holder) {
+InputParams input_params(const char* op, const Tensor& x, const InputArgs& args, const Ints& row_shape, Holder* holder) {
   const ScalarType type = x.scalar_type();
   QO_EXPECT_DTYPE(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte}),
                   op, "x.dtype in (float32, float16, bfloat16, int8, uint8), got ", dtype_name(type));
@@ -65,11 +65,11 @@ InputParams input_params(const char* op, const Tensor& x, const ActivationArgs& 
     QO_EXPECT(is_floating(type), op, "x_scale with a quantized x, got x.dtype ", dtype_name(type),
               " and no x_scale. Pass the scale that x was quantized with.");
     QO_EXPECT(!args.zero_point, op, "x_zero_point only together with x_scale, got x_zero_point alone");
-    in.mode = args.asymmetric ? Activation::kDynamicAsymmetric : Activation::kDynamic;
+    in.mode = args.asymmetric ? InputMode::kDynamicAsymmetric : InputMode::kDynamic;
     return in;
   }
   QO_EXPECT(!args.asymmetric, op, "asymmetric=True only for dynamic quantization, got it with x_scale. Pass x_zero_point instead.");
-  in.mode = is_floating(type) ? Activation::kStatic : Activation::kQuantized;
+  in.mode = is_floating(type) ? InputMode::kStatic : InputMode::kQuantized;
   const auto stride_of = [&](const char* name, const Tensor& t) -> int64_t {
     if (t.numel() == 1) return 0;
     QO_EXPECT(sizes_of(t) == row_shape, op, name, " to have one element or the shape ", shape_text(row_shape), ", got ",
@@ -108,7 +108,17 @@ struct ResultArgs {
   const std::optional<Tensor>&bias, &scale, &zero_point;  // out_scale, out_zero_point
   std::optional<ScalarType> dtype;                        // out_dtype
   bool relu;
+  const std::optional<Tensor>&residual, &residual_scale, &residual_zero_point;
+  int64_t activation;
 };
+
+// The function that relu or activation asks for.
+inline Function function_of(const char* op, bool relu, int64_t activation) {
+  QO_EXPECT(activation >= 0 && activation < kFunctions, op, "activation in [0, ", kFunctions - 1,
+            "]: 0 none, 1 relu, 2 relu6, 3 hardswish, 4 silu, 5 gelu, 6 gelu_tanh, got ", activation);
+  QO_EXPECT(!relu || activation == 0, op, "relu=True or an activation, got both. Leave relu out.");
+  return relu ? Function::kRelu : static_cast<Function>(activation);
+}
 
 inline ScalarType result_type(const char* op, const Tensor& x, const ResultArgs& args) {
   if (args.scale) {
@@ -121,6 +131,9 @@ inline ScalarType result_type(const char* op, const Tensor& x, const ResultArgs&
   if (type == ScalarType::Int) {  // the sums themselves
     QO_EXPECT(!args.bias && !args.relu, op, "neither bias nor relu with out_dtype int32, which has the sums before them, got ",
               args.bias ? "bias" : "relu", ". Add them to the scaled sums.");
+    QO_EXPECT(!args.residual && args.activation == 0, op,
+              "neither residual nor activation with out_dtype int32, which has the sums before them, got ",
+              args.residual ? "residual" : "activation", ". Add them to the scaled sums.");
     return type;
   }
   QO_EXPECT_DTYPE(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
@@ -150,7 +163,7 @@ OutputParams output_params(const char* op, const Tensor& x, const ResultArgs& ar
     QO_EXPECT(sizes_of(*args.bias) == Ints{channels}, op, "bias.shape == (", channels, ",), got ", shape_text(*args.bias));
     out.bias = holder->floats(*args.bias);
   }
-  out.relu = args.relu;
+  out.function = function_of(op, args.relu, args.activation);
   if (args.scale) {
     expect_floating(op, "out_scale", *args.scale);
     expect_device(op, "out_scale", *args.scale, x);
@@ -166,6 +179,56 @@ OutputParams output_params(const char* op, const Tensor& x, const ResultArgs& ar
   }
   out.dtype = to_dtype(*type);
   return out;
+}
+
+// A tensor with the elements of t and the strides of y, which has its shape: t itself, or a copy.
+inline Tensor like_result(const Tensor& t, const Tensor& y, bool channels_last, Holder* holder) {
+  bool same = true;
+  for (int64_t d = 0; d < y.dim(); ++d) same = same && (y.size(d) == 1 || t.stride(d) == y.stride(d));
+  if (same || y.numel() == 0) return t;
+  holder->tensors.push_back(empty(sizes_of(y), t.scalar_type(), t, channels_last));
+  return torch::stable::copy_(holder->tensors.back(), t);
+}
+
+// The residual of a result y, which is dense.
+template <class Backend>
+ResidualParams residual_params(const char* op, const ResultArgs& args, const Tensor& y, bool channels_last, Holder* holder) {
+  ResidualParams residual{};
+  if (!args.residual) {
+    QO_EXPECT(!args.residual_scale && !args.residual_zero_point, op,
+              "residual_scale and residual_zero_point only with residual, got ",
+              args.residual_scale ? "residual_scale" : "residual_zero_point", " alone");
+    return residual;
+  }
+  const Tensor& r = *args.residual;
+  const ScalarType type = r.scalar_type();
+  const bool codes = is_one_of(type, {ScalarType::Char, ScalarType::Byte});
+  QO_EXPECT_DTYPE(codes || is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
+                  "residual.dtype in (int8, uint8, float32, float16, bfloat16), got ", dtype_name(type));
+  expect_device(op, "residual", r, y);
+  QO_EXPECT(sizes_of(r) == sizes_of(y), op, "residual to have the shape of the result, ", shape_text(y), ", got ", shape_text(r));
+  residual.dtype = to_dtype(type);
+  residual.r = like_result(r, y, channels_last, holder).const_data_ptr();
+  if (!codes) {
+    QO_EXPECT(!args.residual_scale && !args.residual_zero_point, op,
+              "residual_scale and residual_zero_point only with a residual of int8 or uint8, got residual.dtype ",
+              dtype_name(type));
+    return residual;
+  }
+  QO_EXPECT(args.residual_scale.has_value(), op, "residual_scale with a residual of ", dtype_name(type),
+            ", got none. Pass the scale that residual was quantized with.");
+  expect_floating(op, "residual_scale", *args.residual_scale);
+  expect_device(op, "residual_scale", *args.residual_scale, y);
+  QO_EXPECT(args.residual_scale->numel() == 1, op, "residual_scale to have one element, got shape ",
+            shape_text(*args.residual_scale));
+  residual.scale = holder->floats(*args.residual_scale);
+  if (args.residual_zero_point) {
+    QO_EXPECT(args.residual_zero_point->numel() == 1, op, "residual_zero_point to have one element, got shape ",
+              shape_text(*args.residual_zero_point));
+    expect_device(op, "residual_zero_point", *args.residual_zero_point, y);
+    residual.zero_point = code_zero_points<Backend>(op, "residual_zero_point", *args.residual_zero_point, type, holder);
+  }
+  return residual;
 }
 
 // ---- the weight -----------------------------------------------------------------------------------------------------

@@ -83,6 +83,12 @@ class MultipliedRows {
   Workspace memory_;
 };
 
+// What the kernels cannot do yet.
+void expect_plain(const char* op, const OutputParams& out) {
+  QO_EXPECT(out.residual.r == nullptr && (out.function == Function::kNone || out.function == Function::kRelu), op,
+            "neither residual nor an activation but relu on CUDA, got one. Add it to a floating result.");
+}
+
 struct Cuda {
   static constexpr const char* kDevice = "cuda";
 
@@ -176,6 +182,7 @@ struct Cuda {
   }
 
   static void linear(const char* op, Int8LinearParams p, const Tensor& x) {
+    expect_plain(op, p.out);
     if (p.M == 0 || p.N == 0) return;
     const OnDeviceOf device(op, x);
     const MultipliedRows rows(&p, device, x);
@@ -188,6 +195,7 @@ struct Cuda {
 
   static void conv2d(const Int8Conv2dParams& p, const Tensor& x) {
     const char* op = "int8_conv2d";
+    expect_plain(op, p.out);
     if (p.N == 0 || p.O == 0 || p.OH * p.OW == 0) return;
     const OnDeviceOf device(op, x);
     const Conv2dPlan plan = plan_conv2d(p, gpu_limits(), kernel_choice());
@@ -265,7 +273,7 @@ QO_EXPORT const char* quant_ops_cuda_gemm_kernel(int64_t M, int64_t N, int64_t K
   p.N = p.y_stride = N;
   p.K = p.x_stride = K;
   p.in.dtype = quant_ops::DType::kInt8;
-  p.in.mode = quant_ops::Activation::kQuantized;
+  p.in.mode = quant_ops::InputMode::kQuantized;
   p.in.scale_stride = p.out.weight_scale_stride = 1;
   p.out.dtype = quant_ops::DType::kBFloat16;
   try {

@@ -31,7 +31,7 @@ Tensor int8_gemm(const Tensor& a, const Tensor& b) {
       .M = M,
       .N = N,
       .K = a.size(1),
-      .in = {.x = rows.const_data_ptr(), .dtype = to_dtype(a.scalar_type()), .mode = Activation::kQuantized},
+      .in = {.x = rows.const_data_ptr(), .dtype = to_dtype(a.scalar_type()), .mode = InputMode::kQuantized},
       .x_stride = x_stride,
       .weight = weight_data<Backend>(op, b, std::nullopt, 1, a, &holder).plain,
       .packed = nullptr,
@@ -47,15 +47,21 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                    const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
                    const std::optional<Tensor>& packed_weight, bool asymmetric, const std::optional<Tensor>& out_scale,
                    const std::optional<Tensor>& out_zero_point, std::optional<ScalarType> out_dtype, bool relu,
-                   const std::optional<Tensor>& x_multiplier) {
+                   const std::optional<Tensor>& x_multiplier, const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& residual_zero_point,
+                   int64_t activation) {
   const char* op = "int8_linear";
-  const ActivationArgs activation{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
+  const InputArgs input{.scale = x_scale, .zero_point = x_zero_point, .asymmetric = asymmetric};
   const ResultArgs result{.weight_scale = weight_scale,
                           .bias = bias,
                           .scale = out_scale,
                           .zero_point = out_zero_point,
                           .dtype = out_dtype,
-                          .relu = relu};
+                          .relu = relu,
+                          .residual = residual,
+                          .residual_scale = residual_scale,
+                          .residual_zero_point = residual_zero_point,
+                          .activation = activation};
   expect_int8(op, "weight", weight);
   QO_EXPECT(weight.dim() == 2, op, "weight.shape (N, K), got ", shape_text(weight));
   QO_EXPECT(x.dim() >= 1, op, "x to have at least one dimension, got shape ", shape_text(x));
@@ -74,9 +80,9 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   for (size_t d = 0; d + 1 < shape.size(); ++d) p.M *= shape[d];
   const Tensor rows = as_rows(x, &p.x_stride);
   shape.back() = 1;
-  p.in = input_params<Backend>(op, rows, activation, shape, &holder);
+  p.in = input_params<Backend>(op, rows, input, shape, &holder);
   p.in.multiplier = input_multiplier(op, x, x_multiplier, p.K, &holder);
-  expect_exact(op, "in_features", p.K, activation.unsigned_codes(x));
+  expect_exact(op, "in_features", p.K, input.unsigned_codes(x));
   ScalarType type;
   p.out = output_params<Backend>(op, x, result, p.N, &type, &holder);
   const WeightData data = weight_data<Backend>(op, weight, packed_weight, 1, x, &holder);
@@ -84,6 +90,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   p.packed = data.packed;
   shape.back() = p.N;
   Tensor y = empty(shape, type, x);
+  p.out.residual = residual_params<Backend>(op, result, y, false, &holder);
   p.out.y = y.mutable_data_ptr();
   p.y_stride = p.N;
   Backend::linear(op, p, x);

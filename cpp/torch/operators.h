@@ -64,12 +64,14 @@ void define_operators(Library& m) {
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? x_scale=None, "
       "Tensor? x_zero_point=None, *, Tensor? packed_weight=None, bool asymmetric=False, Tensor? out_scale=None, "
-      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False, Tensor? x_multiplier=None) -> Tensor");
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None, bool relu=False, Tensor? x_multiplier=None, "
+      "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, int activation=0) -> Tensor");
   m.def(
       "int8_conv2d(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1, int groups=1, Tensor? x_scale=None, Tensor? x_zero_point=None, *, Tensor? packed_weight=None, "
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
-      "bool relu=False, bool? channels_last=None) -> Tensor");
+      "bool relu=False, bool? channels_last=None, "
+      "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, int activation=0) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "

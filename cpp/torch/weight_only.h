@@ -166,7 +166,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   const Tensor& rows = keep(as_rows(x, &p.x_stride));
   p.in = {.x = rows.const_data_ptr(),
           .dtype = to_dtype(x.scalar_type()),
-          .mode = asymmetric ? Activation::kDynamicAsymmetric : Activation::kDynamic,
+          .mode = asymmetric ? InputMode::kDynamicAsymmetric : InputMode::kDynamic,
           .multiplier = input_multiplier(op, x, x_multiplier, p.K, &holder)};
   Tensor y = empty(shape, type, x);
   p.y = y.mutable_data_ptr();

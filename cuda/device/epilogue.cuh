@@ -79,7 +79,7 @@ __device__ __forceinline__ Y result(const Epilogue& e, const OutputRow& row, flo
   if constexpr (std::is_same_v<Y, int32_t>) {
     return corrected;
   } else {
-    float y = epilogue(corrected, row.scale, scale, bias, false);
+    float y = epilogue(corrected, row.scale, scale, bias);
     y = y < e.floor ? e.floor : y;
     if constexpr (sizeof(Y) == 1) {
       constexpr int32_t qmin = Y(-1) < Y(0) ? -128 : 0;

@@ -72,8 +72,8 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
       unroll<kS>([&](auto s) QO_LAMBDA { taps_of_column(a + s.value * tap_step); });
     else
       for (int64_t s = 0; s < columns; ++s, a += tap_step) taps_of_column(a);
-    finish_block<Y, count.value, 1, true, kWhole>(out, rounding, parameters, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
-                                                  out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
+    finish_block<Y, count.value, 1, kWhole>(out, rounding, parameters, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
+                                            out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
   };
   constexpr int kPixels = 4;
   const int64_t pixels = d.pixels;
@@ -81,6 +81,28 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
     for (int64_t i = 0; i < pixels; i += kPixels) finish(Int<kPixels>{}, i + kPixels <= pixels ? i : pixels - kPixels);
   else
     for (int64_t i = 0; i < pixels; ++i) finish(Int<1>{}, i);
+}
+
+// One vector of channels of an epilogue with TileExtras: sum(run, column, line) gives the values of some pixels, which are finished
+// in memory.
+template <class Sum>
+void finish_pixels(const DepthwiseRun& d, int64_t column, const uint8_t* line, const Sum& sum) {
+  constexpr int64_t kPixels = 64;
+  alignas(64) float values[kPixels * Simd::N];
+  const int64_t step = d.stride * d.groups() * kBlockBytes;
+  TileOutput out = d.out.from_column(column);
+  if (out.columns > Simd::N) out.columns = Simd::N;
+  DepthwiseRun part = d;
+  part.out = plain_output(out, values, Simd::N);
+  char* y = static_cast<char*>(out.y);
+  const char* residual = static_cast<const char*>(out.residual);
+  for (int64_t first = 0; first < d.pixels; first += kPixels) {
+    part.pixels = d.pixels - first < kPixels ? d.pixels - first : kPixels;
+    sum(part, 0, line + first * step);
+    out.y = y + first * out.y_stride * dtype_bytes(out.dtype);
+    if (residual != nullptr) out.residual = residual + first * out.residual_stride * dtype_bytes(out.extras->residual_dtype);
+    finish_values(out, values, part.pixels, Simd::N);
+  }
 }
 
 template <class Taps, class Y>
@@ -95,20 +117,29 @@ void depthwise_typed(const DepthwiseRun& d) {
       const int64_t column = channel + i, lane = i % kPanelStep * kQuad;
       const uint8_t* line = d.line + i / kPanelStep * block_stride + lane;
       const int8_t* b = d.b + column / kPanelStep * d.s * groups * kBlockBytes + lane;
-      if (column + Simd::N > d.out.columns)
-        sum_taps<Taps, Y, false, 0, 0>(d, column, line, b);
-      else if (three_by_three)
-        sum_taps<Taps, Y, true, 3, 1>(d, column, line, b);
-      else if (groups == 2)
-        sum_taps<Taps, Y, true, 0, 2>(d, column, line, b);
-      else
-        sum_taps<Taps, Y, true, 0, 0>(d, column, line, b);
+      const auto sum = [&](const DepthwiseRun& run, int64_t from, const uint8_t* codes) {
+        if (column + Simd::N > d.out.columns)
+          sum_taps<Taps, Y, false, 0, 0>(run, from, codes, b);
+        else if (three_by_three)
+          sum_taps<Taps, Y, true, 3, 1>(run, from, codes, b);
+        else if (groups == 2)
+          sum_taps<Taps, Y, true, 0, 2>(run, from, codes, b);
+        else
+          sum_taps<Taps, Y, true, 0, 0>(run, from, codes, b);
+      };
+      if constexpr (std::is_same_v<Y, float>)
+        if (d.out.extras != nullptr) {
+          finish_pixels(d, column, line, sum);
+          continue;
+        }
+      sum(d, column, line);
     }
   }
 }
 
 template <class Taps>
 void depthwise(const DepthwiseRun& d) {
+  if (d.out.extras != nullptr) return depthwise_typed<Taps, float>(d);
   with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });
 }
 

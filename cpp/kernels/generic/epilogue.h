@@ -1,8 +1,10 @@
-// The epilogue of arithmetic.h, which every integer kernel ends with: y = (acc - row_zero * column_sum) * scale + bias, ReLU, and
-// the conversion to the output's type. finish_tile takes sums from registers, finish_sums from memory.
+// The epilogue of OutputParams (contract/ops.h), which every integer kernel ends with: y = (acc - row_zero * column_sum) * scale +
+// bias, a residual, a function, and the conversion to the output's type. finish_tile takes sums from registers, finish_sums from
+// memory. ReLU, and ReLU6 of codes, are a floor and a ceiling; a residual of codes that becomes codes is added on the way; what
+// else TileExtras asks for is done to float32 values in memory, a pass for each step (finish_values).
 #pragma once
 
-#include "kernels/generic/partial.h"
+#include "kernels/generic/functions.h"
 
 namespace quant_ops::QO_ISA {
 namespace {
@@ -24,6 +26,9 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
 // of a sample).
 template <bool kShared>
 struct ColumnVector {
+  using From = int32_t;  // what the epilogue starts from: sums
+  static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
+
   typename Simd::I sum, correction;  // correction: kShared
   typename Simd::F scale, bias;      // kShared: scale is the product of both
 
@@ -48,6 +53,39 @@ struct ColumnVector {
   }
 };
 
+// The same, and a residual of codes R. kWhole: all columns of the vector are valid.
+template <bool kShared, class R, bool kWhole>
+struct ResidualVector : ColumnVector<kShared> {
+  const R* residual;
+  int64_t valid;
+  typename Simd::F residual_scale;
+  typename Simd::I residual_zero;
+
+  ResidualVector() = default;
+  QO_INLINE ResidualVector(const TileOutput& o, int64_t column)
+      : ColumnVector<kShared>(o, column),
+        residual(static_cast<const R*>(o.residual) + column),
+        valid(o.columns - column),
+        residual_scale(Simd::set(o.extras->residual_scale)),
+        residual_zero(Simd::set_int(o.extras->residual_zero)) {}
+
+  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
+    const R* from = residual + row * o.residual_stride;
+    const auto r = kWhole ? Simd::load_int(from) : load_int_part(from, valid);
+    return Simd::fma(Simd::to_float(Simd::sub(r, residual_zero)), residual_scale, ColumnVector<kShared>::value(o, row, acc));
+  }
+};
+
+// Values that only need to be converted.
+struct FinishedVector {
+  using From = float;
+  static QO_INLINE typename Simd::F load(const float* p) { return Simd::load(p); }
+
+  FinishedVector() = default;
+  QO_INLINE FinishedVector(const TileOutput&, int64_t) {}
+  QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return v; }
+};
+
 // float32 results -> codes of eight bits, as in arithmetic.h but without a division: v * (1 / scale) rounds like the quotient
 // unless it lies close to a tie n + 1/2 (tie_for). If one of 64 values does, about once in 250 times, all 64 are divided.
 //
@@ -55,7 +93,7 @@ struct ColumnVector {
 template <class Y>
 struct Requantize {
   typename Simd::F scale, reciprocal;
-  typename Simd::I tie, least;
+  typename Simd::I tie, least, most;
   typename Simd::Words zero_point;
   bool divide;
 
@@ -63,8 +101,9 @@ struct Requantize {
       : scale(Simd::set(o.out_scale)),
         reciprocal(Simd::set(1.0f / o.out_scale)),
         tie(Simd::set_int(static_cast<int32_t>(float_bits(tie_for(farthest(o.out_zero_point)))))),
-        // ReLU: values below 0 become the code of 0
+        // ReLU: values below 0 become the code of 0; ReLU6: those above 6 that of 6
         least(Simd::set_bytes(o.floor == 0.0f ? static_cast<Y>(o.out_zero_point) : std::numeric_limits<Y>::min())),
+        most(Simd::set_bytes(o.ceiling == 6.0f ? code_of(o.ceiling, o) : std::numeric_limits<Y>::max())),
         zero_point(Simd::set_words(static_cast<int16_t>(o.out_zero_point))),
         divide(!o.bounded) {}
 
@@ -72,6 +111,13 @@ struct Requantize {
   static int64_t farthest(int64_t zero) {
     const int64_t below = zero - std::numeric_limits<Y>::min(), above = std::numeric_limits<Y>::max() - zero;
     return below > above ? below : above;
+  }
+
+  static Y code_of(float x, const TileOutput& o) {
+    constexpr int64_t kMin = std::numeric_limits<Y>::min(), kMax = std::numeric_limits<Y>::max();
+    const float steps = clamp_steps(quantize_steps(x, o.out_scale), static_cast<float>(kMin - o.out_zero_point),
+                                    static_cast<float>(kMax - o.out_zero_point));
+    return static_cast<Y>(steps_to_code(steps, o.out_zero_point, kMin, kMax));
   }
 
   // value(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order.
@@ -91,7 +137,8 @@ struct Requantize {
         q[i.value] = Simd::to_int(Simd::nan_to_zero(steps));
       });
     }
-    return Simd::max_bytes(Simd::template pack<Y>(q[0], q[1], q[2], q[3], zero_point), least, Y{});
+    const auto codes = Simd::template pack<Y>(q[0], q[1], q[2], q[3], zero_point);
+    return Simd::min_bytes(Simd::max_bytes(codes, least, Y{}), most, Y{});
   }
 };
 
@@ -115,11 +162,12 @@ struct Nothing {
 template <class Y>
 using Rounding = std::conditional_t<sizeof(Y) == 1, Requantize<Y>, Nothing>;
 
-// kRows rows of kVectors vectors, the first element at y. sum(r, v) gives the sums of a vector; both arguments are Int<>. `row` is
-// the place of the first one in row_scale and row_zero. kWhole: all columns are valid, else the first `valid` of them.
-template <class Y, int kRows, int kVectors, bool kShared, bool kWhole, class Sum>
-QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const ColumnVector<kShared> (&columns)[kVectors],
-                            Y* y, int64_t row, int64_t valid, const Sum& sum) {
+// kRows rows of kVectors vectors, the first element at y. sum(r, v) gives what a vector of Column starts from; both arguments are
+// Int<>. `row` is the place of the first one in row_scale and row_zero. kWhole: all columns are valid, else the first `valid` of
+// them.
+template <class Y, int kRows, int kVectors, bool kWhole, class Column, class Sum>
+QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const Column (&columns)[kVectors], Y* y, int64_t row,
+                            int64_t valid, const Sum& sum) {
   constexpr int64_t N = Simd::N;
   const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].value(o, row + r.value, sum(r, v)); };
   if constexpr (sizeof(Y) == 1) {
@@ -152,16 +200,16 @@ QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, co
 }
 
 // kVectors vectors from column n on, of all rows: several rows at a time, so that there are four vectors of codes.
-template <class Y, int kVectors, bool kShared, bool kWhole>
-QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, int64_t n, const int32_t* sums, int64_t rows,
-                              int64_t stride) {
-  ColumnVector<kShared> columns[kVectors];
-  unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = ColumnVector<kShared>(o, n + v.value * Simd::N); });
+template <class Y, int kVectors, bool kWhole, class Column>
+QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, int64_t n, const typename Column::From* sums,
+                              int64_t rows, int64_t stride) {
+  Column columns[kVectors];
+  unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = Column(o, n + v.value * Simd::N); });
   const auto block = [&](auto count, int64_t row) QO_LAMBDA {
-    const int32_t* from = sums + row * stride + n;
-    finish_block<Y, count.value, kVectors, kShared, kWhole>(
+    const auto* from = sums + row * stride + n;
+    finish_block<Y, count.value, kVectors, kWhole>(
         o, rounding, columns, static_cast<Y*>(o.y) + row * o.y_stride + n, row, o.columns - n,
-        [&](auto r, auto v) QO_LAMBDA { return Simd::load_int(from + r.value * stride + v.value * Simd::N); });
+        [&](auto r, auto v) QO_LAMBDA { return Column::load(from + r.value * stride + v.value * Simd::N); });
   };
   constexpr int kTogether = 4 / kVectors;
   if (rows < kTogether)
@@ -170,23 +218,92 @@ QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, 
     for (int64_t r = 0; r < rows; r += kTogether) block(Int<kTogether>{}, r < rows - kTogether ? r : rows - kTogether);
 }
 
-template <class Y, bool kShared>
-void finish_typed(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+// Whole, Part: the vectors of columns, all of them valid or not.
+template <class Y, class Whole, class Part = Whole>
+void finish_typed(const TileOutput& o, const typename Whole::From* sums, int64_t rows, int64_t stride) {
   constexpr int64_t N = Simd::N;
   const Rounding<Y> rounding(o);
   int64_t n = 0;
-  for (; n + 4 * N <= o.columns; n += 4 * N) finish_columns<Y, 4, kShared, true>(o, rounding, n, sums, rows, stride);
-  for (; n + 2 * N <= o.columns; n += 2 * N) finish_columns<Y, 2, kShared, true>(o, rounding, n, sums, rows, stride);
-  for (; n + N <= o.columns; n += N) finish_columns<Y, 1, kShared, true>(o, rounding, n, sums, rows, stride);
-  if (n < o.columns) finish_columns<Y, 1, kShared, false>(o, rounding, n, sums, rows, stride);
+  for (; n + 4 * N <= o.columns; n += 4 * N) finish_columns<Y, 4, true, Whole>(o, rounding, n, sums, rows, stride);
+  for (; n + 2 * N <= o.columns; n += 2 * N) finish_columns<Y, 2, true, Whole>(o, rounding, n, sums, rows, stride);
+  for (; n + N <= o.columns; n += N) finish_columns<Y, 1, true, Whole>(o, rounding, n, sums, rows, stride);
+  if (n < o.columns) finish_columns<Y, 1, false, Part>(o, rounding, n, sums, rows, stride);
+}
+
+// ---- residuals and functions ------------------------------------------------------------------------------------------
+
+template <class R>
+void add_residual_of(const TileOutput& o, float* values, int64_t rows, int64_t stride) {
+  const auto scale = Simd::set(o.extras->residual_scale);
+  const auto zero = Simd::set_int(o.extras->residual_zero);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t n = 0; n < o.columns; n += Simd::N) {
+      float* at = values + row * stride + n;
+      const R* r = static_cast<const R*>(o.residual) + row * o.residual_stride + n;
+      if constexpr (sizeof(R) == 1)
+        Simd::store(at, Simd::fma(Simd::to_float(Simd::sub(load_int_part(r, o.columns - n), zero)), scale, Simd::load(at)));
+      else
+        Simd::store(at, Simd::add(Simd::load(at), load_part(r, o.columns - n)));
+    }
+}
+
+// What comes after scale and bias, for values in memory that may be overwritten: [rows][stride], the stride a multiple of Simd::N.
+// What lies behind the columns in a vector may be anything: it is computed with and not stored.
+__attribute__((noinline)) void finish_values(const TileOutput& o, float* values, int64_t rows, int64_t stride) {
+  if (o.residual != nullptr)
+    with_output_type(o.extras->residual_dtype, [&](auto* type) QO_LAMBDA {
+      using R = std::remove_pointer_t<decltype(type)>;
+      if constexpr (!std::is_same_v<R, int32_t>) add_residual_of<R>(o, values, rows, stride);
+    });
+  if (o.extras->function != Function::kNone)
+    for (int64_t row = 0; row < rows; ++row)
+      apply_functions(o.extras->function, values + row * stride, (o.columns + Simd::N - 1) / Simd::N * Simd::N);
+  with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
+    using Y = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<Y, int32_t>) finish_typed<Y, FinishedVector>(o, values, rows, stride);
+  });
+}
+
+// The values before a residual and a function: float32, without them.
+QO_INLINE TileOutput plain_output(const TileOutput& o, float* values, int64_t stride) {
+  TileOutput plain = o;
+  plain.y = values;
+  plain.y_stride = stride;
+  plain.dtype = DType::kFloat32;
+  plain.floor = -INFINITY;
+  plain.extras = nullptr;
+  plain.residual = nullptr;
+  return plain;
+}
+
+template <class Y, class R>
+void add_codes(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  o.row_step == 0 ? finish_typed<Y, ResidualVector<true, R, true>, ResidualVector<true, R, false>>(o, sums, rows, stride)
+                  : finish_typed<Y, ResidualVector<false, R, true>, ResidualVector<false, R, false>>(o, sums, rows, stride);
+}
+
+__attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  if (o.extras->function == Function::kNone && dtype_bytes(o.dtype) == 1 && dtype_bytes(o.extras->residual_dtype) == 1) {
+    const bool from_signed = o.extras->residual_dtype == DType::kInt8;
+    if (o.dtype == DType::kInt8)
+      return from_signed ? add_codes<int8_t, int8_t>(o, sums, rows, stride) : add_codes<int8_t, uint8_t>(o, sums, rows, stride);
+    return from_signed ? add_codes<uint8_t, int8_t>(o, sums, rows, stride) : add_codes<uint8_t, uint8_t>(o, sums, rows, stride);
+  }
+  alignas(64) float values[kMaxGemmRows * kPanel];
+  const TileOutput plain = plain_output(o, values, kPanel);
+  o.row_step == 0 ? finish_typed<float, ColumnVector<true>>(plain, sums, rows, stride)
+                  : finish_typed<float, ColumnVector<false>>(plain, sums, rows, stride);
+  finish_values(o, values, rows, kPanel);
 }
 
 // A tile whose sums are in memory: [rows][stride]. Not inlined: the accumulators of a tile leave no registers for it, and the code
 // of the tiles stays small.
 __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  if (o.extras != nullptr) return finish_extras(o, sums, rows, stride);
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    o.row_step == 0 ? finish_typed<Y, true>(o, sums, rows, stride) : finish_typed<Y, false>(o, sums, rows, stride);
+    o.row_step == 0 ? finish_typed<Y, ColumnVector<true>>(o, sums, rows, stride)
+                    : finish_typed<Y, ColumnVector<false>>(o, sums, rows, stride);
   });
 }
 
@@ -195,13 +312,13 @@ __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* s
 template <int kRows, int kVectors, class Sum>
 QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
   constexpr int64_t N = Simd::N;
-  if (o.dtype == DType::kFloat32 && o.columns >= kVectors * N) {
+  if (o.dtype == DType::kFloat32 && o.extras == nullptr && o.columns >= kVectors * N) {
     const auto columns = [&](auto shared) QO_LAMBDA {
       using Column = ColumnVector<shared.value != 0>;
       unroll<kVectors>([&](auto v) QO_LAMBDA {
         const Column column[1] = {Column(o, v.value * N)};
-        finish_block<float, kRows, 1, shared.value != 0, true>(o, Nothing(o), column, static_cast<float*>(o.y) + v.value * N, 0, N,
-                                                               [&](auto r, auto) QO_LAMBDA { return sum(r, v); });
+        finish_block<float, kRows, 1, true>(o, Nothing(o), column, static_cast<float*>(o.y) + v.value * N, 0, N,
+                                            [&](auto r, auto) QO_LAMBDA { return sum(r, v); });
       });
     };
     return o.row_step == 0 ? columns(Int<1>{}) : columns(Int<0>{});

@@ -91,6 +91,8 @@ struct Simd {
   }
   static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm256_max_epi8(a, b); }
   static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm256_max_epu8(a, b); }
+  static QO_INLINE I min_bytes(I a, I b, int8_t) { return _mm256_min_epi8(a, b); }
+  static QO_INLINE I min_bytes(I a, I b, uint8_t) { return _mm256_min_epu8(a, b); }
   static QO_INLINE void store_codes(void* p, I codes) { _mm256_storeu_si256(static_cast<__m256i*>(p), codes); }
   template <int kQuarter>
   static QO_INLINE void store_quarter(void* p, I codes) {

@@ -93,6 +93,8 @@ struct Simd {
   }
   static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm512_max_epi8(a, b); }
   static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm512_max_epu8(a, b); }
+  static QO_INLINE I min_bytes(I a, I b, int8_t) { return _mm512_min_epi8(a, b); }
+  static QO_INLINE I min_bytes(I a, I b, uint8_t) { return _mm512_min_epu8(a, b); }
   static QO_INLINE void store_codes(void* p, I codes) { _mm512_storeu_si512(p, codes); }
   template <int kQuarter>
   static QO_INLINE void store_quarter(void* p, I codes) {

@@ -98,6 +98,12 @@ struct Simd {
   static QO_INLINE I max_bytes(I a, I b, uint8_t) {
     return vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
   }
+  static QO_INLINE I min_bytes(I a, I b, int8_t) {
+    return vreinterpretq_s32_s8(vminq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)));
+  }
+  static QO_INLINE I min_bytes(I a, I b, uint8_t) {
+    return vreinterpretq_s32_u8(vminq_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
+  }
   static QO_INLINE void store_codes(void* p, I codes) { vst1q_s32(static_cast<int32_t*>(p), codes); }
   template <int kQuarter>
   static QO_INLINE void store_quarter(void* p, I codes) {

@@ -67,6 +67,15 @@ struct Simd {
     }
     return static_cast<I>(bytes);
   }
+  template <class Y>
+  static I min_bytes(I a, I b, Y) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+      const Y x = static_cast<Y>(static_cast<uint32_t>(a) >> 8 * i), y = static_cast<Y>(static_cast<uint32_t>(b) >> 8 * i);
+      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(x < y ? x : y)) << 8 * i;
+    }
+    return static_cast<I>(bytes);
+  }
   static void store_codes(void* p, I codes) { std::memcpy(p, &codes, sizeof(codes)); }
   template <int kQuarter>
   static void store_quarter(void* p, I codes) {

@@ -87,6 +87,11 @@ def _check(layer: QuantizedLayer, config: LoraConfig) -> None:
         )
     if getattr(layer, "relu", False):
         _refuse(f"a layer without a fused ReLU, got a {type(layer).__name__} with relu=True, before which no adapter can add.")
+    if (activation := getattr(layer, "activation", None)) is not None:
+        _refuse(
+            f"a layer without a fused activation, got a {type(layer).__name__} with activation={activation!r}, before which no "
+            "adapter can add."
+        )
     if config.init_lora_weights not in _INITIALIZATIONS:
         _refuse(
             f"init_lora_weights in {_INITIALIZATIONS}, got {config.init_lora_weights!r}, which changes the base weight. Leave it "

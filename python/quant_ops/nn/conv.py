@@ -44,6 +44,7 @@ class _QuantConv(Int8Layer):
         *,
         asymmetric: bool = False,
         relu: bool = False,
+        activation: str | None = None,
         backward: bool = False,
     ) -> None:
         arguments = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
@@ -63,7 +64,7 @@ class _QuantConv(Int8Layer):
         }
         defaults = {"stride": (1, 1), "padding": [0] * 4, "dilation": (1, 1), "groups": 1}
         self._conv_options = {name: value for name, value in options.items() if value != defaults[name]}
-        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu, backward)
+        super().__init__(tuple(conv.weight.shape), bias, device, asymmetric, relu, activation, backward)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import _library
 from ..ops import choose_qparams, quant_tensor_forward
+from ..ops.int8 import ACTIVATIONS, activation_number
 from .base import QuantizedLayer
 from .saving import is_channels_last
 from .state import is_scale
@@ -22,6 +23,7 @@ from .weight import dequantized, packed, unpacked
 _Self = TypeVar("_Self", bound="Int8Layer")
 
 _EXACT, _EXACT_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS, 1)}
 _DTYPES = {
     "qweight": torch.int8,
     "weight_scale": torch.float32,
@@ -108,6 +110,7 @@ class Settings:
     output_scale: Tensor | float | None
     output_zero_point: Tensor | int | None
     relu: bool
+    activation: str | None
     input_multiplier: Tensor | None
     codes: Tensor | None
     backward: bool
@@ -122,20 +125,33 @@ class Settings:
             raise ValueError(
                 f"quant_ops.{layer}: expected backward=True only with a floating output, got output_scale. Codes carry no gradient."
             )
+        check_activation(layer, self.relu, self.activation, self.backward)
         if self.asymmetric and self.input_scale is not None:
             raise ValueError(
                 f"quant_ops.{layer}: expected asymmetric only for dynamic quantization. Pass input_zero_point instead."
             )
 
 
+def check_activation(layer: str, relu: bool, activation: str | None, backward: bool) -> None:
+    """Raises ValueError for one that is unknown, or that another setting excludes."""
+    number = activation_number(layer, activation)
+    if relu and number:
+        raise ValueError(f"quant_ops.{layer}: expected relu=True or an activation, got both. Leave relu out.")
+    if backward and number > 1:
+        raise ValueError(
+            f"quant_ops.{layer}: expected no activation but relu with backward=True, got {activation!r}. Apply it after the layer."
+        )
+
+
 class Int8Layer(QuantizedLayer):
     """Base class of the int8 layers. On the CPU, whose kernels read nothing else, the packed copy replaces the codes."""
 
-    settings = ("asymmetric", "relu", "backward")
-    newer: ClassVar[dict[str, Any]] = {"backward": False}
+    settings = ("asymmetric", "relu", "activation", "backward")
+    newer: ClassVar[dict[str, Any]] = {"activation": None, "backward": False}
     optional: ClassVar[tuple[str, ...]] = ("bias", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
     form = "int8"
     groups: int = 1
+    activation: str | None = None  # of a layer that was pickled before there were any
     _granularity: ClassVar[str]  # what one scale of dynamic quantization covers, for extra_repr
 
     input_scale: Tensor | None
@@ -151,18 +167,23 @@ class Int8Layer(QuantizedLayer):
         device: torch.device | str | None,
         asymmetric: bool,
         relu: bool,
+        activation: str | None,
         backward: bool,
     ) -> None:
+        check_activation(type(self).__name__, relu, activation, backward)
         super().__init__(weight_shape, (weight_shape[0],), bias, device)
         self.asymmetric = asymmetric
         self.relu = relu
+        self.activation = activation
         self.backward = backward
         self.weight_bits = 8
         self.register_buffer("timestep", None, persistent=False)
 
     @classmethod
     def are_settings(cls, arguments: dict[str, Any], weight_bits: Any) -> bool:
-        return type(weight_bits) is int and weight_bits in range(2, 9) and all(type(arguments[key]) is bool for key in cls.settings)
+        flags = [arguments[key] for key in cls.settings if key != "activation"]
+        known = arguments["activation"] is None or arguments["activation"] in ACTIVATIONS
+        return type(weight_bits) is int and weight_bits in range(2, 9) and all(type(flag) is bool for flag in flags) and known
 
     # ---- from float ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +200,7 @@ class Int8Layer(QuantizedLayer):
         output_scale: Tensor | float | None = None,
         output_zero_point: Tensor | int | None = None,
         relu: bool = False,
+        activation: str | None = None,
         input_multiplier: Tensor | None = None,
         codes: Tensor | None = None,
         backward: bool = False,
@@ -194,7 +216,8 @@ class Int8Layer(QuantizedLayer):
                 is quantized from its data. One element, or one per step (see :func:`timestep`).
             asymmetric: dynamic quantization with a zero point.
             output_scale, output_zero_point: int8 output for the next layer.
-            relu: fuse a ReLU.
+            relu: the same as ``activation="relu"``.
+            activation: fuse "relu", "relu6", "hardswish", "silu", "gelu" or "gelu_tanh".
             input_multiplier: of a linear layer, ``(in_features,)``: the input is multiplied by it, in float32, before it is
                 quantized (SmoothQuant). The weight is taken as it is: whoever wants the same function has divided its columns by
                 the multiplier. That of a ScaledLinear is taken over.
@@ -220,6 +243,7 @@ class Int8Layer(QuantizedLayer):
                 output_scale=output_scale,
                 output_zero_point=output_zero_point,
                 relu=relu,
+                activation=activation,
                 input_multiplier=input_multiplier,
                 codes=codes,
                 backward=backward,
@@ -264,7 +288,7 @@ class Int8Layer(QuantizedLayer):
         self.output_scale = scalar("output_scale", torch.float32)
         self.output_zero_point = scalar("output_zero_point", torch.int32)
         self.asymmetric, self.relu, self.weight_bits = settings.asymmetric, settings.relu, settings.weight_bits
-        self.backward = settings.backward
+        self.activation, self.backward = settings.activation, settings.backward
         self._check(self._buffers)
         self._count_steps()
         self._hold(codes)
@@ -419,6 +443,8 @@ class Int8Layer(QuantizedLayer):
             options["asymmetric"] = True
         if self.relu:
             options["relu"] = True
+        if self.activation is not None:
+            options["activation"] = _NUMBERS[self.activation]
         return options
 
     def _describe(self) -> str:
@@ -429,5 +455,6 @@ class Int8Layer(QuantizedLayer):
         kernel = _library.gemm_kernel() if self.device.type == "cpu" else self.device.type
         output = "" if self.output_scale is None else ", output=int8"
         flags = "".join(f", {name}=True" for name in ("relu", "backward") if getattr(self, name))
+        flags += "" if self.activation is None else f", activation={self.activation}"
         mode += " of multiplied columns" if self._buffers.get("input_multiplier") is not None else ""
         return f"weight=int{self.weight_bits} per channel, input=int8 {zero} {mode}{output}{flags}, kernel={kernel}"

@@ -14,8 +14,8 @@ class QuantLinear(Int8Layer):
     """int8 nn.Linear with a frozen weight: float in, float out, exact int32 sums, one operator call.
 
     Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
-    with a zero point), ``relu`` and ``backward`` (gradients flow to the input) are settings of the layer, not part of its
-    state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The layer
+    with a zero point), ``relu``, ``activation`` and ``backward`` (gradients flow to the input) are settings of the layer, not part
+    of its state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The layer
     has buffers and no parameters.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
@@ -42,11 +42,12 @@ class QuantLinear(Int8Layer):
         *,
         asymmetric: bool = False,
         relu: bool = False,
+        activation: str | None = None,
         backward: bool = False,
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        super().__init__((out_features, in_features), bias, device, asymmetric, relu, backward)
+        super().__init__((out_features, in_features), bias, device, asymmetric, relu, activation, backward)
 
     def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers

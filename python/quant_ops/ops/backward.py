@@ -28,7 +28,7 @@ from quant_ops.ops._register import (
     register_kernel,
     wants_derivative,
 )
-from quant_ops.ops.int8 import as_list
+from quant_ops.ops.int8 import ACTIVATIONS, as_list
 
 _ops: Any = torch.ops.quant_ops
 _DEFINITIONS = torch.library.Library("quant_ops", "FRAGMENT")  # must stay alive
@@ -36,6 +36,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _MOST_PRODUCTS = 131071  # of codes, in an exact sum
 _BLOCK = 1 << 22  # elements of a weight that are floating at once
+_RELU = ACTIVATIONS.index("relu") + 1
 
 
 def _define(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> str:
@@ -365,7 +366,7 @@ class _Through(torch.autograd.Function):
         named = dict(zip(_ARGUMENTS[name], values, strict=True))
         clips = named.get("x_scale") is not None
         keep = {key: named[key] for key in (*_KEPT, *(("x", "x_scale", "x_zero_point") if clips else ())) if key in named}
-        if named.get("relu"):
+        if named.get("relu") or named.get("activation") == _RELU:
             keep["y"] = output
         ctx.name, ctx.keys = name, tuple(keep)
         ctx.input_size, ctx.dtype = named["x"].shape, named["x"].dtype
@@ -453,6 +454,13 @@ def _derived(name: str, named: dict[str, Any]) -> Tensor:
             name,
             "a floating result where a gradient of x is asked for",
             "out_scale. Codes carry no gradient: leave output_scale out of a layer with backward=True",
+        )
+    if (activation := named.get("activation", 0)) > _RELU:
+        got = ACTIVATIONS[activation - 1] if activation <= len(ACTIVATIONS) else activation
+        refuse_derivative(
+            name,
+            "no activation but relu where a gradient of x is asked for",
+            f"activation {got}. Apply it to the layer's result",
         )
     function = _ThroughEagerly if in_transform() is None else _Through
     result: Tensor = function.apply(name, *named.values())  # type: ignore[no-untyped-call]

@@ -111,11 +111,13 @@ def _for_rows(value: Tensor | None, dim: int | None, x: Tensor, one: Sequence[in
 
 @_register("int8_linear")
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
-    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point"):
+    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point", "residual"):
         return None
     x = named["x"] = _first(named["x"], dims["x"], size)
     if x.dim() < 2:
         return None
+    if named["residual"] is not None:
+        named["residual"] = _first(named["residual"], dims["residual"], size)
     for name in ("x_scale", "x_zero_point"):
         named[name] = _for_rows(named[name], dims[name], x, [1])
     return _ops.int8_linear(**named), 0
@@ -165,11 +167,14 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
 
 @_register("int8_conv2d")
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
-    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point"):
+    if _batched_besides(dims, named, "x", "x_scale", "x_zero_point", "residual"):
         return None
     x = _first(named["x"], dims["x"], size)
     if x.dim() not in (4, 5):
         return None
+    if named["residual"] is not None:
+        residual = _first(named["residual"], dims["residual"], size)
+        named["residual"] = residual.flatten(0, 1) if x.dim() == 5 else residual
     for name in ("x_scale", "x_zero_point"):
         value = _for_rows(named[name], dims[name], x, [1, 1, 1])
         named[name] = value.flatten(0, 1) if value is not None and value.dim() == 5 else value

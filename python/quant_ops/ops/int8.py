@@ -15,6 +15,19 @@ from quant_ops.ops._register import call, fake_kernel, inference_only
 
 _ops = torch.ops.quant_ops
 
+# In the order of their numbers, from 1 on (``Function`` of cpp/contract/functions.h).
+ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+
+
+def activation_number(op: str, activation: str | None) -> int:
+    """What the operator ``op`` takes for an activation's name."""
+    if activation is None:
+        return 0
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"quant_ops.{op}: expected activation to be None or one of {ACTIVATIONS}, got {activation!r}.")
+    return ACTIVATIONS.index(activation) + 1
+
+
 # ---- int8_gemm -------------------------------------------------------------------------------------------------------
 
 
@@ -61,11 +74,16 @@ def int8_linear(
     out_dtype: torch.dtype | None = None,
     relu: bool = False,
     x_multiplier: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """Fused int8 linear layer: quantize, multiply exactly, scale, add bias, ReLU, convert, in one call.
+    """Fused int8 linear layer: quantize, multiply exactly, scale, add bias and a residual, activation, convert, in one call.
 
-    ``y = fma(acc, x_scale * weight_scale, bias)`` in float32, where ``acc`` is the exact int32 product of the codes, then ReLU,
-    then one rounding to the result's dtype, or ``clamp(rne(y / out_scale) + out_zero_point)`` for an integer result.
+    ``y = fma(acc, x_scale * weight_scale, bias)`` in float32, where ``acc`` is the exact int32 product of the codes, then the
+    residual, then the activation, then one rounding to the result's dtype, or ``clamp(rne(y / out_scale) + out_zero_point)`` for an
+    integer result.
 
     Args:
         x: ``(..., K)``. float32, float16 or bfloat16: quantized here, per row from its data without ``x_scale`` (dynamic), to
@@ -80,11 +98,17 @@ def int8_linear(
         asymmetric: dynamic quantization with a zero point.
         out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``) for the next layer.
         out_dtype: float32, float16 or bfloat16; default x's dtype (float32 for integer x). int32: ``acc`` itself, without scales,
-            such as sums of a part of K that are to be added to those of other parts; bias and relu are refused.
-        relu: clamp negative results to 0.
+            such as sums of a part of K that are to be added to those of other parts; bias, residual and activation are refused.
+        relu: the same as ``activation="relu"``.
         x_multiplier: floating ``(K,)``, for a floating x: ``float32(x) * x_multiplier``, in one float32 multiplication an element,
             is quantized in place of x. With ``1 / s`` and a weight whose columns were multiplied by ``s`` this is SmoothQuant
             (arXiv 2211.10438, eq. 3) of a layer whose input no layer before it can scale.
+        residual: of the result's shape. int8 or uint8, with ``residual_scale``: ``y = fma(residual - residual_zero_point,
+            residual_scale, y)``; float32, float16 or bfloat16: ``y = y + residual``. One that does not lie in memory as the result
+            does is copied.
+        residual_scale, residual_zero_point: one element.
+        activation: "relu", "relu6", "hardswish", "silu", "gelu" or "gelu_tanh", a float32 function of y with the same bits on every
+            instruction set; ``cpp/contract/functions.h`` has their definitions and errors.
 
     Returns:
         ``(..., N)``. Row i of a batch equals row i alone, bit for bit, for any number of threads and instruction set.
@@ -111,6 +135,10 @@ def int8_linear(
         out_dtype=out_dtype,
         relu=relu,
         x_multiplier=x_multiplier,
+        residual=residual,
+        residual_scale=residual_scale,
+        residual_zero_point=residual_zero_point,
+        activation=activation_number("int8_linear", activation),
     )
 
 
@@ -144,6 +172,10 @@ def int8_conv2d(
     out_dtype: torch.dtype | None = None,
     relu: bool = False,
     channels_last: bool | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Fused int8 convolution (implicit GEMM), with the arithmetic of :func:`int8_linear`.
 
@@ -156,7 +188,8 @@ def int8_conv2d(
         padding: one number, ``(vertical, horizontal)`` or ``(top, bottom, left, right)``; padded pixels are real zeros.
         x_scale, x_zero_point: one element, or one per sample, shape ``(N, 1, 1, 1)``.
         packed_weight: ``pack_weight(weight, groups)``.
-        bias, asymmetric, out_scale, out_zero_point, out_dtype, relu: as in :func:`int8_linear`.
+        bias, asymmetric, out_scale, out_zero_point, out_dtype, relu, residual, residual_scale, residual_zero_point, activation: as
+            in :func:`int8_linear`.
         channels_last: whether the result of a batch lies in channels_last, by default as x does. Neither order costs a copy.
 
     Returns:
@@ -185,6 +218,10 @@ def int8_conv2d(
         out_dtype=out_dtype,
         relu=relu,
         channels_last=channels_last,
+        residual=residual,
+        residual_scale=residual_scale,
+        residual_zero_point=residual_zero_point,
+        activation=activation_number("int8_conv2d", activation),
     )
 
 

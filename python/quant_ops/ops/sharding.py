@@ -192,9 +192,10 @@ def _product(
             whole_weight = named.get("packed_weight") is not None or named.get("groups", 1) != 1
             split = type(px) is Shard and px.dim == tensors[x].dim() + channel and type(pw) is Shard and pw.dim == 1
             if by_row:
-                wanted, at = _row_parts(px, x, tensors), px
+                wanted, at = _row_parts(px, x, tensors) | {"residual": px}, px
             elif type(pw) is Shard and pw.dim == 0 and not whole_weight:
-                wanted, at = _column_parts(weight, tensors, n), Shard(len(made) + channel)
+                at = Shard(len(made) + channel)
+                wanted = _column_parts(weight, tensors, n) | {"residual": at}
             elif split and not whole_weight and adds(**named):
                 wanted, at = {x: px, weight: pw, "x_multiplier": Shard(0)}, Partial()
             for key, placements in where.items():

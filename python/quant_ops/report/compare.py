@@ -8,10 +8,11 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -178,7 +179,7 @@ class Probes:
             if of.layer.output_scale is not None:
                 zero = 0 if of.layer.output_zero_point is None else of.layer.output_zero_point
                 got = (got.int() - zero) * of.layer.output_scale
-            expected = expected.relu() if of.layer.relu else expected
+            expected = _activated(expected, "relu" if of.layer.relu else of.layer.activation)
             of.clipped += _saturated(of.layer, x)
         of.add(expected, got)
         if self.repeats:
@@ -313,6 +314,20 @@ def _weight_bytes(layer: SimulatedLayer, weight: Tensor) -> float:
     return weight.numel() * format.bits / 8 + 4 * scales
 
 
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else _FUNCTIONS[activation](y)
+
+
 def _now(layer: Int8Layer, values: Tensor | None) -> Any:
     """The current step's value of scales that differ by step."""
     step = layer._buffers.get("timestep")
@@ -326,4 +341,6 @@ def _chained(layer: Quantized, input_dtype: torch.dtype | None) -> str:
         return "it gives int8 to the next layer"
     if layer.relu:
         return "it has a fused ReLU"
+    if layer.activation is not None:
+        return f"it has a fused {layer.activation}"
     return "it takes int8 from the layer before" if input_dtype in (torch.int8, torch.uint8) else ""

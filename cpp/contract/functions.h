@@ -1,0 +1,125 @@
+// The functions after the sum of an integer product, for host and device: float32 in, float32 out, IEEE operations in this order
+// and no others, so that every instruction set and every GPU gives the same bits. kernels/generic/functions.h is the same for
+// vectors. NaN stays NaN, and limits are those of torch: the functions whose formula has Inf * 0 give NaN for -Inf.
+//
+// Largest error against float64 (tests/test_functions.py):
+//   exp_of       1.1 ulp
+//   relu, relu6  none
+//   hardswish    2 ulp; the operations are torch's: x * clamp(x + 3, 0, 6), then divided by 6
+//   silu         2 ulp down to -88.37; below, where the value is smaller than 2^-121, it is -0
+//   gelu         3 ulp down to -1; below, 2^-24.5, and -0 in the end
+//   gelu_tanh    3 ulp down to -1; below, 2^-24.5, and -0 in the end
+// Read next: arithmetic.h for the rest of the epilogue.
+#pragma once
+
+#include "contract/arithmetic.h"
+
+namespace quant_ops {
+
+// The numbers are those of the operators' `activation`.
+enum class Function : int32_t { kNone, kRelu, kRelu6, kHardswish, kSilu, kGelu, kGeluTanh };
+constexpr int kFunctions = 7;
+
+// ---- 2^y --------------------------------------------------------------------------------------------------------------
+// A float y is n - f with an integer n and |f| <= 1/2; 2^-f = 1 + f * (c0 + f * (c1 + ...)), relative error 2^-28.9.
+
+constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: added and removed it rounds to an integer, which its low bits hold
+constexpr float kLog2E = 0x1.715476p+0f;    // log2(e), and what it lacks
+constexpr float kLog2ERest = 0x1.4ae0cp-26f;
+constexpr float kExp2[6] = {-0x1.62e43p-1f, 0x1.ebfbdcp-3f, -0x1.c6aee6p-5f, 0x1.3b2d5p-7f, -0x1.5f3f3p-10f, 0x1.41fb2cp-13f};
+
+// ---- gelu -------------------------------------------------------------------------------------------------------------
+// gelu(x) = x * Phi(x), and the normal distribution's tail Phi(-t) = 2^(-1 + t * (g0 + t * (g1 + ...))) for t >= 0. The fit is for
+// t <= 5.75; further on the exponent falls faster than it should, to minus infinity.
+
+constexpr float kGeluTail[10] = {-0x1.26aed6p+0f,  -0x1.d63bfp-2f,  -0x1.adc1b2p-5f,  0x1.c8a03ep-8f,  -0x1.45f7c8p-17f,
+                                 -0x1.24462ap-12f, 0x1.44494ep-14f, -0x1.7b6af6p-17f, 0x1.e77672p-21f, -0x1.0db2aep-25f};
+
+// gelu_tanh(x) = x / (1 + e^-z), z = x * (2 a + 2 a b x^2) with a = sqrt(2 / pi) and b = 0.044715
+constexpr float kGeluTanhLinear = 0x1.988454p+0f;  // 2 a
+constexpr float kGeluTanhCubic = 0x1.2444f2p-4f;   // 2 a b
+
+// e^z of a logistic function is computed between these bounds: 2^-126 is less than half an ulp of 1, and from 2^128 on it is Inf.
+constexpr float kLogisticLow = -87.0f, kLogisticHigh = 89.0f;
+
+// Bounds of exp_of's argument: below, the value rounds to 0, above to Inf.
+constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
+
+QO_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+QO_HD float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// The second operand if either is NaN, as Simd::min and Simd::max.
+QO_HD float least_of(float a, float b) { return a < b ? a : b; }
+QO_HD float most_of(float a, float b) { return a > b ? a : b; }
+
+// 2^-f for |f| <= 1/2.
+QO_HD float exp2_fraction(float f) {
+  float p = kExp2[5];
+  for (int i = 4; i >= 0; --i) p = fused(p, f, kExp2[i]);
+  return fused(p, f, 1.0f);
+}
+
+// 2^(n + by) for -127 <= n + by <= 128, where `rounded` is kRoundMagic + n; 0 for -127 and Inf for 128. Anything for NaN.
+QO_HD float power_of_two(float rounded, int32_t by) {
+  return bits_float((float_bits(rounded) << 23) + (static_cast<uint32_t>(by + 127) << 23));
+}
+
+// e^x = 2^n * 2^-f; `rounded` receives kRoundMagic + n, the result is 2^-f. For |x| < 2^20.
+QO_HD float exp_fraction(float x, float* rounded) {
+  *rounded = fused(x, kLog2E, kRoundMagic);
+  const float n = *rounded - kRoundMagic;
+  return exp2_fraction(fused(-x, kLog2ERest, fused(-x, kLog2E, n)));
+}
+
+// e^x of any float. The power of two is applied in two steps, the second of which rounds where the result is subnormal.
+QO_HD float exp_of(float x) {
+  const float bounded = least_of(kExpHigh, most_of(kExpLow, x));
+  float rounded;
+  const float p = exp_fraction(bounded, &rounded);
+  const bool small = bounded < 0.0f;
+  return p * power_of_two(rounded, small ? 64 : -64) * (small ? 0x1p-64f : 0x1p64f);
+}
+
+// x / (1 + e^-z)
+QO_HD float logistic(float x, float z) {
+  float rounded;
+  const float p = exp_fraction(least_of(kLogisticHigh, most_of(kLogisticLow, -z)), &rounded);
+  return quotient(x, fused(p, power_of_two(rounded, 0), 1.0f));
+}
+
+QO_HD float gelu_of(float x) {
+  const float t = bits_float(float_bits(x) & 0x7fffffffu);
+  float y = kGeluTail[9];
+  for (int i = 8; i >= 0; --i) y = fused(y, t, kGeluTail[i]);
+  y = most_of(-127.0f, fused(y, t, -1.0f));
+  const float rounded = y + kRoundMagic;
+  const float tail = exp2_fraction((rounded - kRoundMagic) - y) * power_of_two(rounded, 0);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+QO_HD float apply_function(Function function, float x) {
+  switch (function) {
+    case Function::kRelu: return x < 0.0f ? 0.0f : x;
+    case Function::kRelu6: return least_of(6.0f, most_of(0.0f, x));
+    case Function::kHardswish: return quotient(x * least_of(6.0f, most_of(0.0f, x + 3.0f)), 6.0f);
+    case Function::kSilu: return logistic(x, x);
+    case Function::kGelu: return gelu_of(x);
+    case Function::kGeluTanh: return logistic(x, x * fused(x * x, kGeluTanhCubic, kGeluTanhLinear));
+    default: return x;
+  }
+}
+
+}  // namespace quant_ops
