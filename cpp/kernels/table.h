@@ -426,10 +426,11 @@ constexpr GemmShape swept_shape(const char* isa, int64_t rows, int64_t width, in
 
 // Kernels that multiply.
 struct ProductKernels {
-  const char* isa;     // the namespace of these functions
-  int64_t gemm_rows;   // of the full tile, at most kMaxGemmRows
-  int64_t slim_rows;   // likewise, of a panel of at most kSlimColumns columns
-  bool flips = false;  // gemm reads signed codes where they lie
+  const char* isa;       // the namespace of these functions
+  int64_t gemm_rows;     // of the full tile, at most kMaxGemmRows
+  int64_t slim_rows;     // likewise, of a panel of at most kSlimColumns columns
+  int64_t row_step = 1;  // rows that an instruction takes at once: a tile of fewer takes as long
+  bool flips = false;    // gemm reads signed codes where they lie
   // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them
