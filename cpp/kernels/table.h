@@ -19,7 +19,7 @@ constexpr int kPanel = 64;        // columns of a packed weight panel; the last 
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
-constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
+constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels, of four bytes each, in the line of any table
 
 // What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.
 struct TileExtras {
@@ -62,6 +62,16 @@ struct TileOutput {
     o.bias += n;
     return o;
   }
+
+  // The same columns of y from so many elements on.
+  __attribute__((always_inline)) inline TileOutput from_row(int64_t elements) const {
+    TileOutput o = from_column(elements);
+    o.columns = columns;
+    o.column_sum = column_sum;
+    o.column_scale = column_scale;
+    o.bias = bias;
+    return o;
+  }
 };
 
 // acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
@@ -80,7 +90,8 @@ struct GemmTile {
 
 // A run of output pixels of one row of a depthwise convolution, over all channels:
 //   acc[i][c] = sum over r and s of a(row r, column first + i * stride + s * dilation)[c] * b[c][r][s]
-// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane.
+// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane. With out_rows
+// 2 the output row below is computed too, which reads rows 1 to r: they are fewer than four.
 struct DepthwiseRun {
   int64_t r, s;                // of the kernel
   int64_t stride, dilation;    // along the row
@@ -92,7 +103,9 @@ struct DepthwiseRun {
   const int8_t* b;
   uint8_t* line;  // scratch of line_bytes()
   int64_t pixels;
-  TileOutput out;  // a row for each pixel; row_step 0
+  int64_t out_rows = 1;
+  int64_t y_row = 0;  // elements of y from an output row to the one below
+  TileOutput out;     // a row for each pixel; row_step 0
 
   int64_t groups() const { return (r + kQuad - 1) / kQuad; }
   int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
