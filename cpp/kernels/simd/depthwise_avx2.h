@@ -79,7 +79,9 @@ struct PairsOfTaps {
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, const W& w) {
     const auto lanes = [&](int64_t at) QO_LAMBDA { return Simd::load_int(reinterpret_cast<const int32_t*>(codes + at)); };
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(lanes(0), w.rows01));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(lanes(64), w.rows23));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(lanes(64), w.rows23));
+    asm volatile("" : "+x"(acc));  // or g++ moves the additions behind all products, whose sums it spills
+    return acc;
   }
 };
 
