@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import sweep
+import test_int8_chain
 import torch
 from operands import codes, floats, scales
 from torch import Tensor
@@ -394,6 +395,18 @@ _WEIGHT_ONLY_BACKWARD = {
     "packed": call(floats(5, 19), _W4, _GROUP_SCALES, floats(19, 2), 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
     "no_rows": call(floats(0, 19), _W, _WS),
 }
+
+
+def chain(program, constants, *inputs):
+    return call(list(inputs), constants, program.encode())
+
+
+_CHAIN = {
+    "network": chain(*test_int8_chain.network(), floats(2, 3, 12, 12)),
+    "channels_last": chain(*test_int8_chain.network(), floats(3, 3, 12, 12).to(memory_format=torch.channels_last)),
+    "blocks": chain(*test_int8_chain.blocks(1), floats(2, 3, 12, 12)),
+    "empty": chain(*test_int8_chain.network(), floats(0, 3, 12, 12)),
+}
 SAMPLES = {
     "quant_float_forward": _FLOAT,
     "quant_float_backward": _FLOAT_BACKWARD,
@@ -420,6 +433,7 @@ SAMPLES = {
     "int8_avg_pool2d": _AVG_POOL,
     "int8_adaptive_avg_pool2d": _ADAPTIVE,
     "int8_upsample_nearest2d": _UPSAMPLE,
+    "int8_chain": _CHAIN,
     "weight_only_linear": _WEIGHT_ONLY,
     "weight_only_embedding": _EMBEDDING,
     "pack_weight_only": _PACK_WEIGHT_ONLY,

@@ -1,6 +1,7 @@
 """torch.vmap of the operators and layers equals a loop, bit for bit; where there is a rule, it is one call."""
 
 import pytest
+import test_int8_chain
 import torch
 from operands import codes, floats, scales
 from torch import nn
@@ -137,6 +138,13 @@ BETWEEN = {
     "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, ONE, None, 2, **OUT), [-1], Q.movedim(0, -1)),
     "upsample": (lambda x: qo.int8_upsample_nearest2d(x, 2), [0], Q),
 }
+PROGRAM, CONSTANTS = test_int8_chain.network()
+SMALL = floats(3, 2, 3, 12, 12)
+CHAIN = {
+    "images": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [0], SMALL),
+    "third": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [2], SMALL.movedim(0, 2)),
+    "constants": (lambda x, s: tuple(qo.int8_chain([x], [s, *CONSTANTS[1:]], PROGRAM.encode())), [None, 0], SMALL[0], scales(3)),
+}
 GEMM = {
     "a": (qo.int8_gemm, [0, None], codes(3, 4, 8), W),
     "a, second": (qo.int8_gemm, [1, None], codes(4, 3, 8, dtype=torch.uint8), W),
@@ -259,6 +267,7 @@ SAMPLES = {
     "conv2d": CONV,
     "gemm": GEMM,
     "between": BETWEEN,
+    "chain": CHAIN,
     "rows": ROWS,
     "quantize": QUANTIZE,
     "float": FLOAT,

@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/weight_only.h"
 #include "kernels/log.h"
+#include "torch/chain.h"
 #include "torch/operators.h"
 
 namespace quant_ops {
@@ -183,6 +184,7 @@ STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
+  QO_IMPLEMENT(m, int8_chain, quant_ops::Cpu);
   QO_IMPLEMENT(m, unpack_weight, quant_ops::Cpu);
   QO_IMPLEMENT(m, transpose_packed_weight, quant_ops::Cpu);
 }

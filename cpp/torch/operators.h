@@ -7,6 +7,7 @@
 //   int8_conv2d                             conv2d.h
 //   requantize, int8_add, int8_cat          pointwise.h
 //   int8_*_pool2d, int8_upsample_nearest2d  pool.h
+//   int8_chain                              chain.h, on the CPU only
 //   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h
 //   weight_only_embedding                   weight_only_embedding.h
@@ -96,6 +97,7 @@ void define_operators(Library& m) {
       "int8_adaptive_avg_pool2d(Tensor x, Tensor x_scale, Tensor? x_zero_point, int[2] output_size, *, Tensor? out_scale=None, "
       "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
   m.def("int8_upsample_nearest2d(Tensor x, int[2] scale_factor) -> Tensor");
+  m.def("int8_chain(Tensor[] inputs, Tensor[] constants, int[] program) -> Tensor[]");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "

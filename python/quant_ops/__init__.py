@@ -15,6 +15,7 @@ from .accuracy.awq import AWQResult, awq_  # noqa: E402
 from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
 from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
+from .chains.result import ChainResult, chain_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -73,6 +74,7 @@ from .ops import (  # noqa: E402
     int8_add,
     int8_avg_pool2d,
     int8_cat,
+    int8_chain,
     int8_conv2d,
     int8_conv2d_backward,
     int8_gemm,
@@ -142,6 +144,7 @@ __all__ = [
     "AWQResult",
     "AutoquantResult",
     "BlockFloat",
+    "ChainResult",
     "ConversionResult",
     "FallbackResult",
     "FixedPoint",
@@ -175,6 +178,7 @@ __all__ = [
     "autoquant_",
     "awq_",
     "calibrate",
+    "chain_",
     "choose_qparams",
     "choose_qparams_affine",
     "cmake_prefix_path",
@@ -193,6 +197,7 @@ __all__ = [
     "int8_add",
     "int8_avg_pool2d",
     "int8_cat",
+    "int8_chain",
     "int8_conv2d",
     "int8_conv2d_backward",
     "int8_gemm",

@@ -18,6 +18,7 @@ _ENTRIES = {
     "int8_gemm": ("gemm", "gemm_few_rows"),
     "int8_linear": ("gemm", "gemm_few_rows"),
     "int8_conv2d": ("gemm", "gemm_few_rows", "depthwise"),
+    "int8_chain": ("gemm", "gemm_few_rows", "depthwise", "quantize", "dequantize", "pointwise", "max_pool", "sum_pool"),
     "requantize": ("pointwise",),
     "int8_add": ("pointwise",),
     "int8_cat": ("pointwise",),

@@ -7,6 +7,7 @@ The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raise
 from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
 from quant_ops.ops.backward import int8_conv2d_backward, int8_linear_backward, weight_only_linear_backward
+from quant_ops.ops.chain import int8_chain
 from quant_ops.ops.codes import (
     int8_adaptive_avg_pool2d,
     int8_add,
@@ -35,6 +36,7 @@ __all__ = [
     "int8_add",
     "int8_avg_pool2d",
     "int8_cat",
+    "int8_chain",
     "int8_conv2d",
     "int8_conv2d_backward",
     "int8_gemm",

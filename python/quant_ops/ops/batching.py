@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_ops.chains.program import Program
 from quant_ops.ops import backward as backward  # defines operators that have rules here
 from quant_ops.ops._register import register_kernel
 from quant_ops.ops.quantize_float import ROUNDINGS
@@ -235,6 +236,22 @@ def _of_images(op: Any) -> Rule:
 
 for _name in ("int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d"):
     _register(_name)(_of_images(getattr(_ops, _name)))
+
+
+@_register("int8_chain")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    steps = Program.decode(named["program"]).steps
+    inputs = [x if d is None else x.movedim(d, 0) for x, d in zip(named["inputs"], dims["inputs"], strict=True)]
+    # images, or rows of one dimension, of which each step computes every one alone
+    if (
+        any(d is not None for d in dims["constants"])
+        or any(d is None or x.dim() not in (3, 5) for x, d in zip(inputs, dims["inputs"], strict=True))
+        or any(step.op in ("flatten", "cat") and step.numbers[0] < 1 for step in steps)
+        or len({x.shape[1] for x in inputs}) > 1
+    ):
+        return None
+    results = _ops.int8_chain([x.flatten(0, 1) for x in inputs], named["constants"], named["program"])
+    return tuple(result.unflatten(0, (size, inputs[0].shape[1])) for result in results), (0,) * len(results)
 
 
 # ---- the quantize family ---------------------------------------------------------------------------------------------

@@ -267,6 +267,13 @@ def _sums_of_given_codes(x_scale: Tensor | None, out_dtype: Any, **_: Any) -> bo
     return out_dtype == torch.int32 and x_scale is not None
 
 
+def _chain(named: dict[str, Any]) -> _Plan:
+    """Every process computes all results of an int8_chain."""
+    from quant_ops.chains.program import Program
+
+    return _gather(len(Program.decode(named["program"]).outputs))(named)
+
+
 # operators whose rules are not registered yet
 _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
     "choose_qparams": _follow(
@@ -313,6 +320,7 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         _planes,
         lambda x, scale_factor, **_: [((*x.shape[:-2], x.shape[-2] * scale_factor[0], x.shape[-1] * scale_factor[-1]), "x")],
     ),
+    "int8_chain": _chain,
     "pack_weight": _gather(),
     "unpack_weight": _gather(),
     "pack_weight_only": _gather(),
