@@ -109,6 +109,24 @@ def convolutions(device: str, few: bool) -> None:
             qo.int8_conv2d(x, weight, scale, stride=2, padding=k // 2, groups=groups, asymmetric=asymmetric)
 
 
+def between(device: str, few: bool) -> None:
+    shapes = [(2, 6, 9, 11), (1, 40, 7, 7), (3, 1, 5, 4)]
+    formats = (torch.contiguous_format, torch.channels_last)
+    s, z = torch.tensor(0.05, device=device), torch.tensor(3, device=device)
+    for shape, memory_format in itertools.islice(itertools.product(shapes, formats), 1 if few else None):
+        q = torch.randint(-128, 128, shape, device=device, dtype=torch.int8).contiguous(memory_format=memory_format)
+        for view in (q, q[:, :, 1:, :3]):
+            for activation in (None, "relu6", "gelu"):
+                qo.requantize(view, s, z, out_scale=s * 2, activation=activation)
+                qo.int8_add(view, view, s, s, z, out_dtype=torch.bfloat16, activation=activation)
+            for dim in range(4):
+                qo.int8_cat([view, view], [s, s * 2], [z, z], dim, out_scale=s)
+            qo.int8_max_pool2d(view, 3, 2, 1, ceil_mode=True)
+            qo.int8_avg_pool2d(view, s, z, 2, 1, 1, out_scale=s)
+            qo.int8_adaptive_avg_pool2d(view, s, z, (2, 3))
+            qo.int8_upsample_nearest2d(view, (2, 3))
+
+
 def embeddings(device: str, few: bool) -> None:
     for (N, K), bits in itertools.product([(40, 96), (33, 7)][: 1 if few else None], (4, 8)):
         weight = torch.randint(-8, 8, (N, K), dtype=torch.int8)
@@ -127,6 +145,10 @@ GROUPS = {
     weights_alone: ("weight_only_linear", "pack_weight_only", "unpack_weight_only"),
     convolutions: ("int8_conv2d",),
     embeddings: ("weight_only_embedding",),
+    between: (
+        *("requantize", "int8_add", "int8_cat", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d"),
+        "int8_upsample_nearest2d",
+    ),
 }
 
 

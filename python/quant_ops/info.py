@@ -128,7 +128,7 @@ def text(report: dict[str, Any]) -> str:
     lines = []
     for key, value in report.items():
         if isinstance(value, dict):
-            lines += [f"{key}:"] + [f"  {name:<22}{kernel}" for name, kernel in value.items()]
+            lines += [f"{key}:"] + [f"  {name:<26}{kernel}" for name, kernel in value.items()]
         elif key != "status":
             shown = ", ".join(value) if isinstance(value, list) else value
             lines.append(f"{key + ':':<16}{shown}")
