@@ -155,6 +155,8 @@ _LINEAR = {
     "out_int8": call(floats(5, 37), _W, _WS, _BIAS, out_scale=_S, out_zero_point=_Z),
     "out_uint8": call(floats(5, 37), _W, _WS, out_scale=_S, out_zero_point=_Z, out_dtype=torch.uint8, relu=True),
     "out_int32": call(floats(5, 37), _W, _WS, None, _S, _Z, out_dtype=torch.int32),
+    "residual": call(floats(5, 37), _W, _WS, _BIAS, residual=floats(19, 5).T, activation=5),
+    "residual_of_codes": call(codes(5, 37), _W, _WS, None, _S, residual=codes(5, 19), residual_scale=_S, residual_zero_point=_Z),
     "vector": call(floats(37), _W, _WS),
     "rank_4": call(floats(2, 1, 3, 37), _W, _WS),
     "transposed": call(floats(37, 5).T, codes(37, 19).T, _WS),
@@ -185,6 +187,7 @@ _CONV = {
     "quantized": call(codes(2, 6, 5, 7), _K, _KS, _KB, [1], [1], [1], 1, _S, _Z),
     "quantized_uint8": call(codes(2, 6, 5, 7, dtype=torch.uint8), _K, _S, None, [1], [1], x_scale=_S, x_zero_point=_Z),
     "channels_last": call(_LAST, _K, _KS, _KB, [1], [1]),
+    "residual": call(_LAST, _K, _KS, _KB, [1], [1], out_scale=_S, residual=floats(2, 8, 5, 7), activation=3),
     "channels_last_odd": call(floats(2, 3, 5, 7).to(memory_format=torch.channels_last), codes(5, 3, 2, 2), scales(5)),
     "weight_channels_last": call(_IMAGE, _K.to(memory_format=torch.channels_last), _KS),
     "sliced_channels": call(floats(2, 12, 5, 7)[:, ::2], _K, _KS),
@@ -515,6 +518,8 @@ def test_the_signature_of_the_wrapper_is_the_schema(op):
     def default(parameter):
         if parameter.name in _NAMES and parameter.default is not None:
             return _NAMES[parameter.name].index(parameter.default)
+        if parameter.default is None and parameter.name in ("activation", "stride"):
+            return {"activation": 0, "stride": []}[parameter.name]
         if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
             return [parameter.default] * 2
         return {torch.float32: 6}.get(parameter.default, parameter.default)  # as schemas number it

@@ -70,10 +70,11 @@ class Depthwise {
                        find_range(table_, p_, plan_.channels_last, strip_of_rows(p_, i / strips, h, rows), &ranges[i]);
                      }
                    });
-    bounded_ = true;
     for (int64_t n = 0; n < p_.N; ++n) {
       qparams_[n] = code_qparams(p_.in, n, join(ranges + n * strips, strips));
-      bounded_ = bounded_ && columns_.bounded(p_.out, &qparams_[n].scale, 1);
+      const bool divide = n > 0 && codes_of_result_.divide;
+      codes_of_result_ = columns_.codes(p_.out, &qparams_[n].scale, 1);
+      codes_of_result_.divide |= divide;
     }
   }
 
@@ -135,7 +136,7 @@ class Depthwise {
     run.out.columns = p_.O;
     run.out.y_stride = p_.O;
     run.out.row_step = 0;
-    run.out.bounded = bounded_;
+    run.out.codes = codes_of_result_;
     return run;
   }
 
@@ -182,7 +183,7 @@ class Depthwise {
   const Columns columns_;
   const int8_t* const packed_;
   QParams<float>* const qparams_;
-  bool bounded_ = false;
+  CodeOutput codes_of_result_;  // of every sample
 };
 
 int64_t line_bytes(const Int8Conv2dParams& p, int64_t pixels) {

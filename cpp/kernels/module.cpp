@@ -91,7 +91,8 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
-  const bool bounded = is_bounded(out_scale, row_scale.data(), m_count, column_scale.data(), bias.data(), layout.padded_n);
+  const CodeOutput codes = code_output(dtype_of(dtype), out_scale, out_zero_point, relu ? Function::kRelu : Function::kNone,
+                                       row_scale.data(), m_count, column_scale.data(), bias.data(), layout.padded_n);
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
     const int64_t column = panel * kPanel, width = layout.width(panel);
     for (int64_t m = 0, count; m < m_count; m += count) {
@@ -117,9 +118,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
       tile.out.row_scale = row_scale.data() + m;
       tile.out.row_step = 1;
       tile.out.floor = relu ? 0.0f : -INFINITY;
-      tile.out.out_scale = out_scale;
-      tile.out.out_zero_point = out_zero_point;
-      tile.out.bounded = bounded;
+      tile.out.codes = codes;
       table.gemm(tile, count, width);
     }
   }
@@ -166,9 +165,8 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   run.out.row_scale = &row_scale;
   run.out.row_step = 0;
   run.out.floor = -INFINITY;
-  run.out.out_scale = 1.0f;
-  run.out.out_zero_point = 0;
-  run.out.bounded = is_bounded(1.0f, &row_scale, 1, column_scale.data(), bias.data(), layout.padded_n);
+  run.out.codes =
+      code_output(run.out.dtype, 1.0f, 0, Function::kNone, &row_scale, 1, column_scale.data(), bias.data(), layout.padded_n);
   table.depthwise(run);
 }
 

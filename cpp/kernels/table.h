@@ -21,6 +21,19 @@ constexpr int kSlimColumns = 32;     // panels of at most so many columns use th
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
 
+// How values become codes of eight bits: clamp(rne(y / scale) + zero_point), in [least, most]. Made once for many tiles
+// (code_output in cpu/columns.h).
+struct CodeOutput {
+  float scale = 1.0f, reciprocal = 1.0f;
+  // The kernels compute y / scale + zero_point as one sum of products with 1 / scale, which is less than `slack` away from the
+  // exact quotient where the code does not saturate. Only where an integer and a half is as close as that is y itself computed and
+  // divided.
+  float slack = 0.0f;
+  bool divide = true;  // always: y may be infinite, NaN or so large that no int32 holds the quotient, or the slack is too large
+  int32_t zero_point = 0;
+  int32_t least = 0, most = 0;  // -128 to 127, or 0 to 255
+};
+
 // What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.
 struct TileExtras {
   Function function;
@@ -40,16 +53,12 @@ struct TileOutput {
   const float* bias;        // -0 without a bias
   const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
   const float* row_scale;
-  int64_t row_step;          // 0 or 1
-  float floor;               // 0 for ReLU and ReLU6, else -inf
-  float ceiling = INFINITY;  // int8 / uint8 output: 6 for ReLU6, else inf
-  float out_scale;           // int8 / uint8 output
-  int32_t out_zero_point;
+  int64_t row_step;                    // 0 or 1
+  float floor;                         // 0 for ReLU and ReLU6, else -inf
+  CodeOutput codes;                    // int8 / uint8 output
   const TileExtras* extras = nullptr;  // null: neither a residual nor a function
   const void* residual = nullptr;      // first element of the tile, its columns contiguous; null: none
   int64_t residual_stride = 0;         // between rows
-  // True if, for every possible sum, y is finite and |y / out_scale| < 2^30, and if 1 / out_scale is a normal number.
-  bool bounded = false;
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {

@@ -48,7 +48,8 @@ template <class Taps, class Y, bool kWhole, int kS, int kGroups>
 void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const int8_t* b) {
   const TileOutput out = d.out.from_column(column);  // a copy that no store can change
   const Rounding<Y> rounding(out);
-  const ColumnVector<true> parameters[1] = {ColumnVector<true>(out, 0)};
+  using Column = ColumnOf<Y, true>;
+  const Column parameters[1] = {Column(out, 0)};
   const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = kS > 0 ? kS : d.s;
   const int64_t step = d.stride * groups * kBlockBytes, tap_step = d.dilation * groups * kBlockBytes;
   const auto start = Taps::start(out.column_sum);
@@ -72,7 +73,7 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
       unroll<kS>([&](auto s) QO_LAMBDA { taps_of_column(a + s.value * tap_step); });
     else
       for (int64_t s = 0; s < columns; ++s, a += tap_step) taps_of_column(a);
-    finish_block<Y, count.value, 1, kWhole>(out, rounding, parameters, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
+    finish_block<Y, count.value, 1, kWhole>(out, rounding, parameters, 0, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
                                             out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
   };
   constexpr int kPixels = 4;
