@@ -2,8 +2,8 @@
 // the memory (Scratch) before its parallel regions, never inside one.
 //
 // A thread keeps its memory for the next call, up to kKept bytes, because fresh pages cost more than a small layer: the system
-// clears them, four kilobytes at a time. Larger memory is given back at once. The values of a chain are kept apart from the scratch of
-// the operators that compute them.
+// clears them, four kilobytes at a time. Larger memory is given back at once. The values of a chain are kept apart from the scratch
+// of the operators that compute them.
 #pragma once
 
 #include <cstdint>
