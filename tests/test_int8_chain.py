@@ -290,3 +290,71 @@ def test_refused_programs():
     ):
         with pytest.raises(ValueError, match=rf"^quant_ops\.int8_chain: {text}"):
             made()
+
+
+def test_refused_calls():
+    program, constants = network()
+    code, x = program.encode(), torch.randn(2, 3, 12, 12)
+    replaced = {name: [*constants] for name in ("packed", "bias", "zero_point", "scale", "scales")}
+    packed, weight_scale, bias = program.steps[1].constants[:3]
+    replaced["packed"][packed] = qo.pack_weight(torch.zeros(20, 3, 3, 4, dtype=torch.int8))
+    replaced["bias"][bias] = torch.zeros(21)
+    replaced["zero_point"][program.steps[1].constants[6]] = torch.tensor(200)
+    replaced["scale"][program.steps[1].constants[5]] = torch.rand(2)
+    replaced["scales"][weight_scale] = torch.ones(20, dtype=torch.int32)
+    one = r"int8_chain, step 1 \(conv2d\): expected"
+    for text, error, inputs, given, made in (
+        ("int8_chain: expected 1 inputs, got 2", ValueError, [x, x], constants, code),
+        ("int8_chain: expected at least one input, got none", ValueError, [], constants, code),
+        ("int8_chain: expected inputs of dtype .*, got float64", TypeError, [x.double()], constants, code),
+        ("int8_chain: expected a program as Program.encode gives it", ValueError, [x], constants, code[:-1]),
+        ("int8_chain: expected a program as Program.encode gives it", ValueError, [x], constants, [code[0] - 1, *code[1:]]),
+        ("int8_chain: expected a program as Program.encode gives it", ValueError, [x], constants, []),
+        (r"int8_chain, step 1 \(conv2d\): expected constants -1 to 4, got \d+", ValueError, [x], constants[:5], code),
+        (
+            f"{one} x.shape\\[-3\\] == weight.shape\\[1\\] \\* groups, got 4 and 3 \\* 1",
+            ValueError,
+            [x[:, [0, 0, 1, 2]]],
+            constants,
+            code,
+        ),
+        (f"{one} a value \\(N, C, H, W\\) or \\(C, H, W\\), got \\(3, 12\\)", ValueError, [x[0, 0, :3]], constants, code),
+        (f"{one} packed_weight made by pack_weight from a weight of the sizes", ValueError, [x], replaced["packed"], code),
+        (f"{one} bias to have 20 elements, got shape \\(21,\\)", ValueError, [x], replaced["bias"], code),
+        (f"{one} out_zero_point in \\[-128, 127\\], got 200", ValueError, [x], replaced["zero_point"], code),
+        (f"{one} out_scale to have one element", ValueError, [x], replaced["scale"], code),
+        (f"{one} weight_scale.dtype in .*, got int32", TypeError, [x], replaced["scales"], code),
+    ):
+        with pytest.raises(error, match=rf"^quant_ops\.{text}"):
+            qo.int8_chain(inputs, given, made)
+    with pytest.raises(RuntimeError, match="expected no derivative"):
+        qo.int8_chain([x.requires_grad_()], constants, code)
+
+
+def test_refused_steps():
+    def steps(*made):
+        return Program(tuple(made), 1, (len(made),)).encode()
+
+    scale, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
+    quantize = Step("quantize", (0,), (0, 1), (-128, 127))
+    for text, made in (
+        (r"step 0 \(dequantize\): expected int8 or uint8 codes, got float32", [Step("dequantize", (0,), (0, 1), (2,))]),
+        (r"step 0 \(quantize\): expected qmin and qmax of int8 or uint8 codes", [Step("quantize", (0,), (0, 1), (-129, 127))]),
+        (
+            r"step 1 \(requantize\): expected out_scale with int8 .*, got int8 without",
+            [quantize, Step("requantize", (1,), (0, 1, None, None), (0, 0))],
+        ),
+        (r"step 1 \(requantize\): expected activation in \[0, 6\]", [quantize, Step("requantize", (1,), (0, 1, 0, 1), (0, 7))]),
+        (
+            r"step 1 \(requantize\): expected a dtype numbered 0 to 4, got 5",
+            [quantize, Step("requantize", (1,), (0, 1, 0, 1), (5, 0))],
+        ),
+        (r"step 1 \(flatten\): expected start_dim in \[0, 3\], got 4", [quantize, Step("flatten", (1,), (), (4,))]),
+        (r"step 1 \(cat\): expected dim in \[-4, 3\], got 4", [quantize, Step("cat", (1, 1), (0, 0, 1, 1, 0, 1), (4, 0))]),
+        (
+            r"step 1 \(max_pool2d\): expected padding of at most half",
+            [quantize, Step("max_pool2d", (1,), (), (2, 2, 2, 2, 2, 0, 1, 1, 0))],
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=rf"^quant_ops\.int8_chain, {text}"):
+            qo.int8_chain([torch.randn(1, 3, 4, 4)], [scale, zero], steps(*made))

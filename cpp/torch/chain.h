@@ -58,8 +58,8 @@ struct ChainProgram {
 class ChainReader {
  public:
   explicit ChainReader(const Ints& code) : code_(code), bytes_(code.empty() ? 0 : code[0]) {
-    QO_EXPECT(bytes_ >= 0 && bytes_ / 8 < static_cast<int64_t>(code.size()), kChain, "a program as Program.encode gives it, got ",
-              code.size(), " integers that are none");
+    QO_EXPECT(bytes_ >= 0 && bytes_ <= 8 * (static_cast<int64_t>(code.size()) - 1), kChain,
+              "a program as Program.encode gives it, got ", code.size(), " integers that are none");
   }
 
   int64_t number() {

@@ -291,6 +291,8 @@ def _product(step: Step, values: list[Any], constants: list[Any], shape: Sequenc
     named = dict(zip(STEPS[step.op].constants, constants, strict=True))
     numbers = step.named_numbers()
     weight = named["weight"]
+    if weight is None and values[0].device.type == "cuda":
+        _refuse(f"the weight of {step.op} on CUDA, whose kernels read it beside the packed one", None)
     if weight is None:  # only its shape is read
         weight = torch.zeros((), dtype=torch.int8, device=values[0].device).expand(tuple(shape))
     keywords = {name: named[name] for name in ("x_scale", "x_zero_point", "packed_weight")} | _out(named, numbers["out_dtype"])
