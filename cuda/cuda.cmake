@@ -103,6 +103,7 @@ endfunction()
 
 add_library(quant_ops_cuda SHARED cpp/torch/library_cuda.cpp cuda/quantize.cu cuda/quantize_backward.cu cuda/qparams.cu
                                   cuda/quantize_rows.cu cuda/quantize_float.cu cuda/quantize_block.cu cuda/affine.cu cuda/weight_only_embedding.cu
+                                  cuda/pointwise.cu cuda/pool.cu
                                   cuda/linear.cpp cuda/conv2d.cu cuda/conv2d_depthwise.cu
                                   cuda/conv2d_direct.cu cuda/conv2d_patches.cu cuda/activations.cu cuda/pack.cu
                                   cuda/engine/choose.cpp cuda/engine/portable.cu cuda/engine/gemv.cu

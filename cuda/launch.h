@@ -165,6 +165,13 @@ struct SampleParams {
 };
 void write_sample_params_cuda(const SampleParams& p, const Launch& at);
 
+// ---- codes between products -----------------------------------------------------------------------------------------
+
+void pointwise_cuda(const PointwiseParams& p, const Launch& at);
+void max_pool2d_cuda(const MaxPoolParams& p, const Launch& at);
+void avg_pool2d_cuda(const AvgPoolParams& p, const Launch& at);
+void upsample_nearest2d_cuda(const UpsampleParams& p, const Launch& at);
+
 // ---- integer products -----------------------------------------------------------------------------------------------
 
 struct LinearPlan {

@@ -78,6 +78,7 @@ def good(op: str) -> dict[str, object]:
     quantize = {"tensor": image, "scale": scale, "zero_point": None, "qmin": -128, "qmax": 127, "asymmetric": False}
     depthwise = {"weight": filled([4, 1, 3, 3], torch.int8), "weight_scale": filled([4], torch.float32) + 1, "groups": 4}
     image_call = {"x": image, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "x_scale": None, "x_zero_point": None}
+    code_image, window = filled([2, 4, 6, 5], torch.int8), {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 1]}
     element = {"exponent_bits": 4, "mantissa_bits": 3, "bias": 7, "special": 1}
     blocks = {**element, "dim": 1, "block_size": 3, "scale_rule": 4}
     seed = torch.tensor(5)
@@ -107,6 +108,12 @@ def good(op: str) -> dict[str, object]:
                         "x_multiplier": filled([20], torch.float32) + 1},
         "int8_conv2d": {**image_call, "weight": kernel, "weight_scale": scale, "groups": 1, "asymmetric": False},
         "int8_conv2d depthwise": {**image_call, **depthwise, "asymmetric": False},
+        "requantize": {"x": codes, "x_scale": scale, "x_zero_point": None, "out_scale": scale, "out_zero_point": None},
+        "int8_add": {"a": codes, "b": codes, "a_scale": scale, "b_scale": scale, "out_scale": None, "out_dtype": None},
+        "int8_max_pool2d": {"x": code_image, **window, "dilation": [1, 1]},
+        "int8_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, **window, "out_scale": None},
+        "int8_adaptive_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, "output_size": [2, 2]},
+        "int8_upsample_nearest2d": {"x": code_image, "scale_factor": [2, 2]},
         "int8_attention": {"q": filled([2, 4, 5, 6], torch.float32), "k": filled([2, 2, 3, 6], torch.float32),
                            "v": filled([2, 2, 3, 7], torch.float32), "mask": filled([2, 1, 5, 3], torch.float32), "causal": False},
         "pack_weight": {"weight": kernel, "groups": 1},
@@ -127,10 +134,10 @@ def good(op: str) -> dict[str, object]:
 
 OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "norm_quantize_rows",
-    "quant_float_forward",
-    "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
-    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention",
-    "pack_weight", "unpack_weight", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
+    "quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
+    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention", "pack_weight",
+    "unpack_weight", "requantize", "int8_add", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d",
+    "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 

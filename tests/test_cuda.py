@@ -143,6 +143,12 @@ class Subject:
     def move(self, value):
         return strided_copy(value, self.device) if isinstance(value, torch.Tensor) else value
 
+    def check_moved(self, op: str, *args, **kwargs) -> None:
+        """``check`` of an operator whose lists and keyword arguments hold tensors too."""
+        expected = getattr(torch.ops.quant_ops, op)(*args, **kwargs)
+        args = [[self.move(one) for one in a] if isinstance(a, list) else self.move(a) for a in args]
+        assert_same(getattr(self.ops, op)(*args, **{key: self.move(a) for key, a in kwargs.items()}), expected)
+
     def check(self, op: str, *args, **kwargs) -> None:
         expected = getattr(torch.ops.quant_ops, op)(*args, **kwargs)
         arguments = [self.move(a) for a in args]
@@ -529,6 +535,49 @@ class KernelCases:
                 moved = subject.move(packed)
                 got = subject.ops.weight_only_embedding(*map(subject.move, arguments), packed_weight=moved, out_dtype=result)
                 assert_same(got, torch.ops.quant_ops.weight_only_embedding(*arguments, out_dtype=result))
+
+    def test_codes_between_products(self, subject):
+        """Every dtype and function of requantize and int8_add; sizes that are and are not whole vectors."""
+        for n, x_dtype, activation in itertools.product([1, 4, 37, 1024, 5003], CODES[:2], range(7)):
+            info = torch.iinfo(x_dtype)
+            a, b = (torch.randint(info.min, info.max + 1, (n + 1,), dtype=x_dtype) for _ in range(2))
+            scale, out = torch.rand(()) * 0.05 + 0.01, torch.rand(()) * 0.1 + 0.01
+            zero = torch.tensor(5)
+            for dtype in (*CODES[:2], *FLOATS[:3]):
+                codes = {"out_scale": out, "out_zero_point": zero} if dtype in CODES else {}
+                for start in (0, 1):  # aligned or not
+                    given = {**codes, "out_dtype": dtype, "activation": activation}
+                    subject.check_moved("requantize", a[start:][:n], scale, zero, **given)
+                    subject.check_moved("int8_add", a[start:][:n], b[start:][:n], scale, out, zero, **given)
+
+    def test_cat_of_codes(self, subject):
+        for memory_format, dim in itertools.product((torch.contiguous_format, torch.channels_last), (0, 1, -1)):
+            parts = [
+                torch.randint(-128, 128, (2, 8, 4, 4), dtype=torch.int8).contiguous(memory_format=memory_format) for _ in range(3)
+            ]
+            scales = [torch.rand(()) + 0.1 for _ in parts]
+            subject.check_moved("int8_cat", parts, scales, [], dim, out_scale=scales[0])
+            subject.check_moved("int8_cat", parts, scales, [torch.tensor(3)] * 3, dim, out_dtype=torch.float16)
+
+    def test_pools(self, subject):
+        for dtype, channels_last in itertools.product(CODES[:2], (False, True)):
+            info = torch.iinfo(dtype)
+            x = torch.randint(info.min, info.max + 1, (2, 6, 9, 11), dtype=dtype)
+            x = x.to(memory_format=torch.channels_last) if channels_last else x
+            scale, zero, out = (
+                torch.tensor(0.03),
+                torch.tensor(7),
+                {"out_scale": torch.tensor(0.02), "out_zero_point": torch.tensor(-3)},
+            )
+            for view in (x, x[:, 1:, :, :9], x[0], x[:0]):
+                for kernel, stride, pad, ceil in ((2, [], 0, False), (3, 2, 1, True), ((2, 5), (1, 3), (1, 2), True)):
+                    window = [list(v) if isinstance(v, tuple | list) else [v] for v in (kernel, stride, pad)]
+                    subject.check_moved("int8_max_pool2d", view, *window, [1, 2], ceil)
+                    for include, divisor in ((False, None), (True, None), (True, -3)):
+                        subject.check_moved("int8_avg_pool2d", view, scale, zero, *window, ceil, include, divisor, **out)
+                for size in ([1], [3, 4], [11, 13]):
+                    subject.check_moved("int8_adaptive_avg_pool2d", view, scale, None, size, out_dtype=torch.bfloat16)
+                subject.check_moved("int8_upsample_nearest2d", view, [2, 3])
 
     def test_backward_over_chunks_of_chunks(self, subject):
         x, grad = torch.randn(2**20 + 1030), torch.randn(2**20 + 1030)

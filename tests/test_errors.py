@@ -53,6 +53,13 @@ def good(op):
         "int8_gemm": {"a": i8(2, 4), "b": i8(3, 4)},
         "int8_linear": {"x": f32(2, 4), "weight": i8(3, 4), "weight_scale": f32(3)},
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
+        "requantize": {"x": i8(2, 4), "x_scale": f32()},
+        "int8_add": {"a": i8(2, 4), "b": i8(2, 4), "a_scale": f32(), "b_scale": f32()},
+        "int8_cat": {"tensors": [i8(2, 4), i8(2, 3)], "scales": [f32(), f32()], "zero_points": []},
+        "int8_max_pool2d": {"x": i8(2, 4, 5, 5), "kernel_size": [2, 2]},
+        "int8_avg_pool2d": {"x": i8(2, 4, 5, 5), "x_scale": f32(), "x_zero_point": None, "kernel_size": [2, 2]},
+        "int8_adaptive_avg_pool2d": {"x": i8(2, 4, 5, 5), "x_scale": f32(), "x_zero_point": None, "output_size": [2, 2]},
+        "int8_upsample_nearest2d": {"x": i8(2, 4, 5, 5), "scale_factor": [2, 2]},
         "int8_attention": {"q": f32(2, 4, 5, 6), "k": f32(2, 2, 3, 6), "v": f32(2, 2, 3, 7)},
         "pack_weight": {"weight": i8(6, 4, 3, 3)},
         "unpack_weight": {"packed_weight": qo.pack_weight(i8(6, 4, 3, 3)), "shape": [6, 4, 3, 3]},
@@ -464,6 +471,57 @@ add("dequant_tensor", _ELEMENTS.format("tensor", tuple(_expanded.shape)), tensor
 add("quantize_rows", _ELEMENTS.format("x", tuple(_expanded.shape)), x=_expanded)
 
 
+# ---- codes between products --------------------------------------------------------------------------------------------------
+
+_AVERAGES = "int8_avg_pool2d int8_adaptive_avg_pool2d"
+_POOLS = f"int8_max_pool2d {_AVERAGES}"
+_IMAGES = f"{_POOLS} int8_upsample_nearest2d"
+_SCALED = f"requantize {_AVERAGES}"
+_FINISHED = f"{_SCALED} int8_add int8_cat"
+add(f"requantize {_IMAGES}", f"x.dtype in (int8, uint8), got float32. {FIRST}", TypeError, x=f32(2, 4, 5, 5))
+add("int8_add", "a.dtype in (int8, uint8), got int32", TypeError, a=torch.ones(2, 4, dtype=torch.int32))
+add("int8_add", f"b.dtype in (int8, uint8), got float32. {FIRST}", TypeError, b=f32(2, 4))
+add("int8_add", "a.shape == b.shape, got (2, 4) and (4,). Expand the smaller one.", b=i8(4))
+add(_SCALED, f"x_scale.dtype in {FLOATING}, got int64", TypeError, x_scale=torch.tensor(1))
+add(_SCALED, "x_scale to have one element, got shape (4,)", x_scale=f32(4))
+add("int8_add", "b_scale to have one element, got shape (0,)", b_scale=f32(0))
+add(_SCALED, "x_zero_point to have one element, got shape (4,)", x_zero_point=i8(4))
+add(_SCALED, "x_zero_point in [-128, 127], got 200", fake=False, x_zero_point=Z_BIG)
+add("int8_add", "a_zero_point in [-128, 127], got 200", fake=False, a_zero_point=Z_BIG)
+add("int8_add", "b_zero_point.dtype integer or floating, got bool", TypeError, b_zero_point=torch.tensor(True))
+add(_FINISHED, "out_zero_point only together with out_scale, got out_zero_point alone", out_zero_point=torch.tensor(1))
+add(_FINISHED, "out_scale to have one element, got shape (2,)", out_scale=f32(2))
+add(_FINISHED, "out_dtype int8 or uint8 with out_scale, got float32", TypeError, out_scale=f32(), out_dtype=torch.float32)
+_sentence = "out_dtype in (float32, float16, bfloat16), got "
+add(_FINISHED, _sentence + "int8. Integer output needs out_scale.", TypeError, out_dtype=torch.int8)
+add(_FINISHED, _sentence + "int32", TypeError, out_dtype=torch.int32)
+add("int8_cat", "at least one tensor, got none", tensors=[])
+add("int8_cat", "a scale for each of the 2 tensors, got 1", scales=[f32()])
+add("int8_cat", "no zero points or one for each of the 2 tensors, got 1", zero_points=[i8()])
+add("int8_cat", "dim in [-2, 1], got 2", dim=2)
+add("int8_cat", f"tensors.dtype in (int8, uint8), got float32. {FIRST}", TypeError, tensors=[i8(2, 4), f32(2, 3)])
+_sentence = "tensors that differ in dimension {} alone, got shapes (2, 4) and {}"
+add("int8_cat", _sentence.format(1, "(3, 3)"), tensors=[i8(2, 4), i8(3, 3)])
+add("int8_cat", _sentence.format(0, "(2,)"), tensors=[i8(2, 4), i8(2)], dim=0)
+add(_IMAGES, "x.shape (N, C, H, W) or (C, H, W), got (2, 4)", x=i8(2, 4))
+add(_IMAGES, "images of at least 1 x 1, got x.shape (2, 4, 0, 5)", x=i8(2, 4, 0, 5))
+_WINDOWED = "int8_max_pool2d int8_avg_pool2d"
+add(_WINDOWED, "kernel_size >= 1, got (2, 0)", kernel_size=[2, 0])
+add(_WINDOWED, "stride >= 1, got (0, 1)", stride=[0, 1])
+add(_WINDOWED, "padding >= 0, got (-1, 0)", padding=[-1, 0])
+_sentence = "a result of at least 1 x 1, got an image of 5 x 5, kernel_size (6, 1), padding (0, 0) and dilation (1, 1)"
+add(_WINDOWED, _sentence, kernel_size=[6, 1])
+_sentence = "padding of at most half of the window, got padding (2, 0), kernel_size (2, 2) and dilation (1, 1)"
+add(_WINDOWED, _sentence, padding=[2, 0])
+add("int8_avg_pool2d", "divisor_override other than 0, got 0", divisor_override=0)
+add("int8_adaptive_avg_pool2d", "output_size >= 1, got (0, 2)", output_size=[0, 2])
+add("int8_upsample_nearest2d", "scale_factor >= 1, got (2, 0)", scale_factor=[2, 0])
+_sentence = "windows of at most 8421504 pixels so that the int32 sum is exact, got 9000000. Average twice."
+_long = i8(1, 1, 1, 1).expand(1, 1, 3000, 3000)
+add("int8_avg_pool2d", _sentence, x=_long, kernel_size=[3000, 3000])
+add("int8_adaptive_avg_pool2d", _sentence, x=_long, output_size=[1, 1])
+
+
 # ---- the tests ---------------------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +553,13 @@ def test_wrapper(case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.fake], ids=str)
 def test_fake_kernel(case):
     mode = FakeTensorMode()
-    arguments = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in (good(case.op) | case.change).items()}
+
+    def fake(value):
+        if isinstance(value, list):
+            return [fake(one) for one in value]
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    arguments = {k: fake(v) for k, v in (good(case.op) | case.change).items()}
     with mode, pytest.raises(RuntimeError) as caught:
         getattr(ops, case.op)(**arguments)
     assert re.match(pattern(case), str(caught.value).split("\n")[0]), str(caught.value)

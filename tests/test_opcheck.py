@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import sweep
+import test_int8_chain
 import torch
 from operands import codes, floats, scales
 from torch import Tensor
@@ -154,6 +155,8 @@ _LINEAR = {
     "out_int8": call(floats(5, 37), _W, _WS, _BIAS, out_scale=_S, out_zero_point=_Z),
     "out_uint8": call(floats(5, 37), _W, _WS, out_scale=_S, out_zero_point=_Z, out_dtype=torch.uint8, relu=True),
     "out_int32": call(floats(5, 37), _W, _WS, None, _S, _Z, out_dtype=torch.int32),
+    "residual": call(floats(5, 37), _W, _WS, _BIAS, residual=floats(19, 5).T, activation=5),
+    "residual_of_codes": call(codes(5, 37), _W, _WS, None, _S, residual=codes(5, 19), residual_scale=_S, residual_zero_point=_Z),
     "vector": call(floats(37), _W, _WS),
     "rank_4": call(floats(2, 1, 3, 37), _W, _WS),
     "transposed": call(floats(37, 5).T, codes(37, 19).T, _WS),
@@ -184,6 +187,7 @@ _CONV = {
     "quantized": call(codes(2, 6, 5, 7), _K, _KS, _KB, [1], [1], [1], 1, _S, _Z),
     "quantized_uint8": call(codes(2, 6, 5, 7, dtype=torch.uint8), _K, _S, None, [1], [1], x_scale=_S, x_zero_point=_Z),
     "channels_last": call(_LAST, _K, _KS, _KB, [1], [1]),
+    "residual": call(_LAST, _K, _KS, _KB, [1], [1], out_scale=_S, residual=floats(2, 8, 5, 7), activation=3),
     "channels_last_odd": call(floats(2, 3, 5, 7).to(memory_format=torch.channels_last), codes(5, 3, 2, 2), scales(5)),
     "weight_channels_last": call(_IMAGE, _K.to(memory_format=torch.channels_last), _KS),
     "sliced_channels": call(floats(2, 12, 5, 7)[:, ::2], _K, _KS),
@@ -200,6 +204,65 @@ _CONV = {
     "out_int32": call(_LAST, _DEPTHWISE, scales(6), None, [1], [1], [1], 6, asymmetric=True, out_dtype=torch.int32),
     "one_channel": call(floats(1, 1, 4, 4), codes(1, 1, 2, 2), scales(1)),
     "empty_batch": call(floats(0, 6, 5, 7), _K, _KS, _KB),
+}
+_CODES = codes(2, 6, 5, 7)
+_CODES_LAST = _CODES.to(memory_format=torch.channels_last)
+_U8 = codes(2, 6, 5, 7, dtype=torch.uint8)
+_OUT = {"out_scale": _S, "out_zero_point": _Z}
+_REQUANTIZE = {
+    "int8": call(_CODES, _S, **_OUT),
+    "uint8_out": call(_U8, _S, _Z, **_OUT, out_dtype=torch.uint8, activation=1),
+    "float32": call(_CODES_LAST, scales(1), activation=5),
+    "bfloat16": call(codes(3, 5).T, _S, torch.tensor(2.3), out_dtype=torch.bfloat16),
+    "sliced": call(codes(6, 12)[1:, ::3], _S, **_OUT),
+    "expanded": call(codes(1, 4).expand(3, 4), _S, **_OUT),
+    "permuted": call(codes(2, 3, 4, 5, 6).permute(4, 0, 2, 1, 3), _S, **_OUT),
+    "one_channel": call(codes(2, 1, 3, 4).to(memory_format=torch.channels_last), _S, **_OUT),
+    "scalar": call(codes(), _S, **_OUT),
+    "empty": call(codes(0, 4), _S),
+}
+_ADD = {
+    "int8": call(_CODES, _CODES, _S, _S, **_OUT),
+    "uint8": call(_U8, _CODES, _S, scales(1), _Z, torch.tensor(-2), **_OUT, activation=2),
+    "channels_last": call(_CODES_LAST, _CODES, _S, _S),
+    "float16": call(_CODES, _CODES_LAST, _S, _S, out_dtype=torch.float16, activation=3),
+    "transposed": call(codes(5, 9).T, codes(9, 5), _S, _S, **_OUT),
+    "empty": call(codes(0, 4), codes(0, 4), _S, _S),
+}
+_CAT = {
+    "channels": call([_CODES, _CODES[:, :2]], [_S, _S], [], **_OUT),
+    "channels_last": call([_CODES_LAST, _CODES], [_S, scales(1)], [_Z, _Z], 1, **_OUT),
+    "mixed": call([_U8, _CODES], [_S, _S], [_Z, _Z], -1, out_dtype=torch.bfloat16),
+    "rows": call([codes(3, 4), codes(4, 5).T[:2]], [_S, _S], [], 0),
+    "one": call([codes(5)], [_S], [], 0, **_OUT),
+    "empty": call([codes(2, 0), codes(2, 3)], [_S, _S], []),
+}
+_MAX_POOL = {
+    "image": call(_CODES[0], [2, 2]),
+    "batch": call(_U8, [3, 3], [2, 2], [1, 1]),
+    "channels_last": call(_CODES_LAST, [3], [2], [1], [1], True),
+    "dilated": call(_CODES, [2, 3], [1, 1], [1, 1], [2, 1]),
+    "sliced": call(codes(2, 6, 9, 14)[:, :, ::2, ::2], [2]),
+    "empty_batch": call(codes(0, 6, 5, 7), [2]),
+}
+_AVG_POOL = {
+    "image": call(_CODES[0], _S, None, [2, 2]),
+    "batch": call(_U8, _S, _Z, [3, 3], [2, 2], [1, 1], **_OUT),
+    "channels_last": call(_CODES_LAST, _S, _Z, [3], [2], [1], True, False, None, **_OUT, out_dtype=torch.uint8),
+    "divisor": call(_CODES, _S, None, [2, 3], [], [1], False, True, 3, out_dtype=torch.float16),
+    "empty_batch": call(codes(0, 6, 5, 7), _S, None, [2]),
+}
+_ADAPTIVE = {
+    "image": call(_CODES[0], _S, None, [1]),
+    "batch": call(_U8, _S, _Z, [3, 4], **_OUT),
+    "channels_last": call(_CODES_LAST, _S, None, [1, 1], out_dtype=torch.bfloat16),
+    "empty_batch": call(codes(0, 6, 5, 7), _S, None, [2]),
+}
+_UPSAMPLE = {
+    "image": call(_CODES[0], [2]),
+    "batch": call(_U8, [2, 3]),
+    "channels_last": call(_CODES_LAST, [2, 2]),
+    "empty_batch": call(codes(0, 6, 5, 7), [2]),
 }
 _PACK = {
     "linear": call(_W),
@@ -332,6 +395,18 @@ _WEIGHT_ONLY_BACKWARD = {
     "packed": call(floats(5, 19), _W4, _GROUP_SCALES, floats(19, 2), 4, 32, packed_weight=ops.pack_weight_only(_W4, 4, 32)),
     "no_rows": call(floats(0, 19), _W, _WS),
 }
+
+
+def chain(program, constants, *inputs):
+    return call(list(inputs), constants, program.encode())
+
+
+_CHAIN = {
+    "network": chain(*test_int8_chain.network(), floats(2, 3, 12, 12)),
+    "channels_last": chain(*test_int8_chain.network(), floats(3, 3, 12, 12).to(memory_format=torch.channels_last)),
+    "blocks": chain(*test_int8_chain.blocks(1), floats(2, 3, 12, 12)),
+    "empty": chain(*test_int8_chain.network(), floats(0, 3, 12, 12)),
+}
 _ATTENTION = {
     "heads": call(*(floats(2, 5, 3, 8).transpose(1, 2) for _ in range(3))),
     "grouped": call(floats(1, 4, 5, 8).half(), floats(1, 2, 7, 8).half(), floats(1, 2, 7, 3).half(), None, True),
@@ -366,6 +441,14 @@ SAMPLES = {
     "int8_gemm": _GEMM,
     "int8_linear": _LINEAR,
     "int8_conv2d": _CONV,
+    "requantize": _REQUANTIZE,
+    "int8_add": _ADD,
+    "int8_cat": _CAT,
+    "int8_max_pool2d": _MAX_POOL,
+    "int8_avg_pool2d": _AVG_POOL,
+    "int8_adaptive_avg_pool2d": _ADAPTIVE,
+    "int8_upsample_nearest2d": _UPSAMPLE,
+    "int8_chain": _CHAIN,
     "int8_attention": _ATTENTION,
     "weight_only_linear": _WEIGHT_ONLY,
     "weight_only_embedding": _EMBEDDING,
@@ -407,7 +490,12 @@ def test_fake_strides(op, sample):
     args, kwargs = SAMPLES[op][sample]
     real = getattr(ops, op)(*args, **kwargs)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        to_fake = lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t  # noqa: E731
+
+        def to_fake(t):
+            if isinstance(t, list):
+                return [to_fake(one) for one in t]
+            return mode.from_tensor(t) if isinstance(t, Tensor) else t
+
         fake = getattr(ops, op)(*map(to_fake, args), **{k: to_fake(v) for k, v in kwargs.items()})
     for r, f in zip(*((x,) if isinstance(x, Tensor) else x for x in (real, fake)), strict=True):
         assert (r.shape, r.dtype) == (f.shape, f.dtype)
@@ -446,6 +534,8 @@ def test_the_signature_of_the_wrapper_is_the_schema(op):
     def default(parameter):
         if parameter.name in _NAMES and parameter.default is not None:
             return _NAMES[parameter.name].index(parameter.default)
+        if parameter.default is None and parameter.name in ("activation", "stride"):
+            return {"activation": 0, "stride": []}[parameter.name]
         if isinstance(parameter.default, int) and parameter.name in ("stride", "padding", "dilation"):
             return [parameter.default] * 2
         return {torch.float32: 6}.get(parameter.default, parameter.default)  # as schemas number it

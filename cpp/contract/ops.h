@@ -357,6 +357,96 @@ struct WeightOnlyEmbeddingParams {
   DType y_dtype;
 };
 
+// ---- codes between products; on each device pointwise and pool ---------------------------------------------------------
+
+// What becomes of a float32 value y that is a result: as OutputParams says.
+struct ResultParams {
+  void* y;
+  DType dtype;
+  const float* scale;         // one element; null: floating
+  const int32_t* zero_point;  // likewise; null: 0
+};
+
+// int8_add, requantize and int8_cat: y = float(x - x_zero_point) * x_scale for codes x, float(x) for a floating x; then the
+// residual, the function and the conversion. x and the residual are [rows][columns] without gaps.
+struct PointwiseParams {
+  int64_t rows, columns;
+  const void* x;
+  DType x_dtype;                // float32, float16, bfloat16, int8 or uint8
+  const float* x_scale;         // of codes, one element
+  const int32_t* x_zero_point;  // likewise; null: 0
+  ResidualParams residual;
+  Function function;
+  ResultParams out;
+  int64_t y_stride;  // between rows; columns are contiguous
+};
+
+// The windows of a pool along one dimension of the image.
+struct PoolAxis {
+  int64_t size, out;  // of the image and of the result
+  int64_t kernel;     // 0: window o is [floor(o * size / out), ceil((o + 1) * size / out))
+  int64_t stride, pad, dilation;
+};
+// The part of a window that lies in the image: `taps` positions from `first` on, `dilation` apart. `counted`: positions that an
+// average over the padded image divides by.
+struct PoolWindow {
+  int64_t first, taps, counted;
+};
+QO_HD PoolWindow pool_window(const PoolAxis& a, int64_t o) {
+  if (a.kernel == 0) {
+    const int64_t begin = o * a.size / a.out, end = ((o + 1) * a.size + a.out - 1) / a.out;
+    return {begin, end - begin, end - begin};
+  }
+  const int64_t begin = o * a.stride - a.pad;
+  const int64_t before = begin < 0 ? (a.dilation - 1 - begin) / a.dilation : 0;  // taps before the image
+  const int64_t up_to = begin >= a.size ? 0 : (a.size - 1 - begin) / a.dilation + 1, inside = up_to < a.kernel ? up_to : a.kernel;
+  const int64_t end = begin + a.kernel < a.size + a.pad ? begin + a.kernel : a.size + a.pad;
+  return {begin + before * a.dilation, inside > before ? inside - before : 0, end - begin};
+}
+
+struct PoolShape {
+  int64_t N, C;
+  PoolAxis h, w;
+  bool y_channels_last;  // y is dense, [N, OH, OW, C] or [N, C, OH, OW] in memory
+  int64_t x_stride[4];   // N, C, H, W; with y_channels_last that of C is 1, else that of W
+};
+
+// int8_max_pool2d: the largest code of every window; of an empty one the least code of the dtype.
+struct MaxPoolParams {
+  PoolShape shape;
+  const void* x;
+  void* y;
+  DType dtype;  // int8 or uint8, of x and y
+};
+
+// int8_avg_pool2d and int8_adaptive_avg_pool2d: y = float(sum) * (x_scale / float(count)) from the exact int32 sum of
+// x - x_zero_point over the window, then the conversion.
+struct AvgPoolParams {
+  PoolShape shape;  // dilation 1
+  const void* x;
+  DType dtype;  // int8 or uint8
+  const float* x_scale;
+  const int32_t* x_zero_point;  // null: 0
+  bool counts_padding;          // the count is that of the positions in the padded image, or else of those in the image
+  int64_t divisor;              // the count of every window; 0: as above
+  ResultParams out;
+};
+
+// int8_upsample_nearest2d: y[n, c, h, w] = x[n, c, h / factor_h, w / factor_w], elements of one byte
+struct UpsampleParams {
+  int64_t N, C, H, W;  // of x
+  int64_t factor[2];
+  const void* x;
+  void* y;
+  bool y_channels_last;  // as in PoolShape
+  int64_t x_stride[4];   // likewise
+};
+
+void pointwise_cpu(const PointwiseParams& p);
+void max_pool2d_cpu(const MaxPoolParams& p);
+void avg_pool2d_cpu(const AvgPoolParams& p);
+void upsample_nearest2d_cpu(const UpsampleParams& p);
+
 void int8_linear_cpu(const Int8LinearParams& p);
 void weight_only_linear_cpu(const WeightOnlyParams& p);
 void weight_only_embedding_cpu(const WeightOnlyEmbeddingParams& p);

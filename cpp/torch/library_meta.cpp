@@ -27,6 +27,10 @@ struct Meta {
   static Seed seed(const Tensor&) { return {}; }
   static void linear(const char*, const Int8LinearParams&, const Tensor&) {}
   static void conv2d(const Int8Conv2dParams&, const Tensor&) {}
+  static void pointwise(const char*, const PointwiseParams&, const Tensor&) {}
+  static void max_pool(const MaxPoolParams&, const Tensor&) {}
+  static void avg_pool(const char*, const AvgPoolParams&, const Tensor&) {}
+  static void upsample(const UpsampleParams&, const Tensor&) {}
   static void attention(const char*, const AttentionParams&, const Tensor&) {}
 
   static const int32_t* no_zero_point() { return nullptr; }

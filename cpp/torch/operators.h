@@ -5,6 +5,9 @@
 //   *_affine                                affine.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
+//   requantize, int8_add, int8_cat          pointwise.h
+//   int8_*_pool2d, int8_upsample_nearest2d  pool.h
+//   int8_chain                              chain.h, on the CPU only
 //   int8_attention                          attention.h
 //   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h
@@ -18,6 +21,8 @@
 #include "torch/linear.h"
 #include "torch/logged.h"
 #include "torch/pack.h"
+#include "torch/pointwise.h"
+#include "torch/pool.h"
 #include "torch/quantize.h"
 #include "torch/quantize_float.h"
 #include "torch/weight_only.h"
@@ -77,6 +82,27 @@ void define_operators(Library& m) {
       "bool asymmetric=False, Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, "
       "bool relu=False, bool? channels_last=None, "
       "Tensor? residual=None, Tensor? residual_scale=None, Tensor? residual_zero_point=None, int activation=0) -> Tensor");
+  m.def(
+      "requantize(Tensor x, Tensor x_scale, Tensor? x_zero_point=None, *, Tensor? out_scale=None, Tensor? out_zero_point=None, "
+      "ScalarType? out_dtype=None, int activation=0) -> Tensor");
+  m.def(
+      "int8_add(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero_point=None, Tensor? b_zero_point=None, *, "
+      "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, int activation=0) -> Tensor");
+  m.def(
+      "int8_cat(Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int dim=1, *, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "int8_max_pool2d(Tensor x, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) "
+      "-> Tensor");
+  m.def(
+      "int8_avg_pool2d(Tensor x, Tensor x_scale, Tensor? x_zero_point, int[2] kernel_size, int[2] stride=[], int[2] padding=0, "
+      "bool ceil_mode=False, bool count_include_pad=True, int? divisor_override=None, *, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "int8_adaptive_avg_pool2d(Tensor x, Tensor x_scale, Tensor? x_zero_point, int[2] output_size, *, Tensor? out_scale=None, "
+      "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def("int8_upsample_nearest2d(Tensor x, int[2] scale_factor) -> Tensor");
+  m.def("int8_chain(Tensor[] inputs, Tensor[] constants, int[] program) -> Tensor[]");
   m.def("int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
@@ -121,6 +147,13 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_gemm, Backend);
   QO_IMPLEMENT(m, int8_linear, Backend);
   QO_IMPLEMENT(m, int8_conv2d, Backend);
+  QO_IMPLEMENT(m, requantize, Backend);
+  QO_IMPLEMENT(m, int8_add, Backend);
+  QO_IMPLEMENT(m, int8_cat, Backend);
+  QO_IMPLEMENT(m, int8_max_pool2d, Backend);
+  QO_IMPLEMENT(m, int8_avg_pool2d, Backend);
+  QO_IMPLEMENT(m, int8_adaptive_avg_pool2d, Backend);
+  QO_IMPLEMENT(m, int8_upsample_nearest2d, Backend);
   QO_IMPLEMENT(m, int8_attention, Backend);
   QO_IMPLEMENT(m, pack_weight, Backend);
   QO_IMPLEMENT(m, weight_only_linear, Backend);

@@ -14,6 +14,7 @@
 // device code: the tests compare it with true division on the host. Read next: quantize_rows.cu.
 #pragma once
 
+#include "contract/functions.h"
 #include "device/layout.cuh"
 
 namespace quant_ops {
@@ -50,14 +51,6 @@ QO_HD float greater(float a, float b) {
   return c;
 #else
   return a != a || a > b ? a : b;
-#endif
-}
-
-QO_HD float fused(float a, float b, float c) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rn(a, b, c);
-#else
-  return __builtin_fmaf(a, b, c);
 #endif
 }
 

@@ -160,8 +160,8 @@ struct BlockElements {
     if (!kPlain || !multiply || run.grad) return;
     const FloatFormat& f = run.format.element;
     const int least = f.mantissa_bits - f.least_exponent - 125, most = 102 + f.mantissa_bits - exponent_of(f.largest);
-    least_folded = power_of_two(least < -126 ? -126 : least);
-    most_folded = power_of_two(most > 127 ? 127 : most);
+    least_folded = quant_ops::power_of_two(least < -126 ? -126 : least);
+    most_folded = quant_ops::power_of_two(most > 127 ? 127 : most);
   }
 
   // Whether rounding x to the format times the scale is the same: all numbers then are normal ones of float32. It is cheaper.

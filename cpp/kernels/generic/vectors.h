@@ -6,6 +6,8 @@
 #include "kernels/generic/dequantize.h"
 #include "kernels/generic/normalize.h"
 #include "kernels/generic/pack.h"
+#include "kernels/generic/pointwise.h"
+#include "kernels/generic/pool.h"
 #include "kernels/generic/quantize.h"
 #include "kernels/generic/quantize_block.h"
 #include "kernels/generic/quantize_float.h"
@@ -42,6 +44,9 @@ constexpr VectorKernels kVectorKernels = {
     .random_words = random_words,
     .quantize_affine = quantize_affine,
     .dequantize_affine = dequantize_affine,
+    .pointwise = pointwise,
+    .max_pool = max_pool,
+    .sum_pool = sum_pool,
     .normalize = normalize,
     .softmax = softmax,
 };

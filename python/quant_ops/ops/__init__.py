@@ -1,5 +1,5 @@
-"""The operators: ``quantize`` for floating tensors, ``affine`` for torchao's primitives, ``int8`` for integer products,
-``attention``, ``weight_only`` for weights in groups.
+"""The operators: ``quantize`` for floating tensors, ``affine`` for torchao's primitives, ``int8`` for integer products, ``codes``
+for what lies between them, ``attention``, ``weight_only`` for weights in groups.
 
 The wrappers raise TypeError or ValueError where ``torch.ops.quant_ops.*`` raises RuntimeError, with the same words.
 """
@@ -8,6 +8,16 @@ from quant_ops.ops import batching as batching  # registers its rules
 from quant_ops.ops.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
 from quant_ops.ops.attention import int8_attention
 from quant_ops.ops.backward import int8_conv2d_backward, int8_linear_backward, weight_only_linear_backward
+from quant_ops.ops.chain import int8_chain
+from quant_ops.ops.codes import (
+    int8_adaptive_avg_pool2d,
+    int8_add,
+    int8_avg_pool2d,
+    int8_cat,
+    int8_max_pool2d,
+    int8_upsample_nearest2d,
+    requantize,
+)
 from quant_ops.ops.int8 import int8_conv2d, int8_gemm, int8_linear, pack_weight, transpose_packed_weight, unpack_weight
 from quant_ops.ops.quantize import (
     choose_qparams,
@@ -30,12 +40,19 @@ __all__ = [
     "choose_qparams_affine",
     "dequant_tensor",
     "dequantize_affine",
+    "int8_adaptive_avg_pool2d",
+    "int8_add",
     "int8_attention",
+    "int8_avg_pool2d",
+    "int8_cat",
+    "int8_chain",
     "int8_conv2d",
     "int8_conv2d_backward",
     "int8_gemm",
     "int8_linear",
     "int8_linear_backward",
+    "int8_max_pool2d",
+    "int8_upsample_nearest2d",
     "norm_quantize_rows",
     "pack_weight",
     "pack_weight_only",
@@ -47,6 +64,7 @@ __all__ = [
     "quant_tensor_forward",
     "quantize_affine",
     "quantize_rows",
+    "requantize",
     "transpose_packed_weight",
     "unpack_weight",
     "unpack_weight_only",

@@ -74,6 +74,8 @@ def _example(size: int | torch.SymInt) -> int:
 
 
 def _without_data(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_data(one) for one in value]
     if not isinstance(value, Tensor):
         return value
     sizes, strides = ([_example(n) for n in numbers] for numbers in (value.shape, value.stride()))
@@ -83,6 +85,13 @@ def _without_data(value: Any) -> Any:
 def expect_one_device(name: str, named: dict[str, Any]) -> None:
     """A tensor of device meta among others brings their call here: the result would be memory that nobody wrote."""
     devices = {key: value.device.type for key, value in named.items() if isinstance(value, Tensor) and key != "seed"}
+    devices |= {
+        f"{key}[{i}]": one.device.type
+        for key, value in named.items()
+        if isinstance(value, list | tuple)
+        for i, one in enumerate(value)
+        if isinstance(one, Tensor)
+    }
     if "meta" in devices.values() and len(set(devices.values())) > 1:
         raise RuntimeError(
             f"quant_ops.{name}: expected all tensors on one device, got {devices}. Move the tensors or the module to one device."
@@ -202,8 +211,11 @@ def _(grad: Tensor, shape: Sequence[int], dtype: torch.dtype, op: str) -> Tensor
 def inference_only(name: str) -> None:
     """Registers the autograd kernel of an operator that has no derivative: it refuses one that is asked for."""
     op = getattr(_ops, name).default
+    has_lists = any(str(argument.type) == "List[Tensor]" for argument in op._schema.arguments)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if has_lists and wants_derivative([t for value in args if isinstance(value, list | tuple) for t in value]):
+            refuse_derivative(name, "no derivative to be asked for", "a tensor of a list that autograd follows, such as a scale")
         if wants_derivative((*args, *kwargs.values())):
             if in_transform() is not None or forward_ad._current_level >= 0:  # there a result would count as a constant
                 if name.endswith("_backward"):

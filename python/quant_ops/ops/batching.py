@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_ops.chains.program import Program
 from quant_ops.ops import backward as backward  # defines operators that have rules here
 from quant_ops.ops._register import register_kernel
 from quant_ops.ops.quantize_float import ROUNDINGS
@@ -61,10 +62,12 @@ def _loop(name: str, call: Callable[..., Any], size: int, dims: Dims, named: Arg
             f"quant_ops.{name}: expected a batch of at least one set of weights, scales or random bits in torch.vmap, got none"
         )
 
-    def at(index: int, name: str, value: Any) -> Any:
-        return value.select(dims[name], index) if isinstance(value, Tensor) and dims[name] is not None else value
+    def at(index: int, dim: Any, value: Any) -> Any:
+        if isinstance(value, list | tuple) and isinstance(dim, list | tuple):
+            return [at(index, *pair) for pair in zip(dim, value, strict=True)]
+        return value.select(dim, index) if isinstance(value, Tensor) and dim is not None else value
 
-    results = [call(*(at(index, name, value) for name, value in named.items())) for index in range(size)]
+    results = [call(*(at(index, dims[name], value) for name, value in named.items())) for index in range(size)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
@@ -181,6 +184,74 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     named["x"] = x.flatten(0, 1) if x.dim() == 5 else x
     y = _ops.int8_conv2d(**named)
     return y.unflatten(0, x.shape[:2]) if x.dim() == 5 else y, 0
+
+
+# ---- codes between products ------------------------------------------------------------------------------------------
+
+
+@_register("requantize")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x"):
+        return None
+    named["x"] = named["x"].movedim(dims["x"], 0)
+    return _ops.requantize(**named), 0
+
+
+@_register("int8_add")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "a", "b"):
+        return None
+    for name in ("a", "b"):
+        named[name] = _first(named[name], dims[name], size)
+    return _ops.int8_add(**named), 0
+
+
+@_register("int8_cat")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    tensors, dim = named["tensors"], named["dim"]
+    scales = (*dims["scales"], *dims["zero_points"], dims["out_scale"], dims["out_zero_point"])
+    if any(d is not None for d in scales):
+        return None
+    named["tensors"] = [_first(t, d, size) for t, d in zip(tensors, dims["tensors"], strict=True)]
+    own = named["tensors"][0].dim() - 1
+    if not -own <= dim < own:
+        return None
+    named["dim"] = dim % own + 1
+    return _ops.int8_cat(**named), 0
+
+
+def _of_images(op: Any) -> Rule:
+    def rule(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+        if _batched_besides(dims, named, "x"):
+            return None
+        x = named["x"].movedim(dims["x"], 0)
+        if x.dim() not in (4, 5):
+            return None
+        named["x"] = x.flatten(0, 1) if x.dim() == 5 else x
+        y = op(**named)
+        return y.unflatten(0, x.shape[:2]) if x.dim() == 5 else y, 0
+
+    return rule
+
+
+for _name in ("int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d"):
+    _register(_name)(_of_images(getattr(_ops, _name)))
+
+
+@_register("int8_chain")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    steps = Program.decode(named["program"]).steps
+    inputs = [x if d is None else x.movedim(d, 0) for x, d in zip(named["inputs"], dims["inputs"], strict=True)]
+    # images, or rows of one dimension, of which each step computes every one alone
+    if (
+        any(d is not None for d in dims["constants"])
+        or any(d is None or x.dim() not in (3, 5) for x, d in zip(inputs, dims["inputs"], strict=True))
+        or any(step.op in ("flatten", "cat") and step.numbers[0] < 1 for step in steps)
+        or len({x.shape[1] for x in inputs}) > 1
+    ):
+        return None
+    results = _ops.int8_chain([x.flatten(0, 1) for x in inputs], named["constants"], named["program"])
+    return tuple(result.unflatten(0, (size, inputs[0].shape[1])) for result in results), (0,) * len(results)
 
 
 @_register("int8_attention")

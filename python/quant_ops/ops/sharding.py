@@ -46,9 +46,14 @@ def _rule(name: str, plan: Callable[[dict[str, Any]], _Plan]) -> Callable[..., A
 
         named = {argument.name: argument.default_value for argument in schema}
         named |= dict(zip(named, args, strict=False)) | (kwargs or {})
-        mesh = next(t for t in named.values() if isinstance(t, DTensor)).device_mesh
+        values = [one for value in named.values() for one in (value if isinstance(value, list | tuple) else [value])]
+        mesh = next(t for t in values if isinstance(t, DTensor)).device_mesh
         if isinstance(named.get("seed"), Tensor) and not isinstance(named["seed"], DTensor):
             named["seed"] = _seed_of_first_process(named["seed"], mesh)
+        lists = {
+            key: value for key, value in named.items() if isinstance(value, list | tuple) and isinstance((*value, 0)[0], Tensor)
+        }
+        named |= {f"{key}[{i}]": one for key, value in lists.items() for i, one in enumerate(value)}
         tensors: dict[str, Any] = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         if plain := [key for key, value in tensors.items() if not isinstance(value, DTensor)]:
             raise TypeError(
@@ -57,6 +62,7 @@ def _rule(name: str, plan: Callable[[dict[str, Any]], _Plan]) -> Callable[..., A
             )
         where, results = plan(named)
         given = named | {key: value.redistribute(mesh, where[key]).to_local() for key, value in tensors.items()}
+        given |= {key: [given[f"{key}[{i}]"] for i in range(len(value))] for key, value in lists.items()}
         found = func(
             *(given[argument.name] for argument in schema if not argument.kwarg_only),
             **{argument.name: given[argument.name] for argument in schema if argument.kwarg_only},
@@ -87,7 +93,7 @@ def _follow(dims: Callable[..., Sequence[int]], results: Callable[..., Any]) -> 
     placements it has. Arguments of one element whatever the tensor's shape, and a weight, are whole."""
 
     def plan(named: dict[str, Any]) -> _Plan:
-        tensor, allowed = next(named[key] for key in named if key in ("tensor", "x", "indices")), dims(**named)
+        tensor, allowed = next(named[key] for key in named if key in ("tensor", "x", "a", "indices")), dims(**named)
         where = {
             key: _placements(value, tensor, () if key in _WHOLE else allowed)
             for key, value in named.items()
@@ -239,8 +245,33 @@ def _conv2d_shape(
     return *x.shape[:-3], weight.shape[0], *(size // stride[-1 if d else 0] + 1 for d, size in enumerate(reach))
 
 
+def _pool_shape(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    dilation: Sequence[int] = (1,),
+    **_: Any,
+) -> list[Any]:
+    from quant_ops.ops.codes import pooled_shape  # which needs this module to be there
+
+    return [(pooled_shape(x, kernel_size, stride, padding, dilation, ceil_mode), "x")]
+
+
+def _planes(x: Tensor, **_: Any) -> Sequence[int]:
+    return range(x.dim() - 2)
+
+
 def _sums_of_given_codes(x_scale: Tensor | None, out_dtype: Any, **_: Any) -> bool:
     return out_dtype == torch.int32 and x_scale is not None
+
+
+def _chain(named: dict[str, Any]) -> _Plan:
+    """Every process computes all results of an int8_chain."""
+    from quant_ops.chains.program import Program
+
+    return _gather(len(Program.decode(named["program"]).outputs))(named)
 
 
 # operators whose rules are not registered yet
@@ -281,6 +312,19 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
     "int8_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, _sums_of_given_codes, _linear_shape),
     "int8_conv2d": _product("x", "weight", lambda x: range(x.dim() - 3), -3, _sums_of_given_codes, _conv2d_shape),
     "weight_only_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, lambda **_: False, _linear_shape),
+    "requantize": _follow(lambda x, **_: range(x.dim()), lambda x, **_: [(x.shape, "x")]),
+    "int8_add": _follow(lambda a, **_: range(a.dim()), lambda a, **_: [(a.shape, "a")]),
+    "int8_cat": _gather(),
+    "int8_max_pool2d": _follow(_planes, _pool_shape),
+    "int8_avg_pool2d": _follow(_planes, _pool_shape),
+    "int8_adaptive_avg_pool2d": _follow(
+        _planes, lambda x, output_size, **_: [((*x.shape[:-2], output_size[0], output_size[-1]), "x")]
+    ),
+    "int8_upsample_nearest2d": _follow(
+        _planes,
+        lambda x, scale_factor, **_: [((*x.shape[:-2], x.shape[-2] * scale_factor[0], x.shape[-1] * scale_factor[-1]), "x")],
+    ),
+    "int8_chain": _chain,
     "int8_attention": _gather(),
     "pack_weight": _gather(),
     "unpack_weight": _gather(),
