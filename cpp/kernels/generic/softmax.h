@@ -9,10 +9,13 @@ namespace quant_ops::QO_ISA {
 namespace {
 
 // exp_of(max(x, -87)) for x <= 0: without what exp_of does for results that are subnormal or above 1.
-QO_INLINE typename Simd::F exp_below_zero(typename Simd::F x) {
-  Vectors<1> rounded;
-  const auto p = exp_fraction(Vectors<1>{{Simd::max(Simd::set(kLeastExponent), x)}}, &rounded);
-  return Simd::mul(p.v[0], power_of_two(rounded.v[0], Simd::set_int(127 << 23)));
+template <int K>
+QO_INLINE Vectors<K> exp_below_zero(Vectors<K> x) {
+  Vectors<K> rounded;
+  x.each([](auto one, auto) QO_LAMBDA { return Simd::max(Simd::set(kLeastExponent), one); });
+  Vectors<K> p = exp_fraction(x, &rounded);
+  p.each([&](auto one, auto v) QO_LAMBDA { return Simd::mul(one, power_of_two(rounded.v[v.value], Simd::set_int(127 << 23))); });
+  return p;
 }
 
 // The largest score, after the mask is added. NaN is ignored here; it reaches the sum.
@@ -51,16 +54,18 @@ float softmax(const SoftmaxRun& r) {
   LaneSum sum;
   // The codes of some vectors from element i on, which is of lane 0.
   const auto vectors = [&](auto count, int64_t i) QO_LAMBDA {
-    typename Simd::I code[count.value];
-    unroll<count.value>([&](auto v) QO_LAMBDA {
-      const auto p = exp_below_zero(Simd::sub(Simd::load(r.scores + i + v.value * N), max));
-      sum.add<v.value % kLaneVectors>(p);
-      code[v.value] = Simd::to_int(Simd::mul(p, top));
+    constexpr int K = count.value;
+    const auto p =
+        exp_below_zero(Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::sub(Simd::load(r.scores + i + v.value * N), max); }));
+    typename Simd::I code[K];
+    unroll<K>([&](auto v) QO_LAMBDA {
+      sum.template add<v.value % kLaneVectors>(p.v[v.value]);
+      code[v.value] = Simd::to_int(Simd::mul(p.v[v.value], top));
     });
-    if constexpr (count.value == 4)
+    if constexpr (K == 4)
       Simd::store_bytes(r.codes + i, code[0], code[1], code[2], code[3]);
     else
-      unroll<count.value>([&](auto v) QO_LAMBDA { Simd::store(r.codes + i + v.value * N, code[v.value]); });
+      unroll<K>([&](auto v) QO_LAMBDA { Simd::store(r.codes + i + v.value * N, code[v.value]); });
   };
   int64_t i = 0;
   if constexpr (kLaneVectors < 4)
