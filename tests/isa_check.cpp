@@ -25,6 +25,15 @@ namespace {
 
 // ---- the entries of a table -----------------------------------------------------------------------------------------
 
+// The clamping and the conversion of a tile whose dtype, columns and biases are set.
+void set_end(TileOutput* out, Random* random, const float* row_scale, int64_t rows, int64_t width) {
+  const Function function = static_cast<Function>(random->between(0, dtype_bytes(out->dtype) == 1 ? 2 : 1));
+  out->floor = function == Function::kNone ? -INFINITY : 0.0f;
+  const float scale = out_scale_of(random);
+  out->codes = code_output(out->dtype, scale, out_zero_of(out->dtype, random), function, row_scale, rows, out->column_scale,
+                           out->bias, width);
+}
+
 // One panel of weights against `m_count` rows, in tiles of every number of rows that the table has.
 bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t width, int64_t taps, int64_t k, int64_t m_count,
                 Log* log) {
@@ -47,7 +56,7 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
                                [&](int64_t) { return static_cast<int32_t>(one_zero >= 0 ? one_zero : random->between(0, 255)); });
   const Edge<float> row_scale(settings, [&](int64_t) { return random->real(plain ? 4 : 40, odd); });
   GemmTile tile;
-  tile.out = tile_output(dtype, random);
+  tile.out.dtype = dtype;
   tile.taps = taps;
   tile.quads = layout.quads;
   tile.a = a.data();
@@ -62,7 +71,7 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
       named("gemm: dtype, width, columns, taps, k, rows", {int64_t(dtype), width, columns, taps, k, m_count}) + " in tiles of ";
   const int64_t y_bytes = ((m_count - 1) * y_stride + columns) * dtype_bytes(dtype);
   std::vector<uint8_t> first;
-  tile.out.bounded = is_bounded(tile.out.out_scale, row_scale.data(), settings, column_scale.data(), bias.data(), width);
+  set_end(&tile.out, random, row_scale.data(), settings, width);
   for (int64_t rows = 1; rows <= std::min(width <= kSlimColumns ? table.slim_rows : table.gemm_rows, m_count); ++rows) {
     if (rows > table.gemm_rows && rows != table.slim_rows) continue;
     const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
@@ -96,7 +105,7 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   pack_weight_cpu(w.data(), layout, packed.data());
   const Edge<int32_t> sum(layout.padded_n, [&](int64_t c) { return layout.column_sum(packed.data(), 0)[c]; });
   DepthwiseRun run;
-  run.out = tile_output(dtype, random);
+  run.out.dtype = dtype;
   run.r = r;
   run.s = s;
   run.stride = random->between(1, 3);
@@ -107,16 +116,20 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   run.flip = random->one_in(2) ? 0x80 : 0;
   run.padding = static_cast<uint8_t>(random->between(0, 255));
   run.pixel = layout.padded_n;
-  const Bytes a(r * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
+  run.out_rows = r < kQuad ? random->between(1, 2) : 1;
+  const int64_t in_rows = r + run.out_rows - 1;
+  const Bytes a(in_rows * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
   const Edge<const uint8_t*> rows(round_up(r, kQuad),
-                                  [&](int64_t i) { return a.data() + std::min(i, r - 1) * run.width * run.pixel; });
+                                  [&](int64_t i) { return a.data() + std::min(i, in_rows - 1) * run.width * run.pixel; });
   const Bytes line(run.line_bytes());
   const Edge<float> column_scale(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
   const Edge<float> bias(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
   const Edge<int32_t> row_zero(1, [&](int64_t) { return static_cast<int32_t>(random->between(0, 255)); });
   const Edge<float> row_scale(1, [&](int64_t) { return random->real(20, 12); });
   run.out.y_stride = channels + random->between(0, 3);
-  const Bytes y(((run.pixels - 1) * run.out.y_stride + channels) * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; });
+  run.y_row = run.pixels * run.out.y_stride;
+  const Bytes y(((run.out_rows * run.pixels - 1) * run.out.y_stride + channels) * dtype_bytes(dtype),
+                [](int64_t) { return uint8_t{0xa5}; });
   run.rows = rows.data();
   run.line = line.data();
   run.b = packed.data() + layout.panels_offset;
@@ -128,6 +141,7 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   run.out.row_zero = row_zero.data();
   run.out.row_scale = row_scale.data();
   run.out.row_step = 0;
+  set_end(&run.out, random, row_scale.data(), 1, layout.padded_n);
   table.depthwise(run);
   log->add(named("depthwise: dtype, channels, R, S, first, pixels", {int64_t(dtype), channels, r, s, run.first, run.pixels}),
            y.data(), y.bytes(), dtype);
@@ -329,21 +343,33 @@ struct Input {
   Edge<int32_t> zero_;
 };
 
+// The result of a driver, with all that may come before it.
 struct Output {
   OutputParams params;
   Output(Random* random, DType dtype, int64_t columns, int64_t elements)
       : scale_(columns, [&](int64_t) { return std::fabs(random->real(4, 30)); }),
         bias_(columns, [&](int64_t) { return random->real(4, 30); }),
         y_(elements * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; }),
-        tile_(tile_output(dtype, random)) {
-    params = {y_.data(),
-              dtype,
-              scale_.data(),
-              1,
-              random->one_in(3) ? nullptr : bias_.data(),
-              random->one_in(2),
-              &tile_.out_scale,
-              &tile_.out_zero_point};
+        residual_dtype_(kOutputs[random->between(0, 4)]),
+        residual_(elements * dtype_bytes(residual_dtype_)),
+        out_scale_(out_scale_of(random)),
+        residual_scale_(random->real(4, 30)),
+        out_zero_(out_zero_of(dtype, random)),
+        residual_zero_(out_zero_of(residual_dtype_, random)) {
+    const bool codes = dtype_bytes(dtype) == 1, of_codes = dtype_bytes(residual_dtype_) == 1;
+    fill(residual_, residual_dtype_, random, 4, random->one_in(2) ? 0 : 200);
+    params = {.y = y_.data(),
+              .dtype = dtype,
+              .weight_scale = scale_.data(),
+              .weight_scale_stride = 1,
+              .bias = random->one_in(3) ? nullptr : bias_.data(),
+              .out_scale = codes ? &out_scale_ : nullptr,
+              .out_zero_point = codes ? &out_zero_ : nullptr};
+    if (dtype == DType::kInt32) return;
+    params.function = static_cast<Function>(random->between(0, kFunctions - 1));
+    if (random->one_in(2))
+      params.residual = {residual_.data(), residual_dtype_, of_codes ? &residual_scale_ : nullptr,
+                         of_codes ? &residual_zero_ : nullptr};
   }
   Output(const Output&) = delete;
   void log(const std::string& name, Log* log) const { log->add(name, y_.data(), y_.bytes(), params.dtype); }
@@ -351,7 +377,10 @@ struct Output {
  private:
   Edge<float> scale_, bias_;
   Bytes y_;
-  TileOutput tile_;
+  DType residual_dtype_;
+  Bytes residual_;
+  float out_scale_, residual_scale_;
+  int32_t out_zero_, residual_zero_;
 };
 
 DType input_dtype(InputMode mode, int i) {
@@ -752,8 +781,7 @@ bool run(const KernelTable& table, Log* log) {
     check_random_words(table, &random, log);
   }
   for (int i = 0; i < 36; ++i)
-    for (const InputMode mode :
-         {InputMode::kDynamic, InputMode::kDynamicAsymmetric, InputMode::kStatic, InputMode::kQuantized}) {
+    for (const InputMode mode : {InputMode::kDynamic, InputMode::kDynamicAsymmetric, InputMode::kStatic, InputMode::kQuantized}) {
       check_linear(&random, mode, i, log);
       check_conv2d(&random, mode, i, log);
     }

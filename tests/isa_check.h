@@ -166,14 +166,9 @@ inline std::string named(const char* what, std::initializer_list<int64_t> values
 constexpr DType kOutputs[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8, DType::kUInt8, DType::kInt32};
 constexpr DType kFloats[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
-// The epilogue of a case, but for its arrays.
-inline TileOutput tile_output(DType dtype, Random* random) {
-  TileOutput o;
-  o.dtype = dtype;
-  o.floor = random->one_in(2) ? 0.0f : -INFINITY;
-  o.out_scale = std::fabs(random->real(8, 20));
-  o.out_zero_point = static_cast<int32_t>(dtype == DType::kUInt8 ? random->between(0, 255) : random->between(-128, 127));
-  return o;
+inline float out_scale_of(Random* random) { return std::fabs(random->real(8, 20)); }
+inline int32_t out_zero_of(DType dtype, Random* random) {
+  return static_cast<int32_t>(dtype == DType::kUInt8 ? random->between(0, 255) : random->between(-128, 127));
 }
 
 }  // namespace quant_ops

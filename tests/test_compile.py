@@ -62,7 +62,10 @@ def test_compile_of_the_wrappers():
             qo.int8_gemm(q, weight),
             qo.int8_linear(x, weight, scale, packed_weight=packed, relu=True),
             qo.int8_linear(q, weight, scale, None, s, z),
+            qo.int8_linear(q, weight, scale, None, s, z, residual=x[:, :6], activation="silu"),
             qo.int8_conv2d(image, kernel, torch.tensor(0.01), None, 2, (1, 0), 1),
+            qo.norm_quantize_rows(x, None, None, 1e-5, residual=x),
+            qo.int8_attention(image, image, image, image[:, :1, :1] > 0),
             *between(qo.quant_tensor_forward(image, scale[0], None, -128, 127, simulate=False), scale[0]),
         )
 
@@ -71,7 +74,7 @@ def test_compile_of_the_wrappers():
         return (
             qo.requantize(c, s, activation="hardswish"),
             qo.int8_add(c, c, s, s, out_scale=s, activation="relu6"),
-            qo.int8_cat([c, c], [s, s], out_scale=s * 2),
+            qo.int8_cat([c, c], [s, s], [], out_scale=s * 2),
             pooled,
             qo.int8_avg_pool2d(pooled, s, None, 2, 1),
             qo.int8_adaptive_avg_pool2d(c, s, None, 1),

@@ -159,6 +159,26 @@ class IgemmCases(KernelCases):
             packed = subject.ops.pack_weight(subject.move(weight))
             subject.check_packed("int8_linear", packed, x, weight, scale, **kwargs)
 
+    @pytest.mark.parametrize("activation", range(7))
+    def test_residuals_and_activations(self, subject, activation):
+        """Residuals of every dtype and results of every dtype, which follow the product in a pass of their own."""
+        weight, kernel, scale = codes((21, 37), torch.int8), codes((12, 8, 3, 3), torch.int8), torch.rand(21) * 0.05
+        x, image = codes((9, 37), torch.int8), codes((2, 8, 7, 6), torch.int8)
+        given = {"x_scale": torch.tensor(0.02), "x_zero_point": torch.tensor(4), "activation": activation}
+        residuals = [None, torch.int8, torch.uint8, torch.float32, torch.float16, torch.bfloat16]
+        for i, (dtype, out) in enumerate(itertools.product(residuals, OUTPUTS[1:])):
+            last = torch.channels_last if i % 2 else torch.contiguous_format
+            for op, x_, w, shape in (("int8_linear", x, weight, (9, 21)), ("int8_conv2d", image, kernel, (2, 12, 5, 4))):
+                options = given | output_arguments(out, x)
+                if dtype in (torch.int8, torch.uint8):
+                    options |= {"residual": codes(shape, dtype), "residual_scale": torch.tensor(0.04)}
+                    options |= {"residual_zero_point": torch.tensor(7)} if i % 3 else {}
+                elif dtype is not None:
+                    options["residual"] = (torch.randn(shape) * 4).to(dtype)
+                if op == "int8_conv2d":
+                    x_ = x_.contiguous(memory_format=last)
+                subject.check(op, x_, w, scale[: w.shape[0]], torch.randn(w.shape[0]), **options)
+
     def test_linear_rows_of_any_strides(self, subject):
         weight, scale = codes((20, 48), torch.int8), torch.rand(20)
         x = activations((6, 5, 100), torch.float32)

@@ -40,23 +40,37 @@ class Builder:
         return self.constant(qo.pack_weight(weight, groups)), self.constant(scale), None if held is None else self.constant(held)
 
     def conv(
-        self, x, shape, source, out, dtype=INT8, activation=RELU, stride=1, padding=(0, 0, 0, 0), dilation=1, groups=1, bias=True
+        self,
+        x,
+        shape,
+        source,
+        out,
+        dtype=INT8,
+        activation=RELU,
+        stride=1,
+        padding=(0, 0, 0, 0),
+        dilation=1,
+        groups=1,
+        bias=True,
+        residual=None,
     ):
-        """``source`` and ``out`` are pairs of constants: scale and zero point, each None for none."""
-        constants = (*self.weight(*shape, groups=groups, bias=bias), *source, *out, None, None, None)
+        """``source`` and ``out`` are pairs of constants, scale and zero point; a residual is a value and such a pair."""
+        added, of = ((), (None, None)) if residual is None else ((residual[0],), residual[1])
+        constants = (*self.weight(*shape, groups=groups, bias=bias), *source, *out, *of, None)
         numbers = (*shape, stride, stride, *padding, dilation, dilation, groups, dtype, activation)
-        return self.step("conv2d", (x,), constants, numbers)
+        return self.step("conv2d", (x, *added), constants, numbers)
 
-    def linear(self, x, shape, source, out=(None, None), dtype=FLOAT32, activation=0, bias=True):
-        constants = (*self.weight(*shape, bias=bias), *source, *out, None, None, None)
-        return self.step("linear", (x,), constants, (*shape, dtype, activation))
+    def linear(self, x, shape, source, out=(None, None), dtype=FLOAT32, activation=0, bias=True, residual=None):
+        added, of = ((), (None, None)) if residual is None else ((residual[0],), residual[1])
+        constants = (*self.weight(*shape, bias=bias), *source, *out, *of, None)
+        return self.step("linear", (x, *added), constants, (*shape, dtype, activation))
 
     def program(self, *outputs):
         return Program(tuple(self.steps), self.inputs, outputs)
 
 
 def network(dtype=INT8, channels=20, bias=True):
-    """Images of 3 channels: a stem, a depthwise, two pointwise (one reads a padded copy) and a grouped convolution, and a classifier."""
+    """Images of 3 channels: a stem, a depthwise, two pointwise and a grouped convolution, and a classifier."""
     b = Builder()
     shift = 0 if dtype == INT8 else 128
     q = (b.scale(0.03), b.zero_point(3))
@@ -74,12 +88,40 @@ def network(dtype=INT8, channels=20, bias=True):
     return b.program(logits, floats, middle, flat), b.constants
 
 
+def blocks(dtype=INT8, activations=range(7)):
+    """Residual blocks, joins, pools and a decoder, with the steps of every kind."""
+    b = Builder()
+    shift = 0 if dtype == INT8 else 128
+    q = (b.scale(0.03), b.zero_point(3))
+    of = [(b.scale(0.03 + 0.01 * i), b.zero_point(shift - 30 + 10 * i)) for i in range(8)]
+    v = b.conv(0, (16, 3, 3, 3), q, of[0], dtype, padding=(1, 1, 1, 1))
+    v = pooled = b.step("max_pool2d", (v,), (), (3, 3, 2, 2, 1, 1, 1, 1, 0))
+    for activation in activations:
+        side = b.conv(v, (24, 16, 3, 3), of[0], of[1], dtype, activation, padding=(1, 1, 1, 1))
+        v = b.conv(side, (16, 24, 1, 1), of[1], of[0], dtype, activation, residual=(v, of[0]))
+    floats = b.step("dequantize", (v,), of[0], (FLOAT32,))
+    w = b.conv(v, (16, 1, 3, 3), of[0], of[2], dtype, padding=(1, 1, 1, 1), groups=16, residual=(floats, (None, None)))
+    w = b.step("add", (v, w), (of[0][0], of[2][0], of[0][1], of[2][1], *of[3]), (dtype, 3))
+    w = b.step("requantize", (w,), (*of[3], *of[4]), (dtype, 2))
+    small = b.step("avg_pool2d", (w,), (*of[4], *of[5]), (3, 2, 2, 2, 1, 0, 0, 0, -1, dtype))
+    up = b.step("upsample_nearest2d", (small,), (), (2, 2))
+    scales, zero_points = zip(of[5], of[0], of[5], strict=True)
+    joined = b.step("cat", (up, v, up), (*scales, *zero_points, *of[5]), (1, dtype))
+    low = b.step("cat", (v, pooled), (of[0][0], of[0][0], of[0][1], of[0][1], None, None), (-2, BFLOAT16))
+    most = b.step("max_pool2d", (joined,), (), (2, 2, 1, 1, 0, 0, 2, 1, 0))
+    mean = b.step("adaptive_avg_pool2d", (most,), (*of[5], *of[6]), (1, 1, dtype))
+    wide = b.step("adaptive_avg_pool2d", (most,), (*of[5], None, None), (3, 2, FLOAT16))
+    flat = b.step("flatten", (mean,), (), (1,))
+    v = b.linear(flat, (48, 48), of[6], of[6], dtype, 5, residual=(flat, of[6]))
+    return b.program(b.linear(v, (10, 48), of[6]), low, most, wide, floats), b.constants
+
+
 def check(program, inputs, constants):
     """The results, which are those of the steps one by one."""
     results, steps = qo.int8_chain(inputs, constants, program.encode()), run_steps(program, inputs, constants)
     for result, step in zip(results, steps, strict=True):
         assert result.dtype == step.dtype
-        assert result.stride() == step.stride()
+        assert result.is_contiguous(memory_format=torch.channels_last if result.dim() == 4 else torch.contiguous_format)
         assert torch.equal(result, step)
     return results
 
@@ -93,6 +135,33 @@ def test_steps_one_by_one(isa, threads, dtype, count):
         x = torch.randn(samples, 3, 12, 12)
         check(program, [x], constants)
         check(program, [x.contiguous(memory_format=torch.channels_last)], constants)
+
+
+@pytest.mark.parametrize("dtype", [INT8, UINT8])
+def test_every_kind_of_step(isa, threads, dtype):
+    program, constants = blocks(dtype)
+    for count, samples, side in ((1, 1, 12), (2, 4, 12), (1, 3, 28), (2, 1, 28)):
+        threads(count)
+        check(program, [torch.randn(samples, 3, side, side).contiguous(memory_format=torch.channels_last)], constants)
+
+
+def test_memory_formats():
+    """Steps without a convolution before them, of inputs in either order or in both."""
+    b = Builder(inputs=2)
+    of = (b.scale(), b.zero_point(-7))
+    a, c = (b.step("quantize", (i,), of, (-128, 127)) for i in (0, 1))
+    total = b.step("add", (a, c), (of[0], of[0], of[1], None, None, None), (FLOAT32, 6))
+    joined = b.step("cat", (a, c), (of[0], of[0], of[1], of[1], of[0], b.zero_point(9)), (-1, UINT8))
+    pooled = b.step("max_pool2d", (a,), (), (2, 3, 2, 3, 0, 0, 1, 1, 1))
+    mean = b.step("avg_pool2d", (c,), (*of, None, None), (2, 2, 2, 2, 0, 0, 0, 1, 3, FLOAT32))
+    up = b.step("upsample_nearest2d", (pooled,), (), (1, 3))
+    program = b.program(total, joined, mean, up, b.step("flatten", (up,), (), (2,)))
+    x, y = torch.randn(2, 3, 5, 8, 6).unbind()
+    check(program, [x, y], b.constants)
+    check(program, [x[0], y[0]], b.constants)
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    check(program, [x, y], b.constants)
+    check(program, [x, y.contiguous()], b.constants)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

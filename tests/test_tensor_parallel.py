@@ -26,14 +26,18 @@ def test_the_epilogue_of_added_sums_is_that_of_the_operator(magnitude):
     """One rounding of product and bias, also where results are subnormal or overflow, and where the sum lies next to a tie."""
     pytest.importorskip("torch.distributed.tensor")
     from quant_ops.distributed.sums import finished, fused_multiply_add
+    from quant_ops.ops.int8 import ACTIVATIONS
 
     torch.manual_seed(0)
     x, weight = torch.randint(-128, 128, (60, 50), dtype=torch.int8), torch.randint(-127, 128, (70, 50), dtype=torch.int8)
     scale, bias, one = torch.rand(70) * magnitude, torch.randn(70) * 1e4 * magnitude, torch.tensor(1.0)
     sums = qo.int8_linear(x, weight, scale, None, one, out_dtype=torch.int32)
     for b in (None, bias, -(sums[0] * scale)):
-        for options in ({}, {"relu": True}, {"out_scale": torch.tensor(300.0 * magnitude), "out_zero_point": torch.tensor(-7)}):
+        codes = {"out_scale": torch.tensor(300.0 * magnitude), "out_zero_point": torch.tensor(-7)}
+        for options in ({}, {"relu": True}, {"activation": "gelu"}, codes):
             expected = qo.int8_linear(x, weight, scale, b, one, **options)
+            if "activation" in options:
+                options = {"activation": ACTIVATIONS.index("gelu") + 1}
             assert torch.equal(finished(sums, one, scale, b, torch.float32, **options), expected)
         assert torch.equal(
             finished(sums, one, scale, b, torch.float16), qo.int8_linear(x, weight, scale, b, one, out_dtype=torch.float16)
@@ -52,7 +56,7 @@ def linear_layers():
     static = {"input_scale": 0.03, "input_zero_point": 4}
     layers = [
         qo.QuantLinear.from_float(linear, asymmetric=True),
-        qo.QuantLinear.from_float(no_bias, relu=True),
+        qo.QuantLinear.from_float(no_bias, activation="silu"),
         qo.QuantLinear.from_float(linear, **static, output_scale=0.1, output_zero_point=3, relu=True),
         qo.QuantLinear.from_float(linear, weight_bits=4, input_multiplier=torch.rand(128)),
         qo.QuantLinear.from_float(linear, **static, input_multiplier=torch.rand(128)),

@@ -1,6 +1,7 @@
 """torch.vmap of the operators and layers equals a loop, bit for bit; where there is a rule, it is one call."""
 
 import pytest
+import test_int8_chain
 import torch
 from operands import codes, floats, scales
 from torch import nn
@@ -63,6 +64,8 @@ LINEAR = {
     "out_scale": (lambda x, s: qo.int8_linear(x, W, WS, B, out_scale=s), [0, 0], X, scales(3)),
     "no rows": (lambda x: qo.int8_linear(x, W, WS), [0], floats(3, 0, 8)),
     "multiplier": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, None], X, floats(8)),
+    "residual": (lambda x, r: qo.int8_linear(x, W, WS, residual=r, activation="gelu"), [0, 1], X, floats(4, 3, 6)),
+    "residuals for one x": (lambda x, r: qo.int8_linear(x, W, WS, residual=r), [None, 0], X[0], floats(3, 4, 6)),
     "multipliers": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [0, 1], X, floats(8, 3)),
     "multipliers for one x": (lambda x, m: qo.int8_linear(x, W, WS, x_multiplier=m), [None, 0], X[0], floats(3, 8)),
 }
@@ -118,21 +121,29 @@ CONV = {
     "weights": (lambda x, w: qo.int8_conv2d(x, w, KS, B, *GEOMETRY), [0, 0], IMAGES, codes(3, 6, 2, 3, 3)),
 }
 Q = codes(3, 2, 4, 7, 5)
+ONE = torch.tensor(0.05)
 OUT = {"out_scale": torch.tensor(0.1), "out_zero_point": torch.tensor(2)}
 BETWEEN = {
-    "requantize": (lambda x: qo.requantize(x, S, **OUT, activation="relu"), [0], Q),
-    "requantize, last": (lambda x: qo.requantize(x, S), [-1], Q),
+    "requantize": (lambda x: qo.requantize(x, ONE, **OUT, activation="relu"), [0], Q),
+    "requantize, last": (lambda x: qo.requantize(x, ONE), [-1], Q),
     "requantize, scales": (qo.requantize, [0, 0], Q, scales(3)),
-    "add": (lambda a, b: qo.int8_add(a, b, S, S, **OUT), [0, 1], Q, Q.transpose(0, 1)),
-    "add, one for all": (lambda a, b: qo.int8_add(a, b, S, S, **OUT), [None, 0], Q[0], Q),
-    "cat": (lambda a, b: qo.int8_cat([a, b], [S, S], **OUT), [0, 0], Q, Q[:, :, :2]),
-    "cat, from the end": (lambda a, b: qo.int8_cat([a, b], [S, S], [], -1, **OUT), [0, None], Q, Q[0]),
-    "cat, scales": (lambda a, s: qo.int8_cat([a, a], [s, S], **OUT), [0, 0], Q, scales(3)),
+    "add": (lambda a, b: qo.int8_add(a, b, ONE, ONE, **OUT), [0, 1], Q, Q.transpose(0, 1)),
+    "add, one for all": (lambda a, b: qo.int8_add(a, b, ONE, ONE, **OUT), [None, 0], Q[0], Q),
+    "cat": (lambda a, b: qo.int8_cat([a, b], [ONE, ONE], [], **OUT), [0, 0], Q, Q[:, :, :2]),
+    "cat, from the end": (lambda a, b: qo.int8_cat([a, b], [ONE, ONE], [], -1, **OUT), [0, None], Q, Q[0]),
+    "cat, scales": (lambda a, s: qo.int8_cat([a, a], [s, ONE], [], **OUT), [0, 0], Q, scales(3)),
     "max": (lambda x: qo.int8_max_pool2d(x, 3, 2, 1), [0], Q),
     "max of images": (lambda x: qo.int8_max_pool2d(x, 2), [1], Q[0]),
-    "average": (lambda x: qo.int8_avg_pool2d(x, S, None, 3, 2, 1, **OUT), [0], Q),
-    "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, S, None, 2, **OUT), [-1], Q.movedim(0, -1)),
+    "average": (lambda x: qo.int8_avg_pool2d(x, ONE, None, 3, 2, 1, **OUT), [0], Q),
+    "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, ONE, None, 2, **OUT), [-1], Q.movedim(0, -1)),
     "upsample": (lambda x: qo.int8_upsample_nearest2d(x, 2), [0], Q),
+}
+PROGRAM, CONSTANTS = test_int8_chain.network()
+SMALL = floats(3, 2, 3, 12, 12)
+CHAIN = {
+    "images": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [0], SMALL),
+    "third": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [2], SMALL.movedim(0, 2)),
+    "constants": (lambda x, s: tuple(qo.int8_chain([x], [s, *CONSTANTS[1:]], PROGRAM.encode())), [None, 0], SMALL[0], scales(3)),
 }
 GEMM = {
     "a": (qo.int8_gemm, [0, None], codes(3, 4, 8), W),
@@ -140,10 +151,20 @@ GEMM = {
     "b": (qo.int8_gemm, [None, 0], codes(4, 8), codes(3, 6, 8)),
     "both": (qo.int8_gemm, [0, 2], codes(3, 4, 8), codes(6, 8, 3)),
 }
+HEADS = floats(3, 2, 4, 5, 8)  # batch, samples, heads, rows, columns
+ATTENTION = {
+    "all": (qo.int8_attention, [0, 0, 0], HEADS, HEADS.flip(3), HEADS.cos()),
+    "q": (qo.int8_attention, [2, None, None], HEADS.movedim(0, 2), HEADS[0], HEADS[1]),
+    "k and v": (qo.int8_attention, [None, 0, 1], HEADS[0], HEADS, HEADS.transpose(0, 1)),
+    "mask": (qo.int8_attention, [0, 0, 0, None], HEADS, HEADS, HEADS, floats(5, 5) > 0),
+    "mask of each": (qo.int8_attention, [0, None, None, 1], HEADS, HEADS[0], HEADS[0], floats(5, 3, 5)),
+    "mask of each sample": (qo.int8_attention, [0, None, None, 0], HEADS, HEADS[0], HEADS[0], floats(3, 2, 1, 1, 5)),
+}
 ROWS = {
     "matrix": (qo.quantize_rows, [0], X),
     "last, asymmetric": (lambda x: qo.quantize_rows(x, True), [2], X),
     "vectors": (qo.quantize_rows, [0], X[0]),
+    "norms": (lambda x, r: qo.norm_quantize_rows(x, None, floats(8), 1e-5, residual=r), [1, None], X, X[:, 0]),
     "all": (lambda x: qo.choose_qparams(x, [], -127, 127), [0], X),
     "rows": (lambda x: qo.choose_qparams(x, [-1], -127, 127), [1], X),
     "columns": (lambda x: qo.choose_qparams(x, [0], -128, 127, True), [2], X),
@@ -256,6 +277,8 @@ SAMPLES = {
     "conv2d": CONV,
     "gemm": GEMM,
     "between": BETWEEN,
+    "chain": CHAIN,
+    "attention": ATTENTION,
     "rows": ROWS,
     "quantize": QUANTIZE,
     "float": FLOAT,

@@ -5,16 +5,33 @@
 
 namespace quant_ops {
 
-bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
-                int64_t columns, double residual) {
+CodeOutput code_output(DType dtype, float scale, int32_t zero_point, Function function, const float* row_scale, int64_t rows,
+                       const float* column_scale, const float* bias, int64_t columns, double residual) {
   const auto largest = [](const float* x, int64_t n) {
     Range range{0.0f, 0.0f, 0};
     kernels().range(x, DType::kFloat32, n, true, &range);
     return double{bits_float(range.abs_bits)};  // NaN if x contains one; then no comparison below holds
   };
-  return out_scale > 0x1p-100f && out_scale < 0x1p100f &&
-         0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest(bias, columns) + residual <
-             0x1p30 * out_scale;
+  const bool is_unsigned = dtype == DType::kUInt8;
+  const int32_t least = is_unsigned ? 0 : -128, most = is_unsigned ? 255 : 127;
+  const auto code_of = [&](float x) {
+    const float steps =
+        clamp_steps(quantize_steps(x, scale), static_cast<float>(least - zero_point), static_cast<float>(most - zero_point));
+    return static_cast<int32_t>(steps_to_code(steps, zero_point, least, most));
+  };
+  const double largest_bias = largest(bias, columns);
+  const double value = 0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest_bias + residual;
+  CodeOutput codes;
+  codes.scale = scale;
+  codes.reciprocal = 1.0f / scale;
+  codes.divide = !(scale > 0x1p-100f && scale < 0x1p100f && value < 0x1p30 * scale);
+  // In units of 2^-24, the relative error of one rounding: an unsaturated quotient is below 256, so the product is below that plus
+  // bias and residual; each is rounded a few times, and their sum in steps and the value itself and its quotient once.
+  if (!codes.divide) codes.slack = static_cast<float>(0x1p-24 * (2048.0 + (6.0 * largest_bias + 8.0 * residual) / scale));
+  codes.zero_point = zero_point;
+  codes.least = function == Function::kNone ? least : zero_point;
+  codes.most = function == Function::kRelu6 ? code_of(6.0f) : most;
+  return codes;
 }
 
 ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, ScratchLayout* scratch) {
@@ -45,8 +62,7 @@ Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedL
   const bool clamps =
       (out.function == Function::kRelu || (codes && out.function == Function::kRelu6)) && !(codes && *out.out_scale < 0);
   const ResidualParams& r = out.residual;
-  floor_ = clamps ? 0.0f : -INFINITY;
-  ceiling_ = clamps && out.function == Function::kRelu6 ? 6.0f : INFINITY;
+  clamp_ = clamps ? out.function : Function::kNone;
   extras_ = {.function = clamps ? Function::kNone : out.function,
              .residual_dtype = r.dtype,
              .residual_scale = r.scale ? *r.scale : 1.0f,
@@ -54,9 +70,12 @@ Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedL
   has_extras_ = r.r != nullptr || extras_.function != Function::kNone;
 }
 
-double Columns::largest_residual(const OutputParams& out) const {
-  if (out.residual.r == nullptr) return 0.0;
-  return out.residual.scale == nullptr ? INFINITY : 255.0 * std::fabs(double{*out.residual.scale});
+CodeOutput Columns::codes(const OutputParams& out, const float* row_scale, int64_t rows) const {
+  if (dtype_bytes(out.dtype) != 1) return {};
+  const ResidualParams& r = out.residual;
+  const double residual = r.r == nullptr ? 0.0 : r.scale == nullptr ? INFINITY : 255.0 * std::fabs(double{*r.scale});
+  return code_output(out.dtype, *out.out_scale, out.out_zero_point ? *out.out_zero_point : 0, clamp_, row_scale, rows, scale_,
+                     bias_, count_, residual);
 }
 
 TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {
@@ -65,10 +84,7 @@ TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, i
   o.column_sum = column_sum;
   o.column_scale = scale_ + column;
   o.bias = bias_ + column;
-  o.floor = floor_;
-  o.ceiling = ceiling_;
-  o.out_scale = out.out_scale ? *out.out_scale : 1.0f;
-  o.out_zero_point = out.out_zero_point ? *out.out_zero_point : 0;
+  o.floor = clamp_ == Function::kNone ? -INFINITY : 0.0f;
   o.extras = has_extras_ ? &extras_ : nullptr;
   return o;
 }

@@ -1,6 +1,8 @@
 // Tiles of the integer products: how many rows they have, and the data of their columns that the epilogue reads.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 #include "kernels/table.h"
@@ -10,9 +12,11 @@ namespace quant_ops {
 // Rows of the next tile when `left` remain: full tiles; the last two split the remainder evenly because short tiles are slow.
 inline int64_t tile_rows(int64_t left, int64_t full) { return left <= full ? left : left < 2 * full ? (left + 1) / 2 : full; }
 
-// The same for a table; `slim`: the tile has at most kSlimColumns columns.
+// The same for a table; `slim`: the tile has at most kSlimColumns columns. Where an instruction takes many rows, two halves of what
+// is left take longer than a full tile and a short one.
 inline int64_t tile_rows(const KernelTable& table, int64_t left, bool slim) {
-  return slim && left >= table.slim_rows ? table.slim_rows : tile_rows(left, table.gemm_rows);
+  if (slim && left >= table.slim_rows) return table.slim_rows;
+  return table.row_step > 1 ? std::min(left, table.gemm_rows) : tile_rows(left, table.gemm_rows);
 }
 
 // The name of the kernel of the first tile of `rows` rows by a panel of `width` columns. The other tiles are like it, except where
@@ -21,9 +25,10 @@ inline std::string first_tile_name(const KernelTable& table, int64_t rows, int64
   return gemm_name(table, tile_rows(table, rows, width <= kSlimColumns), width);
 }
 
-// TileOutput::bounded for every accumulator that int32 holds; `residual`: the largest magnitude that is added.
-bool is_bounded(float out_scale, const float* row_scale, int64_t rows, const float* column_scale, const float* bias,
-                int64_t columns, double residual = 0.0);
+// How the values of these rows and columns become codes; `function`: kNone, kRelu or kRelu6; `residual`: the largest magnitude that
+// is added to one.
+CodeOutput code_output(DType dtype, float scale, int32_t zero_point, Function function, const float* row_scale, int64_t rows,
+                       const float* column_scale, const float* bias, int64_t columns, double residual = 0.0);
 
 // Kernels read whole vectors of scales and biases, so every product needs padded_n of each. The caller's arrays serve where they
 // are as long and step by 1, else copies.
@@ -39,21 +44,18 @@ class Columns {
  public:
   Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& layout, const Scratch& scratch);
 
-  // The epilogue of tiles that start at this column of all products' columns. Callers add `y`, the valid columns and the rows, and
-  // where there is a residual set_residual. Refers to this object.
+  // The epilogue of tiles that start at this column of all products' columns. Callers add `y`, the valid columns, the rows and the
+  // codes, and where there is a residual set_residual. Refers to this object.
   TileOutput output(const OutputParams& out, const int32_t* column_sum, int64_t column) const;
 
-  bool bounded(const OutputParams& out, const float* row_scale, int64_t rows) const {
-    return dtype_bytes(out.dtype) == 1 && is_bounded(*out.out_scale, row_scale, rows, scale_, bias_, count_, largest_residual(out));
-  }
+  // TileOutput::codes for rows of these scales; of no use where the result has no codes.
+  CodeOutput codes(const OutputParams& out, const float* row_scale, int64_t rows) const;
 
  private:
-  double largest_residual(const OutputParams& out) const;
-
   int64_t count_;
   const float* scale_;
   const float* bias_;
-  float floor_, ceiling_;
+  Function clamp_;  // kNone, kRelu or kRelu6
   TileExtras extras_;
   bool has_extras_;
 };

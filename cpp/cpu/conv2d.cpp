@@ -109,7 +109,7 @@ class Conv2d {
       scale_[n] = qparams.scale;
       zero_[n] = qparams.zero_point;
     }
-    bounded_ = columns_.bounded(p_.out, scale_, samples_);
+    codes_of_result_ = columns_.codes(p_.out, scale_, samples_);
   }
 
   void quantize() {
@@ -257,7 +257,7 @@ class Conv2d {
     tile.out.row_scale = scale_ + n;
     tile.out.row_zero = zero_ + n;
     tile.out.row_step = 0;
-    tile.out.bounded = bounded_;
+    tile.out.codes = codes_of_result_;
     tile.ahead = tile.b;
     // offsets of pointwise convolutions are not grouped by tile, so that each panel can have its own tiles
     const bool slim = plan_.pointwise ? width <= kSlimColumns : plan_.slim;
@@ -280,7 +280,7 @@ class Conv2d {
   float* const scale_;
   int32_t* const zero_;
   int64_t first_sample_ = 0, samples_ = 0;
-  bool bounded_ = false;
+  CodeOutput codes_of_result_;
 };
 
 // Where x is read and how codes are laid out.

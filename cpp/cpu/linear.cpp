@@ -31,7 +31,8 @@ class Linear {
         columns_(plan.columns, p.out, plan.layout, scratch_),
         codes_(scratch_.at<uint8_t>(plan.codes_at)),
         row_scale_(scratch_.at<float>(plan.scale_at)),
-        row_zero_(scratch_.at<int32_t>(plan.zero_at)) {}
+        row_zero_(scratch_.at<int32_t>(plan.zero_at)),
+        row_step_(is_dynamic(p.in) || p.in.scale_stride != 0 || p.in.zero_point_stride != 0 ? 1 : 0) {}
 
   void run() {
     for (pass_first_ = 0; pass_first_ < p_.M; pass_first_ += plan_.pass_rows) {
@@ -48,7 +49,7 @@ class Linear {
                  [&](int64_t begin, int64_t end) {
                    for (int64_t m = begin; m < end; ++m) quantize_row(m);
                  });
-    bounded_ = columns_.bounded(p_.out, row_scale_, pass_rows_);
+    codes_of_result_ = columns_.codes(p_.out, row_scale_, pass_rows_);
   }
 
   void quantize_row(int64_t m) const {
@@ -137,15 +138,15 @@ class Linear {
   TileOutput output(const int32_t* column_sum, int64_t panel, int64_t m) const {
     const int64_t column = panel * kPanel;
     TileOutput out = columns_.output(p_.out, column_sum, column);
-    out.bounded = bounded_;
+    out.codes = codes_of_result_;
     out.columns = std::min<int64_t>(kPanel, p_.N - column);
     const int64_t offset = (pass_first_ + m) * p_.y_stride + column;
     out.y = static_cast<char*>(p_.out.y) + offset * dtype_bytes(p_.out.dtype);
     out.y_stride = p_.y_stride;
     if (p_.out.residual.r != nullptr) set_residual(p_.out, p_.out.residual.r, offset, p_.y_stride, &out);
-    out.row_scale = row_scale_ + m;
-    out.row_zero = row_zero_ + m;
-    out.row_step = 1;
+    out.row_scale = row_scale_ + m * row_step_;
+    out.row_zero = row_zero_ + m * row_step_;
+    out.row_step = row_step_;
     return out;
   }
 
@@ -157,8 +158,9 @@ class Linear {
   uint8_t* const codes_;
   float* const row_scale_;
   int32_t* const row_zero_;
+  const int64_t row_step_;  // 0: all rows have one scale and one zero point
   int64_t pass_first_ = 0, pass_rows_ = 0;
-  bool bounded_ = false;
+  CodeOutput codes_of_result_;
 };
 
 }  // namespace

@@ -19,7 +19,20 @@ constexpr int kPanel = 64;        // columns of a packed weight panel; the last 
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
-constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
+constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels, of four bytes each, in the line of any table
+
+// How values become codes of eight bits: clamp(rne(y / scale) + zero_point), in [least, most]. Made once for many tiles
+// (code_output in cpu/columns.h).
+struct CodeOutput {
+  float scale = 1.0f, reciprocal = 1.0f;
+  // The kernels compute y / scale + zero_point as one sum of products with 1 / scale, which is less than `slack` away from the
+  // exact quotient where the code does not saturate. Only where an integer and a half is as close as that is y itself computed and
+  // divided.
+  float slack = 0.0f;
+  bool divide = true;  // always: y may be infinite, NaN or so large that no int32 holds the quotient, or the slack is too large
+  int32_t zero_point = 0;
+  int32_t least = 0, most = 0;  // -128 to 127, or 0 to 255
+};
 
 // What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.
 struct TileExtras {
@@ -40,16 +53,12 @@ struct TileOutput {
   const float* bias;        // -0 without a bias
   const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
   const float* row_scale;
-  int64_t row_step;          // 0 or 1
-  float floor;               // 0 for ReLU and ReLU6, else -inf
-  float ceiling = INFINITY;  // int8 / uint8 output: 6 for ReLU6, else inf
-  float out_scale;           // int8 / uint8 output
-  int32_t out_zero_point;
+  int64_t row_step;                    // 0 or 1
+  float floor;                         // 0 for ReLU and ReLU6, else -inf
+  CodeOutput codes;                    // int8 / uint8 output
   const TileExtras* extras = nullptr;  // null: neither a residual nor a function
   const void* residual = nullptr;      // first element of the tile, its columns contiguous; null: none
   int64_t residual_stride = 0;         // between rows
-  // True if, for every possible sum, y is finite and |y / out_scale| < 2^30, and if 1 / out_scale is a normal number.
-  bool bounded = false;
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
@@ -60,6 +69,16 @@ struct TileOutput {
     o.column_sum += n;
     o.column_scale += n;
     o.bias += n;
+    return o;
+  }
+
+  // The same columns of y from so many elements on.
+  __attribute__((always_inline)) inline TileOutput from_row(int64_t elements) const {
+    TileOutput o = from_column(elements);
+    o.columns = columns;
+    o.column_sum = column_sum;
+    o.column_scale = column_scale;
+    o.bias = bias;
     return o;
   }
 };
@@ -80,7 +99,8 @@ struct GemmTile {
 
 // A run of output pixels of one row of a depthwise convolution, over all channels:
 //   acc[i][c] = sum over r and s of a(row r, column first + i * stride + s * dilation)[c] * b[c][r][s]
-// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane.
+// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane. With out_rows
+// 2 the output row below is computed too, which reads rows 1 to r: they are fewer than four.
 struct DepthwiseRun {
   int64_t r, s;                // of the kernel
   int64_t stride, dilation;    // along the row
@@ -92,7 +112,9 @@ struct DepthwiseRun {
   const int8_t* b;
   uint8_t* line;  // scratch of line_bytes()
   int64_t pixels;
-  TileOutput out;  // a row for each pixel; row_step 0
+  int64_t out_rows = 1;
+  int64_t y_row = 0;  // elements of y from an output row to the one below
+  TileOutput out;     // a row for each pixel; row_step 0
 
   int64_t groups() const { return (r + kQuad - 1) / kQuad; }
   int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
@@ -419,6 +441,29 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The norm of one row (NormQuantizeRowsParams in ops.h) as floats. `y` has room for a multiple of kSumLanes elements.
+struct NormalizeRun {
+  const void* x;
+  const void* residual;  // null: none
+  DType dtype;
+  int64_t n;
+  const float* weight;  // null: 1
+  const float* bias;    // null: none
+  float eps;
+  bool rms;
+  float* y;
+};
+
+// The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
+// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSumLanes elements; those
+// beyond n become -Inf and 0.
+struct SoftmaxRun {
+  float* scores;
+  const float* mask;  // null: none
+  int64_t n;
+  uint8_t* codes;
+};
+
 // ---- the tables -----------------------------------------------------------------------------------------------------
 
 // Kernels that need an instruction set's vectors alone. Sets with the same vectors share them (generic/vectors.h).
@@ -454,6 +499,8 @@ struct VectorKernels {
   void (*pointwise)(const PointwiseRun&);
   void (*max_pool)(const MaxRun&);
   void (*sum_pool)(const SumRun&);
+  void (*normalize)(const NormalizeRun&);
+  float (*softmax)(const SoftmaxRun&);  // returns the sum of the exponentials; 0 if the largest score is -Inf
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.
@@ -469,10 +516,11 @@ constexpr GemmShape swept_shape(const char* isa, int64_t rows, int64_t width, in
 
 // Kernels that multiply.
 struct ProductKernels {
-  const char* isa;     // the namespace of these functions
-  int64_t gemm_rows;   // of the full tile, at most kMaxGemmRows
-  int64_t slim_rows;   // likewise, of a panel of at most kSlimColumns columns
-  bool flips = false;  // gemm reads signed codes where they lie
+  const char* isa;       // the namespace of these functions
+  int64_t gemm_rows;     // of the full tile, at most kMaxGemmRows
+  int64_t slim_rows;     // likewise, of a panel of at most kSlimColumns columns
+  int64_t row_step = 1;  // rows that an instruction takes at once: a tile of fewer takes as long
+  bool flips = false;    // gemm reads signed codes where they lie
   // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them

@@ -147,8 +147,11 @@ inline ChainProgram chain_program(const Ints& code, int64_t inputs, int64_t cons
   program.results = reader.list(reader.number());
   const int64_t steps = reader.number();
   for (int64_t i = 0; i < steps; ++i) program.steps.push_back(chain_source(&reader, i, inputs + i, constants));
-  for (int64_t value : program.results)
+  for (int64_t value : program.results) {
     QO_EXPECT(value >= inputs && value < inputs + steps, kChain, "results that are values of steps, got ", value);
+    QO_EXPECT(std::count(program.results.begin(), program.results.end(), value) == 1, kChain, "results that differ, got ", value,
+              " twice");
+  }
   return program;
 }
 
@@ -160,6 +163,7 @@ struct Chain {
   std::vector<ChainSource> sources;   // of each step
   std::vector<PackedLayout> layouts;  // of the weight of each step, where it has one
   std::vector<ScalarType> types;      // of each value, for the caller
+  std::vector<bool> converts;         // of each input, whether it is brought into channels_last
   int64_t zero_points = 0;            // that the steps read, at most
 };
 
@@ -176,13 +180,16 @@ class ChainBuilder {
   ChainBuilder(const ChainProgram& program, const KernelTable& table, int64_t threads) : table_(table), threads_(threads) {
     chain_.sources = program.steps;
     chain_.plan.results = program.results;
+    program_inputs_ = program.inputs;
   }
 
+  // Of four dimensions, values lie in channels_last. What only convolutions read may lie as the caller has it.
   void add_input(const Ints& sizes, ScalarType type, bool channels_last) {
-    ChainValue& value = add_value(sizes, type, channels_last);
+    const bool converts = sizes.size() == 4 && !channels_last && !any_order(inputs_, true);
+    ChainValue& value = add_value(sizes, type, channels_last || converts);
     value.place = ChainValue::Place::kInput;
-    value.at = static_cast<int64_t>(chain_.plan.values.size()) - 1;
-    ++inputs_;
+    value.at = inputs_++;
+    chain_.converts.push_back(converts);
   }
 
   std::shared_ptr<const Chain> build() {
@@ -196,6 +203,22 @@ class ChainBuilder {
   }
 
  private:
+  // Whether convolutions alone read a value, or (`quantized`) codes that are made from it.
+  bool any_order(int64_t value, bool quantized) const {
+    for (int64_t result : chain_.plan.results)
+      if (result == value) return false;
+    for (size_t i = 0; i < chain_.sources.size(); ++i) {
+      const ChainSource& source = chain_.sources[i];
+      for (size_t place = 0; place < source.inputs.size(); ++place) {
+        if (source.inputs[place] != value) continue;
+        const bool convolves = source.op == ChainOp::kConv2d && place == 0;
+        const bool quantizes = source.op == ChainOp::kQuantize && quantized;
+        if (!convolves && !(quantizes && any_order(program_inputs_ + static_cast<int64_t>(i), false))) return false;
+      }
+    }
+    return true;
+  }
+
   ChainValue& value(int64_t i) { return chain_.plan.values[static_cast<size_t>(i)]; }
   ScalarType type(int64_t i) const { return chain_.types[static_cast<size_t>(i)]; }
 
@@ -327,8 +350,8 @@ class ChainBuilder {
               out_scale >= 0 ? " with one" : " without one");
   }
 
-  // The residual of a product whose result has these sizes and lies so.
-  void take_residual(const ChainSource& source, const Ints& sizes, bool channels_last, OutputParams* out) {
+  // The residual of a product whose result has these sizes.
+  void take_residual(const ChainSource& source, const Ints& sizes, OutputParams* out) {
     if (source.inputs.size() < 2) return;
     const char* op = source.name.c_str();
     const ChainValue& r = value(source.inputs[1]);
@@ -336,17 +359,8 @@ class ChainBuilder {
     QO_EXPECT(r.sizes == sizes, op, "residual to have the shape of the result, ", shape_text(sizes), ", got ", shape_text(r.sizes));
     QO_EXPECT(codes == (source.constants[7] >= 0), op, "residual_scale with a residual of int8 or uint8 and no other, got ",
               dtype_name(type(source.inputs[1])), codes ? " without one" : " with one");
-    expect_layout(op, source.inputs[1], channels_last);
     static const int8_t kPresent = 0;  // as kPresent of a bias
     out->residual.r = &kPresent;
-  }
-
-  // A value that is read beside another one lies as that does, unless one of the two orders is the other.
-  void expect_layout(const char* op, int64_t i, bool channels_last) {
-    const ChainValue& v = value(i);
-    const bool one_order = v.sizes.size() != 4 || v.sizes[1] == 1 || v.sizes[2] * v.sizes[3] == 1;
-    QO_EXPECT(one_order || v.channels_last == channels_last, op, "values of one memory format, got ",
-              v.channels_last ? "channels_last beside another" : "another beside channels_last");
   }
 
   void add_conv2d(const ChainSource& source) {
@@ -369,7 +383,7 @@ class ChainBuilder {
     p.packed = packed_weight(source);
     p.y_channels_last = batched;
     const Ints sizes = batched ? Ints{p.N, p.O, p.OH, p.OW} : Ints{p.O, p.OH, p.OW};
-    take_residual(source, sizes, batched, &p.out);
+    take_residual(source, sizes, &p.out);
     add(source, p, times(times(n[0], n[1]), times(n[2], n[3])), sizes, to, true);
   }
 
@@ -391,7 +405,7 @@ class ChainBuilder {
     QO_EXPECT(!x.channels_last, op, "a value that does not lie in channels_last, got one. Flatten it first.");
     Ints sizes = x.sizes;
     sizes.back() = N;
-    take_residual(source, sizes, false, &p.out);
+    take_residual(source, sizes, &p.out);
     add(source, p, N * K, sizes, to, false);
   }
 
@@ -402,6 +416,8 @@ class ChainBuilder {
     Ints sizes(x.sizes.begin(), x.sizes.begin() + start);
     sizes.push_back(1);
     for (int64_t d = start; d < dims; ++d) sizes.back() *= x.sizes[static_cast<size_t>(d)];
+    QO_EXPECT(sizes.size() != 4, source.name.c_str(), "a result of other than 4 dimensions, which would be an image, got ",
+              shape_text(sizes));
     if (start == 0) samples_ = 1;
     ChainFlatten p{.images = elements(x), .pixels = 1, .channels = 1, .element_bytes = dtype_bytes(x.dtype)};
     if (x.channels_last)
@@ -420,7 +436,6 @@ class ChainBuilder {
     if (adds) {
       const ChainValue& b = value(source.inputs[1]);
       QO_EXPECT(b.sizes == x.sizes, op, "values of one shape, got ", shape_text(x.sizes), " and ", shape_text(b.sizes));
-      expect_layout(op, source.inputs[1], x.channels_last);
     }
     add(source, p, 0, x.sizes, to, x.channels_last);
   }
@@ -541,7 +556,6 @@ class ChainBuilder {
       for (size_t k = 0; alike && k < sizes.size(); ++k) alike = k == d || v.sizes[k] == sizes[k];
       QO_EXPECT(alike, op, "values that differ in dimension ", dim, " alone, got shapes ", shape_text(first.sizes), " and ",
                 shape_text(v.sizes));
-      expect_layout(op, i, first.channels_last);
       sizes[d] += v.sizes[d];
       const CatRows rows = cat_rows(v.sizes, dim, first.channels_last);
       cat.parts.push_back({.rows = rows.rows, .columns = rows.columns});
@@ -631,7 +645,7 @@ class ChainBuilder {
 
   const KernelTable& table_;
   const int64_t threads_;
-  int64_t inputs_ = 0, samples_ = 1;
+  int64_t program_inputs_ = 0, inputs_ = 0, samples_ = 1;
   Chain chain_;
 };
 
@@ -860,9 +874,9 @@ class ChainCache {
 
 // ---- the operator ---------------------------------------------------------------------------------------------------
 
-// Whether the elements of a 4-D tensor lie in channels_last order without gaps, and not in the usual order.
+// Whether the elements of a 4-D tensor lie in channels_last order without gaps.
 inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() != 4 || t.is_contiguous()) return false;
+  if (t.dim() != 4) return false;
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   int64_t step = 1;
@@ -873,38 +887,44 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-template <class Backend>
-std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
+inline Tensor in_channels_last(const Tensor& t) {
+  Tensor copy = empty(sizes_of(t), t.scalar_type(), t, true);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// The program's plan for inputs like these.
+inline std::shared_ptr<const Chain> chain_for(const std::vector<Tensor>& inputs, int64_t constants, const Ints& program) {
   QO_EXPECT(!inputs.empty(), kChain, "at least one input, got none");
   const KernelTable& table = kernels();
-  std::vector<Tensor> dense;
-  ChainCache::Key key{.program = program,
-                      .inputs = {},
-                      .table = &table,
-                      .threads = parallel_threads(),
-                      .constants = static_cast<int64_t>(constants.size())};
-  std::vector<const void*> sources;
+  ChainCache::Key key{.program = program, .inputs = {}, .table = &table, .threads = parallel_threads(), .constants = constants};
   for (const Tensor& x : inputs) {
-    QO_EXPECT_DTYPE(
-        is_one_of(x.scalar_type(), {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Byte}),
-        kChain, "inputs of dtype float32, float16, bfloat16, int8 or uint8, got ", dtype_name(x.scalar_type()));
-    const bool channels_last = is_channels_last(x);
+    QO_EXPECT_DTYPE(is_floating(x.scalar_type()) ? x.scalar_type() != ScalarType::Double : is_codes(x.scalar_type()), kChain,
+                    "inputs of dtype float32, float16, bfloat16, int8 or uint8, got ", dtype_name(x.scalar_type()));
     expect_elements(kChain, "an input", x.sizes());
-    dense.push_back(channels_last ? x : as_contiguous(x));
-    sources.push_back(dense.back().const_data_ptr());
-    for (int64_t n : {x.dim(), static_cast<int64_t>(x.scalar_type()), int64_t{channels_last}}) key.inputs.push_back(n);
+    for (int64_t n : {x.dim(), static_cast<int64_t>(x.scalar_type()), int64_t{is_channels_last(x)}}) key.inputs.push_back(n);
     for (int64_t size : x.sizes()) key.inputs.push_back(size);
   }
-  const std::shared_ptr<const Chain> chain = ChainCache::find(key, [&] {
-    const ChainProgram decoded =
-        chain_program(program, static_cast<int64_t>(inputs.size()), static_cast<int64_t>(constants.size()));
+  return ChainCache::find(key, [&] {
+    const ChainProgram decoded = chain_program(program, static_cast<int64_t>(inputs.size()), constants);
     ChainBuilder builder(decoded, table, key.threads);
     for (const Tensor& x : inputs) builder.add_input(sizes_of(x), x.scalar_type(), is_channels_last(x));
     return builder.build();
   });
+}
+
+template <class Backend>
+std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
+  const std::shared_ptr<const Chain> chain = chain_for(inputs, static_cast<int64_t>(constants.size()), program);
   const ChainConstants bound(*chain, constants);
-  std::vector<Tensor> results;
+  std::vector<Tensor> dense, results;
+  std::vector<const void*> sources;
   std::vector<void*> destinations;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor& x = inputs[i];
+    dense.push_back(chain->converts[i] ? in_channels_last(x) : is_channels_last(x) ? x : as_contiguous(x));
+    sources.push_back(dense.back().const_data_ptr());
+  }
   bool is_empty = false;
   for (int64_t result : chain->plan.results) {
     const ChainValue& value = chain->plan.values[static_cast<size_t>(result)];

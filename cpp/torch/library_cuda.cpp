@@ -83,11 +83,43 @@ class MultipliedRows {
   Workspace memory_;
 };
 
-// What the kernels cannot do yet.
-void expect_plain(const char* op, const OutputParams& out) {
-  QO_EXPECT(out.residual.r == nullptr && (out.function == Function::kNone || out.function == Function::kRelu), op,
-            "neither residual nor an activation but relu on CUDA, got one. Add it to a floating result.");
-}
+// A result with a residual, or with a function that the products' kernels lack: while this lives the product gives float32 into
+// memory of its own, dense as the result is, which finish() turns into the result by one more pass.
+class Finishing {
+ public:
+  Finishing(OutputParams* out, int64_t elements, const Tensor& x)
+      : given_(*out),
+        elements_(elements),
+        needed_(out->residual.r != nullptr || (out->function != Function::kNone && out->function != Function::kRelu)),
+        memory_(needed_ ? times(elements, sizeof(float)) : 0, x) {
+    if (!needed_) return;
+    out->y = memory_.memory();
+    out->dtype = DType::kFloat32;
+    out->residual = {};
+    out->function = Function::kNone;
+    out->out_scale = nullptr;
+    out->out_zero_point = nullptr;
+  }
+
+  void finish(const OnDeviceOf& device) {
+    if (!needed_) return;
+    pointwise_cuda({.rows = 1,
+                    .columns = elements_,
+                    .x = memory_.memory(),
+                    .x_dtype = DType::kFloat32,
+                    .residual = given_.residual,
+                    .function = given_.function,
+                    .out = {.y = given_.y, .dtype = given_.dtype, .scale = given_.out_scale, .zero_point = given_.out_zero_point},
+                    .y_stride = elements_},
+                   device.launch());
+  }
+
+ private:
+  const OutputParams given_;
+  const int64_t elements_;
+  const bool needed_;
+  Workspace memory_;
+};
 
 struct Cuda {
   static constexpr const char* kDevice = "cuda";
@@ -182,27 +214,29 @@ struct Cuda {
   }
 
   static void linear(const char* op, Int8LinearParams p, const Tensor& x) {
-    expect_plain(op, p.out);
     if (p.M == 0 || p.N == 0) return;
     const OnDeviceOf device(op, x);
     const MultipliedRows rows(&p, device, x);
+    Finishing finishing(&p.out, p.M * p.N, x);
     const LinearPlan plan = plan_linear(p, gpu_limits(), kernel_choice());
     expect_kernel(op, plan.kernel, kernel_choice());
     log_kernel([&] { return kernel_text(plan.kernel); });
     Workspace workspace(plan.bytes, x);
     run_linear(plan, p, device.launch(workspace.memory()));
+    finishing.finish(device);
   }
 
-  static void conv2d(const Int8Conv2dParams& p, const Tensor& x) {
+  static void conv2d(Int8Conv2dParams p, const Tensor& x) {
     const char* op = "int8_conv2d";
-    expect_plain(op, p.out);
     if (p.N == 0 || p.O == 0 || p.OH * p.OW == 0) return;
     const OnDeviceOf device(op, x);
+    Finishing finishing(&p.out, p.N * p.O * p.OH * p.OW, x);
     const Conv2dPlan plan = plan_conv2d(p, gpu_limits(), kernel_choice());
     expect_kernel(op, plan.kernel, kernel_choice());
     log_kernel([&] { return kernel_text(plan.kernel); });
     Workspace workspace(plan.bytes, x);
     run_conv2d(plan, p, device.launch(workspace.memory()));
+    finishing.finish(device);
   }
 
   static void pointwise(const char* op, const PointwiseParams& p, const Tensor& x) {
@@ -222,6 +256,13 @@ struct Cuda {
   static void upsample(const UpsampleParams& p, const Tensor& x) {
     const OnDeviceOf device("int8_upsample_nearest2d", x);
     upsample_nearest2d_cuda(p, device.launch());
+  }
+
+  static void norm_quantize_rows(const char* op, const NormQuantizeRowsParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch's norm and quantize_rows there.");
+  }
+  static void attention(const char* op, const AttentionParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch.nn.functional.scaled_dot_product_attention there.");
   }
 
   // Integer zero points are used as they are: looking at them would wait for the device.

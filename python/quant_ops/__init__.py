@@ -17,6 +17,7 @@ from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .chains.layer import Chain  # noqa: E402
 from .chains.result import ChainResult, chain_  # noqa: E402
+from .convert.activations import ActivationResult, fuse_activations_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -73,6 +74,7 @@ from .ops import (  # noqa: E402
     dequantize_affine,
     int8_adaptive_avg_pool2d,
     int8_add,
+    int8_attention,
     int8_avg_pool2d,
     int8_cat,
     int8_chain,
@@ -83,6 +85,7 @@ from .ops import (  # noqa: E402
     int8_linear_backward,
     int8_max_pool2d,
     int8_upsample_nearest2d,
+    norm_quantize_rows,
     pack_weight,
     pack_weight_only,
     quant_block_backward,
@@ -143,6 +146,7 @@ __all__ = [
     "NVFP4",
     "NVFP4_TWO_LEVEL",
     "AWQResult",
+    "ActivationResult",
     "AutoquantResult",
     "BlockFloat",
     "Chain",
@@ -194,9 +198,11 @@ __all__ = [
     "fallback_",
     "fold_batchnorm_",
     "format_from_json",
+    "fuse_activations_",
     "gptq_",
     "int8_adaptive_avg_pool2d",
     "int8_add",
+    "int8_attention",
     "int8_avg_pool2d",
     "int8_cat",
     "int8_chain",
@@ -211,6 +217,7 @@ __all__ = [
     "keep_weights_",
     "kernel_for",
     "load_",
+    "norm_quantize_rows",
     "pack_weight",
     "pack_weight_only",
     "prepare_",

@@ -27,6 +27,7 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
 template <bool kShared>
 struct ColumnVector {
   using From = int32_t;  // what the epilogue starts from: sums
+  using Exact = ColumnVector;
   static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
 
   typename Simd::I sum, correction;  // correction: kShared
@@ -53,9 +54,47 @@ struct ColumnVector {
   }
 };
 
-// The same, and a residual of codes R. kWhole: all columns of the vector are valid.
-template <bool kShared, class R, bool kWhole>
-struct ResidualVector : ColumnVector<kShared> {
+// What is added to the steps of a value.
+QO_INLINE float steps_offset(const TileOutput& o) {
+  return static_cast<float>(o.codes.zero_point) + (Simd::kFractions ? 0.0f : o.codes.slack);
+}
+
+// The same in steps of the output's scale and plus its zero point: what is rounded to the code, but for an error below the slack,
+// which is added where CodeRounding wants it. `Exact` is the vector of the values.
+template <bool kShared>
+struct StepsVector {
+  using From = int32_t;
+  using Exact = ColumnVector<kShared>;
+  static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
+
+  typename Simd::I sum;          // kShared: what is added to the sums, else the sums of the columns
+  typename Simd::F scale, bias;  // kShared: scale is the product of all
+
+  StepsVector() = default;
+  QO_INLINE StepsVector(const TileOutput& o, int64_t column) {
+    const auto reciprocal = Simd::set(o.codes.reciprocal);
+    sum = Simd::load_int(o.column_sum + column);
+    scale = Simd::load(o.column_scale + column);
+    if constexpr (kShared) {
+      sum = Simd::mul(Simd::set_int(-o.row_zero[0]), sum);
+      scale = Simd::mul(Simd::mul(Simd::set(o.row_scale[0]), scale), reciprocal);
+    }
+    bias = Simd::add(Simd::mul(Simd::load(o.bias + column), reciprocal), Simd::set(steps_offset(o)));
+  }
+
+  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
+    if constexpr (kShared) return Simd::fma(Simd::to_float(Simd::add(sum, acc)), scale, bias);
+    const auto product = Simd::mul(Simd::mul(Simd::set(o.row_scale[row]), scale), Simd::set(o.codes.reciprocal));
+    const auto corrected = Simd::sub(acc, Simd::mul(Simd::set_int(o.row_zero[row]), sum));
+    return Simd::fma(Simd::to_float(corrected), product, bias);
+  }
+};
+
+// Values, or with `Steps` steps, and a residual of codes R. kWhole: all columns of the vector are valid.
+template <class Base, class R, bool kWhole>
+struct ResidualVector : Base {
+  using Exact = ResidualVector<typename Base::Exact, R, kWhole>;
+  static constexpr bool kSteps = !std::is_same_v<Base, typename Base::Exact>;
   const R* residual;
   int64_t valid;
   typename Simd::F residual_scale;
@@ -63,16 +102,16 @@ struct ResidualVector : ColumnVector<kShared> {
 
   ResidualVector() = default;
   QO_INLINE ResidualVector(const TileOutput& o, int64_t column)
-      : ColumnVector<kShared>(o, column),
+      : Base(o, column),
         residual(static_cast<const R*>(o.residual) + column),
         valid(o.columns - column),
-        residual_scale(Simd::set(o.extras->residual_scale)),
+        residual_scale(Simd::set(kSteps ? o.extras->residual_scale * o.codes.reciprocal : o.extras->residual_scale)),
         residual_zero(Simd::set_int(o.extras->residual_zero)) {}
 
   QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
     const R* from = residual + row * o.residual_stride;
     const auto r = kWhole ? Simd::load_int(from) : load_int_part(from, valid);
-    return Simd::fma(Simd::to_float(Simd::sub(r, residual_zero)), residual_scale, ColumnVector<kShared>::value(o, row, acc));
+    return Simd::fma(Simd::to_float(Simd::sub(r, residual_zero)), residual_scale, Base::value(o, row, acc));
   }
 };
 
@@ -85,60 +124,62 @@ struct FinishedVector {
   QO_INLINE FinishedVector(const TileOutput&, int64_t) {}
   QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return v; }
 };
+struct FinishedSteps : FinishedVector {
+  using Exact = FinishedVector;
+  FinishedSteps() = default;
+  QO_INLINE FinishedSteps(const TileOutput& o, int64_t)
+      : reciprocal(Simd::set(o.codes.reciprocal)), bias(Simd::set(steps_offset(o))) {}
+  QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return Simd::fma(v, reciprocal, bias); }
+  typename Simd::F reciprocal, bias;
+};
 
-// float32 results -> codes of eight bits, as in arithmetic.h but without a division: v * (1 / scale) rounds like the quotient
-// unless it lies close to a tie n + 1/2 (tie_for). If one of 64 values does, about once in 250 times, all 64 are divided.
-//
-// That is valid only for products that are finite and fit an int32 (TileOutput::bounded); otherwise everything is divided.
+// float32 results -> codes of eight bits, as in arithmetic.h but without a division where it does not matter (CodeOutput). Whether
+// an integer and a half is close is asked once for four vectors: about once in 100 times it is, and all four are divided. Fractions
+// tell where one instruction gives them; else the steps are rounded twice, with the slack and without it, and both make the same
+// codes.
 template <class Y>
 struct Requantize {
-  typename Simd::F scale, reciprocal;
+  typename Simd::F width;
   typename Simd::I tie, least, most;
-  typename Simd::Words zero_point;
   bool divide;
 
   QO_INLINE explicit Requantize(const TileOutput& o)
-      : scale(Simd::set(o.out_scale)),
-        reciprocal(Simd::set(1.0f / o.out_scale)),
-        tie(Simd::set_int(static_cast<int32_t>(float_bits(tie_for(farthest(o.out_zero_point)))))),
-        // ReLU: values below 0 become the code of 0; ReLU6: those above 6 that of 6
-        least(Simd::set_bytes(o.floor == 0.0f ? static_cast<Y>(o.out_zero_point) : std::numeric_limits<Y>::min())),
-        most(Simd::set_bytes(o.ceiling == 6.0f ? code_of(o.ceiling, o) : std::numeric_limits<Y>::max())),
-        zero_point(Simd::set_words(static_cast<int16_t>(o.out_zero_point))),
-        divide(!o.bounded) {}
+      : width(Simd::set(2.0f * o.codes.slack)),
+        tie(Simd::bits(Simd::set(0.5f - o.codes.slack))),
+        least(Simd::set_bytes(o.codes.least)),
+        most(Simd::set_bytes(o.codes.most)),
+        divide(o.codes.divide) {}
 
-  // The largest distance of a code from the zero point.
-  static int64_t farthest(int64_t zero) {
-    const int64_t below = zero - std::numeric_limits<Y>::min(), above = std::numeric_limits<Y>::max() - zero;
-    return below > above ? below : above;
-  }
-
-  static Y code_of(float x, const TileOutput& o) {
-    constexpr int64_t kMin = std::numeric_limits<Y>::min(), kMax = std::numeric_limits<Y>::max();
-    const float steps = clamp_steps(quantize_steps(x, o.out_scale), static_cast<float>(kMin - o.out_zero_point),
-                                    static_cast<float>(kMax - o.out_zero_point));
-    return static_cast<Y>(steps_to_code(steps, o.out_zero_point, kMin, kMax));
-  }
-
-  // value(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order.
-  template <class Value>
-  QO_INLINE typename Simd::I operator()(const Value& value) const {
-    typename Simd::I q[4];
+  // steps(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order. exact(use) calls use(i, the values of vector
+  // i).
+  template <class Steps, class Exact>
+  QO_INLINE typename Simd::I operator()(const TileOutput& o, const Steps& steps, const Exact& exact) const {
+    typename Simd::I q[4], below[4];
     auto distance = Simd::set(0.0f);
     unroll<4>([&](auto i) QO_LAMBDA {
-      const auto steps = Simd::mul(value(i), reciprocal);
-      distance = Simd::max_magnitude(distance, Simd::fraction(steps));
-      q[i.value] = Simd::to_int(steps);
+      const auto t = steps(i);
+      q[i.value] = Simd::to_int(t);
+      if constexpr (Simd::kFractions)
+        distance = Simd::max_magnitude(distance, Simd::fraction(t));
+      else
+        below[i.value] = Simd::to_int(Simd::sub(t, width));
     });
-    if (__builtin_expect(divide || Simd::any_above(Simd::bits(distance), tie), 0)) {
-      const auto most = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);  // beyond every code; NaN stays NaN
-      unroll<4>([&](auto i) QO_LAMBDA {                                    // computed again: to keep them would take four registers
-        const auto steps = Simd::min(most, Simd::max(fewest, Simd::round_even(Simd::div(value(i), scale))));
-        q[i.value] = Simd::to_int(Simd::nan_to_zero(steps));
+    auto codes = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
+    bool close;
+    if constexpr (Simd::kFractions)
+      close = Simd::any_above(Simd::bits(distance), tie);
+    else
+      close = Simd::differ(codes, Simd::template pack_lanes<Y>(below[0], below[1], below[2], below[3]));
+    if (__builtin_expect(divide || close, 0)) {
+      const auto scale = Simd::set(o.codes.scale), most_steps = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);
+      const auto zero = Simd::set_int(o.codes.zero_point);
+      exact([&](auto i, auto value) QO_LAMBDA {  // the bounds are beyond every code, and NaN becomes 0
+        const auto rounded = Simd::min(most_steps, Simd::max(fewest, Simd::round_even(Simd::div(value, scale))));
+        q[i.value] = Simd::add(Simd::to_int(Simd::nan_to_zero(rounded)), zero);
       });
+      codes = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
     }
-    const auto codes = Simd::template pack<Y>(q[0], q[1], q[2], q[3], zero_point);
-    return Simd::min_bytes(Simd::max_bytes(codes, least, Y{}), most, Y{});
+    return Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(codes), least, Y{}), most, Y{});
   }
 };
 
@@ -159,24 +200,38 @@ QO_INLINE void store_codes(Y* y, typename S::I codes, int64_t n) {
 struct Nothing {
   QO_INLINE explicit Nothing(const TileOutput&) {}
 };
+template <class Y, bool kShared>
+using ColumnOf = std::conditional_t<sizeof(Y) == 1, StepsVector<kShared>, ColumnVector<kShared>>;
 template <class Y>
 using Rounding = std::conditional_t<sizeof(Y) == 1, Requantize<Y>, Nothing>;
 
 // kRows rows of kVectors vectors, the first element at y. sum(r, v) gives what a vector of Column starts from; both arguments are
-// Int<>. `row` is the place of the first one in row_scale and row_zero. kWhole: all columns are valid, else the first `valid` of
-// them.
+// Int<>. `row` is the place of the first one in row_scale and row_zero, `column` that of the first column in the tile. kWhole: all
+// columns are valid, else the first `valid` of them.
 template <class Y, int kRows, int kVectors, bool kWhole, class Column, class Sum>
-QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const Column (&columns)[kVectors], Y* y, int64_t row,
-                            int64_t valid, const Sum& sum) {
+QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const Column (&columns)[kVectors], int64_t column,
+                            Y* y, int64_t row, int64_t valid, const Sum& sum) {
   constexpr int64_t N = Simd::N;
   const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].value(o, row + r.value, sum(r, v)); };
   if constexpr (sizeof(Y) == 1) {
     constexpr int kLast = kRows * kVectors - 1;
     static_assert(kLast < 4, "codes are made four vectors at a time");
-    const auto codes = rounding([&](auto i) QO_LAMBDA {
-      constexpr int at = i.value < kLast ? i.value : kLast;
-      return value(Int<at / kVectors>{}, Int<at % kVectors>{});
-    });
+    const auto codes = rounding(
+        o,
+        [&](auto i) QO_LAMBDA {
+          constexpr int at = i.value < kLast ? i.value : kLast;
+          return value(Int<at / kVectors>{}, Int<at % kVectors>{});
+        },
+        [&](const auto& use) QO_LAMBDA {
+          typename Column::Exact exact[kVectors];
+          unroll<kVectors>([&](auto v) QO_LAMBDA { exact[v.value] = typename Column::Exact(o, column + v.value * N); });
+          unroll<4>([&](auto i) QO_LAMBDA {
+            constexpr int at = i.value < kLast ? i.value : kLast;
+            constexpr Int<at / kVectors> r{};
+            constexpr Int<at % kVectors> v{};
+            use(i, exact[v.value].value(o, row + r.value, sum(r, v)));
+          });
+        });
     if constexpr (kWhole && kVectors == 4) {
       Simd::store_codes(y, codes);
     } else {
@@ -208,7 +263,7 @@ QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, 
   const auto block = [&](auto count, int64_t row) QO_LAMBDA {
     const auto* from = sums + row * stride + n;
     finish_block<Y, count.value, kVectors, kWhole>(
-        o, rounding, columns, static_cast<Y*>(o.y) + row * o.y_stride + n, row, o.columns - n,
+        o, rounding, columns, n, static_cast<Y*>(o.y) + row * o.y_stride + n, row, o.columns - n,
         [&](auto r, auto v) QO_LAMBDA { return Column::load(from + r.value * stride + v.value * Simd::N); });
   };
   constexpr int kTogether = 4 / kVectors;
@@ -260,7 +315,8 @@ __attribute__((noinline)) void finish_values(const TileOutput& o, float* values,
       apply_functions(o.extras->function, values + row * stride, (o.columns + Simd::N - 1) / Simd::N * Simd::N);
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_same_v<Y, int32_t>) finish_typed<Y, FinishedVector>(o, values, rows, stride);
+    if constexpr (!std::is_same_v<Y, int32_t>)
+      finish_typed<Y, std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>>(o, values, rows, stride);
   });
 }
 
@@ -278,8 +334,10 @@ QO_INLINE TileOutput plain_output(const TileOutput& o, float* values, int64_t st
 
 template <class Y, class R>
 void add_codes(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
-  o.row_step == 0 ? finish_typed<Y, ResidualVector<true, R, true>, ResidualVector<true, R, false>>(o, sums, rows, stride)
-                  : finish_typed<Y, ResidualVector<false, R, true>, ResidualVector<false, R, false>>(o, sums, rows, stride);
+  o.row_step == 0 ? finish_typed<Y, ResidualVector<StepsVector<true>, R, true>, ResidualVector<StepsVector<true>, R, false>>(
+                        o, sums, rows, stride)
+                  : finish_typed<Y, ResidualVector<StepsVector<false>, R, true>, ResidualVector<StepsVector<false>, R, false>>(
+                        o, sums, rows, stride);
 }
 
 __attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
@@ -302,8 +360,8 @@ __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* s
   if (o.extras != nullptr) return finish_extras(o, sums, rows, stride);
   with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    o.row_step == 0 ? finish_typed<Y, ColumnVector<true>>(o, sums, rows, stride)
-                    : finish_typed<Y, ColumnVector<false>>(o, sums, rows, stride);
+    o.row_step == 0 ? finish_typed<Y, ColumnOf<Y, true>>(o, sums, rows, stride)
+                    : finish_typed<Y, ColumnOf<Y, false>>(o, sums, rows, stride);
   });
 }
 
@@ -317,7 +375,7 @@ QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
       using Column = ColumnVector<shared.value != 0>;
       unroll<kVectors>([&](auto v) QO_LAMBDA {
         const Column column[1] = {Column(o, v.value * N)};
-        finish_block<float, kRows, 1, true>(o, Nothing(o), column, static_cast<float*>(o.y) + v.value * N, 0, N,
+        finish_block<float, kRows, 1, true>(o, Nothing(o), column, 0, static_cast<float*>(o.y) + v.value * N, 0, N,
                                             [&](auto r, auto) QO_LAMBDA { return sum(r, v); });
       });
     };

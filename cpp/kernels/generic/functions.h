@@ -6,14 +6,40 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
+// Some vectors, on which each operation is done in turn: the functions are long chains of operations, and the processor sees few of
+// them at a time.
+template <int K>
+struct Vectors {
+  typename Simd::F v[K];
+
+  // Vector i is f(Int<i>{}).
+  template <class F>
+  static QO_INLINE Vectors of(const F& f) {
+    Vectors made;
+    unroll<K>([&](auto i) QO_LAMBDA { made.v[i.value] = f(i); });
+    return made;
+  }
+  // Vector i becomes f(itself, Int<i>{}).
+  template <class F>
+  QO_INLINE void each(const F& f) {
+    unroll<K>([&](auto i) QO_LAMBDA { v[i.value] = f(v[i.value], i); });
+  }
+};
+
 QO_INLINE typename Simd::F negative(typename Simd::F x) {
   return Simd::as_float(Simd::xor_bits(Simd::bits(x), Simd::set_int(INT32_MIN)));
 }
 
-QO_INLINE typename Simd::F exp2_fraction(typename Simd::F f) {
-  auto p = Simd::set(kExp2[5]);
-  unroll<5>([&](auto i) QO_LAMBDA { p = Simd::fma(p, f, Simd::set(kExp2[4 - i.value])); });
-  return Simd::fma(p, f, Simd::set(1.0f));
+// 2^-f
+template <int K>
+QO_INLINE Vectors<K> exp2_fraction(const Vectors<K>& f) {
+  auto p = Vectors<K>::of([](auto) QO_LAMBDA { return Simd::set(kExp2[5]); });
+  unroll<5>([&](auto i) QO_LAMBDA {
+    const auto coefficient = Simd::set(kExp2[4 - i.value]);
+    p.each([&](auto sum, auto v) QO_LAMBDA { return Simd::fma(sum, f.v[v.value], coefficient); });
+  });
+  p.each([&](auto sum, auto v) QO_LAMBDA { return Simd::fma(sum, f.v[v.value], Simd::set(1.0f)); });
+  return p;
 }
 
 // 2^n times what `bias` holds, (127 + the power) << 23.
@@ -21,59 +47,85 @@ QO_INLINE typename Simd::F power_of_two(typename Simd::F rounded, typename Simd:
   return Simd::as_float(Simd::add(Simd::shift_left(Simd::bits(rounded), 23), bias));
 }
 
-QO_INLINE typename Simd::F exp_fraction(typename Simd::F x, typename Simd::F* rounded) {
-  *rounded = Simd::fma(x, Simd::set(kLog2E), Simd::set(kRoundMagic));
-  const auto n = Simd::sub(*rounded, Simd::set(kRoundMagic));
-  return exp2_fraction(Simd::fnma(x, Simd::set(kLog2ERest), Simd::fnma(x, Simd::set(kLog2E), n)));
+template <int K>
+QO_INLINE Vectors<K> exp_fraction(const Vectors<K>& x, Vectors<K>* rounded) {
+  const auto magic = Simd::set(kRoundMagic);
+  *rounded = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::fma(x.v[v.value], Simd::set(kLog2E), magic); });
+  auto f = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::sub(rounded->v[v.value], magic); });
+  f.each([&](auto n, auto v) QO_LAMBDA { return Simd::fnma(x.v[v.value], Simd::set(kLog2E), n); });
+  f.each([&](auto n, auto v) QO_LAMBDA { return Simd::fnma(x.v[v.value], Simd::set(kLog2ERest), n); });
+  return exp2_fraction(f);
 }
 
 QO_INLINE typename Simd::F exp_of(typename Simd::F x) {
   const auto bounded = Simd::min(Simd::set(kExpHigh), Simd::max(Simd::set(kExpLow), x)), zero = Simd::set(0.0f);
-  typename Simd::F rounded;
-  const auto p = exp_fraction(bounded, &rounded);
+  Vectors<1> rounded;
+  const auto p = exp_fraction(Vectors<1>{{bounded}}, &rounded);
   const auto bias = Simd::if_less(bounded, zero, Simd::as_float(Simd::set_int((127 + 64) << 23)),
                                   Simd::as_float(Simd::set_int((127 - 64) << 23)));
   const auto rest = Simd::if_less(bounded, zero, Simd::set(0x1p-64f), Simd::set(0x1p64f));
-  return Simd::mul(Simd::mul(p, power_of_two(rounded, Simd::bits(bias))), rest);
+  return Simd::mul(Simd::mul(p.v[0], power_of_two(rounded.v[0], Simd::bits(bias))), rest);
 }
 
 // x / (1 + e^minus_z)
-QO_INLINE typename Simd::F logistic(typename Simd::F x, typename Simd::F minus_z) {
-  typename Simd::F rounded;
-  const auto p = exp_fraction(Simd::min(Simd::set(kLogisticHigh), Simd::max(Simd::set(kLogisticLow), minus_z)), &rounded);
-  return Simd::div(x, Simd::fma(p, power_of_two(rounded, Simd::set_int(127 << 23)), Simd::set(1.0f)));
+template <int K>
+QO_INLINE void logistic(Vectors<K>* x, Vectors<K> minus_z) {
+  Vectors<K> rounded;
+  minus_z.each([](auto z, auto) QO_LAMBDA { return Simd::min(Simd::set(kLogisticHigh), Simd::max(Simd::set(kLogisticLow), z)); });
+  const Vectors<K> p = exp_fraction(minus_z, &rounded);
+  const auto bias = Simd::set_int(127 << 23);
+  x->each([&](auto above, auto v) QO_LAMBDA {
+    return Simd::div(above, Simd::fma(p.v[v.value], power_of_two(rounded.v[v.value], bias), Simd::set(1.0f)));
+  });
 }
 
-QO_INLINE typename Simd::F gelu_of(typename Simd::F x) {
-  const auto t = Simd::as_float(Simd::abs_bits(x)), one = Simd::set(1.0f), magic = Simd::set(kRoundMagic);
-  auto y = Simd::set(kGeluTail[9]);
-  unroll<9>([&](auto i) QO_LAMBDA { y = Simd::fma(y, t, Simd::set(kGeluTail[8 - i.value])); });
-  y = Simd::max(Simd::set(-127.0f), Simd::fma(y, t, Simd::set(-1.0f)));
-  const auto rounded = Simd::add(y, magic);
-  const auto tail =
-      Simd::mul(exp2_fraction(Simd::sub(Simd::sub(rounded, magic), y)), power_of_two(rounded, Simd::set_int(127 << 23)));
-  return Simd::mul(x, Simd::if_less(x, Simd::set(0.0f), tail, Simd::sub(one, tail)));
+template <int K>
+QO_INLINE void gelu_of(Vectors<K>* x) {
+  const auto one = Simd::set(1.0f), magic = Simd::set(kRoundMagic);
+  const auto t = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::as_float(Simd::abs_bits(x->v[v.value])); });
+  auto y = Vectors<K>::of([](auto) QO_LAMBDA { return Simd::set(kGeluTail[9]); });
+  unroll<9>([&](auto i) QO_LAMBDA {
+    const auto coefficient = Simd::set(kGeluTail[8 - i.value]);
+    y.each([&](auto sum, auto v) QO_LAMBDA { return Simd::fma(sum, t.v[v.value], coefficient); });
+  });
+  y.each([&](auto sum, auto v) QO_LAMBDA { return Simd::max(Simd::set(-127.0f), Simd::fma(sum, t.v[v.value], Simd::set(-1.0f))); });
+  const auto rounded = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::add(y.v[v.value], magic); });
+  y.each([&](auto power, auto v) QO_LAMBDA { return Simd::sub(Simd::sub(rounded.v[v.value], magic), power); });
+  const Vectors<K> p = exp2_fraction(y);
+  x->each([&](auto a, auto v) QO_LAMBDA {
+    const auto tail = Simd::mul(p.v[v.value], power_of_two(rounded.v[v.value], Simd::set_int(127 << 23)));
+    return Simd::mul(a, Simd::if_less(a, Simd::set(0.0f), tail, Simd::sub(one, tail)));
+  });
+}
+
+template <Function kFunction, int K>
+QO_INLINE void apply_function(Vectors<K>* x) {
+  const auto zero = Simd::set(0.0f), six = Simd::set(6.0f);
+  if constexpr (kFunction == Function::kRelu) {
+    x->each([&](auto a, auto) QO_LAMBDA { return Simd::max(zero, a); });
+  } else if constexpr (kFunction == Function::kRelu6) {
+    x->each([&](auto a, auto) QO_LAMBDA { return Simd::min(six, Simd::max(zero, a)); });
+  } else if constexpr (kFunction == Function::kHardswish) {
+    x->each([&](auto a, auto)
+                QO_LAMBDA { return Simd::div(Simd::mul(a, Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f))))), six); });
+  } else if constexpr (kFunction == Function::kGelu) {
+    gelu_of(x);
+  } else if constexpr (kFunction == Function::kSilu || kFunction == Function::kGeluTanh) {
+    Vectors<K> minus_z = *x;
+    if constexpr (kFunction == Function::kGeluTanh)
+      minus_z.each([](auto a, auto) QO_LAMBDA {
+        return Simd::mul(a, Simd::fma(Simd::mul(a, a), Simd::set(kGeluTanhCubic), Simd::set(kGeluTanhLinear)));
+      });
+    minus_z.each([](auto z, auto) QO_LAMBDA { return negative(z); });
+    logistic(x, minus_z);
+  }
 }
 
 template <Function kFunction>
 QO_INLINE typename Simd::F apply_function(typename Simd::F x) {
-  const auto zero = Simd::set(0.0f), six = Simd::set(6.0f);
-  if constexpr (kFunction == Function::kRelu) {
-    return Simd::max(zero, x);
-  } else if constexpr (kFunction == Function::kRelu6) {
-    return Simd::min(six, Simd::max(zero, x));
-  } else if constexpr (kFunction == Function::kHardswish) {
-    return Simd::div(Simd::mul(x, Simd::min(six, Simd::max(zero, Simd::add(x, Simd::set(3.0f))))), six);
-  } else if constexpr (kFunction == Function::kSilu) {
-    return logistic(x, negative(x));
-  } else if constexpr (kFunction == Function::kGelu) {
-    return gelu_of(x);
-  } else if constexpr (kFunction == Function::kGeluTanh) {
-    const auto z = Simd::mul(x, Simd::fma(Simd::mul(x, x), Simd::set(kGeluTanhCubic), Simd::set(kGeluTanhLinear)));
-    return logistic(x, negative(z));
-  } else {
-    return x;
-  }
+  Vectors<1> one{{x}};
+  apply_function<kFunction>(&one);
+  return one.v[0];
 }
 
 // Calls f(a constant whose value is the function).
@@ -90,17 +142,17 @@ QO_INLINE void with_function(Function function, const F& f) {
   }
 }
 
-// x[i] = the function of x[i]; vectors four at a time, so that their long chains of operations overlap.
+// x[i] = the function of x[i]
 __attribute__((noinline, unused)) void apply_functions(Function function, float* x, int64_t n) {
   with_function(function, [&](auto constant) QO_LAMBDA {
     constexpr int64_t N = Simd::N;
     if constexpr (constant.value != Function::kNone) {
       int64_t i = 0;
-      for (; i + 4 * N <= n; i += 4 * N)
-        unroll<4>([&](auto v) QO_LAMBDA {
-          float* at = x + i + v.value * N;
-          Simd::store(at, apply_function<constant.value>(Simd::load(at)));
-        });
+      for (; i + 4 * N <= n; i += 4 * N) {
+        auto four = Vectors<4>::of([&](auto v) QO_LAMBDA { return Simd::load(x + i + v.value * N); });
+        apply_function<constant.value>(&four);
+        unroll<4>([&](auto v) QO_LAMBDA { Simd::store(x + i + v.value * N, four.v[v.value]); });
+      }
       for (; i < n; i += N) store_part(x + i, apply_function<constant.value>(load_part(x + i, n - i)), n - i);
     }
   });

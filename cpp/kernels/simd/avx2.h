@@ -15,6 +15,7 @@ namespace {
 struct Simd {
   static constexpr int N = 8;
   static constexpr bool kMasks = false;
+  static constexpr bool kFractions = false;
   using F = __m256;
   using I = __m256i;
   using Words = __m256i;  // int16
@@ -79,15 +80,17 @@ struct Simd {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(v, order));
   }
 
-  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
-  static QO_INLINE Words set_words(int16_t v) { return _mm256_set1_epi16(v); }
+  // Saturating: 4 N codes as bytes, whose order order_lanes mends; vector q of the four is then their quarter q.
   static QO_INLINE I set_bytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
   template <class Y>
-  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
-    const I ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero_point),
-            cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero_point);
-    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return _mm256_permutevar8x32_epi32(std::is_same_v<Y, int8_t> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd), order);
+  static QO_INLINE I pack_lanes(I a, I b, I c, I d) {
+    const I ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+    return std::is_same_v<Y, int8_t> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd);
+  }
+  static QO_INLINE I order_lanes(I codes) { return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+  static QO_INLINE bool differ(I a, I b) {
+    const I c = _mm256_xor_si256(a, b);
+    return !_mm256_testz_si256(c, c);
   }
   static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm256_max_epi8(a, b); }
   static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm256_max_epu8(a, b); }

@@ -14,7 +14,8 @@ namespace {
 
 struct Simd {
   static constexpr int N = 16;
-  static constexpr bool kMasks = true;  // a store of the first n elements alone
+  static constexpr bool kMasks = true;      // a store of the first n elements alone
+  static constexpr bool kFractions = true;  // max_magnitude and fraction are one instruction each
   using F = __m512;
   using I = __m512i;
   using Words = __m512i;  // int16
@@ -81,16 +82,17 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, v));
   }
 
-  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
-  static QO_INLINE Words set_words(int16_t v) { return _mm512_set1_epi16(v); }
+  // Saturating: 4 N codes as bytes, whose order order_lanes mends; vector q of the four is then their quarter q.
   static QO_INLINE I set_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
   template <class Y>
-  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
-    const I ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero_point),
-            cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero_point);
-    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, std::is_same_v<Y, int8_t> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd));
+  static QO_INLINE I pack_lanes(I a, I b, I c, I d) {
+    const I ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    return std::is_same_v<Y, int8_t> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
   }
+  static QO_INLINE I order_lanes(I codes) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), codes);
+  }
+  static QO_INLINE bool differ(I a, I b) { return _mm512_cmpneq_epi32_mask(a, b) != 0; }
   static QO_INLINE I max_bytes(I a, I b, int8_t) { return _mm512_max_epi8(a, b); }
   static QO_INLINE I max_bytes(I a, I b, uint8_t) { return _mm512_max_epu8(a, b); }
   static QO_INLINE I min_bytes(I a, I b, int8_t) { return _mm512_min_epi8(a, b); }

@@ -16,6 +16,7 @@ namespace {
 struct Simd {
   static constexpr int N = 4;
   static constexpr bool kMasks = false;
+  static constexpr bool kFractions = false;
   using F = float32x4_t;
   using I = int32x4_t;
   using Words = int16x8_t;
@@ -82,16 +83,16 @@ struct Simd {
     vst1q_f64(p + 2, v.high);
   }
 
-  // Saturating: 4 N codes + zero_point as bytes, in order; vector q of the four is their quarter q.
-  static QO_INLINE Words set_words(int16_t v) { return vdupq_n_s16(v); }
+  // Saturating: 4 N codes as bytes, in order; vector q of the four is their quarter q.
   static QO_INLINE I set_bytes(int v) { return vreinterpretq_s32_s8(vdupq_n_s8(static_cast<int8_t>(v))); }
   template <class Y>
-  static QO_INLINE I pack(I a, I b, I c, I d, Words zero_point) {
-    const int16x8_t ab = vqaddq_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)), zero_point);
-    const int16x8_t cd = vqaddq_s16(vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)), zero_point);
+  static QO_INLINE I pack_lanes(I a, I b, I c, I d) {
+    const int16x8_t ab = vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)), cd = vcombine_s16(vqmovn_s32(c), vqmovn_s32(d));
     if constexpr (std::is_same_v<Y, int8_t>) return vreinterpretq_s32_s8(vcombine_s8(vqmovn_s16(ab), vqmovn_s16(cd)));
     return vreinterpretq_s32_u8(vcombine_u8(vqmovun_s16(ab), vqmovun_s16(cd)));
   }
+  static QO_INLINE I order_lanes(I codes) { return codes; }
+  static QO_INLINE bool differ(I a, I b) { return vmaxvq_u32(vreinterpretq_u32_s32(veorq_s32(a, b))) != 0; }
   static QO_INLINE I max_bytes(I a, I b, int8_t) {
     return vreinterpretq_s32_s8(vmaxq_s8(vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)));
   }

@@ -15,6 +15,7 @@ namespace {
 struct Simd {
   static constexpr int N = 1;
   static constexpr bool kMasks = false;
+  static constexpr bool kFractions = false;  // whether max_magnitude and fraction are one instruction each
   using F = float;
   using I = int32_t;
   using Words = int32_t;
@@ -45,19 +46,20 @@ struct Simd {
     *p = static_cast<T>(v);
   }
 
-  // four codes + zero_point as the bytes of an int32, saturating
-  static Words set_words(int16_t v) { return v; }
+  // four codes as the bytes of an int32, saturating
   static I set_bytes(int v) { return static_cast<I>(0x01010101u * static_cast<uint8_t>(v)); }
   template <class Y>
-  static I pack(I a, I b, I c, I d, Words zero_point) {
+  static I pack_lanes(I a, I b, I c, I d) {
     uint32_t bytes = 0;
     const I codes[4] = {a, b, c, d};
     for (int i = 0; i < 4; ++i) {
-      const int64_t q = int64_t{codes[i]} + zero_point, least = std::numeric_limits<Y>::min(), most = std::numeric_limits<Y>::max();
+      const I q = codes[i], least = std::numeric_limits<Y>::min(), most = std::numeric_limits<Y>::max();
       bytes |= static_cast<uint32_t>(static_cast<uint8_t>(q < least ? least : q > most ? most : q)) << 8 * i;
     }
     return static_cast<I>(bytes);
   }
+  static I order_lanes(I codes) { return codes; }
+  static bool differ(I a, I b) { return a != b; }
   template <class Y>
   static I max_bytes(I a, I b, Y) {
     uint32_t bytes = 0;

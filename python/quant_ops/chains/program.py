@@ -7,8 +7,8 @@ constants, None for one that is absent, and numbers, -1 for one that is absent. 
 Each tensor and each integer that an operator takes costs the call a tenth of a microsecond. So scales and zero points can lie
 together, where :func:`element` names one of them, and the encoding has eight bytes an integer.
 
-A value of four dimensions lies in channels_last after a convolution, else as the first input of its step. :func:`run_steps` is the
-reference: each step by the operator of its name. cpp/cpu/chain.cpp gives the same bits on the CPU.
+Values of four dimensions lie in channels_last. :func:`run_steps` is the reference: each step by the operator of its name.
+cpp/cpu/chain.cpp gives the same bits on the CPU.
 """
 
 import functools
@@ -266,7 +266,7 @@ def _constant(constants: Sequence[Tensor], index: int | None) -> Tensor | None:
 
 def _dense(x: Tensor) -> Tensor:
     """Contiguous, or, of four dimensions, channels_last."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
 def _operator(name: str) -> Any:
@@ -363,7 +363,7 @@ def _upsample_nearest2d(step: Step, values: list[Any], constants: list[Any]) -> 
 
 
 def _flatten(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
-    return values[0].flatten(step.numbers[0]).contiguous()
+    return _dense(values[0].flatten(step.numbers[0]))
 
 
 _RUN = {

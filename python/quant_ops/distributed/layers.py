@@ -26,7 +26,7 @@ from ..nn.weight_only import _looked_up
 from .cut import SIZED, Cut
 from .sums import finished, shared_qparams
 
-_EPILOGUE = ("out_scale", "out_zero_point", "relu")
+_EPILOGUE = ("out_scale", "out_zero_point", "relu", "activation")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

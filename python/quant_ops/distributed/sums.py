@@ -2,7 +2,7 @@
 
     x_scale, x_zero_point = those of the whole row, from the smallest and largest element of all parts (one all-reduce of M pairs)
     acc = sum over the processes of int32 sums (one all-reduce of M * N integers, without a rounding)
-    y = fma(float(acc), x_scale * weight_scale, bias), ReLU, then one rounding: the formula of cpp/contract/ops.h
+    y = fma(float(acc), x_scale * weight_scale, bias), the activation, then one rounding: the formula of cpp/contract/ops.h
 
 so that the results are those of the whole layer, bit for bit. Read next: layers.py.
 """
@@ -34,6 +34,14 @@ def shared_qparams(x: Tensor, dims: tuple[int, ...], asymmetric: bool, group: An
     return scale, zero_point if asymmetric else None
 
 
+def _activated(y: Tensor, activation: int) -> Tensor:
+    """The activation of this number, with the operators' own bits: of a product of zeros, whose sums are -0, with y as residual."""
+    one, rows = torch.ones((), device=y.device), y.reshape(-1, y.shape[-1])
+    x, weight = (torch.zeros(n, 1, dtype=torch.int8, device=y.device) for n in rows.shape)
+    made: Tensor = torch.ops.quant_ops.int8_linear(x, weight, -one, None, one, residual=rows, activation=activation)
+    return made.view_as(y)
+
+
 def finished(
     acc: Tensor,
     row_scale: Tensor,
@@ -41,6 +49,7 @@ def finished(
     bias: Tensor | None,
     dtype: torch.dtype,
     relu: bool = False,
+    activation: int = 0,
     out_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
 ) -> Tensor:
@@ -55,6 +64,8 @@ def finished(
         y = fused_multiply_add(acc.float(), product, bias)
     if relu:
         y = y.clamp_min(0.0)
+    elif activation:
+        y = _activated(y, activation)
     if out_scale is not None:
         zero_point = None if out_zero_point is None else out_zero_point.to(torch.int32)
         return quant_tensor_forward(y, out_scale, zero_point, -128, 127, zero_point is not None, simulate=False)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..ops.backward import differentiable
 from .int8 import Int8Layer
+from .kept import repeater
 
 _linear = torch.ops.quant_ops.int8_linear.default
 
@@ -14,8 +15,8 @@ class QuantLinear(Int8Layer):
 
     Make one with :meth:`from_float`, or empty with the constructor and ``load_state_dict``; ``asymmetric`` (dynamic quantization
     with a zero point), ``relu``, ``activation`` and ``backward`` (gradients flow to the input) are settings of the layer, not part
-    of its state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The layer
-    has buffers and no parameters.
+    of its state_dict; ``backward`` may be assigned. Weights are replaced by ``load_state_dict``, or by assigning ``qweight``. The
+    layer has buffers and no parameters.
 
     Shapes: input ``(..., in_features)``, output ``(..., out_features)``; float32, float16 or bfloat16 in, the same dtype out. A
     static layer (``input_scale`` given) takes int8 as well, and with ``output_scale`` gives int8 to the next layer.
@@ -28,6 +29,7 @@ class QuantLinear(Int8Layer):
     geometry = ("in_features", "out_features")
     optional = (*Int8Layer.optional, "input_multiplier")
     _granularity = "per row"
+    _repeats = repeater("int8_linear")
 
     input_multiplier: Tensor | None
 

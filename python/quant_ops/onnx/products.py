@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.int8 import ACTIVATIONS
 from .builder import Builder, sizes
 from .quantize import Codes, choose, elements, quantized, written_zero_point
 
@@ -163,7 +164,8 @@ class Epilogue:
 
     weight_scale: Tensor
     bias: Tensor | None
-    relu: bool
+    residual: ir.Value | None  # of floats
+    activation: str | None
     out_scale: ir.Value | None
     out_zero_point: ir.Value | None
     out_dtype: ir.DataType
@@ -191,8 +193,10 @@ def scaled(b: Builder, sums: ir.Value, x: Operand, weight_sums: Tensor, end: Epi
 
 
 def finished(b: Builder, y: ir.Value, end: Epilogue) -> ir.Value:
-    """ReLU, and the codes or the type of the result."""
-    y = b.op("Relu", y) if end.relu else y
+    """The residual, the activation, and the codes or the type of the result."""
+    if end.residual is not None:
+        y = b.op("Add", y, end.residual)
+    y = _activated(b, y, end.activation)
     if end.out_scale is None:
         return b.cast(y, end.out_dtype, _FLOAT)
     kind = torch.uint8 if end.out_dtype == ir.DataType.UINT8 else torch.int8
@@ -201,6 +205,26 @@ def finished(b: Builder, y: ir.Value, end: Epilogue) -> ir.Value:
     if kind == torch.int8 and b.settings.shift:
         b.shifted[q] = b.op("QuantizeLinear", y, end.out_scale, written_zero_point(b, end.out_zero_point, input_codes(b)))
     return q
+
+
+def _activated(b: Builder, y: ir.Value, activation: str | None) -> ir.Value:
+    if activation == "relu6":
+        return b.op("Clip", y, b.number(0.0), b.number(6.0))
+    if activation == "silu":
+        return b.op("Mul", y, b.op("Sigmoid", y))
+    if activation in ("gelu", "gelu_tanh"):
+        return b.op("Gelu", y, approximate="none" if activation == "gelu" else "tanh")
+    return y if activation is None else b.op({"relu": "Relu", "hardswish": "HardSwish"}[activation], y)
+
+
+def _residual(b: Builder, options: dict[str, Any]) -> ir.Value | None:
+    """What is added to y, in float32."""
+    residual: ir.Value | None = options["residual"]
+    if residual is None or options["residual_scale"] is None:
+        return None if residual is None else b.float32(residual)
+    codes = Codes(0, 255, torch.uint8) if residual.dtype == ir.DataType.UINT8 else Codes(-128, 127, torch.int8)
+    zero_point = written_zero_point(b, options["residual_zero_point"], codes)
+    return b.op("DequantizeLinear", residual, b.float32(options["residual_scale"]), zero_point)
 
 
 def _epilogue(
@@ -212,7 +236,8 @@ def _epilogue(
     return Epilogue(
         weight_scale=scale.float().reshape(-1).expand(channels).contiguous(),
         bias=None if offset is None else offset.float(),
-        relu=options["relu"],
+        residual=_residual(b, options),
+        activation="relu" if options["relu"] else None if not options["activation"] else ACTIVATIONS[options["activation"] - 1],
         out_scale=options["out_scale"],
         out_zero_point=options["out_zero_point"],
         out_dtype=options["result"],
@@ -286,6 +311,8 @@ def int8_linear(
         rows = b.reshape(x, -1, k)
         rows.shape, rows.dtype = ir.Shape([None, k]), x.dtype
         x = rows
+        if end.residual is not None:
+            end = dataclasses.replace(end, residual=b.reshape(end.residual, -1, n))
     if x_scale is None:
         operand = dynamic(b, b.float32(x), [1], _rows(given), 2, asymmetric)
     else:
@@ -344,6 +371,8 @@ def int8_conv2d(
     if single := len(sizes(x)) == 3:
         x = b.op("Unsqueeze", x, b.axes(0))
         x.shape, x.dtype = ir.Shape([1, *sizes(given)]), given.dtype
+        if end.residual is not None:
+            end = dataclasses.replace(end, residual=b.op("Unsqueeze", end.residual, b.axes(0)))
     top, bottom, left, right = padding if len(padding) == 4 else [padding[0], padding[0], padding[-1], padding[-1]]
     pads = [top, left, bottom, right]
     in_floats = groups > 1 and codes[0].numel() <= _FLOAT_LIMIT

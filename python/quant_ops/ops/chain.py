@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from quant_ops.chains.program import Program, run_steps
-from quant_ops.ops._register import call, register_kernel
+from quant_ops.ops._register import call, inference_only, register_kernel
 
 _ops = torch.ops.quant_ops
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def int8_chain(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: Sequence[int]) -> list[Tensor]:
     """Runs a chain of int8 operators in one call, with the bits of its steps called one by one.
 
     On the CPU nothing of torch runs between the steps, their values share one piece of memory, and a batch is cut so that samples
-    stay in the cache from step to step; with several threads each thread takes samples of its own.
+    stay in the cache from step to step; with several threads each thread takes samples of its own. Plans are kept for the last
+    64 programs and shapes of inputs.
 
     Args:
         inputs: the first values.
@@ -28,7 +28,7 @@ def int8_chain(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: S
         program: of ``quant_ops.chains.program.Program.encode``.
 
     Returns:
-        The values that the program names as its results.
+        The values that the program names as its results; those of four dimensions are channels_last.
 
     Raises:
         TypeError: a dtype that a step does not take.
@@ -38,9 +38,10 @@ def int8_chain(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: S
     return call(_ops.int8_chain.default, list(inputs), list(constants), program)
 
 
-def _step_by_step(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: Sequence[int]) -> list[Tensor]:
+def _one_by_one(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: Sequence[int]) -> list[Tensor]:
     return run_steps(Program.decode(program), inputs, constants)
 
 
-register_kernel("int8_chain", _step_by_step, "CUDA")
-torch.library.register_fake("quant_ops::int8_chain", _step_by_step)
+register_kernel("int8_chain", _one_by_one, "CUDA")
+torch.library.register_fake("quant_ops::int8_chain", _one_by_one)
+inference_only("int8_chain")
