@@ -1,6 +1,6 @@
 """chain_: what is found and fused, that the bits are those of the steps, and that chained models are saved, copied and exported.
 
-With ``residual_dtype=torch.float32`` every value of a chain is the one that the layers give when they are called one by one, as
+With sums in float32, the default, every value of a chain is the one that the layers give when they are called one by one, as
 long as no pool averages codes: then the chained model has to be equal to the unchained one.
 """
 
@@ -60,7 +60,7 @@ class Of(nn.Module):
 def equal_bits(network, expected_steps, data=None):
     """Chains it, without an average pool in it: the bits stay, and these steps are found."""
     data = images() if data is None else data
-    unchained, result = pair(network, data, residual_dtype=torch.float32)
+    unchained, result = pair(network, data)
     assert steps(result) == expected_steps
     for batch in data:
         assert torch.equal(result.model(batch), unchained(batch))

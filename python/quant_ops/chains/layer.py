@@ -85,7 +85,6 @@ class Chain(nn.Module):
         groups = itertools.groupby(sources, operator.itemgetter(0))
         self._constants = [(path, [name for _, name in group]) for path, group in groups]  # by owner, whose buffers they are
         self._owners: list[nn.Module] | None = None
-        self._in_channels_last = [not _read_by_convolutions(program, value) for value in range(program.inputs)]
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
@@ -95,17 +94,13 @@ class Chain(nn.Module):
             tracer: Any = inputs[0].tracer
             node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
             return node
-        values = [
-            x.contiguous(memory_format=torch.channels_last) if in_channels_last and x.dim() == 4 else x
-            for x, in_channels_last in zip(inputs, self._in_channels_last, strict=True)
-        ]
         if is_compiling() or torch.is_inference_mode_enabled() or in_transform() is not None:
-            results = call(_int8_chain, values, self.constants(), self._code)
+            results = call(_int8_chain, inputs, self.constants(), self._code)
         elif wants_derivative(inputs):
-            results = _Inference.apply(self.constants(), self._code, *values)  # type: ignore[no-untyped-call]
+            results = _Inference.apply(self.constants(), self._code, *inputs)  # type: ignore[no-untyped-call]
         else:
             with _below_autograd():
-                results = call(_int8_chain, values, self.constants(), self._code)
+                results = call(_int8_chain, inputs, self.constants(), self._code)
         return results[0] if len(results) == 1 else tuple(results)
 
     def constants(self) -> list[Tensor]:
@@ -194,16 +189,6 @@ class Chain(nn.Module):
         return (
             f"{layers} layers, {len(self.program.steps)} steps, {self.program.inputs} inputs, {len(self.program.outputs)} results"
         )
-
-
-def _read_by_convolutions(program: Program, value: int) -> bool:
-    """Whether an input is only quantized for convolutions, which take it as it lies. Other steps want one order of all values."""
-    for number, step in enumerate(program.steps, program.inputs):
-        if value in step.inputs:
-            readers = [reader for reader in program.steps if number in reader.inputs]
-            if step.op != "quantize" or any(reader.op != "conv2d" or number in reader.inputs[1:] for reader in readers):
-                return False
-    return True
 
 
 class _Inference(torch.autograd.Function):

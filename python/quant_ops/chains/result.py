@@ -165,7 +165,7 @@ def chain_(
     example_inputs: Any,
     *,
     calibration: Iterable[Any] | None = None,
-    residual_dtype: torch.dtype = torch.float16,
+    residual_dtype: torch.dtype = torch.float32,
 ) -> ChainResult:
     """Joins the layers of a calibrated int8 model to chains, in place: values stay int8 from one layer to the next.
 
@@ -184,7 +184,7 @@ def chain_(
             batch and image sizes may be others.
         calibration: batches as for :func:`calibrate`, for the scales that are new. Without it ``example_inputs`` is all that they
             are chosen by, and has to be data as the model will see it.
-        residual_dtype: of values that additions read: float16 or float32, or int8, which is faster and rounds the sum that runs
+        residual_dtype: of values that additions read: float32 or float16, or int8, which is faster and rounds the sum that runs
             through a residual network in every block.
 
     Returns:
