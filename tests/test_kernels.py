@@ -176,8 +176,8 @@ def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("fill", ["random", "max", "min", "alternating", "sparse"])
 def test_depthwise_is_exact(isa, fill):
-    """Channels around a block, rows around a group of four, one or two output rows, runs around a group of pixels, columns outside on
-    both sides."""
+    """Channels around a block, rows around a group of four, one or two output rows, runs around a group of pixels, and columns
+    outside on both sides."""
     rng = np.random.default_rng(4)
     for channels, (r, s) in itertools.product(
         [2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 130], [(1, 1), (1, 3), (3, 1), (3, 3), (4, 2), (5, 5), (7, 7), (9, 2)]

@@ -21,6 +21,12 @@ void for_each_product(const KernelTable& table, const InputParams& in, int64_t o
   }
 }
 
+// A function of its own: where a pointer is captured by reference, each byte that is stored could change it, and the loop would go
+// byte by byte.
+void flip_top_bits(const int8_t* __restrict x, int64_t n, uint8_t* __restrict codes) {
+  for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(static_cast<uint8_t>(x[k]) ^ 0x80u);
+}
+
 }  // namespace
 
 void find_range(const KernelTable& table, const InputParams& in, int64_t offset, int64_t n, Range* range) {
@@ -52,8 +58,7 @@ void write_codes(const KernelTable& table, const InputParams& in, int64_t offset
   if (in.dtype == DType::kUInt8) {
     std::memcpy(codes, static_cast<const uint8_t*>(in.x) + offset, static_cast<size_t>(n));
   } else if (in.dtype == DType::kInt8) {
-    const int8_t* x = static_cast<const int8_t*>(in.x) + offset;
-    for (int64_t k = 0; k < n; ++k) codes[k] = static_cast<uint8_t>(x[k]) ^ 0x80u;
+    flip_top_bits(static_cast<const int8_t*>(in.x) + offset, n, codes);
   } else {
     // symmetric codes need no clamp to [1, 255]: |x| <= absmax, so none is 0
     const auto write = [&](const void* x, DType dtype, int64_t count, uint8_t* to) {
