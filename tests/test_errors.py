@@ -480,12 +480,10 @@ _WINDOWED = "int8_max_pool2d int8_avg_pool2d"
 add(_WINDOWED, "kernel_size >= 1, got (2, 0)", kernel_size=[2, 0])
 add(_WINDOWED, "stride >= 1, got (0, 1)", stride=[0, 1])
 add(_WINDOWED, "padding >= 0, got (-1, 0)", padding=[-1, 0])
-_sentence = "a result of at least 1 x 1, got an image of 5 x 5, kernel_size (6, 1), padding (0, 0) and dilation "
-add("int8_max_pool2d", _sentence + "(1, 1)", kernel_size=[6, 1])
-add("int8_avg_pool2d", _sentence + "(1,)", kernel_size=[6, 1])
-_sentence = "padding of at most half of the window, got padding (2, 0), kernel_size (2, 2) and dilation "
-add("int8_max_pool2d", _sentence + "(1, 1)", padding=[2, 0])
-add("int8_avg_pool2d", _sentence + "(1,)", padding=[2, 0])
+_sentence = "a result of at least 1 x 1, got an image of 5 x 5, kernel_size (6, 1), padding (0, 0) and dilation (1, 1)"
+add(_WINDOWED, _sentence, kernel_size=[6, 1])
+_sentence = "padding of at most half of the window, got padding (2, 0), kernel_size (2, 2) and dilation (1, 1)"
+add(_WINDOWED, _sentence, padding=[2, 0])
 add("int8_avg_pool2d", "divisor_override other than 0, got 0", divisor_override=0)
 add("int8_adaptive_avg_pool2d", "output_size >= 1, got (0, 2)", output_size=[0, 2])
 add("int8_upsample_nearest2d", "scale_factor >= 1, got (2, 0)", scale_factor=[2, 0])

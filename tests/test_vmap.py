@@ -120,20 +120,21 @@ CONV = {
     "weights": (lambda x, w: qo.int8_conv2d(x, w, KS, B, *GEOMETRY), [0, 0], IMAGES, codes(3, 6, 2, 3, 3)),
 }
 Q = codes(3, 2, 4, 7, 5)
+ONE = torch.tensor(0.05)
 OUT = {"out_scale": torch.tensor(0.1), "out_zero_point": torch.tensor(2)}
 BETWEEN = {
-    "requantize": (lambda x: qo.requantize(x, S, **OUT, activation="relu"), [0], Q),
-    "requantize, last": (lambda x: qo.requantize(x, S), [-1], Q),
+    "requantize": (lambda x: qo.requantize(x, ONE, **OUT, activation="relu"), [0], Q),
+    "requantize, last": (lambda x: qo.requantize(x, ONE), [-1], Q),
     "requantize, scales": (qo.requantize, [0, 0], Q, scales(3)),
-    "add": (lambda a, b: qo.int8_add(a, b, S, S, **OUT), [0, 1], Q, Q.transpose(0, 1)),
-    "add, one for all": (lambda a, b: qo.int8_add(a, b, S, S, **OUT), [None, 0], Q[0], Q),
-    "cat": (lambda a, b: qo.int8_cat([a, b], [S, S], **OUT), [0, 0], Q, Q[:, :, :2]),
-    "cat, from the end": (lambda a, b: qo.int8_cat([a, b], [S, S], [], -1, **OUT), [0, None], Q, Q[0]),
-    "cat, scales": (lambda a, s: qo.int8_cat([a, a], [s, S], **OUT), [0, 0], Q, scales(3)),
+    "add": (lambda a, b: qo.int8_add(a, b, ONE, ONE, **OUT), [0, 1], Q, Q.transpose(0, 1)),
+    "add, one for all": (lambda a, b: qo.int8_add(a, b, ONE, ONE, **OUT), [None, 0], Q[0], Q),
+    "cat": (lambda a, b: qo.int8_cat([a, b], [ONE, ONE], [], **OUT), [0, 0], Q, Q[:, :, :2]),
+    "cat, from the end": (lambda a, b: qo.int8_cat([a, b], [ONE, ONE], [], -1, **OUT), [0, None], Q, Q[0]),
+    "cat, scales": (lambda a, s: qo.int8_cat([a, a], [s, ONE], [], **OUT), [0, 0], Q, scales(3)),
     "max": (lambda x: qo.int8_max_pool2d(x, 3, 2, 1), [0], Q),
     "max of images": (lambda x: qo.int8_max_pool2d(x, 2), [1], Q[0]),
-    "average": (lambda x: qo.int8_avg_pool2d(x, S, None, 3, 2, 1, **OUT), [0], Q),
-    "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, S, None, 2, **OUT), [-1], Q.movedim(0, -1)),
+    "average": (lambda x: qo.int8_avg_pool2d(x, ONE, None, 3, 2, 1, **OUT), [0], Q),
+    "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, ONE, None, 2, **OUT), [-1], Q.movedim(0, -1)),
     "upsample": (lambda x: qo.int8_upsample_nearest2d(x, 2), [0], Q),
 }
 GEMM = {

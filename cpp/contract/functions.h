@@ -67,8 +67,9 @@ QO_HD float most_of(float a, float b) { return a > b ? a : b; }
 
 // 2^-f for |f| <= 1/2.
 QO_HD float exp2_fraction(float f) {
-  float p = kExp2[5];
-  for (int i = 4; i >= 0; --i) p = fused(p, f, kExp2[i]);
+  constexpr float c[] = {kExp2[0], kExp2[1], kExp2[2], kExp2[3], kExp2[4], kExp2[5]};  // device code cannot read the host's tables
+  float p = c[5];
+  for (int i = 4; i >= 0; --i) p = fused(p, f, c[i]);
   return fused(p, f, 1.0f);
 }
 
@@ -102,8 +103,10 @@ QO_HD float logistic(float x, float z) {
 
 QO_HD float gelu_of(float x) {
   const float t = bits_float(float_bits(x) & 0x7fffffffu);
-  float y = kGeluTail[9];
-  for (int i = 8; i >= 0; --i) y = fused(y, t, kGeluTail[i]);
+  constexpr float c[] = {kGeluTail[0], kGeluTail[1], kGeluTail[2], kGeluTail[3], kGeluTail[4],
+                         kGeluTail[5], kGeluTail[6], kGeluTail[7], kGeluTail[8], kGeluTail[9]};
+  float y = c[9];
+  for (int i = 8; i >= 0; --i) y = fused(y, t, c[i]);
   y = most_of(-127.0f, fused(y, t, -1.0f));
   const float rounded = y + kRoundMagic;
   const float tail = exp2_fraction((rounded - kRoundMagic) - y) * power_of_two(rounded, 0);

@@ -78,12 +78,12 @@ inline Windows windows_of(const char* op, const Image& image, const WindowArgs& 
     const int64_t size = d == 0 ? image.H : image.W;
     const bool small = std::max({kernel[d], stride[d], pad[d], dilation[d], size, image.N}) < kMostSize;
     QO_EXPECT(small, op, "the batch, each side of the image, kernel_size, stride, padding and dilation below 2^30, got x of ",
-              image.N, " images of ", image.H, " x ", image.W, ", kernel_size ", shape_text(args.kernel_size), ", stride ",
-              shape_text(args.stride), ", padding ", shape_text(args.padding), " and dilation ", shape_text(args.dilation),
-              ". Split the batch or the image.");
+              image.N, " images of ", image.H, " x ", image.W, ", kernel_size ", shape_text(Ints(kernel, kernel + 2)), ", stride ",
+              shape_text(Ints(stride, stride + 2)), ", padding ", shape_text(Ints(pad, pad + 2)), " and dilation ",
+              shape_text(Ints(dilation, dilation + 2)), ". Split the batch or the image.");
     const int64_t reach = dilation[d] * (kernel[d] - 1) + 1;
-    QO_EXPECT(2 * pad[d] <= reach, op, "padding of at most half of the window, got padding ", shape_text(args.padding),
-              ", kernel_size ", shape_text(args.kernel_size), " and dilation ", shape_text(args.dilation));
+    QO_EXPECT(2 * pad[d] <= reach, op, "padding of at most half of the window, got padding ", shape_text(Ints(pad, pad + 2)),
+              ", kernel_size ", shape_text(Ints(kernel, kernel + 2)), " and dilation ", shape_text(Ints(dilation, dilation + 2)));
     const int64_t room = size + 2 * pad[d] - reach;
     int64_t out = room < 0 ? 0 : room / stride[d] + 1;
     if (args.ceil_mode && room + stride[d] - 1 >= 0) {
@@ -91,7 +91,8 @@ inline Windows windows_of(const char* op, const Image& image, const WindowArgs& 
       if ((out - 1) * stride[d] >= size + pad[d]) --out;
     }
     QO_EXPECT(out >= 1, op, "a result of at least 1 x 1, got an image of ", image.H, " x ", image.W, ", kernel_size ",
-              shape_text(args.kernel_size), ", padding ", shape_text(args.padding), " and dilation ", shape_text(args.dilation));
+              shape_text(Ints(kernel, kernel + 2)), ", padding ", shape_text(Ints(pad, pad + 2)), " and dilation ",
+              shape_text(Ints(dilation, dilation + 2)));
     windows.axis[d] = {.size = size, .out = out, .kernel = kernel[d], .stride = stride[d], .pad = pad[d], .dilation = dilation[d]};
   }
   expect_elements(op, "a result", {image.N, image.C, windows.axis[0].out, windows.axis[1].out});

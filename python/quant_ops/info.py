@@ -24,7 +24,6 @@ _ENTRIES = {
     "int8_max_pool2d": ("max_pool",),
     "int8_avg_pool2d": ("sum_pool", "pointwise"),
     "int8_adaptive_avg_pool2d": ("sum_pool", "pointwise"),
-    "int8_upsample_nearest2d": (),
     "weight_only_linear": ("nibbles", "gemm", "gemm_few_rows", "fold", "few_rows", "expand", "float_tile"),
     "weight_only_embedding": ("store",),
     "quant_tensor_forward": ("quantize",),

@@ -127,7 +127,7 @@ inference_only("int8_add")
 def int8_cat(
     tensors: Sequence[Tensor],
     scales: Sequence[Tensor],
-    zero_points: Sequence[Tensor] = (),
+    zero_points: Sequence[Tensor],
     dim: int = 1,
     *,
     out_scale: Tensor | None = None,
