@@ -321,6 +321,40 @@ def test_dtensors_of_integer_products(tmp_path):
     )
 
 
+def test_dtensors_of_codes(tmp_path):
+    """What lies between products is computed where samples, channels or elements lie; what is concatenated is gathered."""
+    in_two_processes(
+        tmp_path,
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        torch.manual_seed(0)
+        s, z = torch.tensor(0.02), torch.tensor(3)
+        at = lambda t, placement: distribute_tensor(t, mesh, [placement])
+        S, Z = at(s, Replicate()), at(z, Replicate())
+        calls = {
+            "elements": (4, lambda x, s, z: qo.requantize(x, s, z, out_scale=s, activation="relu")),
+            "sum": (4, lambda x, s, z: qo.int8_add(x, x, s, s, z, out_scale=s)),
+            "max": (2, lambda x, s, z: qo.int8_max_pool2d(x, 3, 2, 1, ceil_mode=True)),
+            "average": (2, lambda x, s, z: qo.int8_avg_pool2d(x, s, z, 2, 1)),
+            "adaptive": (2, lambda x, s, z: qo.int8_adaptive_avg_pool2d(x, s, z, (2, 3), out_scale=s)),
+            "upsample": (2, lambda x, s, z: qo.int8_upsample_nearest2d(x, (2, 1))),
+        }
+        x = torch.randint(-128, 128, (3, 5, 6, 7), dtype=torch.int8)
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            for placement in (*map(Shard, range(4)), Replicate()):
+                there = at(image, placement)
+                for name, (dims, call) in calls.items():
+                    got = call(there, S, Z)
+                    kept = placement if isinstance(placement, Shard) and placement.dim < dims else Replicate()
+                    assert got.placements == (kept,), (name, placement, got.placements)
+                    assert torch.equal(full(got), call(image, s, z)), (name, placement)
+                got = qo.int8_cat([there, there], [S, S], [Z, Z], out_scale=S)
+                assert torch.equal(full(got), qo.int8_cat([image, image], [s, s], [z, z], out_scale=s))
+        """,
+    )
+
+
 def test_dtensors_of_floating_formats(tmp_path):
     """As test_dtensors. What rounds stochastically is gathered, with one seed for all processes."""
     in_two_processes(

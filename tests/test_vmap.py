@@ -1,6 +1,7 @@
 """torch.vmap of the operators and layers equals a loop, bit for bit; where there is a rule, it is one call."""
 
 import pytest
+import test_int8_chain
 import torch
 from operands import codes, floats, scales
 from torch import nn
@@ -137,16 +138,33 @@ BETWEEN = {
     "adaptive": (lambda x: qo.int8_adaptive_avg_pool2d(x, ONE, None, 2, **OUT), [-1], Q.movedim(0, -1)),
     "upsample": (lambda x: qo.int8_upsample_nearest2d(x, 2), [0], Q),
 }
+PROGRAM, CONSTANTS = test_int8_chain.network()
+SMALL = floats(3, 2, 3, 12, 12)
+CHAIN = {
+    "images": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [0], SMALL),
+    "third": (lambda x: tuple(qo.int8_chain([x], CONSTANTS, PROGRAM.encode())), [2], SMALL.movedim(0, 2)),
+    "constants": (lambda x, s: tuple(qo.int8_chain([x], [s, *CONSTANTS[1:]], PROGRAM.encode())), [None, 0], SMALL[0], scales(3)),
+}
 GEMM = {
     "a": (qo.int8_gemm, [0, None], codes(3, 4, 8), W),
     "a, second": (qo.int8_gemm, [1, None], codes(4, 3, 8, dtype=torch.uint8), W),
     "b": (qo.int8_gemm, [None, 0], codes(4, 8), codes(3, 6, 8)),
     "both": (qo.int8_gemm, [0, 2], codes(3, 4, 8), codes(6, 8, 3)),
 }
+HEADS = floats(3, 2, 4, 5, 8)  # batch, samples, heads, rows, columns
+ATTENTION = {
+    "all": (qo.int8_attention, [0, 0, 0], HEADS, HEADS.flip(3), HEADS.cos()),
+    "q": (qo.int8_attention, [2, None, None], HEADS.movedim(0, 2), HEADS[0], HEADS[1]),
+    "k and v": (qo.int8_attention, [None, 0, 1], HEADS[0], HEADS, HEADS.transpose(0, 1)),
+    "mask": (qo.int8_attention, [0, 0, 0, None], HEADS, HEADS, HEADS, floats(5, 5) > 0),
+    "mask of each": (qo.int8_attention, [0, None, None, 1], HEADS, HEADS[0], HEADS[0], floats(5, 3, 5)),
+    "mask of each sample": (qo.int8_attention, [0, None, None, 0], HEADS, HEADS[0], HEADS[0], floats(3, 2, 1, 1, 5)),
+}
 ROWS = {
     "matrix": (qo.quantize_rows, [0], X),
     "last, asymmetric": (lambda x: qo.quantize_rows(x, True), [2], X),
     "vectors": (qo.quantize_rows, [0], X[0]),
+    "norms": (lambda x, r: qo.norm_quantize_rows(x, None, floats(8), 1e-5, residual=r), [1, None], X, X[:, 0]),
     "all": (lambda x: qo.choose_qparams(x, [], -127, 127), [0], X),
     "rows": (lambda x: qo.choose_qparams(x, [-1], -127, 127), [1], X),
     "columns": (lambda x: qo.choose_qparams(x, [0], -128, 127, True), [2], X),
@@ -259,6 +277,8 @@ SAMPLES = {
     "conv2d": CONV,
     "gemm": GEMM,
     "between": BETWEEN,
+    "chain": CHAIN,
+    "attention": ATTENTION,
     "rows": ROWS,
     "quantize": QUANTIZE,
     "float": FLOAT,

@@ -2,7 +2,8 @@
 // the memory (Scratch) before its parallel regions, never inside one.
 //
 // A thread keeps its memory for the next call, up to kKept bytes, because fresh pages cost more than a small layer: the system
-// clears them, four kilobytes at a time. Larger memory is given back at once.
+// clears them, four kilobytes at a time. Larger memory is given back at once. The values of a chain are kept apart from the scratch
+// of the operators that compute them.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +28,10 @@ struct ScratchLayout {
 class Scratch {
  public:
   static constexpr int64_t kKept = int64_t{16} << 20;
+  enum class Keeper { kOperator, kChain };
 
-  explicit Scratch(int64_t bytes) {
-    std::swap(memory_, kept());  // a second Scratch of this thread finds none meanwhile, and allocates
+  explicit Scratch(int64_t bytes, Keeper keeper = Keeper::kOperator) : keeper_(keeper) {
+    std::swap(memory_, kept());  // a second Scratch of this thread and keeper finds none meanwhile, and allocates
     if (memory_.size >= bytes && memory_.data != nullptr) return;
     memory_ = Memory(bytes > 0 ? bytes : 64);
   }
@@ -62,11 +64,12 @@ class Scratch {
     ~Memory() { std::free(data); }
   };
 
-  static Memory& kept() {
-    thread_local Memory memory;
-    return memory;
+  Memory& kept() const {
+    thread_local Memory memory[2];
+    return memory[static_cast<size_t>(keeper_)];
   }
 
+  const Keeper keeper_;
   Memory memory_;
 };
 

@@ -164,12 +164,13 @@ Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
   return y;
 }
 
-// The memory of a dense tensor as rows, of which those of several tensors stand side by side in their concatenation along `dim`.
+// The memory of a dense tensor of these sizes as rows, of which those of several tensors stand side by side in their concatenation
+// along `dim`.
 struct CatRows {
   int64_t rows, columns;
 };
-inline CatRows cat_rows(const Tensor& t, int64_t dim, bool channels_last) {
-  const auto sizes = t.sizes();
+template <class Sizes>
+CatRows cat_rows(const Sizes& sizes, int64_t dim, bool channels_last) {
   const size_t from_outermost[] = {0, 2, 3, 1};
   CatRows r{1, 1};
   bool inside = false;
@@ -217,7 +218,7 @@ Tensor int8_cat(const std::vector<Tensor>& tensors, const std::vector<Tensor>& s
                     .out = result_params<Backend>(op, first, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype},
                                                   &type, &holder)};
   Tensor y = empty(shape, type, first, channels_last);
-  p.y_stride = cat_rows(y, dim, channels_last).columns;
+  p.y_stride = cat_rows(y.sizes(), dim, channels_last).columns;
   char* to = static_cast<char*>(y.mutable_data_ptr());
   for (size_t i = 0; i < tensors.size(); ++i) {
     Tensor t = tensors[i];
@@ -226,7 +227,7 @@ Tensor int8_cat(const std::vector<Tensor>& tensors, const std::vector<Tensor>& s
       torch::stable::copy_(t, tensors[i]);
     }
     const ScalarType codes = t.scalar_type();
-    const CatRows rows = cat_rows(t, dim, channels_last);
+    const CatRows rows = cat_rows(t.sizes(), dim, channels_last);
     p.rows = rows.rows;
     p.columns = rows.columns;
     p.x = t.const_data_ptr();

@@ -41,60 +41,90 @@ struct ResultCodes {
   }
 };
 
-// Four vectors of codes from value(Int<0>) to value(Int<3>), as quantize_vectors rounds.
-template <class Y, class Value>
-QO_INLINE void store_rounded(Y* y, const OneScale& policy, const RowParameters& row, typename Simd::I tie, const Value& value) {
-  using F = typename Simd::F;
-  typename Simd::I q[4], distance = Simd::set_int(0);
-  const F magic = Simd::set(kMagic);
-  unroll<4>([&](auto v) QO_LAMBDA {
-    const F element = value(v), sum = Simd::fma(element, policy.reciprocal_of_row, magic);
-    distance = Simd::max_unsigned(distance, Simd::abs_bits(Simd::fnma(element, policy.reciprocal_of_row, Simd::sub(sum, magic))));
-    q[v.value] = policy.code(row, 0, sum);
-  });
-  if (__builtin_expect(Simd::any_above(distance, tie), 0))
-    unroll<4>([&](auto v) QO_LAMBDA {
-      const F quotient = Simd::round_even(Simd::div(value(v), policy.scale_of_row));
-      q[v.value] = Simd::add(Simd::to_int(policy.clamp(row, 0, Simd::nan_to_zero(quotient))), policy.zero_of_row);
-    });
-  Simd::store_bytes(y, q[0], q[1], q[2], q[3]);
-}
+// As a sum of products, a value in steps of the result's scale plus its zero point is x * x_step + r * r_step + offset, less than
+// `slack` away from what the formula rounds: with A = |x_step| + |r_step| the formula and this sum each round terms of at most 256
+// A and 256 A + 255 a few times, by 2^-24 of them. The offset contains the slack, so that t and t - 2 slack enclose the exact
+// value. If both round to the same code it is the formula's; else, about once in 60 times for 32 codes, the formula is computed.
+struct CodeSteps {
+  float x_step, r_step, offset, slack;
+  bool usable;  // the slack is small, and nothing overflows or is NaN
+
+  QO_INLINE CodeSteps(const PointwiseRun& p, float reciprocal)
+      : x_step(p.x_scale * reciprocal), r_step(p.residual != nullptr ? p.residual_scale * reciprocal : 0.0f) {
+    slack = 0x1p-24f * (3072.0f * (__builtin_fabsf(x_step) + __builtin_fabsf(r_step)) + 1280.0f);
+    usable = slack < 0.125f;
+    offset = static_cast<float>(p.out_zero_point + double{slack} - double{x_step} * p.x_zero_point -
+                                double{r_step} * p.residual_zero_point);
+  }
+};
 
 // R is void where there is no residual. The last elements, fewer than four vectors, pass through the stack.
 template <class X, class R, class Y>
-void codes_to_codes(const PointwiseRun& p, const ResultCodes& codes) {
-  constexpr int64_t N = Simd::N, kBlock = 4 * N;
-  constexpr bool kAdds = !std::is_void_v<R>;
+class CodesToCodes {
+ public:
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  static constexpr int64_t N = Simd::N, kBlock = 4 * N;
+  static constexpr bool kAdds = !std::is_void_v<R>;
   using Residual = std::conditional_t<kAdds, R, int8_t>;
-  const RowParameters row{codes.run.scale, &codes.reciprocal, codes.run.zero_point, 0, 0};
-  const OneScale policy(codes.run, row);
-  const auto tie = Simd::set_int(static_cast<int32_t>(float_bits(codes.run.tie)));
-  const auto x_zero = Simd::set_int(p.x_zero_point), r_zero = Simd::set_int(p.residual_zero_point);
-  const auto x_scale = Simd::set(p.x_scale), r_scale = Simd::set(p.residual_scale);
-  const auto block = [&](const X* x, const Residual* r, Y* y) QO_LAMBDA {
-    store_rounded(y, policy, row, tie, [&](auto v) QO_LAMBDA {
-      const auto value = Simd::mul(Simd::to_float(Simd::sub(Simd::load_int(x + v.value * N), x_zero)), x_scale);
-      if constexpr (!kAdds)
-        return value;
-      else
-        return Simd::fma(Simd::to_float(Simd::sub(Simd::load_int(r + v.value * N), r_zero)), r_scale, value);
+
+  QO_INLINE CodesToCodes(const PointwiseRun& p, const ResultCodes& codes) : p_(p), codes_(codes), of_(p, codes.reciprocal) {}
+
+  void run() const {
+    const X* const x = static_cast<const X*>(p_.x);
+    const Residual* const r = static_cast<const Residual*>(p_.residual);
+    Y* const y = static_cast<Y*>(p_.y);
+    const F x_step = Simd::set(of_.x_step), r_step = Simd::set(of_.r_step), offset = Simd::set(of_.offset);
+    const F width = Simd::set(2.0f * of_.slack);
+    const I least = Simd::set_bytes(codes_.run.qmin), most = Simd::set_bytes(codes_.run.qmax);
+    const auto block = [&](const X* from, const Residual* added, Y* to) QO_LAMBDA {
+      I q[4], below[4];
+      unroll<4>([&](auto v) QO_LAMBDA {
+        F t = offset;
+        if constexpr (kAdds) t = Simd::fma(Simd::to_float(Simd::load_int(added + v.value * N)), r_step, t);
+        t = Simd::fma(Simd::to_float(Simd::load_int(from + v.value * N)), x_step, t);
+        q[v.value] = Simd::to_int(t);
+        below[v.value] = Simd::to_int(Simd::sub(t, width));
+      });
+      const I found = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
+      if (__builtin_expect(!of_.usable || Simd::differ(found, Simd::template pack_lanes<Y>(below[0], below[1], below[2], below[3])),
+                           0))
+        return by_formula(from, added, to);
+      Simd::store_codes(to, Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(found), least, Y{}), most, Y{}));
+    };
+    int64_t i = 0;
+    for (; i + kBlock <= p_.n; i += kBlock) block(x + i, kAdds ? r + i : nullptr, y + i);
+    if (i == p_.n) return;
+    X x_part[kBlock] = {};
+    Residual r_part[kBlock] = {};
+    Y y_part[kBlock];
+    const size_t rest = static_cast<size_t>(p_.n - i);
+    __builtin_memcpy(x_part, x + i, rest);
+    if constexpr (kAdds) __builtin_memcpy(r_part, r + i, rest);
+    block(x_part, r_part, y_part);
+    __builtin_memcpy(y + i, y_part, rest);
+  }
+
+ private:
+  __attribute__((noinline)) void by_formula(const X* x, const Residual* r, Y* y) const {
+    const RowParameters row{codes_.run.scale, &codes_.reciprocal, codes_.run.zero_point, 0, 0};
+    const OneScale policy(codes_.run, row);
+    const I x_zero = Simd::set_int(p_.x_zero_point), r_zero = Simd::set_int(p_.residual_zero_point);
+    I q[4];
+    unroll<4>([&](auto v) QO_LAMBDA {
+      F value = Simd::mul(Simd::to_float(Simd::sub(Simd::load_int(x + v.value * N), x_zero)), Simd::set(p_.x_scale));
+      if constexpr (kAdds)
+        value = Simd::fma(Simd::to_float(Simd::sub(Simd::load_int(r + v.value * N), r_zero)), Simd::set(p_.residual_scale), value);
+      const F steps = Simd::nan_to_zero(Simd::round_even(Simd::div(value, policy.scale_of_row)));
+      q[v.value] = Simd::add(Simd::to_int(policy.clamp(row, 0, steps)), policy.zero_of_row);
     });
-  };
-  const X* const x = static_cast<const X*>(p.x);
-  const Residual* const r = static_cast<const Residual*>(p.residual);
-  Y* const y = static_cast<Y*>(p.y);
-  int64_t i = 0;
-  for (; i + kBlock <= p.n; i += kBlock) block(x + i, kAdds ? r + i : nullptr, y + i);
-  if (i == p.n) return;
-  X x_part[kBlock] = {};
-  Residual r_part[kBlock] = {};
-  Y y_part[kBlock];
-  const size_t rest = static_cast<size_t>(p.n - i);
-  __builtin_memcpy(x_part, x + i, rest);
-  if constexpr (kAdds) __builtin_memcpy(r_part, r + i, rest);
-  block(x_part, r_part, y_part);
-  __builtin_memcpy(y + i, y_part, rest);
-}
+    Simd::store_bytes(y, q[0], q[1], q[2], q[3]);
+  }
+
+  const PointwiseRun p_;  // copies, which no store can change
+  const ResultCodes& codes_;
+  const CodeSteps of_;
+};
 
 // ---- step by step ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +198,7 @@ __attribute__((noinline)) void step_by_step(const PointwiseRun& p, const ResultC
 
 template <class X, class R>
 QO_INLINE void codes_to(const PointwiseRun& p, const ResultCodes& codes) {
-  p.y_dtype == DType::kInt8 ? codes_to_codes<X, R, int8_t>(p, codes) : codes_to_codes<X, R, uint8_t>(p, codes);
+  p.y_dtype == DType::kInt8 ? CodesToCodes<X, R, int8_t>(p, codes).run() : CodesToCodes<X, R, uint8_t>(p, codes).run();
 }
 
 template <class X>

@@ -132,7 +132,9 @@ def _misfit(layer: Any, batchnorm: nn.Module, modules: _Modules) -> str | None:
 # ---- who sees a layer's output: the graph --------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
+class GraphTracer(fx.Tracer):
+    """Leaves are the layers and BatchNorms, of any class, and what torch.fx takes for one."""
+
     proxy_buffer_attributes = True  # a forward that reads running_mean itself shows in the graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -152,7 +154,7 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
         parameters = inspect.signature(model.forward).parameters
         defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         scratch = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # forward may set attributes
-        graphs = [_Tracer().trace(scratch, concrete_args=values) for values in ([None, defaults] if defaults else [None])]
+        graphs = [GraphTracer().trace(scratch, concrete_args=values) for values in ([None, defaults] if defaults else [None])]
     except Exception as error:  # a forward may raise anything when it is given proxies
         _log.debug("torch.fx cannot trace %s: %s", type(model).__name__, error)
         return []

@@ -22,7 +22,7 @@ from .weight import dequantized, packed, unpacked
 
 _Self = TypeVar("_Self", bound="Int8Layer")
 
-_EXACT, _EXACT_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
+_EXACT, MOST_SHIFTED = 131071, 65793  # products that the operators sum exactly, without and with a zero point of the input
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS, 1)}
 _DTYPES = {
     "qweight": torch.int8,
@@ -321,7 +321,7 @@ class Int8Layer(QuantizedLayer):
         dynamic = tensors.get("input_scale") is None
         shifted = self.asymmetric if dynamic else tensors.get("input_zero_point") is not None
         products = self._weight_shape[1:].numel()
-        if products > (limit := _EXACT_SHIFTED if shifted else _EXACT):
+        if products > (limit := MOST_SHIFTED if shifted else _EXACT):
             self._refuse(f"at most {limit} products in a sum, so that it is exact in int32", products)
 
     @property
@@ -418,6 +418,9 @@ class Int8Layer(QuantizedLayer):
             self._hold(codes)
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
+
+    def _is_one_call(self) -> bool:
+        return self._buffers["timestep"] is None and super()._is_one_call()
 
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the operator call. Each one left at its default saves a tenth of a microsecond."""

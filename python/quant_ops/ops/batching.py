@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_ops.chains.program import Program
 from quant_ops.ops import backward as backward  # defines operators that have rules here
 from quant_ops.ops._register import register_kernel
 from quant_ops.ops.quantize_float import ROUNDINGS
@@ -237,6 +238,39 @@ for _name in ("int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", 
     _register(_name)(_of_images(getattr(_ops, _name)))
 
 
+@_register("int8_chain")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    steps = Program.decode(named["program"]).steps
+    inputs = [x if d is None else x.movedim(d, 0) for x, d in zip(named["inputs"], dims["inputs"], strict=True)]
+    # images, or rows of one dimension, of which each step computes every one alone
+    if (
+        any(d is not None for d in dims["constants"])
+        or any(d is None or x.dim() not in (3, 5) for x, d in zip(inputs, dims["inputs"], strict=True))
+        or any(step.op in ("flatten", "cat") and step.numbers[0] < 1 for step in steps)
+        or len({x.shape[1] for x in inputs}) > 1
+    ):
+        return None
+    results = _ops.int8_chain([x.flatten(0, 1) for x in inputs], named["constants"], named["program"])
+    return tuple(result.unflatten(0, (size, inputs[0].shape[1])) for result in results), (0,) * len(results)
+
+
+@_register("int8_attention")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if any(named[name].dim() - (dims[name] is not None) != 4 for name in "qkv"):
+        return None
+    samples = named["q"].shape[0 if dims["q"] != 0 else 1]
+    for name in "qkv":
+        named[name] = _first(named[name], dims[name], size).flatten(0, 1)
+    mask, dim = named["mask"], dims["mask"]
+    if mask is not None:
+        if mask.dim() - (dim is not None) > 4:
+            return None
+        mask = _first(mask, dim, size)
+        mask = mask.reshape(size, *[1] * (5 - mask.dim()), *mask.shape[1:])
+        named["mask"] = mask.expand(size, samples, *mask.shape[2:]).flatten(0, 1)
+    return _ops.int8_attention(**named).unflatten(0, (size, samples)), 0
+
+
 # ---- the quantize family ---------------------------------------------------------------------------------------------
 
 
@@ -244,6 +278,16 @@ for _name in ("int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", 
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     x = named["x"].movedim(dims["x"], 0)
     return None if x.dim() < 2 else (_ops.quantize_rows(x, named["asymmetric"]), (0, 0, 0))
+
+
+@_register("norm_quantize_rows")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x", "residual"):
+        return None
+    x = named["x"] = _first(named["x"], dims["x"], size)
+    if named["residual"] is not None:
+        named["residual"] = _first(named["residual"], dims["residual"], size)
+    return None if x.dim() < 2 else (_ops.norm_quantize_rows(**named), (0, 0, 0))
 
 
 @_register("choose_qparams")

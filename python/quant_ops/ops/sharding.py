@@ -267,6 +267,13 @@ def _sums_of_given_codes(x_scale: Tensor | None, out_dtype: Any, **_: Any) -> bo
     return out_dtype == torch.int32 and x_scale is not None
 
 
+def _chain(named: dict[str, Any]) -> _Plan:
+    """Every process computes all results of an int8_chain."""
+    from quant_ops.chains.program import Program
+
+    return _gather(len(Program.decode(named["program"]).outputs))(named)
+
+
 # operators whose rules are not registered yet
 _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
     "choose_qparams": _follow(
@@ -276,6 +283,10 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         ],
     ),
     "quantize_rows": _follow(
+        lambda x, **_: range(x.dim() - 1),
+        lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
+    ),
+    "norm_quantize_rows": _follow(
         lambda x, **_: range(x.dim() - 1),
         lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
     ),
@@ -313,6 +324,8 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         _planes,
         lambda x, scale_factor, **_: [((*x.shape[:-2], x.shape[-2] * scale_factor[0], x.shape[-1] * scale_factor[-1]), "x")],
     ),
+    "int8_chain": _chain,
+    "int8_attention": _gather(),
     "pack_weight": _gather(),
     "unpack_weight": _gather(),
     "pack_weight_only": _gather(),
