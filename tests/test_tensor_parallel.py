@@ -34,10 +34,10 @@ def test_the_epilogue_of_added_sums_is_that_of_the_operator(magnitude):
     sums = qo.int8_linear(x, weight, scale, None, one, out_dtype=torch.int32)
     for b in (None, bias, -(sums[0] * scale)):
         codes = {"out_scale": torch.tensor(300.0 * magnitude), "out_zero_point": torch.tensor(-7)}
-        for options in ({}, {"relu": True}, {"activation": "gelu"}, codes):
+        for options in ({}, {"relu": True}, {"activation": "relu6"}, codes):
             expected = qo.int8_linear(x, weight, scale, b, one, **options)
             if "activation" in options:
-                options = {"activation": ACTIVATIONS.index("gelu") + 1}
+                options = {"activation": ACTIVATIONS.index("relu6") + 1}
             assert torch.equal(finished(sums, one, scale, b, torch.float32, **options), expected)
         assert torch.equal(
             finished(sums, one, scale, b, torch.float16), qo.int8_linear(x, weight, scale, b, one, out_dtype=torch.float16)

@@ -218,13 +218,14 @@ def _activated(b: Builder, y: ir.Value, activation: str | None) -> ir.Value:
 
 
 def _residual(b: Builder, options: dict[str, Any]) -> ir.Value | None:
-    """What is added to y, in float32."""
+    """What is added to y, in float32. Codes by arithmetic: onnxruntime would move a DequantizeLinear behind a Reshape, wrongly."""
     residual: ir.Value | None = options["residual"]
     if residual is None or options["residual_scale"] is None:
         return None if residual is None else b.float32(residual)
-    codes = Codes(0, 255, torch.uint8) if residual.dtype == ir.DataType.UINT8 else Codes(-128, 127, torch.int8)
-    zero_point = written_zero_point(b, options["residual_zero_point"], codes)
-    return b.op("DequantizeLinear", residual, b.float32(options["residual_scale"]), zero_point)
+    steps, zero_point = b.op("Cast", residual, to=int(_FLOAT)), options["residual_zero_point"]
+    if zero_point is not None:
+        steps = b.op("Sub", steps, b.op("Round", b.op("Cast", zero_point, to=int(_FLOAT))))
+    return b.op("Mul", steps, b.float32(options["residual_scale"]))
 
 
 def _epilogue(
