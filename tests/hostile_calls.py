@@ -90,6 +90,8 @@ def good(op: str) -> dict[str, object]:
         "dequant_tensor": {"tensor": filled([2, 4, 6], torch.int8), "scale": scale, "zero_point": None, "block_size": None},
         "choose_qparams": {"tensor": image, "dim": [1], "qmin": -127, "qmax": 127, "asymmetric": False},
         "quantize_rows": {"x": x, "asymmetric": False},
+        "norm_quantize_rows": {"x": x, "weight": x[0], "bias": None, "eps": 1e-5, "rms": False, "asymmetric": True,
+                               "residual": x + 1},
         "quant_float_forward": {"tensor": image, **element, "scale": scale, "seed": seed, "saturate": True, "subnormals": True,
                                 "rounding": 3, "block_size": None},
         "quant_float_backward": {"grad": image, "tensor": image, **element, "scale": scale, "subnormals": True, "block_size": None},
@@ -112,6 +114,8 @@ def good(op: str) -> dict[str, object]:
         "int8_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, **window, "out_scale": None},
         "int8_adaptive_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, "output_size": [2, 2]},
         "int8_upsample_nearest2d": {"x": code_image, "scale_factor": [2, 2]},
+        "int8_attention": {"q": filled([2, 4, 5, 6], torch.float32), "k": filled([2, 2, 3, 6], torch.float32),
+                           "v": filled([2, 2, 3, 7], torch.float32), "mask": filled([2, 1, 5, 3], torch.float32), "causal": False},
         "pack_weight": {"weight": kernel, "groups": 1},
         "unpack_weight": {"packed_weight": qo.pack_weight(kernel), "shape": [6, 4, 3, 3], "groups": 1},
         "weight_only_linear": {"x": x, "weight": codes % 8, "weight_scale": filled([3], torch.float32) + 1,
@@ -129,10 +133,10 @@ def good(op: str) -> dict[str, object]:
 
 
 OPERATORS = [
-    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "quant_float_forward",
-    "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
-    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "pack_weight", "unpack_weight",
-    "requantize", "int8_add", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d",
+    "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "norm_quantize_rows",
+    "quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine", "quantize_affine",
+    "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention", "pack_weight",
+    "unpack_weight", "requantize", "int8_add", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d",
     "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 

@@ -116,16 +116,20 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   run.flip = random->one_in(2) ? 0x80 : 0;
   run.padding = static_cast<uint8_t>(random->between(0, 255));
   run.pixel = layout.padded_n;
-  const Bytes a(r * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
+  run.out_rows = r < kQuad ? random->between(1, 2) : 1;
+  const int64_t in_rows = r + run.out_rows - 1;
+  const Bytes a(in_rows * run.width * run.pixel, [&](int64_t) { return static_cast<uint8_t>(random->bits()); });
   const Edge<const uint8_t*> rows(round_up(r, kQuad),
-                                  [&](int64_t i) { return a.data() + std::min(i, r - 1) * run.width * run.pixel; });
+                                  [&](int64_t i) { return a.data() + std::min(i, in_rows - 1) * run.width * run.pixel; });
   const Bytes line(run.line_bytes());
   const Edge<float> column_scale(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
   const Edge<float> bias(layout.padded_n, [&](int64_t) { return random->real(20, 12); });
   const Edge<int32_t> row_zero(1, [&](int64_t) { return static_cast<int32_t>(random->between(0, 255)); });
   const Edge<float> row_scale(1, [&](int64_t) { return random->real(20, 12); });
   run.out.y_stride = channels + random->between(0, 3);
-  const Bytes y(((run.pixels - 1) * run.out.y_stride + channels) * dtype_bytes(dtype), [](int64_t) { return uint8_t{0xa5}; });
+  run.y_row = run.pixels * run.out.y_stride;
+  const Bytes y(((run.out_rows * run.pixels - 1) * run.out.y_stride + channels) * dtype_bytes(dtype),
+                [](int64_t) { return uint8_t{0xa5}; });
   run.rows = rows.data();
   run.line = line.data();
   run.b = packed.data() + layout.panels_offset;

@@ -49,6 +49,7 @@ def good(op):
         "dequant_tensor": {"tensor": i8(2, 4, 3, 6), "scale": f32(), "zero_point": None},
         "choose_qparams": {"tensor": f32(2, 4), "dim": [1], "qmin": -127, "qmax": 127},
         "quantize_rows": {"x": f32(2, 4)},
+        "norm_quantize_rows": {"x": f32(2, 4), "weight": f32(4), "bias": None, "eps": 1e-5},
         "int8_gemm": {"a": i8(2, 4), "b": i8(3, 4)},
         "int8_linear": {"x": f32(2, 4), "weight": i8(3, 4), "weight_scale": f32(3)},
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
@@ -59,6 +60,7 @@ def good(op):
         "int8_avg_pool2d": {"x": i8(2, 4, 5, 5), "x_scale": f32(), "x_zero_point": None, "kernel_size": [2, 2]},
         "int8_adaptive_avg_pool2d": {"x": i8(2, 4, 5, 5), "x_scale": f32(), "x_zero_point": None, "output_size": [2, 2]},
         "int8_upsample_nearest2d": {"x": i8(2, 4, 5, 5), "scale_factor": [2, 2]},
+        "int8_attention": {"q": f32(2, 4, 5, 6), "k": f32(2, 2, 3, 6), "v": f32(2, 2, 3, 7)},
         "pack_weight": {"weight": i8(6, 4, 3, 3)},
         "unpack_weight": {"packed_weight": qo.pack_weight(i8(6, 4, 3, 3)), "shape": [6, 4, 3, 3]},
         "weight_only_linear": {"x": f32(2, 40), "weight": i8(3, 40), "weight_scale": f32(3, 2), "bits": 4, "group_size": 32},
@@ -138,6 +140,33 @@ add("dequant_tensor", f"the result's dtype in {FLOATING}, got int8", TypeError, 
 add("choose_qparams", "qmax > 0 for a symmetric range, got 0. Use asymmetric=True.", qmin=-255, qmax=0)
 add("choose_qparams", "dim in [-2, 1], got 2", dim=[0, 2])
 add("choose_qparams", "dim in [-2, 1], got -3", dim=[-3])
+_ATTENTION = "int8_attention"
+add(_ATTENTION, "q.dtype in (float32, float16, bfloat16), got float64", TypeError, q=f32(2, 4, 5, 6).double())
+add(_ATTENTION, "k.dtype == q.dtype, got float16 and float32", TypeError, k=f32(2, 2, 3, 6).half())
+add(_ATTENTION, "v.dtype == q.dtype, got int8 and float32", TypeError, v=i8(2, 2, 3, 7))
+add(_ATTENTION, "q.shape (batch, heads, rows, columns), got (4, 5, 6)", q=f32(4, 5, 6))
+add(_ATTENTION, "k.shape (2, heads, S, 6), got (2, 2, 3, 7)", k=f32(2, 2, 3, 7))
+add(_ATTENTION, "v.shape (2, 2, 3, columns), got (2, 2, 4, 7)", v=f32(2, 2, 4, 7))
+add(_ATTENTION, "k's heads to divide q's, got 3 and 4", k=f32(2, 3, 3, 6), v=f32(2, 3, 3, 7))
+add(_ATTENTION, "q.shape[-1] >= 1, got 0", q=f32(2, 4, 5, 0), k=f32(2, 2, 3, 0))
+add(
+    *(
+        _ATTENTION,
+        "k.shape[-2] <= 65793 so that the int32 sum is exact, got 65794. Use torch.nn.functional.scaled_dot_product_attention.",
+    ),
+    **{"k": f32(1, 1, 1, 1).expand(2, 2, 65794, 6), "v": f32(1, 1, 1, 1).expand(2, 2, 65794, 7)},
+)
+add(_ATTENTION, "mask.dtype in (bool, float32, float16, bfloat16), got int8", TypeError, mask=i8(5, 3))
+add(_ATTENTION, "mask.shape to broadcast to (batch, heads, L, S) (2, 4, 5, 3), got (2, 5, 3)", mask=f32(2, 5, 3))
+add(_ATTENTION, "mask or causal=True, got both. Put the causal part into the mask.", mask=f32(5, 3), causal=True)
+_NORM = "norm_quantize_rows"
+add(_NORM, "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 4).double())
+add(_NORM, "x to have at least one dimension, got shape ()", x=f32())
+add(_NORM, "weight.shape (4,), got (3,)", weight=f32(3))
+add(_NORM, "bias.shape (4,), got (1, 4)", bias=f32(1, 4))
+add(_NORM, f"bias.dtype in {FLOATING}, got int8", TypeError, bias=i8(4))
+add(_NORM, "residual.shape == x.shape, got (4,) and (2, 4)", residual=f32(4))
+add(_NORM, "residual.dtype == x.dtype, got float16 and float32", TypeError, residual=f32(2, 4).half())
 add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got float64", TypeError, x=f32(2, 4).double())
 add("quantize_rows", "x.dtype in (float32, float16, bfloat16), got int8", TypeError, x=i8(2, 4))
 add("quantize_rows", "x to have at least one dimension, got shape ()", x=f32())
@@ -583,6 +612,7 @@ _WITHOUT_MEMORY = {
     "int8_gemm": {"a": i8(1, 4).expand(2**40, 4)},
     "int8_linear": {"x": f32(1, 4).expand(2**40, 4)},
     "int8_conv2d": {"x": f32(1, 4, 1, 1).expand(1, 4, 2**21, 2**21)},
+    "int8_attention": {"q": f32(1, 1, 1, 1).expand(2, 4, 2**38, 6)},
     "pack_weight": {"weight": i8(1, 4).expand(2**40, 4)},
     "weight_only_linear": {"x": f32(1, 40).expand(2**38, 40)},
     "weight_only_embedding": {"indices": torch.zeros(1, dtype=torch.int32).expand(2**39)},

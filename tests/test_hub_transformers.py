@@ -445,3 +445,51 @@ def test_a_transformers_that_is_too_old(monkeypatch):
     with pytest.warns(UserWarning, match="expected transformers >= 5"):
         qo.quantize_(model)
     assert isinstance(model.bert.encoder.layer[0].output.dense, qo.QuantLinear)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_attention_by_name(make):
+    """All layers call int8_attention, also with padding, and the float model comes back."""
+    torch.manual_seed(0)
+    model = make().eval()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    ids = IDS.expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("quant_ops")
+        with torch.profiler.profile() as profile:
+            got = model(ids, attention_mask=mask).logits
+        names = [event.name for event in profile.events()]
+        assert names.count("quant_ops::int8_attention") == model.config.num_hidden_layers
+        assert 0 < (got - expected)[mask.bool()].norm() < 0.05 * expected[mask.bool()].norm()
+        assert not torch.equal(model(ids).logits, got)  # without a mask
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
+
+def test_attention_refuses_dropout():
+    model = bert().train()
+    model.set_attn_implementation("quant_ops")
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"^quant_ops\.int8_attention: expected attention without dropout and soft"),
+    ):
+        model(IDS)
+
+
+def test_fused_activations_are_kept(tmp_path):
+    torch.manual_seed(0)
+    model = bert().eval()
+    qo.quantize_(model, exclude=["cls.*"])
+    result = qo.fuse_activations_(model, IDS)
+    assert [(activation, function) for _, activation, function in result.fused] == [
+        ("bert.encoder.layer.0.intermediate.intermediate_act_fn", "gelu")
+    ]
+    model.save_pretrained(tmp_path)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -195,6 +195,8 @@ calls = {
     "int8_gemm": lambda: qo.int8_gemm(q, q),
     "int8_linear": lambda: qo.int8_linear(x, q, s),
     "int8_conv2d": lambda: qo.int8_conv2d(image, kernel, s),
+    "int8_attention": lambda: qo.int8_attention(image, image, image),
+    "norm_quantize_rows": lambda: qo.norm_quantize_rows(x, None, None, 1e-5),
     "raw": lambda: torch.ops.quant_ops.int8_linear(x, q, s),
 }
 for name, call in calls.items():
@@ -210,7 +212,7 @@ def test_operators_refuse_an_unknown_instruction_set():
     done = python("-c", _EVERY_OPERATOR, QUANT_OPS_ISA="avx1024")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 11
     for line in lines:
         reason = line.split(" ", 1)[1]
         assert reason.startswith("quant_ops: expected QUANT_OPS_ISA to be one of scalar"), line

@@ -176,7 +176,8 @@ def test_epilogue_rounds_as_specified(isa, dtype, relu, with_bias):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("fill", ["random", "max", "min", "alternating", "sparse"])
 def test_depthwise_is_exact(isa, fill):
-    """Channels around a block, rows around a group of four, runs around a group of pixels, columns outside on both sides."""
+    """Channels around a block, rows around a group of four, one or two output rows, runs around a group of pixels, columns outside on
+    both sides."""
     rng = np.random.default_rng(4)
     for channels, (r, s) in itertools.product(
         [2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 130], [(1, 1), (1, 3), (3, 1), (3, 3), (4, 2), (5, 5), (7, 7), (9, 2)]
@@ -184,17 +185,35 @@ def test_depthwise_is_exact(isa, fill):
         padded, width, pixels = (channels + 15) // 16 * 16, int(rng.integers(1, 12)), int(rng.integers(1, 10))
         first, stride, dilation = int(rng.integers(-4, width + 1)), int(rng.integers(1, 4)), int(rng.integers(1, 4))
         padding, flip, zero = int(rng.integers(0, 256)), int(rng.choice([0, 128])), int(rng.integers(0, 256))
-        a = codes(fill, (r, width, padded), 0, 255, rng).astype(np.uint8)
+        out_rows = int(rng.integers(1, 3)) if r < 4 else 1
+        a = codes(fill, (r + out_rows - 1, width, padded), 0, 255, rng).astype(np.uint8)
         b = codes(fill, (channels, 1, r, s), -128, 127, rng).astype(np.int8)
-        y = Guarded((pixels, channels), np.int32)
+        y = Guarded((out_rows * pixels, channels), np.int32)
         ones = np.ones(padded, np.float32)
-        kernels.depthwise(isa, a, b, y.view, "int32", zero, 1.0, ones, 0 * ones, first, stride, dilation, padding, flip)
-        row = np.full((r, width + 200, channels), padding, np.int64)
+        kernels.depthwise(isa, a, b, y.view, "int32", zero, 1.0, ones, 0 * ones, first, stride, dilation, padding, flip, out_rows)
+        row = np.full((len(a), width + 200, channels), padding, np.int64)
         row[:, 100 : 100 + width] = (a ^ np.uint8(flip))[:, :, :channels]
         columns = 100 + first + stride * np.arange(pixels)[:, None] + dilation * np.arange(s)
-        expected = np.einsum("rpsc,crs->pc", row[:, columns] - zero, b[:, 0].astype(np.int64))
-        assert np.array_equal(y.view, expected), (channels, r, s, width, pixels, first, stride, dilation)
+        row = row[:, columns] - zero
+        expected = [np.einsum("rpsc,crs->pc", row[i : i + r], b[:, 0].astype(np.int64)) for i in range(out_rows)]
+        assert np.array_equal(y.view, np.concatenate(expected)), (channels, r, s, width, pixels, first, stride, dilation, out_rows)
         y.check()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_are_cut_into_tiles(isa):
+    """Full tiles first; where an instruction takes one row, the last two tiles are halves."""
+    full, slim = kernels.gemm_rows(isa), kernels.slim_rows(isa)
+    for rows in range(1, 4 * max(full, slim)):
+        for tiles, most in ((kernels.tiles(isa, rows), full), (kernels.tiles(isa, rows, slim=True), max(full, slim))):
+            assert sum(tiles) == rows
+            assert max(tiles) <= most
+            assert len(tiles) <= rows // most + 1 + (full < most) * 3
+    if "amx" in isa:
+        assert kernels.tiles(isa, 33) == [32, 1]
+        assert kernels.tiles(isa, 70) == [32, 32, 6]
+    elif full == 6:
+        assert kernels.tiles(isa, 13) == [6, 4, 3]
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -407,6 +407,20 @@ _CHAIN = {
     "blocks": chain(*test_int8_chain.blocks(1), floats(2, 3, 12, 12)),
     "empty": chain(*test_int8_chain.network(), floats(0, 3, 12, 12)),
 }
+_ATTENTION = {
+    "heads": call(*(floats(2, 5, 3, 8).transpose(1, 2) for _ in range(3))),
+    "grouped": call(floats(1, 4, 5, 8).half(), floats(1, 2, 7, 8).half(), floats(1, 2, 7, 3).half(), None, True),
+    "mask": call(floats(2, 1, 5, 8), floats(2, 1, 6, 8), floats(2, 1, 6, 4), floats(5, 6) > 0, scale=0.5),
+    "bias": call(floats(1, 2, 5, 8), floats(1, 2, 5, 8), floats(1, 2, 5, 8), floats(2, 1, 5)),
+    "sliced": call(*(floats(2, 3, 5, 16)[..., ::2] for _ in range(3))),
+    "no_keys": call(floats(2, 1, 5, 8), floats(2, 1, 0, 8), floats(2, 1, 0, 8)),
+}
+_NORM_ROWS = {
+    "layer": call(floats(5, 20), floats(20), floats(20), 1e-5),
+    "rms": call(floats(2, 3, 7).half(), floats(7).half(), None, 1e-6, True, True, floats(2, 3, 7).half()),
+    "sliced": call(floats(6, 40)[1:, ::2], None, floats(20), 0.0),
+    "no_rows": call(floats(0, 5), None, None, 1e-5),
+}
 SAMPLES = {
     "quant_float_forward": _FLOAT,
     "quant_float_backward": _FLOAT_BACKWARD,
@@ -417,6 +431,7 @@ SAMPLES = {
     "dequant_tensor": _DEQUANT,
     "choose_qparams": _QPARAMS,
     "quantize_rows": _ROWS,
+    "norm_quantize_rows": _NORM_ROWS,
     "choose_qparams_affine": _CHOOSE_AFFINE,
     "quantize_affine": _QUANTIZE_AFFINE,
     "dequantize_affine": _DEQUANTIZE_AFFINE,
@@ -434,6 +449,7 @@ SAMPLES = {
     "int8_adaptive_avg_pool2d": _ADAPTIVE,
     "int8_upsample_nearest2d": _UPSAMPLE,
     "int8_chain": _CHAIN,
+    "int8_attention": _ATTENTION,
     "weight_only_linear": _WEIGHT_ONLY,
     "weight_only_embedding": _EMBEDDING,
     "pack_weight_only": _PACK_WEIGHT_ONLY,

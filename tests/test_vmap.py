@@ -151,10 +151,20 @@ GEMM = {
     "b": (qo.int8_gemm, [None, 0], codes(4, 8), codes(3, 6, 8)),
     "both": (qo.int8_gemm, [0, 2], codes(3, 4, 8), codes(6, 8, 3)),
 }
+HEADS = floats(3, 2, 4, 5, 8)  # batch, samples, heads, rows, columns
+ATTENTION = {
+    "all": (qo.int8_attention, [0, 0, 0], HEADS, HEADS.flip(3), HEADS.cos()),
+    "q": (qo.int8_attention, [2, None, None], HEADS.movedim(0, 2), HEADS[0], HEADS[1]),
+    "k and v": (qo.int8_attention, [None, 0, 1], HEADS[0], HEADS, HEADS.transpose(0, 1)),
+    "mask": (qo.int8_attention, [0, 0, 0, None], HEADS, HEADS, HEADS, floats(5, 5) > 0),
+    "mask of each": (qo.int8_attention, [0, None, None, 1], HEADS, HEADS[0], HEADS[0], floats(5, 3, 5)),
+    "mask of each sample": (qo.int8_attention, [0, None, None, 0], HEADS, HEADS[0], HEADS[0], floats(3, 2, 1, 1, 5)),
+}
 ROWS = {
     "matrix": (qo.quantize_rows, [0], X),
     "last, asymmetric": (lambda x: qo.quantize_rows(x, True), [2], X),
     "vectors": (qo.quantize_rows, [0], X[0]),
+    "norms": (lambda x, r: qo.norm_quantize_rows(x, None, floats(8), 1e-5, residual=r), [1, None], X, X[:, 0]),
     "all": (lambda x: qo.choose_qparams(x, [], -127, 127), [0], X),
     "rows": (lambda x: qo.choose_qparams(x, [-1], -127, 127), [1], X),
     "columns": (lambda x: qo.choose_qparams(x, [0], -128, 127, True), [2], X),
@@ -268,6 +278,7 @@ SAMPLES = {
     "gemm": GEMM,
     "between": BETWEEN,
     "chain": CHAIN,
+    "attention": ATTENTION,
     "rows": ROWS,
     "quantize": QUANTIZE,
     "float": FLOAT,

@@ -134,6 +134,23 @@ struct QuantizeRowsParams {
   bool asymmetric;
 };
 
+// The sums over a row in float32: element k goes to lane k % kSumLanes, which adds in the order of k; then lanes are added as a
+// butterfly (8, 4, 2, 1). The same on every instruction set.
+constexpr int kSumLanes = 16;
+
+// norm_quantize_rows: quantize_rows of the LayerNorm or RMSNorm of every row, in float32, for t[k] = x[k] + residual[k]:
+//   d[k] = t[k] - (sum t) / n, with rms t[k] itself;  r = 1 / sqrt((sum fma(d[k], d[k], ...)) / n + eps)
+//   y[k] = fma(d[k] * r, weight[k], bias[k])
+struct NormQuantizeRowsParams {
+  QuantizeRowsParams rows;
+  const void* residual;  // of x's dtype; null: none
+  int64_t residual_stride;
+  const float* weight;  // [columns]; null: 1
+  const float* bias;    // null: none
+  float eps;
+  bool rms;
+};
+
 // Where the random words of stochastic rounding come from (philox.h): a value, or on a GPU one in its memory.
 struct Seed {
   uint64_t value;
@@ -222,6 +239,7 @@ void quantize_backward_cpu(const QuantizeBackwardParams& p);
 void dequantize_cpu(const DequantizeParams& p);
 void choose_qparams_cpu(const ChooseQParams& p);
 void quantize_rows_cpu(const QuantizeRowsParams& p);
+void norm_quantize_rows_cpu(const NormQuantizeRowsParams& p);
 
 // ---- integer GEMM and convolution; on each device linear and conv2d --------------------------------------------------
 
@@ -433,5 +451,41 @@ void int8_linear_cpu(const Int8LinearParams& p);
 void weight_only_linear_cpu(const WeightOnlyParams& p);
 void weight_only_embedding_cpu(const WeightOnlyEmbeddingParams& p);
 void int8_conv2d_cpu(const Int8Conv2dParams& p);
+
+// ---- attention: on the CPU, attention ---------------------------------------------------------------------------------
+
+// int8_attention: y = softmax(scale q k^T + mask) v for every head, from eight-bit codes of q, k and v. For one head, in float32
+// where nothing else is said, a sum over rows in their order:
+//   k', v'    k and v less the means of their columns: fl(k - fl(sum k / S)). Neither changes the exact result: the first adds the
+//             same to all scores of a row; the second is added again at the end.
+//   codes     qc, kc: int8 of every row of q and k', vc: of every column of v', symmetric, each with a scale from its largest
+//             magnitude (choose_qparams_of): a[l], b[s] and c[d]
+//   scores    x[l,s] = float(sum_d qc[l,d] kc[s,d]) * ((a[l] * scale) * b[s]), the sum exact; then + mask[l,s], -Inf where a
+//   Boolean
+//             mask is false or, if causal, s > l
+//   softmax   p[l,s] = exp_of(max(x[l,s] - max_s x[l,s], kLeastExponent));  Z[l] = sum_s p[l,s] in kSumLanes lanes. Z is at
+//             least 1, so what is e^-87 in place of less does not show
+//   result    y[l,d] = fma(float(sum_s rne(255 p[l,s]) vc[s,d]), (1 / (255 Z[l])) * c[d], mean_v[d]), rounded once to y's dtype. A
+//             row whose largest score is -Inf, or without scores, is 0.
+// The codes of p are of 1/255 of the row's largest; Z is the sum of p itself. So small p that have no code count as a token whose
+// v is the mean, instead of being lost. docs/reference/operators.md has the bound of the error.
+constexpr float kLeastExponent = -87.0f;  // e^-87 is a normal number
+struct AttentionParams {
+  int64_t batch, heads, kv_heads;  // head h reads k and v of head h / (heads / kv_heads)
+  int64_t L, S, D, DV;             // rows of q, rows of k and v, columns of q and k, columns of v
+  DType dtype;                     // of q, k, v and y: float32, float16 or bfloat16
+  const void* q;
+  const void* k;
+  const void* v;
+  void* y;
+  int64_t q_stride[3], k_stride[3], v_stride[3], y_stride[3];  // batch, head, row; columns are contiguous
+  const void* mask;                                            // null: none
+  DType mask_dtype;                                            // kUInt8: Boolean
+  int64_t mask_stride[4];                                      // batch, head, row, column
+  bool causal;
+  float scale;
+};
+
+void int8_attention_cpu(const AttentionParams& p);
 
 }  // namespace quant_ops

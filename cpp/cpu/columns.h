@@ -1,6 +1,8 @@
 // Tiles of the integer products: how many rows they have, and the data of their columns that the epilogue reads.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 #include "kernels/table.h"
@@ -10,9 +12,11 @@ namespace quant_ops {
 // Rows of the next tile when `left` remain: full tiles; the last two split the remainder evenly because short tiles are slow.
 inline int64_t tile_rows(int64_t left, int64_t full) { return left <= full ? left : left < 2 * full ? (left + 1) / 2 : full; }
 
-// The same for a table; `slim`: the tile has at most kSlimColumns columns.
+// The same for a table; `slim`: the tile has at most kSlimColumns columns. Where an instruction takes many rows, two halves of what
+// is left take longer than a full tile and a short one.
 inline int64_t tile_rows(const KernelTable& table, int64_t left, bool slim) {
-  return slim && left >= table.slim_rows ? table.slim_rows : tile_rows(left, table.gemm_rows);
+  if (slim && left >= table.slim_rows) return table.slim_rows;
+  return table.row_step > 1 ? std::min(left, table.gemm_rows) : tile_rows(left, table.gemm_rows);
 }
 
 // The name of the kernel of the first tile of `rows` rows by a panel of `width` columns. The other tiles are like it, except where

@@ -60,6 +60,7 @@ struct DepthwisePlan {
   int64_t band, band_input;      // output rows of a band, and their input rows
   int64_t run;                   // output pixels of a call of the kernel
   int64_t row_pointers;          // R rounded up to a multiple of four
+  int64_t rows_together;  // output rows of a call: 2 where the one below reads the next input rows, all of them together four
   ColumnsPlan columns;
   bool packs;
   int64_t packed_at, ranges_at, qparams_at;

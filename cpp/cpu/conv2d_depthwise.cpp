@@ -133,6 +133,7 @@ class Depthwise {
     run.b = packed_ + plan_.layout.panels_offset;
     run.line = scratch_.at<uint8_t>(own + plan_.line_own);
     run.out = columns_.output(p_.out, plan_.layout.column_sum(packed_, 0), 0);
+    run.y_row = p_.OW * p_.O;
     run.out.columns = p_.O;
     run.out.y_stride = p_.O;
     run.out.row_step = 0;
@@ -160,9 +161,11 @@ class Depthwise {
   void compute_band(DepthwiseRun* run, int64_t top, int64_t count, const uint8_t* input, int64_t first, const uint8_t* padding,
                     const uint8_t** rows, char* y, const char* residual) const {
     const int64_t row_step = plan_.in_place ? p_.x_stride[2] : plan_.row, bytes = dtype_bytes(p_.out.dtype);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; i += run->out_rows) {
+      run->out_rows = std::min(plan_.rows_together, count - i);
+      const int64_t last = p_.R + run->out_rows - 2;
       for (int64_t r = 0; r < plan_.row_pointers; ++r) {
-        const int64_t h = top + i * p_.stride[0] + std::min(r, p_.R - 1) * p_.dilation[0];
+        const int64_t h = top + i * p_.stride[0] + std::min(r, last) * p_.dilation[0];
         rows[r] = h >= 0 && h < p_.H ? input + (h - first) * row_step : padding;
       }
       for (int64_t ow = 0; ow < p_.OW; ow += plan_.run) {
@@ -218,6 +221,7 @@ DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layo
   const int64_t first_pixel = line_bytes(p, 1), each_further = line_bytes(p, 2) - first_pixel;
   plan.run = std::clamp<int64_t>((kLineBytes - first_pixel) / each_further + 1, 1, p.OW);
   plan.row_pointers = round_up(p.R, kQuad);
+  plan.rows_together = p.R < kQuad && p.stride[0] == p.dilation[0] ? 2 : 1;
 
   ScratchLayout scratch, own;
   plan.codes_own = own.add(plan.in_place ? 0 : plan.band_input * plan.row);

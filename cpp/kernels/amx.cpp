@@ -207,6 +207,7 @@ constinit const ProductKernels QO_PRODUCTS = {
     .isa = QO_TEXT(QO_ISA),
     .gemm_rows = QO_ISA::kRows,
     .slim_rows = QO_ISA::kRows,
+    .row_step = QO_ISA::kTileRows,
     .gemm = QO_ISA::gemm,
     .gemm_shape = QO_ISA::gemm_shape,
     .depthwise = QO_ISA::depthwise<QO_ISA::Taps>,

@@ -33,13 +33,16 @@ struct Wide {
     const V pairs = _mm256_hadd_epi32(low, high);  // columns 0 1 4 5 | 2 3 6 7
     return _mm256_permute4x64_epi64(pairs, 0xd8);
   }
-  static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint16_t* wide) {
+  static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint32_t flip, uint16_t* wide) {
+    const __m128i bits = _mm_set1_epi32(static_cast<int>(flip));
     int64_t g = 0;
-    for (; g + 4 <= groups; g += 4) store(wide + g * kQuad, _mm256_cvtepu8_epi16(Simd::load128(a + g * kQuad)));
+    for (; g + 4 <= groups; g += 4)
+      store(wide + g * kQuad, _mm256_cvtepu8_epi16(_mm_xor_si128(Simd::load128(a + g * kQuad), bits)));
     for (; g < groups; ++g) {  // by value: nothing after the row's last byte is read
-      int32_t four;
+      uint32_t four;
       __builtin_memcpy(&four, a + g * kQuad, sizeof(four));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(wide + g * kQuad), _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four)));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(wide + g * kQuad),
+                       _mm_cvtepu8_epi16(_mm_cvtsi32_si128(static_cast<int>(four ^ flip))));
     }
   }
   static QO_INLINE void store(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
@@ -105,6 +108,7 @@ constinit const ProductKernels kAvx2Products = {
     .isa = "avx2",
     .gemm_rows = avx2::kRows,
     .slim_rows = avx2::kRows,
+    .flips = true,
     .gemm = avx2::gemm,
     .gemm_shape = avx2::gemm_shape,
     .depthwise = avx2::depthwise<avx2::PairsOfTaps>,

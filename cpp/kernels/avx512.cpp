@@ -33,10 +33,12 @@ struct Wide {
     const V odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     return _mm512_add_epi32(_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
   }
-  static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint16_t* wide) {
+  static QO_INLINE void widen(const uint8_t* a, int64_t groups, uint32_t flip, uint16_t* wide) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(flip));
     for (int64_t g = 0; g < groups; g += 8) {
       const __mmask8 mask = static_cast<__mmask8>(groups - g >= 8 ? 0xff : (1 << (groups - g)) - 1);
-      _mm512_storeu_si512(wide + g * kQuad, _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi32(mask, a + g * kQuad)));
+      const __m256i bytes = _mm256_xor_si256(_mm256_maskz_loadu_epi32(mask, a + g * kQuad), bits);
+      _mm512_storeu_si512(wide + g * kQuad, _mm512_cvtepu8_epi16(bytes));
     }
   }
 };
@@ -101,6 +103,7 @@ constinit const ProductKernels kAvx512Products = {
     .isa = "avx512",
     .gemm_rows = avx512::kRows,
     .slim_rows = avx512::kRows,
+    .flips = true,
     .gemm = avx512::gemm,
     .gemm_shape = avx512::gemm_shape,
     .depthwise = avx512::depthwise<avx512::PairsOfTaps>,

@@ -14,7 +14,10 @@ namespace avxvnni {
 namespace {
 
 struct QuadsOfTaps : Interleave {
-  static QO_INLINE __m256i weights(const int8_t* p) { return Simd::load_int(reinterpret_cast<const int32_t*>(p)); }
+  template <int kShift>
+  static QO_INLINE __m256i weights(const int8_t* p) {
+    return _mm256_slli_epi32(Simd::load_int(reinterpret_cast<const int32_t*>(p)), 8 * kShift);
+  }
   static QO_INLINE __m256i start(const int32_t*) { return _mm256_setzero_si256(); }
   static QO_INLINE __m256i dot(__m256i acc, const uint8_t* codes, __m256i w) {
     return _mm256_dpbusd_avx_epi32(acc, Simd::load_int(reinterpret_cast<const int32_t*>(codes)), w);

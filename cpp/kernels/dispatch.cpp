@@ -200,7 +200,9 @@ constexpr std::tuple kVectorEntries{Entry{"quantize", &KernelTable::quantize},
                                     Entry{"dequantize_affine", &KernelTable::dequantize_affine},
                                     Entry{"pointwise", &KernelTable::pointwise},
                                     Entry{"max_pool", &KernelTable::max_pool},
-                                    Entry{"sum_pool", &KernelTable::sum_pool}};
+                                    Entry{"sum_pool", &KernelTable::sum_pool},
+                                    Entry{"normalize", &KernelTable::normalize},
+                                    Entry{"softmax", &KernelTable::softmax}};
 static_assert(sizeof(VectorKernels) == (1 + std::tuple_size_v<decltype(kVectorEntries)>)*sizeof(void*),
               "a kernel has no name here");
 

@@ -128,17 +128,18 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
 // 1, R, S].
 void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>& w, py::array y, const std::string& dtype,
                int32_t row_zero, float row_scale, const Vector<float>& column_scale, const Vector<float>& bias, int64_t first,
-               int64_t stride, int64_t dilation, uint8_t padding, uint8_t flip) {
+               int64_t stride, int64_t dilation, uint8_t padding, uint8_t flip, int64_t out_rows) {
   const KernelTable& table = table_of(isa);
   const int64_t channels = w.shape(0);
   const PackedLayout layout = packed_layout(channels, 1, w.shape(2), w.shape(3), channels);
-  if (layout.form != WeightForm::kDepthwise || a.ndim() != 3 || a.shape(0) != layout.r || a.shape(2) != layout.padded_n ||
-      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n)
+  if (layout.form != WeightForm::kDepthwise || a.ndim() != 3 || (out_rows == 2 && (layout.r >= kQuad || y.shape(0) % 2 != 0)) ||
+      a.shape(0) != layout.r + out_rows - 1 || a.shape(2) != layout.padded_n || column_scale.size() < layout.padded_n ||
+      bias.size() < layout.padded_n)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
   std::vector<const uint8_t*> rows;
-  for (int64_t r = 0; r < round_up(layout.r, kQuad); ++r) rows.push_back(a.data(std::min(r, layout.r - 1), 0, 0));
+  for (int64_t r = 0; r < round_up(layout.r, kQuad); ++r) rows.push_back(a.data(std::min(r, a.shape(0) - 1), 0, 0));
   DepthwiseRun run;
   run.r = layout.r;
   run.s = layout.s;
@@ -151,11 +152,13 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   run.flip = flip;
   run.padding = padding;
   run.b = packed.data() + layout.panels_offset;
-  run.pixels = y.shape(0);
+  run.pixels = y.shape(0) / out_rows;
+  run.out_rows = out_rows;
   std::vector<uint8_t> line(static_cast<size_t>(run.line_bytes()));
   run.line = line.data();
   run.out.y = y.mutable_data();
   run.out.y_stride = y.strides(0) / y.itemsize();
+  run.y_row = run.pixels * run.out.y_stride;
   run.out.dtype = dtype_of(dtype);
   run.out.columns = channels;
   run.out.column_sum = layout.column_sum(packed.data(), 0);
@@ -397,6 +400,14 @@ PYBIND11_MODULE(_kernels, m) {
   namespace q = quant_ops;
   using namespace py::literals;
   m.doc() = "Micro-kernels of quant_ops by instruction set, on numpy arrays.";
+  m.def(
+      "tiles",
+      [](const std::string& isa, int64_t rows, bool slim) {
+        std::vector<int64_t> tiles;
+        for (; rows > 0; rows -= tiles.back()) tiles.push_back(q::tile_rows(q::table_of(isa), rows, slim));
+        return tiles;
+      },
+      "isa"_a, "rows"_a, "slim"_a = false, "The rows of the tiles that so many rows are cut into.");
   m.def("gemm_rows", [](const std::string& isa) { return q::table_of(isa).gemm_rows; }, "isa"_a, "Rows of the full tile.");
   m.def(
       "slim_rows", [](const std::string& isa) { return q::table_of(isa).slim_rows; }, "isa"_a,
@@ -414,7 +425,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
         "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1, "flip"_a = 0);
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
-        "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0);
+        "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0, "out_rows"_a = 1);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,
         "simulate"_a, "rows"_a = 1, "divide"_a = false);
   m.def("dequantize", &q::dequantize, "isa"_a, "q"_a, "q_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "rows"_a = 1);

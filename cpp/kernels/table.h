@@ -19,7 +19,7 @@ constexpr int kPanel = 64;        // columns of a packed weight panel; the last 
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
 constexpr int kQuad = 4;             // consecutive k of one column: the four bytes of a vpdpbusd lane
-constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels that any table takes at once
+constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels, of four bytes each, in the line of any table
 
 // How values become codes of eight bits: clamp(rne(y / scale) + zero_point), in [least, most]. Made once for many tiles
 // (code_output in cpu/columns.h).
@@ -71,6 +71,16 @@ struct TileOutput {
     o.bias += n;
     return o;
   }
+
+  // The same columns of y from so many elements on.
+  __attribute__((always_inline)) inline TileOutput from_row(int64_t elements) const {
+    TileOutput o = from_column(elements);
+    o.columns = columns;
+    o.column_sum = column_sum;
+    o.column_scale = column_scale;
+    o.bias = bias;
+    return o;
+  }
 };
 
 // acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
@@ -89,7 +99,8 @@ struct GemmTile {
 
 // A run of output pixels of one row of a depthwise convolution, over all channels:
 //   acc[i][c] = sum over r and s of a(row r, column first + i * stride + s * dilation)[c] * b[c][r][s]
-// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane.
+// A column outside [0, width) is padding. b is [channels / 16][s][r / 4][16][4]: four rows of the kernel are a lane. With out_rows
+// 2 the output row below is computed too, which reads rows 1 to r: they are fewer than four.
 struct DepthwiseRun {
   int64_t r, s;                // of the kernel
   int64_t stride, dilation;    // along the row
@@ -101,7 +112,9 @@ struct DepthwiseRun {
   const int8_t* b;
   uint8_t* line;  // scratch of line_bytes()
   int64_t pixels;
-  TileOutput out;  // a row for each pixel; row_step 0
+  int64_t out_rows = 1;
+  int64_t y_row = 0;  // elements of y from an output row to the one below
+  TileOutput out;     // a row for each pixel; row_step 0
 
   int64_t groups() const { return (r + kQuad - 1) / kQuad; }
   int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
@@ -428,6 +441,29 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The norm of one row (NormQuantizeRowsParams in ops.h) as floats. `y` has room for a multiple of kSumLanes elements.
+struct NormalizeRun {
+  const void* x;
+  const void* residual;  // null: none
+  DType dtype;
+  int64_t n;
+  const float* weight;  // null: 1
+  const float* bias;    // null: none
+  float eps;
+  bool rms;
+  float* y;
+};
+
+// The softmax of one row of scores as codes of eight bits (AttentionParams in ops.h): scores += mask, then
+// codes = rne(255 e^(scores - their largest)). `scores` and `codes` have room for a multiple of kSumLanes elements; those
+// beyond n become -Inf and 0.
+struct SoftmaxRun {
+  float* scores;
+  const float* mask;  // null: none
+  int64_t n;
+  uint8_t* codes;
+};
+
 // ---- the tables -----------------------------------------------------------------------------------------------------
 
 // Kernels that need an instruction set's vectors alone. Sets with the same vectors share them (generic/vectors.h).
@@ -463,6 +499,8 @@ struct VectorKernels {
   void (*pointwise)(const PointwiseRun&);
   void (*max_pool)(const MaxRun&);
   void (*sum_pool)(const SumRun&);
+  void (*normalize)(const NormalizeRun&);
+  float (*softmax)(const SoftmaxRun&);  // returns the sum of the exponentials; 0 if the largest score is -Inf
 };
 
 // The sums that a gemm kernel keeps in registers at one time. Its name is gemm_u8s8_<rows>x<columns>_<isa>.
@@ -478,10 +516,11 @@ constexpr GemmShape swept_shape(const char* isa, int64_t rows, int64_t width, in
 
 // Kernels that multiply.
 struct ProductKernels {
-  const char* isa;     // the namespace of these functions
-  int64_t gemm_rows;   // of the full tile, at most kMaxGemmRows
-  int64_t slim_rows;   // likewise, of a panel of at most kSlimColumns columns
-  bool flips = false;  // gemm reads signed codes where they lie
+  const char* isa;       // the namespace of these functions
+  int64_t gemm_rows;     // of the full tile, at most kMaxGemmRows
+  int64_t slim_rows;     // likewise, of a panel of at most kSlimColumns columns
+  int64_t row_step = 1;  // rows that an instruction takes at once: a tile of fewer takes as long
+  bool flips = false;    // gemm reads signed codes where they lie
   // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them

@@ -4,6 +4,7 @@
 #include "cpu/pack.h"
 #include "cpu/weight_only.h"
 #include "torch/errors.h"
+#include "torch/repeat.h"
 
 #define QO_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -98,6 +99,15 @@ QO_EXPORT const char* quant_ops_compiler() {
   return "GCC " __VERSION__;
 #endif
 }
+
+// Keeps the arguments of this thread's next call of an operator (torch/repeat.h).
+QO_EXPORT void quant_ops_keep_call() { quant_ops::KeepsCall::of_thread() = {.wanted = true, .kept = quant_ops::KeepsCall::kNone}; }
+
+// The number of the call that was kept, -1 if there was none; the next call is not kept.
+QO_EXPORT int64_t quant_ops_kept_call() { return std::exchange(quant_ops::KeepsCall::of_thread(), {}).kept; }
+
+// Gives up a call that is kept.
+QO_EXPORT void quant_ops_forget_call(int64_t number) { quant_ops::KeptCalls::all().remove(number); }
 
 // What a sentence of this thread refused, as its check decided: 0 a value, 1 a dtype, 2 memory, 3 an index.
 QO_EXPORT int quant_ops_refusal(const char* sentence) { return static_cast<int>(quant_ops::refusal_of(sentence)); }

@@ -77,12 +77,14 @@ std::optional<int64_t> value_outside(const Tensor& t, int64_t low, int64_t high)
 
 struct Cpu {
   static constexpr const char* kDevice = "cpu";
+  static constexpr bool kKeepsCalls = true;
 
   static void quantize(const QuantizeParams& p, const Tensor&) { quantize_cpu(p); }
   static void quantize_backward(const QuantizeBackwardParams& p, const Tensor&) { quantize_backward_cpu(p); }
   static void dequantize(const DequantizeParams& p, const Tensor&) { dequantize_cpu(p); }
   static void choose_qparams(const ChooseQParams& p, const Tensor&) { choose_qparams_cpu(p); }
   static void quantize_rows(const QuantizeRowsParams& p, const Tensor&) { quantize_rows_cpu(p); }
+  static void norm_quantize_rows(const char*, const NormQuantizeRowsParams& p, const Tensor&) { norm_quantize_rows_cpu(p); }
 
   static void quantize_float(const char*, const QuantizeFloatParams& p, const Tensor&) { quantize_float_cpu(p); }
   static void quantize_block(const char*, const QuantizeBlockParams& p, const Tensor&) { quantize_block_cpu(p); }
@@ -115,6 +117,7 @@ struct Cpu {
   static constexpr bool kReadsPlainBesidePacked = false;
   static void linear(const char*, const Int8LinearParams& p, const Tensor&) { int8_linear_cpu(p); }
   static void conv2d(const Int8Conv2dParams& p, const Tensor&) { int8_conv2d_cpu(p); }
+  static void attention(const char*, const AttentionParams& p, const Tensor&) { int8_attention_cpu(p); }
 
   static void pointwise(const char*, const PointwiseParams& p, const Tensor&) { pointwise_cpu(p); }
   static void max_pool(const MaxPoolParams& p, const Tensor&) { max_pool2d_cpu(p); }
@@ -180,11 +183,29 @@ struct Cpu {
 }  // namespace
 }  // namespace quant_ops
 
-STABLE_TORCH_LIBRARY(quant_ops, m) { quant_ops::define_operators(m); }
+// The kept calls of the operator `name` (torch/repeat.h): an operator of its own, so that profilers tell which one ran.
+#define QO_IMPLEMENT_REPEAT(m, name)                                                                 \
+  m.impl("_" #name, [](StableIValue* stack, uint64_t arguments, uint64_t results) {                  \
+    struct Name {                                                                                    \
+      static const char* text() { return #name; }                                                    \
+    };                                                                                               \
+    using Operator = quant_ops::Repeated<Name>;                                                      \
+    quant_ops::named_errors(#name, [&] { TORCH_BOX (&Operator::call)(stack, arguments, results); }); \
+  })
+
+STABLE_TORCH_LIBRARY(quant_ops, m) {
+  quant_ops::define_operators(m);
+  m.def("_int8_linear(Tensor x, int call) -> Tensor");
+  m.def("_int8_conv2d(Tensor x, int call) -> Tensor");
+  m.def("_weight_only_linear(Tensor x, int call) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
   QO_IMPLEMENT(m, int8_chain, quant_ops::Cpu);
+  QO_IMPLEMENT_REPEAT(m, int8_linear);
+  QO_IMPLEMENT_REPEAT(m, int8_conv2d);
+  QO_IMPLEMENT_REPEAT(m, weight_only_linear);
   QO_IMPLEMENT(m, unpack_weight, quant_ops::Cpu);
   QO_IMPLEMENT(m, transpose_packed_weight, quant_ops::Cpu);
 }

@@ -258,6 +258,13 @@ struct Cuda {
     upsample_nearest2d_cuda(p, device.launch());
   }
 
+  static void norm_quantize_rows(const char* op, const NormQuantizeRowsParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch's norm and quantize_rows there.");
+  }
+  static void attention(const char* op, const AttentionParams&, const Tensor&) {
+    QO_EXPECT(false, op, "tensors on the CPU, got CUDA. Use torch.nn.functional.scaled_dot_product_attention there.");
+  }
+
   // Integer zero points are used as they are: looking at them would wait for the device.
   static const int32_t* given_zero_points(const char*, const char*, const Tensor& t, int64_t qmin, int64_t qmax, Holder* holder) {
     holder->tensors.push_back(as_contiguous(zero_points(t, qmin, qmax).tensor));

@@ -18,6 +18,7 @@ struct Meta {
   static void dequantize(const DequantizeParams&, const Tensor&) {}
   static void choose_qparams(const ChooseQParams&, const Tensor&) {}
   static void quantize_rows(const QuantizeRowsParams&, const Tensor&) {}
+  static void norm_quantize_rows(const char*, const NormQuantizeRowsParams&, const Tensor&) {}
   static void quantize_float(const char*, const QuantizeFloatParams&, const Tensor&) {}
   static void quantize_block(const char*, const QuantizeBlockParams&, const Tensor&) {}
   static void choose_qparams_affine(const ChooseAffineParams&, const Tensor&) {}
@@ -30,6 +31,7 @@ struct Meta {
   static void max_pool(const MaxPoolParams&, const Tensor&) {}
   static void avg_pool(const char*, const AvgPoolParams&, const Tensor&) {}
   static void upsample(const UpsampleParams&, const Tensor&) {}
+  static void attention(const char*, const AttentionParams&, const Tensor&) {}
 
   static const int32_t* no_zero_point() { return nullptr; }
   static ZeroPoints zero_points(const Tensor& t, int64_t, int64_t) {

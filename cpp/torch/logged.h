@@ -8,11 +8,13 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "contract/log.h"
 #include "torch/errors.h"
+#include "torch/repeat.h"
 
 namespace quant_ops {
 
@@ -103,19 +105,32 @@ class LogsLater {
   std::string call_;
 };
 
-// `kFunction` with a line of the log. `Name::text()` is the operator's name; the backend of fake kernels, which run nothing, has no
-// device and writes nothing.
+// `kFunction` with a line of the log, and kept where a layer has asked for that (repeat.h). `Name::text()` is the operator's name;
+// the backend of fake kernels, which run nothing, has no device and writes nothing.
 template <class Name, class Backend, auto* kFunction>
 struct Logged;
 template <class Name, class Backend, class Result, class... Parameters, Result (*kFunction)(Parameters...)>
 struct Logged<Name, Backend, kFunction> {
   static Result call(Parameters... values) {
-    if constexpr (Backend::kDevice != nullptr)
+    if constexpr (Backend::kDevice != nullptr) {
+      if constexpr (kIsRepeatable<Backend, Result, Parameters...>)
+        if (KeepsCall::of_thread().wanted) [[unlikely]]
+          keep(values...);
       if (logging()) return logged(std::forward<Parameters>(values)...);
+    }
     return kFunction(std::forward<Parameters>(values)...);
   }
 
  private:
+  template <class... Rest>
+  static void keep(const Tensor&, const Rest&... rest) {
+    KeepsCall& state = KeepsCall::of_thread();
+    state.wanted = false;
+    state.kept = KeptCalls::all().add([kept = std::tuple<Rest...>(rest...)](const Tensor& x) {
+      return std::apply([&](const Rest&... values) { return call(x, values...); }, kept);
+    });
+  }
+
   static Result logged(Parameters... values) {
     logged_call() = call_text(Name::text(), Backend::kDevice, values...);
     struct AtEnd {

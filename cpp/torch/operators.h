@@ -8,6 +8,7 @@
 //   requantize, int8_add, int8_cat          pointwise.h
 //   int8_*_pool2d, int8_upsample_nearest2d  pool.h
 //   int8_chain                              chain.h, on the CPU only
+//   int8_attention                          attention.h
 //   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h
 //   weight_only_embedding                   weight_only_embedding.h
@@ -15,6 +16,7 @@
 #pragma once
 
 #include "torch/affine.h"
+#include "torch/attention.h"
 #include "torch/conv2d.h"
 #include "torch/linear.h"
 #include "torch/logged.h"
@@ -41,6 +43,9 @@ void define_operators(Library& m) {
       "int[]? block_size=None) -> Tensor");
   m.def("choose_qparams(Tensor tensor, int[] dim, int qmin, int qmax, bool asymmetric=False) -> (Tensor scale, Tensor zero_point)");
   m.def("quantize_rows(Tensor x, bool asymmetric=False) -> (Tensor q, Tensor scale, Tensor zero_point)");
+  m.def(
+      "norm_quantize_rows(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms=False, bool asymmetric=False, "
+      "Tensor? residual=None) -> (Tensor q, Tensor scale, Tensor zero_point)");
   m.def(
       "quant_float_forward(Tensor tensor, int exponent_bits, int mantissa_bits, Tensor? scale=None, Tensor? seed=None, *, "
       "int? bias=None, int? special=None, bool saturate=True, bool subnormals=True, int rounding=0, int[]? block_size=None) -> "
@@ -98,6 +103,7 @@ void define_operators(Library& m) {
       "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
   m.def("int8_upsample_nearest2d(Tensor x, int[2] scale_factor) -> Tensor");
   m.def("int8_chain(Tensor[] inputs, Tensor[] constants, int[] program) -> Tensor[]");
+  m.def("int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, bool causal=False, float? scale=None) -> Tensor");
   m.def("pack_weight(Tensor weight, int groups=1) -> Tensor");
   m.def(
       "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point=None, Tensor? bias=None, "
@@ -130,6 +136,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, dequant_tensor, Backend);
   QO_IMPLEMENT(m, choose_qparams, Backend);
   QO_IMPLEMENT(m, quantize_rows, Backend);
+  QO_IMPLEMENT(m, norm_quantize_rows, Backend);
   QO_IMPLEMENT(m, quant_float_forward, Backend);
   QO_IMPLEMENT(m, quant_float_backward, Backend);
   QO_IMPLEMENT(m, quant_block_forward, Backend);
@@ -147,6 +154,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_avg_pool2d, Backend);
   QO_IMPLEMENT(m, int8_adaptive_avg_pool2d, Backend);
   QO_IMPLEMENT(m, int8_upsample_nearest2d, Backend);
+  QO_IMPLEMENT(m, int8_attention, Backend);
   QO_IMPLEMENT(m, pack_weight, Backend);
   QO_IMPLEMENT(m, weight_only_linear, Backend);
   QO_IMPLEMENT(m, weight_only_embedding, Backend);

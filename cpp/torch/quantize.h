@@ -264,4 +264,60 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, bool asymmetri
   return {q, scale, zero_point};
 }
 
+// A weight or bias of a norm: [columns], in float32.
+inline const float* norm_parameter(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                                   std::optional<Tensor>* kept) {
+  if (!t) return nullptr;
+  expect_floating(op, name, *t);
+  expect_device(op, name, *t, x);
+  QO_EXPECT(t->dim() == 1 && t->size(0) == x.size(x.dim() - 1), op, name, ".shape (", x.size(x.dim() - 1), ",), got ",
+            shape_text(*t));
+  *kept = as_contiguous(to_type(*t, ScalarType::Float));
+  return (*kept)->const_data_ptr<float>();
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> norm_quantize_rows(const Tensor& x, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, double eps, bool rms, bool asymmetric,
+                                                      const std::optional<Tensor>& residual) {
+  const char* op = "norm_quantize_rows";
+  const ScalarType type = x.scalar_type();
+  QO_EXPECT_DTYPE(is_one_of(type, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16}), op,
+                  "x.dtype in (float32, float16, bfloat16), got ", dtype_name(type));
+  QO_EXPECT(x.dim() >= 1, op, "x to have at least one dimension, got shape ", shape_text(x));
+  if (residual) {
+    expect_device(op, "residual", *residual, x);
+    QO_EXPECT_DTYPE(residual->scalar_type() == type, op, "residual.dtype == x.dtype, got ", dtype_name(residual->scalar_type()),
+                    " and ", dtype_name(type));
+    QO_EXPECT(sizes_of(*residual) == sizes_of(x), op, "residual.shape == x.shape, got ", shape_text(*residual), " and ",
+              shape_text(x));
+  }
+  Ints shape = sizes_of(x);
+  expect_elements(op, "x", shape);
+  std::optional<Tensor> kept[2];
+  NormQuantizeRowsParams p{};
+  p.weight = norm_parameter(op, "weight", weight, x, &kept[0]);
+  p.bias = norm_parameter(op, "bias", bias, x, &kept[1]);
+  p.eps = static_cast<float>(eps);
+  p.rms = rms;
+  Tensor q = empty(shape, ScalarType::Char, x);
+  p.rows.columns = shape.back();
+  shape.back() = 1;
+  Tensor scale = empty(shape, ScalarType::Float, x), zero_point = empty(shape, ScalarType::Int, x);
+  if (scale.numel() == 0) return {q, scale, zero_point};
+
+  const Tensor rows = as_rows(x, &p.rows.x_stride);
+  const std::optional<Tensor> others = residual ? std::optional(as_rows(*residual, &p.residual_stride)) : std::nullopt;
+  p.rows.rows = scale.numel();
+  p.rows.x = rows.const_data_ptr();
+  p.rows.x_dtype = to_dtype(type);
+  p.rows.q = q.mutable_data_ptr<int8_t>();
+  p.rows.scale = scale.mutable_data_ptr<float>();
+  p.rows.zero_point = zero_point.mutable_data_ptr<int32_t>();
+  p.rows.asymmetric = asymmetric;
+  p.residual = others ? others->const_data_ptr() : nullptr;
+  Backend::norm_quantize_rows(op, p, x);
+  return {q, scale, zero_point};
+}
+
 }  // namespace quant_ops

@@ -16,6 +16,7 @@ from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
 from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .chains.result import ChainResult, chain_  # noqa: E402
+from .convert.activations import ActivationResult, fuse_activations_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
     Int4WeightOnly,
@@ -72,6 +73,7 @@ from .ops import (  # noqa: E402
     dequantize_affine,
     int8_adaptive_avg_pool2d,
     int8_add,
+    int8_attention,
     int8_avg_pool2d,
     int8_cat,
     int8_chain,
@@ -82,6 +84,7 @@ from .ops import (  # noqa: E402
     int8_linear_backward,
     int8_max_pool2d,
     int8_upsample_nearest2d,
+    norm_quantize_rows,
     pack_weight,
     pack_weight_only,
     quant_block_backward,
@@ -142,6 +145,7 @@ __all__ = [
     "NVFP4",
     "NVFP4_TWO_LEVEL",
     "AWQResult",
+    "ActivationResult",
     "AutoquantResult",
     "BlockFloat",
     "ChainResult",
@@ -192,9 +196,11 @@ __all__ = [
     "fallback_",
     "fold_batchnorm_",
     "format_from_json",
+    "fuse_activations_",
     "gptq_",
     "int8_adaptive_avg_pool2d",
     "int8_add",
+    "int8_attention",
     "int8_avg_pool2d",
     "int8_cat",
     "int8_chain",
@@ -209,6 +215,7 @@ __all__ = [
     "keep_weights_",
     "kernel_for",
     "load_",
+    "norm_quantize_rows",
     "pack_weight",
     "pack_weight_only",
     "prepare_",

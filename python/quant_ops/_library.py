@@ -100,6 +100,10 @@ def load() -> None:
     _c.quant_ops_peak.argtypes = [ctypes.c_int64]
     _c.quant_ops_peak.restype = ctypes.c_int64
     _c.quant_ops_compiler.restype = ctypes.c_char_p
+    _c.quant_ops_keep_call.restype = None
+    _c.quant_ops_kept_call.restype = ctypes.c_int64
+    _c.quant_ops_forget_call.argtypes = [ctypes.c_int64]
+    _c.quant_ops_forget_call.restype = None
     cpu_library = path
 
     if torch.version.cuda is None:
@@ -188,6 +192,21 @@ def peak(iterations: int) -> int:
     Other threads run meanwhile, as ctypes releases the lock of the interpreter.
     """
     return int(_library().quant_ops_peak(iterations))
+
+
+def keep_call() -> None:
+    """Keeps the arguments of this thread's next call of an operator on the CPU."""
+    _library().quant_ops_keep_call()
+
+
+def kept_call() -> int:
+    """The number of the call that was kept, -1 if there was none; the next call is not kept."""
+    return int(_library().quant_ops_kept_call())
+
+
+def forget_call(number: int) -> None:
+    """Gives up a call that is kept."""
+    _library().quant_ops_forget_call(number)
 
 
 def compiler() -> str:

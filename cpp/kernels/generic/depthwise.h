@@ -1,14 +1,16 @@
 // Depthwise convolution, written once: a run of output pixels of one row. `Taps` is how an instruction set multiplies four rows of
 // the kernel at once:
 //   kBlocks                                           blocks of sixteen channels that are interleaved at once
-//   interleave<kBlocks>(row, flip, to, block_stride)  of four rows: to[i * block_stride + 4 c + r] = row[r][16 i + c] ^ flip
-//   weights(const int8_t*)                            N channels of four weights, as dot takes them
+//   kLineBytes                                        bytes of a block of the line: of bytes, or of words for instructions on those
+//   kOnes                                             a lane of the line whose elements are all 1
+//   interleave<kBlocks>(row, flip, to, block_stride)  of four rows: the codes row[r][16 i + c] ^ flip go to block i of the line
+//   weights<kShift>(const int8_t*)                    N channels of four weights, as dot takes them, from row kShift of four on
 //   start(const int32_t* sum)                         the initial sums of N channels, given the sums of their weights
 //   dot(I acc, const uint8_t* codes, W weights)       acc + the four products of each channel
 //
-// Channels are lanes, and the four bytes of a lane are four rows of the kernel in one of its columns. Each column of the image is
-// interleaved once, into a line that stays in the L1 cache, and then read by every output pixel that needs it, whatever the stride
-// and the dilation are.
+// Channels are lanes, and the four elements of a lane are four rows of the image in one of its columns. Each column is interleaved
+// once, into a line that stays in the L1 cache, and then read by every output pixel that needs it, whatever the stride and the
+// dilation are. Of a kernel of three rows or fewer two output rows read the same line, if they read neighbouring rows.
 #pragma once
 
 #include "kernels/generic/epilogue.h"
@@ -16,24 +18,31 @@
 namespace quant_ops::QO_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = kPanelStep * kQuad;  // sixteen channels of four taps
+constexpr int64_t kBlockBytes = kPanelStep * kQuad;  // sixteen channels of four weights
 
-// All input columns, for kBlocks blocks from `channel` on: [block][column][groups][16][4].
+// Blocks of the line that are padding.
+template <class Taps>
+QO_INLINE void pad_line(uint8_t* line, int64_t bytes, uint8_t padding) {
+  const auto lanes = Simd::set_int(static_cast<int32_t>(Taps::kOnes * padding));
+  for (int64_t i = 0; i < bytes; i += Simd::N * kQuad) Simd::store(reinterpret_cast<int32_t*>(line + i), lanes);
+}
+
+// All input columns, for kBlocks blocks from `channel` on: [block][column][groups][kLineBytes].
 template <class Taps, int kBlocks>
 void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) {
-  const int64_t columns = d.columns(), pixel = d.pixel, step = groups * kBlockBytes, block_stride = columns * step;
+  const int64_t columns = d.columns(), pixel = d.pixel, step = groups * Taps::kLineBytes, block_stride = columns * step;
   const uint8_t flip = d.flip;
   const int64_t before = d.first >= 0 ? 0 : -d.first < columns ? -d.first : columns;
   const int64_t left = d.width - d.first, inside = left < before ? before : left < columns ? left : columns;
   for (int64_t i = 0; i < kBlocks; ++i) {
     uint8_t* line = d.line + i * block_stride;
-    std::memset(line, d.padding, static_cast<size_t>(before * step));
-    std::memset(line + inside * step, d.padding, static_cast<size_t>((columns - inside) * step));
+    pad_line<Taps>(line, before * step, d.padding);
+    pad_line<Taps>(line + inside * step, (columns - inside) * step, d.padding);
   }
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* row[kQuad];
     unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] = d.rows[g * kQuad + r.value] + (d.first + before) * pixel + channel; });
-    uint8_t* to = d.line + before * step + g * kBlockBytes;
+    uint8_t* to = d.line + before * step + g * Taps::kLineBytes;
     for (int64_t w = before; w < inside; ++w, to += step) {
       Taps::template interleave<kBlocks>(row, flip, to, block_stride);
       unroll<kQuad>([&](auto r) QO_LAMBDA { row[r.value] += pixel; });
@@ -41,38 +50,37 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
   }
 }
 
-// Channels [column, column + N) of all pixels, from their line, four pixels at a time, so that each weight is loaded once for four;
-// the last four may overlap the ones before. kS, kGroups: columns and groups of rows of the kernel if they are known at compile
-// time, which removes the loops, or 0.
-template <class Taps, class Y, bool kWhole, int kS, int kGroups>
-void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const int8_t* b) {
-  const TileOutput out = d.out.from_column(column);  // a copy that no store can change
-  const Rounding<Y> rounding(out);
+// One output row: channels [column, column + N) of all pixels, from their line, four pixels at a time, so that each weight is
+// loaded once for four; the last four may overlap the ones before. kShift: the place of the output row among those that share the
+// line. kS, kGroups: columns and groups of rows of the kernel if both are known at compile time, which removes the loops, or 0.
+template <class Taps, class Y, bool kWhole, int kShift, int kS, int kGroups>
+void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& rounding, int64_t column, const uint8_t* line,
+              const int8_t* b) {
+  const TileOutput out = row.from_column(column);  // a copy that no store can change
   using Column = ColumnOf<Y, true>;
   const Column parameters[1] = {Column(out, 0)};
-  const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = kS > 0 ? kS : d.s;
-  const int64_t step = d.stride * groups * kBlockBytes, tap_step = d.dilation * groups * kBlockBytes;
+  const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = d.s;
+  const int64_t step = d.stride * groups * Taps::kLineBytes, tap_step = d.dilation * groups * Taps::kLineBytes;
   const auto start = Taps::start(out.column_sum);
+  constexpr int kHeld = kS * kGroups;  // weights that are loaded once for all pixels
+  decltype(Taps::template weights<kShift>(b)) held[kHeld > 0 ? kHeld : 1];
+  unroll<kHeld>([&](auto i) QO_LAMBDA { held[i.value] = Taps::template weights<kShift>(b + i.value * kBlockBytes); });
   const auto finish = [&](auto count, int64_t pixel) QO_LAMBDA {
     typename Simd::I acc[count.value];
     unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
     const uint8_t* a = line + pixel * step;
-    const int8_t* weights = b;
-    const auto tap = [&](const uint8_t* from) QO_LAMBDA {
-      const auto w = Taps::weights(weights);
+    const auto add = [&](const uint8_t* from, const auto& w) QO_LAMBDA {
       unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = Taps::dot(acc[p.value], from + p.value * step, w); });
-      weights += kBlockBytes;
     };
-    const auto taps_of_column = [&](const uint8_t* from) QO_LAMBDA {
-      if constexpr (kGroups > 0)
-        unroll<kGroups>([&](auto g) QO_LAMBDA { tap(from + g.value * kBlockBytes); });
-      else
-        for (int64_t g = 0; g < groups; ++g) tap(from + g * kBlockBytes);
-    };
-    if constexpr (kS > 0)
-      unroll<kS>([&](auto s) QO_LAMBDA { taps_of_column(a + s.value * tap_step); });
-    else
-      for (int64_t s = 0; s < columns; ++s, a += tap_step) taps_of_column(a);
+    if constexpr (kHeld > 0) {
+      unroll<kHeld>([&](auto i)
+                        QO_LAMBDA { add(a + i.value / kGroups * tap_step + i.value % kGroups * Taps::kLineBytes, held[i.value]); });
+    } else {
+      const int8_t* weights = b;
+      for (int64_t s = 0; s < columns; ++s, a += tap_step)
+        for (int64_t g = 0; g < groups; ++g, weights += kBlockBytes)
+          add(a + g * Taps::kLineBytes, Taps::template weights<kShift>(weights));
+    }
     finish_block<Y, count.value, 1, kWhole>(out, rounding, parameters, 0, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
                                             out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
   };
@@ -84,22 +92,22 @@ void sum_taps(const DepthwiseRun& d, int64_t column, const uint8_t* line, const 
     for (int64_t i = 0; i < pixels; ++i) finish(Int<1>{}, i);
 }
 
-// One vector of channels of an epilogue with TileExtras: sum(run, column, line) gives the values of some pixels, which are finished
+// One vector of channels of an output row with TileExtras: sum(run, out, line) gives the values of some pixels, which are finished
 // in memory.
-template <class Sum>
-void finish_pixels(const DepthwiseRun& d, int64_t column, const uint8_t* line, const Sum& sum) {
+template <class Taps, class Sum>
+void finish_pixels(const DepthwiseRun& d, const TileOutput& row, int64_t column, const uint8_t* line, const Sum& sum) {
   constexpr int64_t kPixels = 64;
   alignas(64) float values[kPixels * Simd::N];
-  const int64_t step = d.stride * d.groups() * kBlockBytes;
-  TileOutput out = d.out.from_column(column);
+  const int64_t step = d.stride * d.groups() * Taps::kLineBytes;
+  TileOutput out = row.from_column(column);
   if (out.columns > Simd::N) out.columns = Simd::N;
   DepthwiseRun part = d;
-  part.out = plain_output(out, values, Simd::N);
+  const TileOutput plain = plain_output(out, values, Simd::N);
   char* y = static_cast<char*>(out.y);
   const char* residual = static_cast<const char*>(out.residual);
   for (int64_t first = 0; first < d.pixels; first += kPixels) {
     part.pixels = d.pixels - first < kPixels ? d.pixels - first : kPixels;
-    sum(part, 0, line + first * step);
+    sum(part, plain, line + first * step);
     out.y = y + first * out.y_stride * dtype_bytes(out.dtype);
     if (residual != nullptr) out.residual = residual + first * out.residual_stride * dtype_bytes(out.extras->residual_dtype);
     finish_values(out, values, part.pixels, Simd::N);
@@ -109,8 +117,10 @@ void finish_pixels(const DepthwiseRun& d, int64_t column, const uint8_t* line, c
 template <class Taps, class Y>
 void depthwise_typed(const DepthwiseRun& d) {
   constexpr int64_t kBlocks = Taps::kBlocks;
-  const int64_t groups = d.groups(), block_stride = d.columns() * groups * kBlockBytes;
+  const int64_t groups = d.groups(), block_stride = d.columns() * groups * Taps::kLineBytes;
   const bool three_by_three = groups == 1 && d.s == 3;
+  const Rounding<Y> rounding(d.out);
+  const TileOutput below = d.out_rows > 1 ? d.out.from_row(d.y_row) : d.out;
   for (int64_t channel = 0, blocks; channel < d.out.columns; channel += blocks * kPanelStep) {
     blocks = channel + (kBlocks - 1) * kPanelStep < d.out.columns ? kBlocks : 1;
     blocks == kBlocks ? interleave_columns<Taps, kBlocks>(d, channel, groups) : interleave_columns<Taps, 1>(d, channel, groups);
@@ -118,22 +128,28 @@ void depthwise_typed(const DepthwiseRun& d) {
       const int64_t column = channel + i, lane = i % kPanelStep * kQuad;
       const uint8_t* line = d.line + i / kPanelStep * block_stride + lane;
       const int8_t* b = d.b + column / kPanelStep * d.s * groups * kBlockBytes + lane;
-      const auto sum = [&](const DepthwiseRun& run, int64_t from, const uint8_t* codes) {
-        if (column + Simd::N > d.out.columns)
-          sum_taps<Taps, Y, false, 0, 0>(run, from, codes, b);
-        else if (three_by_three)
-          sum_taps<Taps, Y, true, 3, 1>(run, from, codes, b);
-        else if (groups == 2)
-          sum_taps<Taps, Y, true, 0, 2>(run, from, codes, b);
-        else
-          sum_taps<Taps, Y, true, 0, 0>(run, from, codes, b);
+      const bool whole = column + Simd::N <= d.out.columns;
+      const auto sum = [&](auto shift, const DepthwiseRun& run, const TileOutput& row, int64_t from, const uint8_t* codes)
+                           QO_LAMBDA {
+                             if (!whole)
+                               sum_taps<Taps, Y, false, shift.value, 0, 0>(run, row, rounding, from, codes, b);
+                             else if (three_by_three)
+                               sum_taps<Taps, Y, true, shift.value, 3, 1>(run, row, rounding, from, codes, b);
+                             else if (shift.value == 0 && groups == 2)
+                               sum_taps<Taps, Y, true, 0, 0, 2>(run, row, rounding, from, codes, b);
+                             else
+                               sum_taps<Taps, Y, true, shift.value, 0, 0>(run, row, rounding, from, codes, b);
+                           };
+      const auto finish_row = [&](auto shift, const TileOutput& row) QO_LAMBDA {
+        if constexpr (std::is_same_v<Y, float>)
+          if (row.extras != nullptr)
+            return finish_pixels<Taps>(
+                d, row, column, line,
+                [&](const DepthwiseRun& run, const TileOutput& out, const uint8_t* codes) { sum(shift, run, out, 0, codes); });
+        sum(shift, d, row, column, line);
       };
-      if constexpr (std::is_same_v<Y, float>)
-        if (d.out.extras != nullptr) {
-          finish_pixels(d, column, line, sum);
-          continue;
-        }
-      sum(d, column, line);
+      finish_row(Int<0>{}, d.out);
+      if (d.out_rows > 1) finish_row(Int<1>{}, below);
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include "kernels/generic/affine.h"
 #include "kernels/generic/dequantize.h"
+#include "kernels/generic/normalize.h"
 #include "kernels/generic/pack.h"
 #include "kernels/generic/pointwise.h"
 #include "kernels/generic/pool.h"
@@ -12,6 +13,7 @@
 #include "kernels/generic/quantize_float.h"
 #include "kernels/generic/random.h"
 #include "kernels/generic/range.h"
+#include "kernels/generic/softmax.h"
 #include "kernels/generic/straight_through.h"
 #include "kernels/generic/weight_groups.h"
 
@@ -45,6 +47,8 @@ constexpr VectorKernels kVectorKernels = {
     .pointwise = pointwise,
     .max_pool = max_pool,
     .sum_pool = sum_pool,
+    .normalize = normalize,
+    .softmax = softmax,
 };
 
 }  // namespace

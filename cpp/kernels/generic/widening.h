@@ -5,7 +5,8 @@
 //   V multiply_add(V acc, V a, V b)     vpmaddwd and vpaddd: two partial sums a column; an asm barrier on the sum keeps g++ from
 //                                       moving additions together, behind all products, which spills the accumulators
 //   I columns(V low, V high)            the sums of Simd::N columns
-//   void widen(const uint8_t* a, int64_t groups, uint16_t* wide)   reads 4 * groups bytes; may write up to kSlack elements more
+//   void widen(const uint8_t* a, int64_t groups, uint32_t flip, uint16_t* wide)   the bytes, each four of them xor flip, widened;
+//                                       reads 4 * groups bytes; may write up to kSlack elements more
 //
 // Widening an activation costs as much as a product, so it is done once for all columns of the panel, a chunk of k at a time, and
 // not in the inner loop.
@@ -60,7 +61,7 @@ QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
     const int64_t groups = left < kChunk ? left : kChunk;
     for (int64_t done = 0; done < groups;) {
       const int64_t run = t.quads - k < groups - done ? t.quads - k : groups - done;
-      for (int64_t r = 0; r < kRows; ++r) Wide::widen(t.a + offset[r] + k * kQuad, run, wide + r * kWideRow + done * kQuad);
+      for (int64_t r = 0; r < kRows; ++r) Wide::widen(t.a + offset[r] + k * kQuad, run, t.flip, wide + r * kWideRow + done * kQuad);
       done += run;
       k += run;
       if (k == t.quads) {

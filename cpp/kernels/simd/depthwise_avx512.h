@@ -11,6 +11,8 @@ namespace {
 
 struct Interleave {
   static constexpr int kBlocks = 2;
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr uint32_t kOnes = 0x01010101;
 
   // Dwords L of all rows into lane L (two rows lie in a vector), then a 4 x 4 transposition of bytes within each lane.
   template <int kBlocks>
@@ -39,25 +41,54 @@ struct Interleave {
   }
 };
 
-// Even and odd bytes as int16: vpmaddwd multiplies two and two exactly, and lanes stay where they are.
-struct PairsOfTaps : Interleave {
+// Without VNNI: a line of words, lanes of rows 0 and 1 before those of rows 2 and 3. vpmaddwd multiplies two and two exactly; every
+// output pixel would have to widen bytes again.
+struct PairsOfTaps {
+  static constexpr int kBlocks = 1;
+  static constexpr int64_t kLineBytes = 128;
+  static constexpr uint32_t kOnes = 0x00010001;
+
   struct W {
-    __m512i even, odd;
+    __m512i rows01, rows23;
   };
+
+  template <int>
+  static QO_INLINE void interleave(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
+    const __m128i bits = _mm_set1_epi8(static_cast<char>(flip));
+    const auto pairs = [&](int r, uint8_t* at) QO_LAMBDA {
+      const __m128i a = _mm_xor_si128(Simd::load128(row[r]), bits), b = _mm_xor_si128(Simd::load128(row[r + 1]), bits);
+      const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)), _mm_unpackhi_epi8(a, b), 1);
+      _mm512_storeu_si512(at, _mm512_cvtepu8_epi16(both));
+    };
+    pairs(0, to);
+    pairs(2, to + 64);
+  }
+
+  // Bytes kLow and kLow + 1 of each lane as words; byte -1 is 0.
+  template <int kLow>
+  static QO_INLINE __m512i words(__m512i lanes) {
+    constexpr auto top = [](int lane, int byte) { return byte < 0 ? 0x80 : 4 * lane + byte; };
+    constexpr auto pick = [top](int lane) { return top(lane, kLow) << 8 | top(lane, kLow + 1) << 24 | 0x00800080; };
+    const __m128i tops = _mm_setr_epi32(pick(0), pick(1), pick(2), pick(3));  // the byte above a zero
+    return _mm512_srai_epi16(_mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(tops)), 8);
+  }
+  template <int kShift>
   static QO_INLINE W weights(const int8_t* p) {
     const __m512i b = _mm512_loadu_si512(p);
-    return {_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), _mm512_srai_epi16(b, 8)};
+    return {words<-kShift>(b), words<2 - kShift>(b)};
   }
   static QO_INLINE Simd::I start(const int32_t*) { return _mm512_setzero_si512(); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, const W& w) {
-    const __m512i a = _mm512_loadu_si512(codes);
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), w.even);
-    return _mm512_add_epi32(acc, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), w.odd)));
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_loadu_si512(codes), w.rows01));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_loadu_si512(codes + 64), w.rows23));
   }
 };
 
 struct QuadsOfTaps : Interleave {
-  static QO_INLINE __m512i weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  template <int kShift>
+  static QO_INLINE __m512i weights(const int8_t* p) {
+    return _mm512_slli_epi32(_mm512_loadu_si512(p), 8 * kShift);
+  }
   static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
   static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
     return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);

@@ -115,13 +115,18 @@ int64_t peak(int64_t iterations) {
 template <class Dot>
 struct QuadsOfTaps {
   static constexpr int kBlocks = 1;
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr uint32_t kOnes = 0x01010101;
   template <int>
   static QO_INLINE void interleave(const uint8_t* const (&row)[kQuad], uint8_t flip, uint8_t* to, int64_t) {
     uint8x16x4_t v;
     unroll<kQuad>([&](auto r) QO_LAMBDA { v.val[r.value] = veorq_u8(vld1q_u8(row[r.value]), vdupq_n_u8(flip)); });
     vst4q_u8(to, v);
   }
-  static QO_INLINE int8x16_t weights(const int8_t* p) { return vld1q_s8(p); }
+  template <int kShift>
+  static QO_INLINE int8x16_t weights(const int8_t* p) {
+    return vreinterpretq_s8_s32(vshlq_n_s32(vreinterpretq_s32_s8(vld1q_s8(p)), 8 * kShift));
+  }
   static QO_INLINE Simd::I start(const int32_t* column_sum) { return Dot::start(column_sum); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, int8x16_t w) { return Dot::add(acc, w, Dot::load16(codes)); }
 };

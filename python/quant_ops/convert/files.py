@@ -8,7 +8,8 @@ one key, "quant_ops", which holds as JSON everything that the state_dict lacks:
      "layers": {"blocks.0.up": {"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32",
                                 "config": {...} or null}, ...},
      "shared": {"head.weight": "embedding.weight", ...},    further names of a tensor that the file has under its first name
-     "not_in_state_dict": ["rotary.inv_freq", ...]}
+     "not_in_state_dict": ["rotary.inv_freq", ...],
+     "fused_activations": ["blocks.0.gelu", ...]}         modules that layers have taken in, if there are any
 
 ``arguments`` are those of the layer's constructor. Packed weights are derived, never saved. Nothing is ever unpickled. Files from
 before ``compute_dtype`` and ``not_in_state_dict``, whose codes are called ``weight`` instead of ``qweight``, are read as well. The
@@ -37,6 +38,7 @@ from ..nn import QUANTIZED_LAYERS, Int8Layer, QuantizedLayer, WeightOnlyLayer, a
 from ..nn.saving import is_channels_last
 from ..simulation.recast import Recast
 from . import config
+from .activations import FusedActivation
 from .prepared import Prepared, is_sharded, whole
 from .select import FAMILIES, ConversionResult, Survey, settle
 
@@ -93,6 +95,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "shared": shared,
         "not_in_state_dict": list(rest),
     }
+    if fused := [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FusedActivation)]:
+        header["fused_activations"] = fused
     with _replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
 
@@ -256,6 +260,8 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, device: torch.devic
         model.get_submodule(owner)._buffers[attribute] = buffer
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    for name in file.header.get("fused_activations", []):
+        model.set_submodule(name, FusedActivation())
     settle(model)
     floats = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FAMILIES[family])]
     result = ConversionResult(converted=list(layers), skipped=[(name, "float in the file") for name in floats])
@@ -352,6 +358,9 @@ def _check_header(header: dict[str, Any], names: list[str]) -> None:
     rest = header.get("not_in_state_dict", [])
     if type(rest) is not list or len(set(rest)) != len(rest) or not set(rest) <= stored | header["shared"].keys():
         raise ValueError(f"not_in_state_dict {rest!r}")
+    fused = header.get("fused_activations", [])
+    if type(fused) is not list or not all(type(name) is str for name in fused) or set(fused) & header["layers"].keys():
+        raise ValueError(f"fused_activations {fused!r}")
 
 
 def check_entry(name: str, entry: dict[str, Any]) -> None:
@@ -398,6 +407,9 @@ def _check_fit(model: nn.Module, file: _File) -> None:
             shape = tuple(QUANTIZED_LAYERS[entry["class"]].stored_shape(owned.weight.shape, entry["weight_bits"]))
         if file.shape(stored) != shape:
             refuse(f"{name!r} of shape {file.shape(stored)} in the file and {shape} in the model")
+    for name in file.header.get("fused_activations", []):
+        if name not in modules:
+            refuse(f"an activation {name!r} that its layer computes, and nothing of that name in the model")
     for name, entry in file.layers.items():
         module, kind = modules.get(name), QUANTIZED_LAYERS[entry["class"]]
         if module is None or (type(module) is not kind and not is_original(module, kind)):

@@ -7,7 +7,8 @@ layers before a tensor is read; layers that differ in nothing but their sizes, w
      "layers": [{"class": "QuantLinear", "arguments": {...}, "weight_bits": 8, "compute_dtype": "float32", "config": {...} or null,
                  "tensors": ["bias", ...], "num_steps": 1, "names": ["model.layers.0.mlp.up_proj", ...]}, ...],
      "shared": {"lm_head": "model.embed_tokens"},      layers that have the weight of another one; the checkpoint has it once
-     "multiplied": [...], "folded": [...], "with_bias": [...]}   what else the calls of the package changed in the float model
+     "multiplied": [...], "folded": [...], "with_bias": [...],    what else the calls of the package changed in the float model
+     "fused_activations": [...]}                                  modules that layers have taken in
 
 Both libraries build the model on the meta device and hand over one tensor after the other. :class:`Awaited` layers collect them,
 and become the quantized layer with the last one; :class:`OnTheFly` quantizes each float layer when it is complete. So no more than
@@ -30,13 +31,14 @@ from .._description import Config
 from .._models import has_hooks, patched
 from ..convert import config as configs
 from ..convert import files
+from ..convert.activations import FusedActivation
 from ..convert.select import Configs, ConversionResult, Filter, Places, Survey, replace_, settle
 from ..convert.workflow import Plan, layer_of, tied_layers
 from ..nn import QUANTIZED_LAYERS, QuantizedLayer, ScaledLinear, WeightOnlyLayer, as_linear, is_original
 from ..simulation.recast import Recast
 
 FORMAT_VERSION = 1
-_KEPT = ("layers", "shared", "multiplied", "folded", "with_bias")  # fields of the quantization_config
+_KEPT = ("layers", "shared", "multiplied", "folded", "with_bias", "fused_activations")  # fields of the quantization_config
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # which fold_batchnorm_ replaces by nn.Identity
 _WITH_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -269,11 +271,13 @@ def described(model: nn.Module) -> dict[str, Any] | None:
         entries.setdefault(json.dumps(entry), entry | {"names": []})["names"].append(name)
     folded = [name for name, module in model.named_modules() if type(module) is nn.Identity]
     with_bias = [name for name, m in model.named_modules() if isinstance(m, _WITH_BIAS) and m.bias is not None] if folded else []
+    fused = [name for name, module in model.named_modules() if isinstance(module, FusedActivation)]
     return {
         "layers": list(entries.values()),
         **({"shared": shared} if shared else {}),
         **({"multiplied": multiplied} if multiplied else {}),
         **({"folded": folded, "with_bias": with_bias} if folded else {}),
+        **({"fused_activations": fused} if fused else {}),
     }
 
 
@@ -432,6 +436,9 @@ class Checkpoint:
         for name in saved.get("folded", ()):
             if isinstance(self._modules.get(own := self._own(name) or ""), _NORMS):
                 self._put(own, nn.Identity())
+        for name in saved.get("fused_activations", ()):
+            if (own := self._own(name) or "") in self._modules:
+                self._put(own, FusedActivation())
         for name in saved.get("with_bias", ()):
             module: Any = self._modules.get(self._own(name) or "")
             if isinstance(module, _WITH_BIAS) and module.bias is None:

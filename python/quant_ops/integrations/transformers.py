@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..convert.select import ConversionResult, tell_library
 from ..convert.workflow import form_of
 from ..nn import QuantizedLayer
+from ..ops import int8_attention
 from .checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -29,8 +30,9 @@ from .checkpoint import (
 )
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.core_model_loading import ConversionOps
+    from transformers.masking_utils import sdpa_mask
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -145,6 +147,55 @@ class _Quantize(ConversionOps):
             if missing_keys is not None:
                 missing_keys.discard(name)
         return rest
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+
+def int8_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What ``model.set_attn_implementation("quant_ops")`` has every layer call: :func:`~quant_ops.int8_attention`.
+
+    For encoders on the CPU. Where a few tokens meet many, as in generation, k and v are quantized again in every call.
+
+    Raises:
+        ValueError: dropout, or the soft limit of scores of some models, which the operator does not have.
+    """
+    if dropout or kwargs.get("softcap") is not None:
+        got = f"dropout {dropout}" if dropout else "a softcap"
+        raise ValueError(
+            f"quant_ops.int8_attention: expected attention without dropout and softcap, got {got}. Call model.eval() or "
+            "model.set_attn_implementation('eager')."
+        )
+    rows = query.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = rows > 1 and attention_mask is None and is_causal
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(position_bias, attention_mask, causal), False
+    result = int8_attention(query, key, value, attention_mask, causal, scaling)
+    return result.transpose(1, 2), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+AttentionInterface.register("quant_ops", int8_attention_forward)
+AttentionMaskInterface.register("quant_ops", sdpa_mask)
 
 
 # ---- models that were quantized in memory --------------------------------------------------------------------------------

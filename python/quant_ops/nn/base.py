@@ -3,6 +3,7 @@
 Read first: state.py, what a layer holds; next: int8.py, weight_only.py.
 """
 
+import operator
 import sys
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -13,13 +14,22 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from ..ops._register import wants_derivative
+from .kept import KeptCall, kept_call
 from .saving import SavedState
 from .scaled import ScaledLinear, checked_multiplier
 from .transposed import as_linear
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _in_transform = torch._C._functorch.maybe_current_level
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracer = torch._C._get_tracing_state  # of torch.jit.trace
+_hooks, _pre_hooks = torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks
 _Self = TypeVar("_Self", bound="QuantizedLayer")
+
+
+def _is_watched() -> bool:
+    """Whether somebody has to see the operator itself: a transform, a mode of dispatch, torch.jit.trace."""
+    return _in_transform() is not None or forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _tracer() is not None
 
 
 def _in_onnx_export() -> bool:
@@ -42,6 +52,9 @@ class QuantizedLayer(SavedState):
     backward: bool = False  # whether gradients flow through forward to the input; see ops/backward.py
     has_bias: ClassVar[bool] = True  # whether both constructors take bias
     in_features: int  # of a linear layer, whose buffer input_multiplier may be None
+
+    _repeats: ClassVar[Any] = None  # what repeats the operator call that _run is; None: it is more than such a call
+    _kept: KeptCall | None = None
 
     config: Any = None  # what a converting call made the layer by
     sharding: Any = None  # of a layer whose parts are spread over processes; see quant_ops.distributed
@@ -117,17 +130,48 @@ class QuantizedLayer(SavedState):
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The usual call, which the library has kept (kept.py), without the Python of nn.Module; else nn.Module's."""
+        if not is_compiling() and (kept := self._kept) is not None and len(args) == 1 and not kwargs:
+            x = args[0]
+            if (
+                type(x) is Tensor
+                and not x.requires_grad
+                and x.dim() == kept.dim
+                and all(map(operator.is_, kept.buffers, self._buffers.values()))
+                and not (self._forward_hooks or self._forward_pre_hooks or _hooks or _pre_hooks or self._compiled_call_impl)
+                and not _is_watched()
+            ):
+                return kept.call(x, kept.number)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; see the class for shapes and dtypes."""
         # The usual call first, since every check costs. The operator's autograd kernel is Python and takes 3 us only to refuse
         # gradients, so it is skipped where nothing requires one; tensors of inference mode never reach it.
         if type(x) is Tensor and not is_compiling() and not x.requires_grad:
             if x.is_inference():
-                return self._run(x)
+                return self._run_first(x)
             if _in_transform() is None and forward_ad._current_level < 0:
                 with _below_autograd():
-                    return self._run(x)
+                    return self._run_first(x)
         return self._forward_unusual(x)
+
+    def _run_first(self, x: Tensor) -> Tensor:
+        """``_run``, whose operator call is kept for the next ones where it can be."""
+        if not x.is_cpu or not self._is_one_call() or _is_watched():
+            return self._run(x)
+        y, self.__dict__["_kept"] = kept_call(self._run, x, self._repeats, self._buffers)
+        return y
+
+    def _is_one_call(self) -> bool:
+        """Whether a call of the layer is one of an operator, whose arguments but x are the same every time."""
+        return self._repeats is not None and "forward" not in self.__dict__  # which accelerate's hooks replace
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not vars(cls).keys().isdisjoint(("_run", "forward")) and "_repeats" not in vars(cls):
+            cls._repeats = None
 
     def _forward_unusual(self, x: Tensor) -> Tensor:
         """Compiled, traced by torch.fx, differentiated, or with a subclass of Tensor."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.backward import differentiable
 from .int8 import Int8Layer
+from .kept import repeater
 from .weight import as_image_kernel
 
 _conv2d = torch.ops.quant_ops.int8_conv2d.default
@@ -86,6 +87,10 @@ class QuantConv2d(_QuantConv):
     """
 
     float_class = nn.Conv2d
+    _repeats = repeater("int8_conv2d")
+
+    def _is_one_call(self) -> bool:
+        return self._pad_input is None and super()._is_one_call()
 
     def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers

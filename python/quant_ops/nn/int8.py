@@ -419,6 +419,9 @@ class Int8Layer(QuantizedLayer):
 
     # ---- forward ---------------------------------------------------------------------------------------------------------
 
+    def _is_one_call(self) -> bool:
+        return self._buffers["timestep"] is None and super()._is_one_call()
+
     def _options(self) -> dict[str, Any]:
         """Keyword arguments of the operator call. Each one left at its default saves a tenth of a microsecond."""
         b = self._buffers  # a dict lookup each; attribute access would cost more than the call

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..ops.backward import differentiable
 from .int8 import Int8Layer
+from .kept import repeater
 
 _linear = torch.ops.quant_ops.int8_linear.default
 
@@ -28,6 +29,7 @@ class QuantLinear(Int8Layer):
     geometry = ("in_features", "out_features")
     optional = (*Int8Layer.optional, "input_multiplier")
     _granularity = "per row"
+    _repeats = repeater("int8_linear")
 
     input_multiplier: Tensor | None
 

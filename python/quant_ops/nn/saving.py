@@ -16,7 +16,7 @@ from .weight import placeholder
 
 _Self = TypeVar("_Self", bound="SavedState")
 
-_DERIVED = ("_placeholder", "_stand_in")  # attributes that are made again instead of being pickled
+_DERIVED = ("_placeholder", "_stand_in", "_kept")  # attributes that are made again instead of being pickled
 
 
 def _empty(kind: type["SavedState"]) -> "SavedState":
@@ -44,6 +44,7 @@ class SavedState(LayerState):
     _version = 2  # 1: the codes were called weight
 
     def _apply(self: _Self, fn: Any, recurse: bool = True) -> _Self:
+        self._forget_call()
         before = dict(self._buffers)
         # what fn does to a floating weight: another dtype, another memory format
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -127,6 +128,7 @@ class SavedState(LayerState):
             error_msgs.append(problem)
             missing_keys += [prefix + name for name in ("qweight", "weight_scale") if prefix + name not in state_dict]
             return
+        self._forget_call()
         old_name, name = prefix + "weight", prefix + "qweight"
         if old_name in state_dict:
             state_dict[name] = state_dict.pop(old_name)

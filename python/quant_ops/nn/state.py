@@ -89,8 +89,13 @@ class LayerState(nn.Module):
     def _refuse(self, relation: str, got: Any) -> NoReturn:
         raise ValueError(f"quant_ops.{type(self).__name__}: expected {relation}, got {got}")
 
+    def _forget_call(self) -> None:
+        """Gives up the call that was kept (kept.py), whose tensors or settings may not be the layer's any more."""
+        self.__dict__.pop("_kept", None)
+
     def _hold(self, codes: Tensor, in_place: bool = False) -> None:
         """Makes these codes, int8 of the weight's shape, the layer's."""
+        self._forget_call()
         self._placeholder = placeholder(self._weight_shape, codes.device)
         self._pack(codes, in_place)
 
@@ -144,6 +149,7 @@ class LayerState(nn.Module):
         if name == "qweight":
             object.__setattr__(self, name, value)  # the property's setter
         else:
+            self._forget_call()
             super().__setattr__(name, value)
 
     @property

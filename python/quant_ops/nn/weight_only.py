@@ -22,6 +22,7 @@ from ..ops._register import call
 from ..ops.backward import differentiable
 from .base import QuantizedLayer
 from .groups import GROUP_SIZES, ZERO_POINTS, code_range, group_count, most_products, quantize_groups
+from .kept import repeater
 from .weight import placeholder
 
 _linear = torch.ops.quant_ops.weight_only_linear.default
@@ -388,6 +389,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
     settings = (*WeightOnlyLayer.settings, "dynamic", "asymmetric_input", "backward")
     newer: ClassVar[dict[str, Any]] = {**WeightOnlyLayer.newer, "backward": False}
     optional = (*WeightOnlyLayer.optional, "input_multiplier")
+    _repeats = repeater("weight_only_linear")
 
     input_multiplier: Tensor | None
 
@@ -481,6 +483,9 @@ class WeightOnlyLinear(WeightOnlyLayer):
             limit = most_products(self.bits, tensors.get("weight_zero_point") is not None, self.asymmetric_input)
             if size > limit:
                 self._refuse(f"groups of at most {limit} weights, so that an int32 sum is exact", f"{size}. Choose a group_size")
+
+    def _is_one_call(self) -> bool:
+        return self._buffers["qweight"] is None and super()._is_one_call()  # else functional_call lends it
 
     def _run(self, x: Tensor, through: bool = False) -> Tensor:
         b = self._buffers

@@ -254,6 +254,23 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     return tuple(result.unflatten(0, (size, inputs[0].shape[1])) for result in results), (0,) * len(results)
 
 
+@_register("int8_attention")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if any(named[name].dim() - (dims[name] is not None) != 4 for name in "qkv"):
+        return None
+    samples = named["q"].shape[0 if dims["q"] != 0 else 1]
+    for name in "qkv":
+        named[name] = _first(named[name], dims[name], size).flatten(0, 1)
+    mask, dim = named["mask"], dims["mask"]
+    if mask is not None:
+        if mask.dim() - (dim is not None) > 4:
+            return None
+        mask = _first(mask, dim, size)
+        mask = mask.reshape(size, *[1] * (5 - mask.dim()), *mask.shape[1:])
+        named["mask"] = mask.expand(size, samples, *mask.shape[2:]).flatten(0, 1)
+    return _ops.int8_attention(**named).unflatten(0, (size, samples)), 0
+
+
 # ---- the quantize family ---------------------------------------------------------------------------------------------
 
 
@@ -261,6 +278,16 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     x = named["x"].movedim(dims["x"], 0)
     return None if x.dim() < 2 else (_ops.quantize_rows(x, named["asymmetric"]), (0, 0, 0))
+
+
+@_register("norm_quantize_rows")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "x", "residual"):
+        return None
+    x = named["x"] = _first(named["x"], dims["x"], size)
+    if named["residual"] is not None:
+        named["residual"] = _first(named["residual"], dims["residual"], size)
+    return None if x.dim() < 2 else (_ops.norm_quantize_rows(**named), (0, 0, 0))
 
 
 @_register("choose_qparams")

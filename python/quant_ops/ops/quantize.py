@@ -424,3 +424,48 @@ def _(checked: tuple[Tensor, Tensor, Tensor], x: Tensor, **_: Any) -> tuple[Tens
 
 
 constant("quantize_rows")
+
+
+# ---- norm_quantize_rows ----------------------------------------------------------------------------------------------
+
+
+def norm_quantize_rows(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool = False,
+    asymmetric: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize_rows` of the LayerNorm or RMSNorm of every row, on the CPU; x is read once, no normalized row is written.
+
+    Everything is in float32, for ``t = x + residual``: ``d = t - mean(t)`` (RMSNorm: t itself),
+    ``r = 1 / sqrt(mean(d * d) + eps)``, ``y = fma(d * r, weight, bias)``, then codes of y. Sums have a fixed order, so the bits are
+    the same for any number of threads and instruction set.
+
+    Args:
+        x: float32, float16 or bfloat16, shape ``(..., K)``.
+        weight, bias: floating, ``(K,)``, or None.
+        eps: is added to the variance.
+        rms: RMSNorm.
+        asymmetric: as :func:`quantize_rows` takes it.
+        residual: of x's shape and dtype, added to x.
+
+    Returns:
+        ``(q, scale, zero_point)``, which :func:`int8_linear` takes: int8 ``(..., K)``, float32 ``(..., 1)``, int32 ``(..., 1)``.
+
+    Raises:
+        TypeError: x has another dtype, or residual another one than x.
+        ValueError: shapes do not fit; tensors on CUDA.
+    """
+    return call(_ops.norm_quantize_rows.default, x, weight, bias, eps, rms, asymmetric, residual)
+
+
+@fake_kernel("norm_quantize_rows")
+def _(checked: tuple[Tensor, Tensor, Tensor], x: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    rows = [*x.shape[:-1], 1]
+    return tuple(x.new_empty(shape, dtype=result.dtype) for shape, result in zip((x.shape, rows, rows), checked, strict=True))
+
+
+constant("norm_quantize_rows")

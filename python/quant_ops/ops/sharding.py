@@ -286,6 +286,10 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         lambda x, **_: range(x.dim() - 1),
         lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
     ),
+    "norm_quantize_rows": _follow(
+        lambda x, **_: range(x.dim() - 1),
+        lambda x, **_: [(x.shape, "x"), ((*x.shape[:-1], 1), "x"), ((*x.shape[:-1], 1), "x")],
+    ),
     "weight_only_embedding": _follow(
         lambda indices, **_: range(indices.dim()),
         lambda indices, weight, **_: [((*indices.shape, weight.shape[1]), "indices")],
@@ -321,6 +325,7 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
         lambda x, scale_factor, **_: [((*x.shape[:-2], x.shape[-2] * scale_factor[0], x.shape[-1] * scale_factor[-1]), "x")],
     ),
     "int8_chain": _chain,
+    "int8_attention": _gather(),
     "pack_weight": _gather(),
     "unpack_weight": _gather(),
     "pack_weight_only": _gather(),
