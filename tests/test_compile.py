@@ -65,7 +65,7 @@ def test_compile_of_the_wrappers():
             qo.int8_linear(q, weight, scale, None, s, z, residual=x[:, :6], activation="silu"),
             qo.int8_conv2d(image, kernel, torch.tensor(0.01), None, 2, (1, 0), 1),
             qo.norm_quantize_rows(x, None, None, 1e-5, residual=x),
-            qo.int8_attention(image, image, image, image[:, :1, :1] > 0),
+            qo.int8_attention(image, image, image, image[:, :1, :, :1].mT > 0),
             *between(qo.quant_tensor_forward(image, scale[0], None, -128, 127, simulate=False), scale[0]),
         )
 

@@ -164,7 +164,7 @@ ROWS = {
     "matrix": (qo.quantize_rows, [0], X),
     "last, asymmetric": (lambda x: qo.quantize_rows(x, True), [2], X),
     "vectors": (qo.quantize_rows, [0], X[0]),
-    "norms": (lambda x, r: qo.norm_quantize_rows(x, None, floats(8), 1e-5, residual=r), [1, None], X, X[:, 0]),
+    "norms": (lambda x, r: qo.norm_quantize_rows(x, None, X[0, 0], 1e-5, residual=r), [1, None], X, X[:, 0]),
     "all": (lambda x: qo.choose_qparams(x, [], -127, 127), [0], X),
     "rows": (lambda x: qo.choose_qparams(x, [-1], -127, 127), [1], X),
     "columns": (lambda x: qo.choose_qparams(x, [0], -128, 127, True), [2], X),

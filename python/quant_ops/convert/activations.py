@@ -51,6 +51,13 @@ class ActivationResult(Result):
         return f"{len(self.fused)} fused, {len(self.skipped)} skipped", ("fused", "skipped"), lines
 
 
+class _Readers(Watch):
+    """Who reads what. Nothing is measured: an activation may read images of several sizes."""
+
+    def _reduce(self, x: Tensor) -> tuple[()]:
+        return ()
+
+
 def fuse_activations_(model: nn.Module, example_inputs: Any) -> ActivationResult:
     """Puts activations (ReLU, ReLU6, Hardswish, SiLU, GELU, its tanh form) into the int8 layers before them, in place.
 
@@ -70,7 +77,7 @@ def fuse_activations_(model: nn.Module, example_inputs: Any) -> ActivationResult
     activations = {
         module: (name, function) for name, module in model.named_modules() if (function := _function_of(module)) is not None
     }
-    watch = Watch(model, {module: name for module, (name, _) in activations.items()}, 0)
+    watch = _Readers(model, {module: name for module, (name, _) in activations.items()}, 0)
     with quiet(model), watch.watching():
         watch.finish([call(model, to_device(device_of(model), example_inputs))])
     result = ActivationResult()
