@@ -10,9 +10,9 @@ namespace {
 
 // exp_of(max(x, -87)) for x <= 0: without what exp_of does for results that are subnormal or above 1.
 QO_INLINE typename Simd::F exp_below_zero(typename Simd::F x) {
-  typename Simd::F rounded;
-  const auto p = exp_fraction(Simd::max(Simd::set(kLeastExponent), x), &rounded);
-  return Simd::mul(p, power_of_two(rounded, Simd::set_int(127 << 23)));
+  Vectors<1> rounded;
+  const auto p = exp_fraction(Vectors<1>{{Simd::max(Simd::set(kLeastExponent), x)}}, &rounded);
+  return Simd::mul(p.v[0], power_of_two(rounded.v[0], Simd::set_int(127 << 23)));
 }
 
 // The largest score, after the mask is added. NaN is ignored here; it reaches the sum.
