@@ -433,8 +433,6 @@ class Attention {
       tile.out.bias = a.bias + column;
       tile.out.row_step = 1;
       tile.out.floor = -INFINITY;
-      tile.out.out_scale = 1.0f;
-      tile.out.out_zero_point = 0;
       for (int64_t m = 0, count; m < rows; m += count) {
         count = tile_rows(table_, rows - m, width <= kSlimColumns);
         int64_t offset[kMaxGemmRows];
