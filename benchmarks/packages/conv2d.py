@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import quant_ops as qo
-from benchmarks.common import machine, shapes
+from benchmarks.common import machine, networks, shapes
 from benchmarks.common.problems import ConvProblem, floating, ours_dynamic, ours_static
-from benchmarks.packages import networks, run
+from benchmarks.packages import run
 
 LEAST_SQNR = 20.0  # dB against float32; torch.ao's x86 saturates intermediate sums of depthwise convolutions
 
@@ -218,7 +218,7 @@ def measure(name, shape, results):
 
 def main():
     parser = run.parser(__doc__, seconds=0.5)
-    sets = {name: functools.partial(networks.conv_shapes, name) for name in networks.NETWORKS} | shapes.PACKAGES_CONV
+    sets = {name: functools.partial(networks.conv_shapes, name) for name in ("resnet-50", "mobilenet-v2")} | shapes.PACKAGES_CONV
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sets", nargs="+", choices=["smoke", "default", *sets], default=["default"])
     options = parser.parse_args()

@@ -77,8 +77,8 @@ def networks(data):
     head += ["fp32 / ours dynamic", "bf16 / ours dynamic", "best int8 other / best ours static"]
     for (network, threads, shape), row in rows.items():
         ms = _milliseconds(row)
-        dynamic, static = ms["ours dynamic"], min(ms["ours static"], ms["ours static chained"])
-        int8 = [time for name, time in ms.items() if name.startswith(("torch.ao", "ONNX"))]
+        dynamic, static = ms["ours dynamic"], min(time for name, time in ms.items() if name.startswith("ours static"))
+        int8 = [time for name, time in ms.items() if name.startswith(("torch.ao", "ONNX", "OpenVINO"))]
         cells = [network, str(threads), shape, *(f"{ms[name]:.1f}" if name in ms else "" for name in names)]
         lines.append([*cells, table.ratio([ms["fp32"]], dynamic), table.ratio([ms["bf16"]], dynamic), table.ratio(int8, static)])
     first = {}  # the smallest batch
