@@ -16,7 +16,7 @@ from torch import nn
 from vision_models import Bottleneck, ResNet, static
 
 import quant_ops as qo
-from quant_ops.chains.program import run_steps
+from quant_ops.ops.program import run_steps
 
 
 def conv(inputs, outputs, kernel=3, **arguments):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quant_ops as qo
-from quant_ops.chains.program import STEPS, Program, Step, element, run_steps
+from quant_ops.ops.program import STEPS, Program, Step, element, run_steps
 
 INT8, UINT8, FLOAT32, FLOAT16, BFLOAT16 = range(5)
 RELU = 1

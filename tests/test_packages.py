@@ -19,12 +19,13 @@ BELOW = {
     "convert": {"", "ops", "nn", "formats", "observers", "simulation"},
     "report": {"", "ops", "nn", "formats", "simulation", "convert"},
     "accuracy": {"", "ops", "nn", "observers", "convert"},
+    "chains": {"", "ops", "nn", "observers", "convert", "accuracy"},
     "autoquant": {"", "nn", "convert", "report"},
     "compat": {"", "ops", "nn", "formats", "observers", "simulation", "convert", "report", "autoquant"},
     "cli": {"", "nn", "convert", "report"},
     "distributed": {"", "ops", "nn"},
     "onnx": {"", "ops", "nn", "simulation", "convert"},
-    "integrations": {"", "nn", "simulation", "convert"},
+    "integrations": {"", "ops", "nn", "simulation", "convert"},
 }
 FREE = {"__init__.py", "__main__.py"}  # the public names, and the entry of the command line
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in FREE)

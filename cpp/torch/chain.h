@@ -1,4 +1,4 @@
-// int8_chain on the CPU: a program (python/quant_ops/chains/program.py has its format) becomes a plan, once for each shape of the
+// int8_chain on the CPU: a program (python/quant_ops/ops/program.py has its format) becomes a plan, once for each shape of the
 // inputs, and each call gives the plan's steps their constants. On CUDA and for fake tensors the operator is Python:
 // python/quant_ops/ops/chain.py. Read next: cpu/chain.h.
 #pragma once

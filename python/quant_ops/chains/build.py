@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from ..convert.config import Int8Static
 from ..nn import Int8Layer, QuantConv2d
 from ..observers import Observer
+from ..ops.program import ACTIVATIONS, DTYPES, Program, Step, element
 from .find import Unit
 from .layer import Chain, Source
 from .operators import example_of
-from .program import ACTIVATIONS, DTYPES, Program, Step, element
 
 _KEEP_SCALE = ("max_pool2d", "upsample_nearest2d", "flatten")  # steps that move codes and compute none
 _SAME_RANGE = 1.25  # a value that is concatenated takes the scale of the result up to this many times its own

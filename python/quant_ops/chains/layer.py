@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 from ..nn import QuantizedLayer
 from ..ops._register import call, in_transform, wants_derivative
-from .program import STEPS, Program
+from ..ops.program import STEPS, Program
 
 Source = tuple[str, str]  # where a constant is: the name of a layer, or "" for the chain itself, and the name of the buffer
 
@@ -37,7 +37,7 @@ class Chain(nn.Module):
     lie. Its ``state_dict`` has theirs, the scales of the values and the program: loading it makes the chain that was saved.
 
     Attributes:
-        program: the steps; see :mod:`quant_ops.chains.program`.
+        program: the steps; see :mod:`quant_ops.ops.program`.
         layers: the quantized layers.
         scales, zero_points: of the values, float32 and int32. Layers keep theirs, which are not read.
     """

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 
 from .. import _library
 from .._models import has_hooks, patched
-from ..nn import QUANTIZED_LAYERS, Int8Layer, QuantizedLayer, WeightOnlyLayer, as_linear, is_original, show_forms
+from ..nn import QUANTIZED_LAYERS, FusedActivation, Int8Layer, QuantizedLayer, WeightOnlyLayer, as_linear, is_original, show_forms
 from ..nn.saving import is_channels_last
 from ..simulation.recast import Recast
 from . import config
-from .activations import FusedActivation
 from .prepared import Prepared, is_sharded, whole
 from .select import FAMILIES, ConversionResult, Survey, settle
 

@@ -31,10 +31,9 @@ from .._description import Config
 from .._models import has_hooks, patched
 from ..convert import config as configs
 from ..convert import files
-from ..convert.activations import FusedActivation
 from ..convert.select import Configs, ConversionResult, Filter, Places, Survey, replace_, settle
 from ..convert.workflow import Plan, layer_of, tied_layers
-from ..nn import QUANTIZED_LAYERS, QuantizedLayer, ScaledLinear, WeightOnlyLayer, as_linear, is_original
+from ..nn import QUANTIZED_LAYERS, FusedActivation, QuantizedLayer, ScaledLinear, WeightOnlyLayer, as_linear, is_original
 from ..simulation.recast import Recast
 
 FORMAT_VERSION = 1

@@ -6,6 +6,7 @@ from torch import nn
 
 from .base import QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d
+from .fused import FusedActivation
 from .groups import GROUP_SIZES, ZERO_POINTS
 from .int8 import Int8Layer, quantize_weight
 from .linear import QuantLinear
@@ -58,6 +59,7 @@ __all__ = [
     "QUANTIZED_LAYERS",
     "WEIGHT_ONLY_LAYERS",
     "ZERO_POINTS",
+    "FusedActivation",
     "Int8Layer",
     "QuantConv1d",
     "QuantConv2d",

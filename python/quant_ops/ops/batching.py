@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_ops.chains.program import Program
 from quant_ops.ops import backward as backward  # defines operators that have rules here
 from quant_ops.ops._register import register_kernel
+from quant_ops.ops.program import Program
 from quant_ops.ops.quantize_float import ROUNDINGS
 
 _ops = torch.ops.quant_ops

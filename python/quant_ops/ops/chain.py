@@ -1,6 +1,6 @@
 """``int8_chain``: many steps of int8 operators in one call. On CUDA and for fake tensors the steps run one by one in Python.
 
-Programs are made and explained by ``quant_ops/chains/program.py``; the CPU's checks are in ``cpp/torch/chain.h``, its run in
+Programs are made and explained by ``quant_ops/ops/program.py``; the CPU's checks are in ``cpp/torch/chain.h``, its run in
 ``cpp/cpu/chain.cpp``.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_ops.chains.program import Program, run_steps
 from quant_ops.ops._register import call, inference_only, register_kernel
+from quant_ops.ops.program import Program, run_steps
 
 _ops = torch.ops.quant_ops
 
@@ -25,7 +25,7 @@ def int8_chain(inputs: Sequence[Tensor], constants: Sequence[Tensor], program: S
     Args:
         inputs: the first values.
         constants: what the steps read beside values: scales, zero points, biases and packed weights, on the inputs' device.
-        program: of ``quant_ops.chains.program.Program.encode``.
+        program: of ``quant_ops.ops.program.Program.encode``.
 
     Returns:
         The values that the program names as its results; those of four dimensions are channels_last.

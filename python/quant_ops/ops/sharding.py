@@ -269,7 +269,7 @@ def _sums_of_given_codes(x_scale: Tensor | None, out_dtype: Any, **_: Any) -> bo
 
 def _chain(named: dict[str, Any]) -> _Plan:
     """Every process computes all results of an int8_chain."""
-    from quant_ops.chains.program import Program
+    from quant_ops.ops.program import Program
 
     return _gather(len(Program.decode(named["program"]).outputs))(named)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .._models import Result, Table, call, has_hooks, patched, quiet, reasons
 from ..accuracy.watch import Source, Watch
-from ..nn import QuantConv1d, QuantConv2d, QuantLinear
-from .calibrate import device_of, to_device
+from ..convert.calibrate import device_of, to_device
+from ..nn import FusedActivation, QuantConv1d, QuantConv2d, QuantLinear
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -27,10 +27,6 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _TOLERANCE = 4e-6  # of float32 on the arguments below: tanh's gelu and the exact one differ by 5e-4
 _LAYERS = (QuantLinear, QuantConv1d, QuantConv2d)
-
-
-class FusedActivation(nn.Identity):
-    """In the place of an activation that the quantized layers before it compute."""
 
 
 @dataclasses.dataclass(repr=False)
