@@ -77,14 +77,14 @@ def fuse_activations_(model: nn.Module, example_inputs: Any) -> ActivationResult
     with quiet(model), watch.watching():
         watch.finish([call(model, to_device(device_of(model), example_inputs))])
     result = ActivationResult()
+    order = {module: i for i, module in enumerate(model.modules())}
     for module, (name, function) in activations.items():
         sources = watch.read_by.get(module, set())
         if reason := _unfit(module, sources, watch):
             result.skipped.append((name, reason))
             continue
-        for source in sources:
-            assert source is not None
-            layer: Any = source.module
+        layers: list[Any] = [source.module for source in sources if source is not None]
+        for layer in sorted(layers, key=order.__getitem__):
             layer.activation = function
             result.fused.append((watch.names[layer], name, function))
         replace_by_identity(model, module)
