@@ -346,16 +346,16 @@ def test_compare_and_fallback():
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_net.py").write_text("from test_weight_only_models import IDS, Net\nbatches = [IDS]\n")
+    (tmp_path / "my_weight_only_net.py").write_text("from test_weight_only_models import IDS, Net\nbatches = [IDS]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    command = ["quantize", "my_net:Net", "m", "--config"]
+    command = ["quantize", "my_weight_only_net:Net", "m", "--config"]
     assert main([*command, "Int4WeightOnly"]) == 0
     assert "int4   head; its weight is tied to that of 'embedding', which shares the int4 weight" in capsys.readouterr().out
     assert main(["report", "m"]) == 0
     assert "WeightOnlyEmbedding(num_embeddings=60" in capsys.readouterr().out
     settings = json.dumps({"config": "Int8WeightOnly", "group_size": 32})
-    assert main([*command, settings, "--data", "my_net:batches", "--target", "60", "--json"]) == 0
+    assert main([*command, settings, "--data", "my_weight_only_net:batches", "--target", "60", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["config"] == {"config": "Int8WeightOnly", "group_size": 32, "asymmetric": False}
     assert said["skipped"]["embedding"] == "returned to float for the target"
