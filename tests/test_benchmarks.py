@@ -84,7 +84,9 @@ def test_networks_script(tmp_path):
         of_network = {row["contender"]: row for row in rows if row["stem"] == network}
         assert {"ours dynamic", "ours static", "ours static chained", "fp32", "bf16"} <= of_network.keys()
         # int8 between the layers is what the next layer would have made of the float; only an average of codes loses a little
-        assert of_network["ours static chained"]["sqnr_db"] > min(of_network["ours static"]["sqnr_db"], 40) - 0.5
+        assert abs(of_network["ours static"]["sqnr_db"] - of_network["ours static chained"]["sqnr_db"]) < 0.5
+        # the others' sums may saturate where the processor has no VNNI
+        assert all(row["sqnr_db"] > 20 for name, row in of_network.items() if name.startswith(("ours", "fp32", "bf16")))
 
 
 def test_generation_script(tmp_path):
