@@ -39,6 +39,7 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
                 Log* log) {
   const int64_t columns = random->one_in(2) ? width : random->between(width - kPanelStep + 1, width);
   const int64_t row_step = random->between(0, 1);
+  const bool shared = row_step == 0 && random->one_in(2);
   const PackedLayout layout = packed_layout(columns, k, taps, 1, 1);
   const int64_t row_bytes = layout.quads * kQuad, y_stride = columns + random->between(0, 3);
   const bool plain = random->one_in(4), extreme = k > 1000 || random->one_in(4);  // at the largest k sums pass 2^31
@@ -72,11 +73,17 @@ bool check_gemm(const KernelTable& table, Random* random, DType dtype, int64_t w
   const int64_t y_bytes = ((m_count - 1) * y_stride + columns) * dtype_bytes(dtype);
   std::vector<uint8_t> first;
   set_end(&tile.out, random, row_scale.data(), settings, width);
-  for (int64_t rows = 1; rows <= std::min(width <= kSlimColumns ? table.slim_rows : table.gemm_rows, m_count); ++rows) {
-    if (rows > table.gemm_rows && rows != table.slim_rows) continue;
+  const Bytes share(width * kSharedBytes);
+  if (shared)
+    share_columns(width, sum.data(), column_scale.data(), bias.data(), row_scale.data()[0], row_zero.data()[0], tile.out.codes,
+                  share.data())
+        .give(0, &tile.out);
+  const int64_t most = std::max(width <= kSlimColumns ? table.slim_rows : table.gemm_rows, table.call_rows);
+  for (int64_t rows = 1; rows <= std::min(most, m_count); ++rows) {
+    if (rows > table.gemm_rows && rows != table.slim_rows && table.call_rows == 0) continue;
     const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
     for (int64_t m = 0, count; m < m_count; m += count) {
-      count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
+      count = rows > table.gemm_rows && table.call_rows == 0 ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
       const Edge<int64_t> offset(taps * count, [&](int64_t i) { return (i / count * m_count + m + i % count) * row_bytes; });
       tile.a_offset = offset.data();
       tile.out.row_zero = row_zero.data() + m * row_step;
@@ -138,10 +145,11 @@ void check_depthwise(const KernelTable& table, Random* random, DType dtype, Log*
   run.out.column_sum = sum.data();
   run.out.column_scale = column_scale.data();
   run.out.bias = bias.data();
-  run.out.row_zero = row_zero.data();
-  run.out.row_scale = row_scale.data();
-  run.out.row_step = 0;
   set_end(&run.out, random, row_scale.data(), 1, layout.padded_n);
+  const Bytes share(layout.padded_n * kSharedBytes);
+  share_columns(layout.padded_n, sum.data(), column_scale.data(), bias.data(), row_scale.data()[0], row_zero.data()[0],
+                run.out.codes, share.data())
+      .give(0, &run.out);
   table.depthwise(run);
   log->add(named("depthwise: dtype, channels, R, S, first, pixels", {int64_t(dtype), channels, r, s, run.first, run.pixels}),
            y.data(), y.bytes(), dtype);

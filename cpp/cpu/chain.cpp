@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -154,14 +155,15 @@ void place_values(ChainPlan* plan, int64_t cut) {
 class ChainRun {
  public:
   ChainRun(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
-           const std::vector<void*>& results)
+           const std::vector<void*>& results, bool times)
       : plan_(plan),
         params_(params),
         inputs_(inputs),
         results_(results),
         memory_(plan.shared_bytes + std::max<int64_t>(plan.workers, 1) * plan.own_bytes, Scratch::Keeper::kChain),
         shared_(memory_.at<char>(0)),
-        own_(memory_.at<char>(plan.shared_bytes)) {}
+        own_(memory_.at<char>(plan.shared_bytes)),
+        seconds_(times ? static_cast<size_t>(std::max<int64_t>(plan.workers, 1)) * plan.steps.size() : 0) {}
 
   void run() {
     parallel_for(plan_.workers, 1, [&](int64_t begin, int64_t end) {
@@ -169,8 +171,12 @@ class ChainRun {
     });
     if (int64_t bytes = missing_bytes_; bytes > 0) throw OutOfMemory(bytes);
     for (int64_t sample = plan_.workers * plan_.share; sample < plan_.samples && plan_.left.last > 0; ++sample)
-      run_phase(plan_.left, sample, own_);
-    run_phase(plan_.together, 0, nullptr);
+      run_phase(plan_.left, sample, own_, 0);
+    run_phase(plan_.together, 0, nullptr, 0);
+  }
+
+  void add_seconds(double* seconds) const {
+    for (size_t i = 0; i < seconds_.size(); ++i) seconds[i % plan_.steps.size()] += seconds_[i];
   }
 
  private:
@@ -178,37 +184,50 @@ class ChainRun {
   void run_share(int64_t worker) {
     try {
       for (int64_t i = 0; i < plan_.share; i += plan_.apart.samples)
-        run_phase(plan_.apart, worker * plan_.share + i, own_ + worker * plan_.own_bytes);
+        run_phase(plan_.apart, worker * plan_.share + i, own_ + worker * plan_.own_bytes, worker);
     } catch (const OutOfMemory& e) {
       missing_bytes_ = e.bytes();
     }
   }
 
-  void run_phase(const ChainPhase& phase, int64_t sample, char* own) const {
-    for (int64_t i = phase.first; i < phase.last; ++i) {
-      const ChainStep& step = plan_.steps[static_cast<size_t>(i)];
-      const Memory memory{.x = address(step.inputs[0], sample, own),
-                          .second = step.inputs.size() > 1 ? address(step.inputs[1], sample, own) : nullptr,
-                          .y = address(step.output, sample, own)};
-      const ProductPlan& product = phase.products[static_cast<size_t>(i - phase.first)];
-      const int64_t samples = phase.samples;
-      std::visit(Overloaded{
-                     [&](const Int8Conv2dParams& p) { run_conv2d(of_samples(p, samples), product, memory); },
-                     [&](const Int8LinearParams& p) { run_linear(of_samples(p, samples), product, memory); },
-                     [&](const ChainElements& p) { run_elements(p, samples, memory); },
-                     [&](const ChainFlatten& p) { run_flatten(p, samples, memory); },
-                     [&](const PointwiseParams& p) { run_pointwise(p, samples, memory); },
-                     [&](const MaxPoolParams& p) { run_max_pool(p, samples, memory); },
-                     [&](const AvgPoolParams& p) { run_avg_pool(p, samples, memory); },
-                     [&](const UpsampleParams& p) { run_upsample(p, samples, memory); },
-                     [&](const ChainCat& p) {
-                       char* y = static_cast<char*>(memory.y);
-                       for (size_t part = 0; part < p.parts.size(); ++part)
-                         y = run_part(p.parts[part], samples, address(step.inputs[part], sample, own), y);
-                     },
-                 },
-                 params_[static_cast<size_t>(i)]);
+  void run_phase(const ChainPhase& phase, int64_t sample, char* own, int64_t worker) {
+    if (seconds_.empty()) {
+      for (int64_t i = phase.first; i < phase.last; ++i) run_step(phase, i, sample, own);
+      return;
     }
+    double* seconds = seconds_.data() + static_cast<size_t>(worker) * plan_.steps.size();
+    auto before = std::chrono::steady_clock::now();
+    for (int64_t i = phase.first; i < phase.last; ++i) {
+      run_step(phase, i, sample, own);
+      const auto now = std::chrono::steady_clock::now();
+      seconds[i] += std::chrono::duration<double>(now - before).count();
+      before = now;
+    }
+  }
+
+  void run_step(const ChainPhase& phase, int64_t i, int64_t sample, char* own) const {
+    const ChainStep& step = plan_.steps[static_cast<size_t>(i)];
+    const Memory memory{.x = address(step.inputs[0], sample, own),
+                        .second = step.inputs.size() > 1 ? address(step.inputs[1], sample, own) : nullptr,
+                        .y = address(step.output, sample, own)};
+    const ProductPlan& product = phase.products[static_cast<size_t>(i - phase.first)];
+    const int64_t samples = phase.samples;
+    std::visit(Overloaded{
+                   [&](const Int8Conv2dParams& p) { run_conv2d(of_samples(p, samples), product, memory); },
+                   [&](const Int8LinearParams& p) { run_linear(of_samples(p, samples), product, memory); },
+                   [&](const ChainElements& p) { run_elements(p, samples, memory); },
+                   [&](const ChainFlatten& p) { run_flatten(p, samples, memory); },
+                   [&](const PointwiseParams& p) { run_pointwise(p, samples, memory); },
+                   [&](const MaxPoolParams& p) { run_max_pool(p, samples, memory); },
+                   [&](const AvgPoolParams& p) { run_avg_pool(p, samples, memory); },
+                   [&](const UpsampleParams& p) { run_upsample(p, samples, memory); },
+                   [&](const ChainCat& p) {
+                     char* y = static_cast<char*>(memory.y);
+                     for (size_t part = 0; part < p.parts.size(); ++part)
+                       y = run_part(p.parts[part], samples, address(step.inputs[part], sample, own), y);
+                   },
+               },
+               params_[static_cast<size_t>(i)]);
   }
 
   // The values of a step, from the first sample on.
@@ -328,6 +347,7 @@ class ChainRun {
   const Scratch memory_;
   char* const shared_;
   char* const own_;
+  std::vector<double> seconds_;  // [workers][steps] or empty
   std::atomic<int64_t> missing_bytes_{0};
 };
 
@@ -385,9 +405,11 @@ void plan_chain(ChainPlan* plan, const KernelTable& table, int64_t threads) {
 }
 
 void run_chain(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
-               const std::vector<void*>& results) {
+               const std::vector<void*>& results, double* seconds) {
   log_kernel([&] { return first_kernel(plan); });
-  ChainRun(plan, params, inputs, results).run();
+  ChainRun chain(plan, params, inputs, results, seconds != nullptr);
+  chain.run();
+  if (seconds != nullptr) chain.add_seconds(seconds);
 }
 
 }  // namespace quant_ops

@@ -86,8 +86,9 @@ struct ChainPlan {
 // Completes a plan whose values, steps, params, results and samples are there.
 void plan_chain(ChainPlan* plan, const KernelTable& table, int64_t threads);
 
-// `params` are the plan's with the pointers of this call's constants.
+// `params` are the plan's with the pointers of this call's constants. `seconds`, if it is not null, has an element for each step
+// and gets the time that it took; a step that several threads run at once counts as often.
 void run_chain(const ChainPlan& plan, const std::vector<ChainParams>& params, const std::vector<const void*>& inputs,
-               const std::vector<void*>& results);
+               const std::vector<void*>& results, double* seconds = nullptr);
 
 }  // namespace quant_ops

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "cpu/activations.h"
+
 namespace quant_ops {
 
 CodeOutput code_output(DType dtype, float scale, int32_t zero_point, Function function, const float* row_scale, int64_t rows,
@@ -22,30 +24,49 @@ CodeOutput code_output(DType dtype, float scale, int32_t zero_point, Function fu
   const double largest_bias = largest(bias, columns);
   const double value = 0x1p31 * largest(row_scale, rows) * largest(column_scale, columns) + largest_bias + residual;
   CodeOutput codes;
+  const int32_t shift = is_unsigned ? 0 : kSignedOffset;
   codes.scale = scale;
   codes.reciprocal = 1.0f / scale;
   codes.divide = !(scale > 0x1p-100f && scale < 0x1p100f && value < 0x1p30 * scale);
   // In units of 2^-24, the relative error of one rounding: an unsaturated quotient is below 256, so the product is below that plus
   // bias and residual; each is rounded a few times, and their sum in steps and the value itself and its quotient once.
   if (!codes.divide) codes.slack = static_cast<float>(0x1p-24 * (2048.0 + (6.0 * largest_bias + 8.0 * residual) / scale));
-  codes.zero_point = zero_point;
-  codes.least = function == Function::kNone ? least : zero_point;
-  codes.most = function == Function::kRelu6 ? code_of(6.0f) : most;
+  codes.zero_point = zero_point + shift;
+  codes.least = (function == Function::kNone ? least : zero_point) + shift;
+  codes.most = (function == Function::kRelu6 ? code_of(6.0f) : most) + shift;
+  codes.flip = is_unsigned ? 0 : 0x80;
   return codes;
 }
 
-ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, ScratchLayout* scratch) {
+SharedColumns share_columns(int64_t count, const int32_t* column_sum, const float* column_scale, const float* bias, float row_scale,
+                            int32_t row_zero, const CodeOutput& codes, void* memory) {
+  int32_t* start = static_cast<int32_t*>(memory);
+  float* scale = static_cast<float*>(memory) + count;
+  float* steps_scale = scale + count;
+  float* steps_bias = steps_scale + count;
+  const float offset = static_cast<float>(codes.zero_point) + codes.slack;
+  for (int64_t n = 0; n < count; ++n) {
+    start[n] = static_cast<int32_t>(0u - static_cast<uint32_t>(row_zero) * static_cast<uint32_t>(column_sum[n]));
+    scale[n] = row_scale * column_scale[n];
+    steps_scale[n] = scale[n] * codes.reciprocal;
+    steps_bias[n] = bias[n] * codes.reciprocal + offset;
+  }
+  return {start, scale, steps_scale, steps_bias};
+}
+
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, int64_t shared, ScratchLayout* scratch) {
   const bool depthwise = l.form == WeightForm::kDepthwise;
   ColumnsPlan plan{depthwise ? l.padded_n : l.products * l.padded_n, ColumnsPlan::kNoCopy, ColumnsPlan::kNoCopy};
   const bool unpadded = plan.count == l.out_channels;
   const int64_t bytes = plan.count * int64_t{sizeof(float)};
   if (!unpadded || out.weight_scale_stride != 1) plan.scale_at = scratch->add(bytes);
   if (!unpadded || out.bias == nullptr) plan.bias_at = scratch->add(bytes);
+  plan.shared_at = scratch->add(shared * plan.count * kSharedBytes);
   return plan;
 }
 
 Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& l, const Scratch& scratch)
-    : count_(plan.count), scale_(out.weight_scale), bias_(out.bias) {
+    : count_(plan.count), shared_at_(plan.shared_at), scale_(out.weight_scale), bias_(out.bias) {
   const bool depthwise = l.form == WeightForm::kDepthwise;
   const int64_t products = depthwise ? 1 : l.products, n = depthwise ? l.out_channels : l.n;
   const auto padded = [&](int64_t at, const float* from, int64_t stride, float missing) {
@@ -76,6 +97,12 @@ CodeOutput Columns::codes(const OutputParams& out, const float* row_scale, int64
   const double residual = r.r == nullptr ? 0.0 : r.scale == nullptr ? INFINITY : 255.0 * std::fabs(double{*r.scale});
   return code_output(out.dtype, *out.out_scale, out.out_zero_point ? *out.out_zero_point : 0, clamp_, row_scale, rows, scale_,
                      bias_, count_, residual);
+}
+
+SharedColumns Columns::share(int64_t i, const int32_t* column_sum, float row_scale, int32_t row_zero, const CodeOutput& codes,
+                             const Scratch& scratch) const {
+  void* memory = scratch.at<char>(shared_at_ + i * count_ * kSharedBytes);
+  return share_columns(count_, column_sum, scale_, bias_, row_scale, row_zero, codes, memory);
 }
 
 TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, int64_t column) const {

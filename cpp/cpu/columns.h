@@ -19,6 +19,11 @@ inline int64_t tile_rows(const KernelTable& table, int64_t left, bool slim) {
   return table.row_step > 1 ? std::min(left, table.gemm_rows) : tile_rows(left, table.gemm_rows);
 }
 
+// Rows of the next call of `gemm` when `left` remain.
+inline int64_t call_rows(const KernelTable& table, int64_t left, bool slim) {
+  return table.call_rows > 0 ? std::min(left, table.call_rows) : tile_rows(table, left, slim);
+}
+
 // The name of the kernel of the first tile of `rows` rows by a panel of `width` columns. The other tiles are like it, except where
 // the rows or the columns end.
 inline std::string first_tile_name(const KernelTable& table, int64_t rows, int64_t width) {
@@ -35,10 +40,34 @@ CodeOutput code_output(DType dtype, float scale, int32_t zero_point, Function fu
 struct ColumnsPlan {
   int64_t count;              // of all products
   int64_t scale_at, bias_at;  // copies in scratch; kNoCopy: the caller's array
+  int64_t shared_at = 0;      // what Columns::share makes
 
   static constexpr int64_t kNoCopy = -1;
 };
-ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& layout, ScratchLayout* scratch);
+// `shared`: how many times Columns::share is called for memory of its own.
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& layout, int64_t shared, ScratchLayout* scratch);
+
+// The columns of products whose rows share one scale and one zero point, as TileOutput wants them: each array `count` elements.
+struct SharedColumns {
+  const int32_t* start;
+  const float* scale;
+  const float* steps_scale;
+  const float* steps_bias;
+
+  // Of a tile whose first column is this one.
+  void give(int64_t column, TileOutput* tile) const {
+    tile->shared = true;
+    tile->start = start + column;
+    tile->column_scale = scale + column;
+    tile->steps_scale = steps_scale + column;
+    tile->steps_bias = steps_bias + column;
+  }
+};
+constexpr int64_t kSharedBytes = 16;  // of a column
+
+// Makes them in `memory`, of kSharedBytes a column; `codes` where the result has none is read and without effect.
+SharedColumns share_columns(int64_t count, const int32_t* column_sum, const float* column_scale, const float* bias, float row_scale,
+                            int32_t row_zero, const CodeOutput& codes, void* memory);
 
 class Columns {
  public:
@@ -51,8 +80,12 @@ class Columns {
   // TileOutput::codes for rows of these scales; of no use where the result has no codes.
   CodeOutput codes(const OutputParams& out, const float* row_scale, int64_t rows) const;
 
+  // For rows that share this scale and zero point; number i of those that are held at a time. `column_sum` is that of all products.
+  SharedColumns share(int64_t i, const int32_t* column_sum, float row_scale, int32_t row_zero, const CodeOutput& codes,
+                      const Scratch& scratch) const;
+
  private:
-  int64_t count_;
+  int64_t count_, shared_at_;
   const float* scale_;
   const float* bias_;
   Function clamp_;  // kNone, kRelu or kRelu6

@@ -30,7 +30,7 @@ struct PixelRun {
 };
 
 // Cuts `count` output pixels from row oh, column ow on into runs, and moves oh and ow behind them.
-int64_t cut_at_rows(const Int8Conv2dParams& p, int64_t count, int64_t* oh, int64_t* ow, PixelRun (&runs)[kMaxGemmRows]) {
+int64_t cut_at_rows(const Int8Conv2dParams& p, int64_t count, int64_t* oh, int64_t* ow, PixelRun (&runs)[kMaxCallRows]) {
   int64_t n = 0;
   for (; count > 0; ++n) {
     runs[n] = {std::min(count, p.OW - *ow), *oh * p.stride[0] - p.pad[0], *ow * p.stride[1]};
@@ -44,7 +44,7 @@ int64_t cut_at_rows(const Int8Conv2dParams& p, int64_t count, int64_t* oh, int64
   return n;
 }
 
-// The offsets in the codes of `rows` output pixels from `first` on, in tiles: [tile][taps][rows of the tile].
+// The offsets in the codes of `rows` output pixels from `first` on, for calls of `gemm`: [call][taps][rows of the call].
 void fill_offsets(const Conv2dPlan& plan, const Int8Conv2dParams& p, int64_t first, int64_t rows, int64_t* offsets) {
   if (plan.pointwise) {
     for (int64_t i = 0; i < rows; ++i) offsets[i] = (first + i) * plan.pixel;
@@ -53,10 +53,10 @@ void fill_offsets(const Conv2dPlan& plan, const Int8Conv2dParams& p, int64_t fir
   const int64_t tap_columns = plan.layout.form == WeightForm::kRowTaps ? 1 : p.S;
   const int64_t pixel = plan.pixel, tap_step = p.dilation[1] * pixel, step = p.stride[1] * pixel;
   const bool by_phase = plan.phases > 1;
-  PixelRun runs[kMaxGemmRows];
+  PixelRun runs[kMaxCallRows];
   int64_t oh = first / p.OW, ow = first % p.OW;
   for (int64_t done = 0, count; done < rows; done += count) {
-    count = tile_rows(*plan.table, rows - done, plan.slim);
+    count = call_rows(*plan.table, rows - done, plan.slim);
     const int64_t n = cut_at_rows(p, count, &oh, &ow, runs);
     for (int64_t r = 0; r < p.R; ++r)
       for (int64_t s = 0; s < tap_columns; ++s)
@@ -199,14 +199,20 @@ class Conv2d {
     const int64_t pixels = p_.OH * p_.OW, blocks = ceil_div(pixels, plan_.block), tasks = samples_ * blocks;
     const int64_t macs = std::min(plan_.block, pixels) * p_.O * plan_.layout.k * plan_.layout.taps;
     for_each_share(tasks, plan_.threads, tasks * macs, kMacsPerThread, [&](int64_t worker, int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task)
-        multiply_block(worker, task / blocks, task % blocks * plan_.block,
-                       std::min(plan_.block, pixels - task % blocks * plan_.block));
+      SharedColumns shared{};
+      int64_t of = -1;  // a sample whose scale and zero point `shared` has
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / blocks, first = task % blocks * plan_.block;
+        if (of < 0 || scale_[n] != scale_[of] || zero_[n] != zero_[of])
+          shared = columns_.share(worker, plan_.layout.column_sum(packed_, 0), scale_[n], zero_[n], codes_of_result_, scratch_);
+        of = n;
+        multiply_block(worker, n, shared, first, std::min(plan_.block, pixels - first));
+      }
     });
   }
 
   // `rows` output pixels of sample n from `first` on, all channels.
-  void multiply_block(int64_t worker, int64_t n, int64_t first, int64_t rows) const {
+  void multiply_block(int64_t worker, int64_t n, const SharedColumns& shared, int64_t first, int64_t rows) const {
     int64_t* offsets = scratch_.at<int64_t>(plan_.offsets_at + worker * plan_.offset_bytes);
     fill_offsets(plan_, p_, first, rows, offsets);
     const PackedLayout& layout = plan_.layout;
@@ -217,7 +223,7 @@ class Conv2d {
         const int64_t columns = std::min(layout.width(panel), layout.n - column), sample = first_sample_ + n;
         if (p_.y_channels_last) {
           const int64_t offset = (sample * pixels + first) * p_.O + channel;
-          multiply_panel(n, product, panel, offsets, rows,
+          multiply_panel(n, shared, product, panel, offsets, rows,
                          {static_cast<char*>(p_.out.y) + offset * bytes, p_.O, p_.out.residual.r, offset});
         } else {  // through blocks of [rows][columns]
           const int64_t offset = (sample * p_.O + channel) * pixels + first, r_bytes = residual_bytes(p_.out);
@@ -226,7 +232,7 @@ class Conv2d {
           if (r_bytes > 0)
             transpose_bytes(r_bytes, static_cast<const char*>(p_.out.residual.r) + offset * r_bytes, pixels, columns, rows, r_block,
                             columns);
-          multiply_panel(n, product, panel, offsets, rows, {block, columns, r_block, 0});
+          multiply_panel(n, shared, product, panel, offsets, rows, {block, columns, r_block, 0});
           transpose_bytes(bytes, block, columns, rows, columns, static_cast<char*>(p_.out.y) + offset * bytes, pixels);
         }
       }
@@ -240,7 +246,7 @@ class Conv2d {
     int64_t residual_offset;
   };
 
-  void multiply_panel(int64_t n, int64_t product, int64_t panel, const int64_t* offsets, int64_t rows,
+  void multiply_panel(int64_t n, const SharedColumns& shared, int64_t product, int64_t panel, const int64_t* offsets, int64_t rows,
                       const Destination& to) const {
     const PackedLayout& layout = plan_.layout;
     const int64_t column = panel * kPanel, width = layout.width(panel);
@@ -252,18 +258,17 @@ class Conv2d {
     tile.flip = plan_.in_place ? flip_of(p_.in) : 0;
     tile.b = layout.panel(packed_, product, panel);
     tile.out = columns_.output(p_.out, layout.column_sum(packed_, product) + column, product * layout.padded_n + column);
+    shared.give(product * layout.padded_n + column, &tile.out);
     tile.out.columns = std::min(width, layout.n - column);
     tile.out.y_stride = to.stride;
-    tile.out.row_scale = scale_ + n;
-    tile.out.row_zero = zero_ + n;
-    tile.out.row_step = 0;
     tile.out.codes = codes_of_result_;
-    tile.ahead = tile.b;
+    tile.ahead = panel + 1 < layout.panels() ? layout.panel(packed_, product, panel + 1) : tile.b;
     // offsets of pointwise convolutions are not grouped by tile, so that each panel can have its own tiles
     const bool slim = plan_.pointwise ? width <= kSlimColumns : plan_.slim;
     for (int64_t m = 0, count; m < rows; m += count) {
-      count = tile_rows(table_, rows - m, slim);
+      count = call_rows(table_, rows - m, slim);
       tile.a_offset = offsets + m * layout.taps;
+      if (m > 0) tile.ahead = tile.b;  // it is fetched
       tile.out.y = to.y + m * to.stride * dtype_bytes(p_.out.dtype);
       if (p_.out.residual.r != nullptr) set_residual(p_.out, to.residual, to.residual_offset + m * to.stride, to.stride, &tile.out);
       table_.gemm(tile, count, width);
@@ -325,11 +330,13 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, co
   plan_codes(p, &plan);
   plan.slim = layout.panels() == 1 && layout.width(0) <= kSlimColumns;
   const int64_t tile = plan.slim ? table.slim_rows : table.gemm_rows;
-  plan.block = std::clamp<int64_t>(kOffsetBytes / (layout.taps * int64_t{sizeof(int64_t)}) / tile, 1, kBlockTiles) * tile;
+  const int64_t most = std::clamp<int64_t>(kOffsetBytes / (layout.taps * int64_t{sizeof(int64_t)}) / tile, 1, kBlockTiles) * tile;
+  const int64_t pixels = p.OH * p.OW, blocks = std::max<int64_t>(1, (pixels + most / 2) / most);  // even ones, about as large
+  plan.block = round_up(ceil_div(pixels, blocks), tile);
   plan.samples = plan.in_place ? p.N : std::clamp<int64_t>(threads * kPassBytesPerThread / plan.sample, 1, p.N);
 
   ScratchLayout scratch;
-  plan.columns = plan_columns(p.out, layout, &scratch);
+  plan.columns = plan_columns(p.out, layout, threads, &scratch);
   plan.packs = p.packed == nullptr;
   plan.packed_at = scratch.add(plan.packs ? layout.bytes : 0);
   plan.codes_at = scratch.add(plan.in_place ? 0 : plan.samples * plan.sample);

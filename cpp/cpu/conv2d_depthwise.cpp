@@ -93,8 +93,8 @@ class Depthwise {
         window.first = window.last = 0;
         run.padding = static_cast<uint8_t>(qparams.zero_point);
         std::memset(padding, run.padding ^ run.flip, static_cast<size_t>(plan_.row));
-        run.out.row_zero = &qparams.zero_point;
-        run.out.row_scale = &qparams.scale;
+        columns_.share(worker, plan_.layout.column_sum(packed_, 0), qparams.scale, qparams.zero_point, codes_of_result_, scratch_)
+            .give(0, &run.out);
       }
       const int64_t top = oh * p_.stride[0] - p_.pad[0], bottom = top + (count - 1) * p_.stride[0] + plan_.reach;
       const int64_t first = std::clamp<int64_t>(top, 0, p_.H), last = std::clamp<int64_t>(bottom, first, p_.H);
@@ -136,7 +136,6 @@ class Depthwise {
     run.y_row = p_.OW * p_.O;
     run.out.columns = p_.O;
     run.out.y_stride = p_.O;
-    run.out.row_step = 0;
     run.out.codes = codes_of_result_;
     return run;
   }
@@ -232,7 +231,7 @@ DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layo
   plan.output_own = own.add(p.y_channels_last ? 0 : plan.band * output_row);
   plan.residual_own = own.add(p.y_channels_last ? 0 : plan.band * p.OW * p.O * residual_bytes(p.out));
   plan.worker_bytes = own.bytes;
-  plan.columns = plan_columns(p.out, layout, &scratch);
+  plan.columns = plan_columns(p.out, layout, threads, &scratch);
   plan.packs = p.packed == nullptr;
   plan.packed_at = scratch.add(plan.packs ? layout.bytes : 0);
   plan.ranges_at = scratch.add(is_dynamic(p.in) ? p.N * plan.strips * int64_t{sizeof(Range)} : 0);

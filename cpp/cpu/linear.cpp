@@ -31,8 +31,7 @@ class Linear {
         columns_(plan.columns, p.out, plan.layout, scratch_),
         codes_(scratch_.at<uint8_t>(plan.codes_at)),
         row_scale_(scratch_.at<float>(plan.scale_at)),
-        row_zero_(scratch_.at<int32_t>(plan.zero_at)),
-        row_step_(is_dynamic(p.in) || p.in.scale_stride != 0 || p.in.zero_point_stride != 0 ? 1 : 0) {}
+        row_zero_(scratch_.at<int32_t>(plan.zero_at)) {}
 
   void run() {
     for (pass_first_ = 0; pass_first_ < p_.M; pass_first_ += plan_.pass_rows) {
@@ -50,6 +49,8 @@ class Linear {
                    for (int64_t m = begin; m < end; ++m) quantize_row(m);
                  });
     codes_of_result_ = columns_.codes(p_.out, row_scale_, pass_rows_);
+    if (plan_.shares)
+      shared_ = columns_.share(0, plan_.layout.column_sum(p_.packed, 0), row_scale_[0], row_zero_[0], codes_of_result_, scratch_);
   }
 
   void quantize_row(int64_t m) const {
@@ -124,11 +125,12 @@ class Linear {
     // the next panel is fetched while this one is used, a quarter by each of the first four tiles
     const int8_t* ahead = plan_.weight == WeightSource::kPacked && more ? tile.b + panel_bytes : tile.b;
     for (int64_t m = first, count; m < last; m += count) {
-      count = tile_rows(table_, last - m, width <= kSlimColumns);
-      int64_t a_offset[kMaxGemmRows];
+      count = call_rows(table_, last - m, width <= kSlimColumns);
+      int64_t a_offset[kMaxCallRows];
       for (int64_t r = 0; r < count; ++r) a_offset[r] = (m + r) * plan_.code_stride;
       tile.a_offset = a_offset;
-      tile.ahead = ahead + std::min<int64_t>((m - first) / table_.gemm_rows, 3) * (panel_bytes / 4);
+      const int64_t tiles = (m - first) / table_.gemm_rows;
+      tile.ahead = tiles < 4 ? ahead + tiles * (panel_bytes / 4) : tile.b;
       tile.out = output(column_sum, panel, m);
       table_.gemm(tile, count, width);
     }
@@ -144,9 +146,10 @@ class Linear {
     out.y = static_cast<char*>(p_.out.y) + offset * dtype_bytes(p_.out.dtype);
     out.y_stride = p_.y_stride;
     if (p_.out.residual.r != nullptr) set_residual(p_.out, p_.out.residual.r, offset, p_.y_stride, &out);
-    out.row_scale = row_scale_ + m * row_step_;
-    out.row_zero = row_zero_ + m * row_step_;
-    out.row_step = row_step_;
+    if (plan_.shares) shared_.give(column, &out);
+    out.row_scale = row_scale_ + m * plan_.row_step;
+    out.row_zero = row_zero_ + m * plan_.row_step;
+    out.row_step = plan_.row_step;
     return out;
   }
 
@@ -158,9 +161,9 @@ class Linear {
   uint8_t* const codes_;
   float* const row_scale_;
   int32_t* const row_zero_;
-  const int64_t row_step_;  // 0: all rows have one scale and one zero point
   int64_t pass_first_ = 0, pass_rows_ = 0;
   CodeOutput codes_of_result_;
+  SharedColumns shared_{};
 };
 
 }  // namespace
@@ -177,11 +180,13 @@ LinearPlan plan_linear(const Int8LinearParams& p, const KernelTable& table, int6
                 : !plan.in_place && p.M <= kDotRows && table.dot != nullptr ? WeightSource::kPlain
                                                                             : WeightSource::kPackedOnUse;
   const int64_t row_bytes = std::max<int64_t>(plan.row_bytes, 1), tile = table.gemm_rows;
+  plan.row_step = is_dynamic(p.in) || p.in.scale_stride != 0 || p.in.zero_point_stride != 0 ? 1 : 0;
+  plan.shares = plan.row_step == 0 && plan.weight == WeightSource::kPacked && p.M > tile;
   plan.pass_rows = std::min(p.M, std::max(tile, kPassBytes / row_bytes));
   plan.block_rows = std::clamp<int64_t>(kBlockBytes / row_bytes / tile * tile, tile, 32 * tile);
 
   ScratchLayout scratch;
-  plan.columns = plan_columns(p.out, plan.layout, &scratch);
+  plan.columns = plan_columns(p.out, plan.layout, plan.shares ? 1 : 0, &scratch);
   plan.panel_bytes =
       plan.weight == WeightSource::kPackedOnUse ? round_up(kPanel * (plan.row_bytes + int64_t{sizeof(int32_t)}), 64) : 0;
   plan.panels_at = scratch.add(threads * plan.panel_bytes);

@@ -19,6 +19,8 @@ struct LinearPlan {
   PackedLayout layout;
   WeightSource weight;
   bool in_place;        // the product reads the codes in x itself
+  int64_t row_step;     // 0: all rows have one scale and one zero point
+  bool shares;          // they are in the arrays over columns, which are made once for all tiles
   int64_t row_bytes;    // of the codes of a row in scratch
   int64_t code_stride;  // between rows of codes, in scratch or in x
   int64_t pass_rows;    // rows of a pass

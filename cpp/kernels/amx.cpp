@@ -117,8 +117,10 @@ class Activations {
 template <int kRowTiles, int kColumnTiles>
 __attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_t rows, int64_t depth, int64_t n, int64_t width,
                                          int32_t* sum) {
-  unroll<kRowTiles>(
-      [&](auto r) QO_LAMBDA { unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template zero<2 * r.value + c.value>(); }); });
+  unroll<kRowTiles>([&](auto r) QO_LAMBDA {  // every row of a tile from the same place
+    unroll<kColumnTiles>(
+        [&](auto c) QO_LAMBDA { tiles.template load<2 * r.value + c.value>(t.out.start + n + c.value * kTileColumns, 0); });
+  });
   const int64_t groups = t.taps * t.quads, b_stride = width * kQuad;
   Activations rows_of(t, rows, depth);
   for (int64_t done = 0; done < groups;) {
@@ -146,7 +148,7 @@ void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
   alignas(64) int32_t sum[kRows * kPanel];
   const int64_t groups = t.taps * t.quads;
   if (groups == 0) {
-    std::memset(sum, 0, sizeof(sum));
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(sum + r * kPanel, t.out.start, static_cast<size_t>(width) * sizeof(int32_t));
   } else {
     const int64_t depth = groups < kTileGroups ? groups : kTileGroups;
     const int64_t tile_rows[2] = {rows < kTileRows ? rows : kTileRows, rows < kTileRows ? 0 : rows - kTileRows};

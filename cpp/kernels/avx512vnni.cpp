@@ -24,18 +24,21 @@ namespace {
 constexpr int64_t kRows = 6, kSlimRows = 12;
 constexpr int64_t kAheadBytes = 4096;
 
+// rows: of the call, and so the offsets of a tap.
 template <int kTileRows, int kWidth>
-void gemm_u8s8_avx512vnni(const GemmTile& t) {
+void gemm_u8s8_avx512vnni(const GemmTile& t, int64_t rows) {
   constexpr int kVectors = kWidth / 16;
   __m512i acc[kTileRows][kVectors];
-  unroll<kTileRows>([&](auto r)
-                        QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm512_setzero_si512(); }); });
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    const __m512i start = Simd::load_int(t.out.start + v.value * 16);
+    unroll<kTileRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = start; });
+  });
   const int8_t* b = t.b;
   const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
   const int64_t k_end = t.quads * kQuad;
   const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(t.flip));
-  for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows) {
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += rows) {
     const uint8_t* a[kTileRows];
     unroll<kTileRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
     for (int64_t k = 0; k < k_end; k += kQuad, b += kWidth * kQuad) {
@@ -59,12 +62,156 @@ void gemm_u8s8_avx512vnni(const GemmTile& t) {
   finish_tile<kTileRows, kVectors>(t.out, [&](auto r, auto v) QO_LAMBDA { return acc[r.value][v.value]; });
 }
 
-void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-  if (rows == kSlimRows) return width == 32 ? gemm_u8s8_avx512vnni<kSlimRows, 32>(tile) : gemm_u8s8_avx512vnni<kSlimRows, 16>(tile);
-  with_tile<kRows>(rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_avx512vnni<r.value, w.value>(tile); });
+void multiply_tile(const GemmTile& t, int64_t tile_rows, int64_t rows, int64_t width) {
+  if (tile_rows == kSlimRows)
+    return width == 32 ? gemm_u8s8_avx512vnni<kSlimRows, 32>(t, rows) : gemm_u8s8_avx512vnni<kSlimRows, 16>(t, rows);
+  with_tile<kRows>(tile_rows, width, [&](auto r, auto w) QO_LAMBDA { gemm_u8s8_avx512vnni<r.value, w.value>(t, rows); });
 }
 
-GemmShape gemm_shape(int64_t rows, int64_t width) { return {"avx512vnni", rows, width}; }
+// Calls of many rows: twelve sums are accumulated while the epilogue of the twelve before them runs, a part of it after each of the
+// first groups of k, since both wait for other units of the processor. 12 + 12 sums, 4 weights and an
+// activation are 29 of 32 zmm; the epilogue reads what it needs of the columns from memory. A half tile reads a weight for half as
+// many products as a full one, so the panel has to be near.
+constexpr int kHalfSums = 12;
+constexpr int64_t kHalvesBytes = int64_t{128} << 10;  // most bytes of such a panel
+
+template <int kVectors>
+struct HalfTile {
+  static constexpr int kRows = kHalfSums / kVectors;
+  static constexpr int kTogether = 4 / kVectors;  // rows that are finished together
+  static constexpr int kParts = kRows / kTogether;
+  __m512i acc[kRows][kVectors];
+};
+
+// Rows [row, row + kRows) of the call. between(part) is called after each of the first kParts groups of k.
+template <int kVectors, bool kFlip, class Between>
+QO_INLINE void multiply_half(const GemmTile& t, int64_t rows, int64_t row, HalfTile<kVectors>& half, const Between& between) {
+  using Half = HalfTile<kVectors>;
+  const int64_t number = row / Half::kRows;
+  const int8_t* ahead = t.ahead + (number < 3 ? number : 3) * (t.taps * t.quads * kVectors * 16);
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    const __m512i start = Simd::load_int(t.out.start + v.value * 16);
+    unroll<Half::kRows>([&](auto r) QO_LAMBDA { half.acc[r.value][v.value] = start; });
+  });
+  const int8_t* b = t.b;
+  const int64_t* offset = t.a_offset + row;
+  const int64_t k_end = t.quads * kQuad;
+  const __m512i flip = _mm512_set1_epi32(static_cast<int32_t>(t.flip));
+  const uint8_t* a[Half::kRows];
+  const auto add = [&](int64_t k) QO_LAMBDA {
+    __m512i bv[kVectors];
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    ahead += kVectors * 16;
+    unroll<kVectors>([&](auto v) QO_LAMBDA {
+      bv[v.value] = _mm512_loadu_si512(b + v.value * 64);
+      asm volatile("" : "+v"(bv[v.value]));  // or every product reads it again
+    });
+    unroll<Half::kRows>([&](auto r) QO_LAMBDA {
+      int32_t four;
+      __builtin_memcpy(&four, a[r.value] + k, 4);
+      __m512i av = _mm512_set1_epi32(four);
+      if constexpr (kFlip) av = _mm512_xor_si512(av, flip);
+      unroll<kVectors>(
+          [&](auto v) QO_LAMBDA { half.acc[r.value][v.value] = _mm512_dpbusd_epi32(half.acc[r.value][v.value], av, bv[v.value]); });
+    });
+    b += kVectors * 64;
+  };
+  for (int64_t tap = 0; tap < t.taps; ++tap, offset += rows) {
+    unroll<Half::kRows>([&](auto r) QO_LAMBDA { a[r.value] = t.a + offset[r.value]; });
+    int64_t k = 0;
+    if (tap == 0)
+      unroll<Half::kParts>([&](auto part) QO_LAMBDA {
+        add(part.value * kQuad);
+        between(part);
+        k = (part.value + 1) * kQuad;
+      });
+    for (; k < k_end; k += kQuad) add(k);
+  }
+}
+
+// As many rows of the call as fill half tiles; returns how many. kWhole: all columns are valid.
+template <class Y, class Column, bool kWhole, bool kFlip, int kVectors>
+__attribute__((noinline)) int64_t multiply_halves(const GemmTile& t, int64_t rows) {
+  using Half = HalfTile<kVectors>;
+  const TileOutput& o = t.out;
+  const int64_t y_stride = o.y_stride;
+  const Rounding<Y> rounding(o);
+  Column columns[kVectors];
+  unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = Column(o, v.value * Simd::N); });
+  const auto finish = [&](auto part, const Half& half, int64_t row) QO_LAMBDA {
+    constexpr int kFirst = part.value * Half::kTogether;
+    finish_block<Y, Half::kTogether, kVectors, kWhole>(
+        o, rounding, columns, 0, static_cast<Y*>(o.y) + (row + kFirst) * y_stride, y_stride, row + kFirst, o.columns,
+        [&](auto r, auto v) QO_LAMBDA { return half.acc[kFirst + r.value][v.value]; });
+  };
+  Half before, now;
+  multiply_half<kVectors, kFlip>(t, rows, 0, before, [](auto) QO_LAMBDA {});
+  int64_t row = Half::kRows;
+  for (; row + Half::kRows <= rows; row += Half::kRows) {
+    multiply_half<kVectors, kFlip>(t, rows, row, now, [&](auto part) QO_LAMBDA { finish(part, before, row - Half::kRows); });
+    before = now;
+  }
+  unroll<Half::kParts>([&](auto part) QO_LAMBDA { finish(part, before, row - Half::kRows); });
+  return row;
+}
+
+template <class Y, class Column, bool kWhole, bool kFlip>
+QO_INLINE int64_t multiply_halves(const GemmTile& t, int64_t rows, int64_t width) {
+  switch (width) {
+    case 64: return multiply_halves<Y, Column, kWhole, kFlip, 4>(t, rows);
+    case 48: return multiply_halves<Y, Column, kWhole, kFlip, 3>(t, rows);
+    case 32: return multiply_halves<Y, Column, kWhole, kFlip, 2>(t, rows);
+    default: return multiply_halves<Y, Column, kWhole, kFlip, 1>(t, rows);
+  }
+}
+
+// The rows of the call that are multiplied by halves, if it is of one of the kinds that are worth it.
+int64_t multiply_first_rows(const GemmTile& t, int64_t rows, int64_t width) {
+  const TileOutput& o = t.out;
+  const bool near = t.taps > 0 && t.quads >= (width == 48 ? HalfTile<3>::kParts : HalfTile<4>::kParts) &&
+                    t.taps * t.quads * kQuad * width <= kHalvesBytes;
+  if (!near || !o.shared || rows < kSlimRows) return 0;
+  const bool codes = dtype_bytes(o.dtype) == 1, whole = o.columns == width, plain = o.extras == nullptr, flip = t.flip != 0;
+  using Steps = StepsVector<true>;
+  if (codes && plain && whole)
+    return flip ? multiply_halves<Code, Steps, true, true>(t, rows, width)
+                : multiply_halves<Code, Steps, true, false>(t, rows, width);
+  if (o.dtype == DType::kFloat32 && plain && whole) {
+    using Values = ColumnVector<true>;
+    return flip ? multiply_halves<float, Values, true, true>(t, rows, width)
+                : multiply_halves<float, Values, true, false>(t, rows, width);
+  }
+  if (flip) return 0;
+  const bool adds = !plain && o.extras->function == Function::kNone;
+  if (o.dtype == DType::kFloat32 && adds && whole && o.extras->residual_dtype == DType::kFloat32)
+    return multiply_halves<float, ResidualVector<ColumnVector<true>, float, true>, true, false>(t, rows, width);
+  if (!codes) return 0;
+  if (plain) return multiply_halves<Code, Steps, false, false>(t, rows, width);
+  if (!adds || o.extras->residual_dtype != DType::kUInt8) return 0;
+  return whole ? multiply_halves<Code, ResidualVector<Steps, uint8_t, true>, true, false>(t, rows, width)
+               : multiply_halves<Code, ResidualVector<Steps, uint8_t, false>, false, false>(t, rows, width);
+}
+
+void gemm(const GemmTile& t, int64_t rows, int64_t width) {
+  const int64_t full = width <= kSlimColumns ? kSlimRows : kRows;
+  if (rows <= kRows || rows == full) return multiply_tile(t, rows, rows, width);
+  int64_t done = multiply_first_rows(t, rows, width);
+  GemmTile part = t;
+  const int64_t quarter = t.taps * t.quads * width;
+  for (int64_t i = 0, count; done < rows; done += count, ++i) {
+    const int64_t left = rows - done;
+    count = left >= kSlimRows ? full : left <= kRows ? left : (left + 1) / 2;
+    part.a_offset = t.a_offset + done;
+    part.ahead = t.ahead + (i < 3 ? i : 3) * quarter;
+    part.out = t.out.from_tile_row(done);
+    multiply_tile(part, count, rows, width);
+  }
+}
+
+GemmShape gemm_shape(int64_t rows, int64_t width) {
+  const int64_t full = width <= kSlimColumns ? kSlimRows : kRows;
+  return {"avx512vnni", rows < full ? rows : full, width};
+}
 
 // Four sums of sixteen lanes each -> their four totals.
 __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -159,6 +306,7 @@ constinit const ProductKernels kAvx512VnniProducts = {
     .gemm_rows = avx512vnni::kRows,
     .slim_rows = avx512vnni::kSlimRows,
     .flips = true,
+    .call_rows = kMaxCallRows,
     .gemm = avx512vnni::gemm,
     .gemm_shape = avx512vnni::gemm_shape,
     .depthwise = avx512vnni::depthwise<avx512vnni::QuadsOfTaps>,

@@ -18,7 +18,6 @@ struct QuadsOfTaps : Interleave {
   static QO_INLINE __m256i weights(const int8_t* p) {
     return _mm256_slli_epi32(Simd::load_int(reinterpret_cast<const int32_t*>(p)), 8 * kShift);
   }
-  static QO_INLINE __m256i start(const int32_t*) { return _mm256_setzero_si256(); }
   static QO_INLINE __m256i dot(__m256i acc, const uint8_t* codes, __m256i w) {
     return _mm256_dpbusd_avx_epi32(acc, Simd::load_int(reinterpret_cast<const int32_t*>(codes)), w);
   }
@@ -28,8 +27,10 @@ struct QuadsOfTaps : Interleave {
 template <int kRows, int kVectors>
 QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
   __m256i acc[kRows][kVectors];
-  unroll<kRows>([&](auto r)
-                    QO_LAMBDA { unroll<kVectors>([&](auto v) QO_LAMBDA { acc[r.value][v.value] = _mm256_setzero_si256(); }); });
+  unroll<kVectors>([&](auto v) QO_LAMBDA {
+    const __m256i start = Simd::load_int(t.out.start + n + v.value * Simd::N);
+    unroll<kRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = start; });
+  });
   const int8_t* b = t.b + n * kQuad;
   const int64_t* offset = t.a_offset;
   const int64_t k_end = t.quads * kQuad;

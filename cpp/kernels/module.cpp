@@ -85,9 +85,9 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
   const int64_t taps = a.shape(0), m_count = a.shape(1), row_bytes = a.shape(2), n_count = w.shape(0);
   const PackedLayout layout = packed_layout(n_count, w.shape(1), taps, 1, 1);
   if (layout.quads * kQuad != row_bytes || w.shape(2) != taps || rows < 1 ||
-      (rows > table.gemm_rows && (rows != table.slim_rows || layout.padded_n > kSlimColumns)) || (flip != 0 && !table.flips) ||
-      column_scale.size() < layout.padded_n || bias.size() < layout.padded_n || row_zero.size() != m_count ||
-      row_scale.size() != m_count)
+      (rows > table.gemm_rows && rows > table.call_rows && (rows != table.slim_rows || layout.padded_n > kSlimColumns)) ||
+      (flip != 0 && !table.flips) || column_scale.size() < layout.padded_n || bias.size() < layout.padded_n ||
+      row_zero.size() != m_count || row_scale.size() != m_count)
     throw py::value_error("inconsistent shapes");
   std::vector<int8_t> packed(static_cast<size_t>(layout.bytes));
   pack_weight_cpu(w.data(), layout, packed.data());
@@ -96,7 +96,7 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
   for (int64_t panel = 0; panel < layout.panels(); ++panel) {
     const int64_t column = panel * kPanel, width = layout.width(panel);
     for (int64_t m = 0, count; m < m_count; m += count) {
-      count = rows > table.gemm_rows ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
+      count = rows > table.gemm_rows && table.call_rows == 0 ? tile_rows(table, m_count - m, true) : std::min(rows, m_count - m);
       std::vector<int64_t> offsets;
       for (int64_t t = 0; t < taps; ++t)
         for (int64_t r = 0; r < count; ++r) offsets.push_back((t * m_count + m + r) * row_bytes);
@@ -164,12 +164,13 @@ void depthwise(const std::string& isa, const Vector<uint8_t>& a, const Vector<in
   run.out.column_sum = layout.column_sum(packed.data(), 0);
   run.out.column_scale = column_scale.data();
   run.out.bias = bias.data();
-  run.out.row_zero = &row_zero;
-  run.out.row_scale = &row_scale;
-  run.out.row_step = 0;
   run.out.floor = -INFINITY;
   run.out.codes =
       code_output(run.out.dtype, 1.0f, 0, Function::kNone, &row_scale, 1, column_scale.data(), bias.data(), layout.padded_n);
+  std::vector<char> shared(static_cast<size_t>(layout.padded_n * kSharedBytes));
+  share_columns(layout.padded_n, run.out.column_sum, column_scale.data(), bias.data(), row_scale, row_zero, run.out.codes,
+                shared.data())
+      .give(0, &run.out);
   table.depthwise(run);
 }
 

@@ -1,6 +1,6 @@
 // NEON kernels for processors with the dot product of Armv8.2 (Neoverse N1, Apple M1). Its sdot multiplies signed bytes,
-// activations are unsigned: a - 128 is multiplied, and the sums start from 128 * column_sum, which is exact modulo 2^32. column_sum
-// goes over all taps. Tested under emulation, never timed on hardware.
+// activations are unsigned: a - 128 is multiplied, and 128 * column_sum is added, which is exact modulo 2^32. column_sum goes over
+// all taps. Tested under emulation, never timed on hardware.
 #if defined(__aarch64__)
 #define QO_ISA neon_dot
 #define QO_SIMD "kernels/simd/neon.h"
@@ -23,7 +23,7 @@ struct Dot {
     __builtin_memcpy(&four, p, sizeof(four));
     return vreinterpretq_s8_u32(vdupq_n_u32(four ^ 0x80808080u));
   }
-  static QO_INLINE Simd::I start(const int32_t* column_sum) { return vshlq_n_s32(vld1q_s32(column_sum), 7); }
+  static QO_INLINE Simd::I offset(const int32_t* column_sum) { return vshlq_n_s32(vld1q_s32(column_sum), 7); }
   template <int kLane>
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) {
     return vdotq_laneq_s32(sum, b, a, kLane);

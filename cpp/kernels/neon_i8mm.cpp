@@ -23,7 +23,7 @@ struct Dot {
     __builtin_memcpy(&four, p, sizeof(four));
     return vreinterpretq_u8_u32(vdupq_n_u32(four));
   }
-  static QO_INLINE Simd::I start(const int32_t*) { return vdupq_n_s32(0); }
+  static QO_INLINE Simd::I offset(const int32_t*) { return vdupq_n_s32(0); }
   template <int kLane>
   static QO_INLINE Simd::I add(Simd::I sum, int8x16_t b, A a) {
     return vsudotq_laneq_s32(sum, b, a, kLane);

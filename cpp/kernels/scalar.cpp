@@ -15,7 +15,8 @@ constexpr int64_t kRows = 6;
 
 template <int kTileRows, int kWidth>
 void gemm_u8s8_6x64_scalar(const GemmTile& t) {
-  int32_t acc[kTileRows][kPanel] = {};
+  int32_t acc[kTileRows][kPanel];
+  for (int r = 0; r < kTileRows; ++r) std::memcpy(acc[r], t.out.start, kWidth * sizeof(int32_t));
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
   for (int64_t tap = 0; tap < t.taps; ++tap, offset += kTileRows)

@@ -15,6 +15,7 @@
 namespace quant_ops {
 
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
+constexpr int kMaxCallRows = 64;  // rows of the longest call of `gemm`, which may have several tiles
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
@@ -22,7 +23,7 @@ constexpr int kQuad = 4;             // consecutive k of one column: the four by
 constexpr int kDepthwiseBlocks = 2;  // blocks of kPanelStep channels, of four bytes each, in the line of any table
 
 // How values become codes of eight bits: clamp(rne(y / scale) + zero_point), in [least, most]. Made once for many tiles
-// (code_output in cpu/columns.h).
+// (code_output in cpu/columns.h). All of it is in unsigned codes; signed ones are 128 less.
 struct CodeOutput {
   float scale = 1.0f, reciprocal = 1.0f;
   // The kernels compute y / scale + zero_point as one sum of products with 1 / scale, which is less than `slack` away from the
@@ -31,7 +32,8 @@ struct CodeOutput {
   float slack = 0.0f;
   bool divide = true;  // always: y may be infinite, NaN or so large that no int32 holds the quotient, or the slack is too large
   int32_t zero_point = 0;
-  int32_t least = 0, most = 0;  // -128 to 127, or 0 to 255
+  int32_t least = 0, most = 0;
+  uint8_t flip = 0;  // the bytes of the codes, xor this, are those of the result: 0x80 for signed ones
 };
 
 // What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.
@@ -42,16 +44,26 @@ struct TileExtras {
   int32_t residual_zero;
 };
 
+alignas(64) inline constexpr int32_t kFromZero[kPanel] = {};
+
 // The epilogue of one tile. Arrays over columns have `width` readable elements.
+//
+// Rows that share one scale and one zero point, such as the pixels of an image, have them in the arrays over columns, which are
+// made once for many tiles (Columns::share in cpu/columns.h). Else each row has its own, row_step apart.
 struct TileOutput {
   void* y;           // first element of the tile
   int64_t y_stride;  // between rows; columns are contiguous
   DType dtype;
-  int64_t columns;            // valid ones, 1 .. width
-  const int32_t* column_sum;  // sum_k b[n,k]
-  const float* column_scale;
-  const float* bias;        // -0 without a bias
-  const int32_t* row_zero;  // zero point of each row's unsigned codes; stride row_step
+  int64_t columns;                   // valid ones, 1 .. width
+  bool shared = false;               // whether the rows share them
+  const int32_t* start = kFromZero;  // what the sums start from; shared: -row_zero * column_sum
+  const int32_t* column_sum;         // sum_k b[n,k]
+  const float* column_scale;         // shared: times row_scale
+  const float* bias;                 // -0 without a bias
+  // shared, and the result is codes: codes = sum * steps_scale + steps_bias, before they are rounded, and `slack` more
+  const float* steps_scale = nullptr;
+  const float* steps_bias = nullptr;
+  const int32_t* row_zero;  // not shared: the zero point of each row's unsigned codes
   const float* row_scale;
   int64_t row_step;                    // 0 or 1
   float floor;                         // 0 for ReLU and ReLU6, else -inf
@@ -66,26 +78,42 @@ struct TileOutput {
     o.y = static_cast<char*>(y) + n * dtype_bytes(dtype);
     if (residual != nullptr) o.residual = static_cast<const char*>(residual) + n * dtype_bytes(extras->residual_dtype);
     o.columns -= n;
+    o.start += n;
     o.column_sum += n;
     o.column_scale += n;
     o.bias += n;
+    if (steps_scale != nullptr) {
+      o.steps_scale += n;
+      o.steps_bias += n;
+    }
+    return o;
+  }
+
+  // The same columns from row r on.
+  __attribute__((always_inline)) inline TileOutput from_tile_row(int64_t r) const {
+    TileOutput o = *this;
+    o.y = static_cast<char*>(y) + r * y_stride * dtype_bytes(dtype);
+    if (residual != nullptr)
+      o.residual = static_cast<const char*>(residual) + r * residual_stride * dtype_bytes(extras->residual_dtype);
+    if (!shared) {
+      o.row_zero += r * row_step;
+      o.row_scale += r * row_step;
+    }
     return o;
   }
 
   // The same columns of y from so many elements on.
   __attribute__((always_inline)) inline TileOutput from_row(int64_t elements) const {
-    TileOutput o = from_column(elements);
-    o.columns = columns;
-    o.column_sum = column_sum;
-    o.column_scale = column_scale;
-    o.bias = bias;
+    TileOutput o = *this;
+    o.y = static_cast<char*>(y) + elements * dtype_bytes(dtype);
+    if (residual != nullptr) o.residual = static_cast<const char*>(residual) + elements * dtype_bytes(extras->residual_dtype);
     return o;
   }
 };
 
-// acc[r][n] = sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo 2^32, then
-// acc -= row_zero[r] * column_sum[n] and the epilogue. A GEMM has one tap; a convolution one per kernel position.
-// b is one packed panel: [taps * quads][width][4].
+// acc[r][n] = start[n] + sum over taps t and k of a[a_offset[t * rows + r] + k] * b[t][k][n], a unsigned, b signed, exact modulo
+// 2^32, then acc -= row_zero[r] * column_sum[n] where rows have their own, and the epilogue. A GEMM has one tap; a convolution one
+// per kernel position. b is one packed panel: [taps * quads][width][4].
 struct GemmTile {
   int64_t taps;
   int64_t quads;      // groups of four k per tap
@@ -93,7 +121,9 @@ struct GemmTile {
   const uint8_t* a;
   const int64_t* a_offset;  // [taps][rows]
   const int8_t* b;
-  const int8_t* ahead;  // part of the next panel, a quarter of b's bytes, that is prefetched during the product
+  // what is prefetched during the product, of the next panel: a quarter of b's bytes, and the next ones by the second to the fourth
+  // tile of a call
+  const int8_t* ahead;
   TileOutput out;
 };
 
@@ -114,7 +144,7 @@ struct DepthwiseRun {
   int64_t pixels;
   int64_t out_rows = 1;
   int64_t y_row = 0;  // elements of y from an output row to the one below
-  TileOutput out;     // a row for each pixel; row_step 0
+  TileOutput out;     // a row for each pixel; shared
 
   int64_t groups() const { return (r + kQuad - 1) / kQuad; }
   int64_t columns() const { return (pixels - 1) * stride + (s - 1) * dilation + 1; }
@@ -140,7 +170,7 @@ struct DotTile {
   int64_t a_stride;
   const int8_t* b;
   int64_t b_stride;
-  TileOutput out;  // at most kPanel columns; column_sum is not read
+  TileOutput out;  // at most kPanel columns; not shared; column_sum is not read
 };
 constexpr int64_t kDotRows = 4;
 
@@ -516,12 +546,13 @@ constexpr GemmShape swept_shape(const char* isa, int64_t rows, int64_t width, in
 
 // Kernels that multiply.
 struct ProductKernels {
-  const char* isa;       // the namespace of these functions
-  int64_t gemm_rows;     // of the full tile, at most kMaxGemmRows
-  int64_t slim_rows;     // likewise, of a panel of at most kSlimColumns columns
-  int64_t row_step = 1;  // rows that an instruction takes at once: a tile of fewer takes as long
-  bool flips = false;    // gemm reads signed codes where they lie
-  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel
+  const char* isa;        // the namespace of these functions
+  int64_t gemm_rows;      // of the full tile, at most kMaxGemmRows
+  int64_t slim_rows;      // likewise, of a panel of at most kSlimColumns columns
+  int64_t row_step = 1;   // rows that an instruction takes at once: a tile of fewer takes as long
+  bool flips = false;     // gemm reads signed codes where they lie
+  int64_t call_rows = 0;  // most rows of a call that has several tiles; 0: a call is one tile
+  // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel, or rows <= call_rows
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them
   void (*depthwise)(const DepthwiseRun&);

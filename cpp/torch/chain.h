@@ -913,27 +913,44 @@ inline std::shared_ptr<const Chain> chain_for(const std::vector<Tensor>& inputs,
   });
 }
 
-template <class Backend>
-std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
-  const std::shared_ptr<const Chain> chain = chain_for(inputs, static_cast<int64_t>(constants.size()), program);
-  const ChainConstants bound(*chain, constants);
+// `seconds` as for run_chain, of so many steps as the program has.
+inline std::vector<Tensor> call_chain(const Chain& chain, const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+                                      double* seconds) {
+  const ChainConstants bound(chain, constants);
   std::vector<Tensor> dense, results;
   std::vector<const void*> sources;
   std::vector<void*> destinations;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Tensor& x = inputs[i];
-    dense.push_back(chain->converts[i] ? in_channels_last(x) : is_channels_last(x) ? x : as_contiguous(x));
+    dense.push_back(chain.converts[i] ? in_channels_last(x) : is_channels_last(x) ? x : as_contiguous(x));
     sources.push_back(dense.back().const_data_ptr());
   }
   bool is_empty = false;
-  for (int64_t result : chain->plan.results) {
-    const ChainValue& value = chain->plan.values[static_cast<size_t>(result)];
-    results.push_back(empty(value.sizes, chain->types[static_cast<size_t>(result)], inputs[0], value.channels_last));
+  for (int64_t result : chain.plan.results) {
+    const ChainValue& value = chain.plan.values[static_cast<size_t>(result)];
+    results.push_back(empty(value.sizes, chain.types[static_cast<size_t>(result)], inputs[0], value.channels_last));
     destinations.push_back(results.back().mutable_data_ptr());
     is_empty = is_empty || results.back().numel() == 0;
   }
-  if (!is_empty) run_chain(chain->plan, bound.params(), sources, destinations);
+  if (!is_empty) run_chain(chain.plan, bound.params(), sources, destinations, seconds);
   return results;
+}
+
+template <class Backend>
+std::vector<Tensor> int8_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
+  return call_chain(*chain_for(inputs, static_cast<int64_t>(constants.size()), program), inputs, constants, nullptr);
+}
+
+// The seconds that each step of one call takes, float64; its results are dropped.
+template <class Backend>
+Tensor _int8_chain_times(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants, const Ints& program) {
+  const std::shared_ptr<const Chain> chain = chain_for(inputs, static_cast<int64_t>(constants.size()), program);
+  const size_t steps = chain->plan.steps.size();
+  Tensor seconds = empty({static_cast<int64_t>(steps)}, ScalarType::Double, inputs[0]);
+  double* times = seconds.mutable_data_ptr<double>();
+  std::fill_n(times, steps, 0.0);
+  call_chain(*chain, inputs, constants, times);
+  return seconds;
 }
 
 }  // namespace quant_ops

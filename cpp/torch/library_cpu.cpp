@@ -198,11 +198,13 @@ STABLE_TORCH_LIBRARY(quant_ops, m) {
   m.def("_int8_linear(Tensor x, int call) -> Tensor");
   m.def("_int8_conv2d(Tensor x, int call) -> Tensor");
   m.def("_weight_only_linear(Tensor x, int call) -> Tensor");
+  m.def("_int8_chain_times(Tensor[] inputs, Tensor[] constants, int[] program) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quant_ops, CPU, m) {
   quant_ops::implement_operators<quant_ops::Cpu>(m);
   QO_IMPLEMENT(m, int8_chain, quant_ops::Cpu);
+  QO_IMPLEMENT(m, _int8_chain_times, quant_ops::Cpu);
   QO_IMPLEMENT_REPEAT(m, int8_linear);
   QO_IMPLEMENT_REPEAT(m, int8_conv2d);
   QO_IMPLEMENT_REPEAT(m, weight_only_linear);

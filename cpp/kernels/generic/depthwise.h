@@ -5,7 +5,9 @@
 //   kOnes                                             a lane of the line whose elements are all 1
 //   interleave<kBlocks>(row, flip, to, block_stride)  of four rows: the codes row[r][16 i + c] ^ flip go to block i of the line
 //   weights<kShift>(const int8_t*)                    N channels of four weights, as dot takes them, from row kShift of four on
-//   start(const int32_t* sum)                         the initial sums of N channels, given the sums of their weights
+//   offset(const int32_t* sum)                        if it is there: what is added to the products of N channels, given the sums
+//   of
+//                                                     their weights
 //   dot(I acc, const uint8_t* codes, W weights)       acc + the four products of each channel
 //
 // Channels are lanes, and the four elements of a lane are four rows of the image in one of its columns. Each column is interleaved
@@ -54,14 +56,18 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
 // loaded once for four; the last four may overlap the ones before. kShift: the place of the output row among those that share the
 // line. kS, kGroups: columns and groups of rows of the kernel if both are known at compile time, which removes the loops, or 0.
 template <class Taps, class Y, bool kWhole, int kShift, int kS, int kGroups>
-void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& rounding, int64_t column, const uint8_t* line,
+void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& of_row, int64_t column, const uint8_t* line,
               const int8_t* b) {
-  const TileOutput out = row.from_column(column);  // a copy that no store can change
+  // copies that no store can change
+  Y* const y = static_cast<Y*>(row.y) + column;
+  const int64_t y_stride = row.y_stride, valid = row.columns - column;
+  const Rounding<Y> rounding = of_row;
   using Column = ColumnOf<Y, true>;
-  const Column parameters[1] = {Column(out, 0)};
+  const Column parameters[1] = {Column(row, column)};
   const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = d.s;
   const int64_t step = d.stride * groups * Taps::kLineBytes, tap_step = d.dilation * groups * Taps::kLineBytes;
-  const auto start = Taps::start(out.column_sum);
+  auto start = Simd::load_int(row.start + column);
+  if constexpr (requires { Taps::offset(row.column_sum); }) start = Simd::add(start, Taps::offset(row.column_sum + column));
   constexpr int kHeld = kS * kGroups;  // weights that are loaded once for all pixels
   decltype(Taps::template weights<kShift>(b)) held[kHeld > 0 ? kHeld : 1];
   unroll<kHeld>([&](auto i) QO_LAMBDA { held[i.value] = Taps::template weights<kShift>(b + i.value * kBlockBytes); });
@@ -81,8 +87,8 @@ void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& r
         for (int64_t g = 0; g < groups; ++g, weights += kBlockBytes)
           add(a + g * Taps::kLineBytes, Taps::template weights<kShift>(weights));
     }
-    finish_block<Y, count.value, 1, kWhole>(out, rounding, parameters, 0, static_cast<Y*>(out.y) + pixel * out.y_stride, 0,
-                                            out.columns, [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
+    finish_block<Y, count.value, 1, kWhole>(row, rounding, parameters, column, y + pixel * y_stride, y_stride, 0, valid,
+                                            [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
   };
   constexpr int kPixels = 4;
   const int64_t pixels = d.pixels;
@@ -157,7 +163,7 @@ void depthwise_typed(const DepthwiseRun& d) {
 template <class Taps>
 void depthwise(const DepthwiseRun& d) {
   if (d.out.extras != nullptr) return depthwise_typed<Taps, float>(d);
-  with_output_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });
+  with_result_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });
 }
 
 }  // namespace

@@ -22,79 +22,73 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
   }
 }
 
-// Per-column operands of the epilogue, one vector. kShared: row_step is 0, all rows have the same scale and zero point (the pixels
-// of a sample).
+// A result of eight bits, of either sign (CodeOutput).
+using Code = uint8_t;
+template <class Y>
+using Result = std::conditional_t<sizeof(Y) == 1, Code, Y>;
+
+// The same; codes of eight bits are Code.
+template <class F>
+QO_INLINE void with_result_type(DType dtype, const F& f) {
+  with_output_type(dtype, [&](auto* type) QO_LAMBDA { f(static_cast<Result<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
+}
+
+// Per-column operands of the epilogue, one vector; kShared: of a tile that is `shared`. `Exact` is the vector of the values.
 template <bool kShared>
 struct ColumnVector {
   using From = int32_t;  // what the epilogue starts from: sums
   using Exact = ColumnVector;
   static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
+  static QO_INLINE void store(int32_t* p, typename Simd::I v) { Simd::store(p, v); }
 
-  typename Simd::I sum, correction;  // correction: kShared
-  typename Simd::F scale, bias;      // kShared: scale is the product of both
+  typename Simd::I sum;  // kShared: not used
+  typename Simd::F scale, bias;
 
   ColumnVector() = default;
-  QO_INLINE ColumnVector(const TileOutput& o, int64_t column) {
-    sum = Simd::load_int(o.column_sum + column);
-    scale = Simd::load(o.column_scale + column);
-    if constexpr (kShared) {
-      correction = Simd::mul(Simd::set_int(o.row_zero[0]), sum);
-      scale = Simd::mul(Simd::set(o.row_scale[0]), scale);
-    }
-    bias = Simd::load(o.bias + column);
+  QO_INLINE ColumnVector(const TileOutput& o, int64_t column)
+      : scale(Simd::load(o.column_scale + column)), bias(Simd::load(o.bias + column)) {
+    if constexpr (!kShared) sum = Simd::load_int(o.column_sum + column);
   }
 
   QO_INLINE typename Simd::I corrected(const TileOutput& o, int64_t row, typename Simd::I acc) const {
-    return Simd::sub(acc, kShared ? correction : Simd::mul(Simd::set_int(o.row_zero[row]), sum));
+    return kShared ? acc : Simd::sub(acc, Simd::mul(Simd::set_int(o.row_zero[row * o.row_step]), sum));
   }
 
   QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
-    const auto product = kShared ? scale : Simd::mul(Simd::set(o.row_scale[row]), scale);
+    const auto product = kShared ? scale : Simd::mul(Simd::set(o.row_scale[row * o.row_step]), scale);
     return Simd::fma(Simd::to_float(corrected(o, row, acc)), product, bias);
   }
 };
 
 // What is added to the steps of a value.
-QO_INLINE float steps_offset(const TileOutput& o) {
-  return static_cast<float>(o.codes.zero_point) + (Simd::kFractions ? 0.0f : o.codes.slack);
-}
+QO_INLINE float steps_offset(const TileOutput& o) { return static_cast<float>(o.codes.zero_point) + o.codes.slack; }
 
 // The same in steps of the output's scale and plus its zero point: what is rounded to the code, but for an error below the slack,
-// which is added where CodeRounding wants it. `Exact` is the vector of the values.
+// and that slack more.
 template <bool kShared>
-struct StepsVector {
-  using From = int32_t;
+struct StepsVector : ColumnVector<kShared> {
   using Exact = ColumnVector<kShared>;
-  static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
-
-  typename Simd::I sum;          // kShared: what is added to the sums, else the sums of the columns
-  typename Simd::F scale, bias;  // kShared: scale is the product of all
 
   StepsVector() = default;
   QO_INLINE StepsVector(const TileOutput& o, int64_t column) {
-    const auto reciprocal = Simd::set(o.codes.reciprocal);
-    sum = Simd::load_int(o.column_sum + column);
-    scale = Simd::load(o.column_scale + column);
     if constexpr (kShared) {
-      sum = Simd::mul(Simd::set_int(-o.row_zero[0]), sum);
-      scale = Simd::mul(Simd::mul(Simd::set(o.row_scale[0]), scale), reciprocal);
+      this->scale = Simd::load(o.steps_scale + column);
+      this->bias = Simd::load(o.steps_bias + column);
+    } else {
+      const auto reciprocal = Simd::set(o.codes.reciprocal);
+      this->sum = Simd::load_int(o.column_sum + column);
+      this->scale = Simd::mul(Simd::load(o.column_scale + column), reciprocal);
+      this->bias = Simd::add(Simd::mul(Simd::load(o.bias + column), reciprocal), Simd::set(steps_offset(o)));
     }
-    bias = Simd::add(Simd::mul(Simd::load(o.bias + column), reciprocal), Simd::set(steps_offset(o)));
-  }
-
-  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
-    if constexpr (kShared) return Simd::fma(Simd::to_float(Simd::add(sum, acc)), scale, bias);
-    const auto product = Simd::mul(Simd::mul(Simd::set(o.row_scale[row]), scale), Simd::set(o.codes.reciprocal));
-    const auto corrected = Simd::sub(acc, Simd::mul(Simd::set_int(o.row_zero[row]), sum));
-    return Simd::fma(Simd::to_float(corrected), product, bias);
   }
 };
 
-// Values, or with `Steps` steps, and a residual of codes R. kWhole: all columns of the vector are valid.
+// Values, or steps, and a residual: codes R, or to values also float32. kWhole: all columns of the vector are valid.
 template <class Base, class R, bool kWhole>
 struct ResidualVector : Base {
   using Exact = ResidualVector<typename Base::Exact, R, kWhole>;
-  static constexpr bool kSteps = !std::is_same_v<Base, typename Base::Exact>;
+  static constexpr bool kCodes = sizeof(R) == 1, kSteps = !std::is_same_v<Base, typename Base::Exact>;
+  static_assert(kCodes || !kSteps);
   const R* residual;
   int64_t valid;
   typename Simd::F residual_scale;
@@ -110,8 +104,13 @@ struct ResidualVector : Base {
 
   QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
     const R* from = residual + row * o.residual_stride;
-    const auto r = kWhole ? Simd::load_int(from) : load_int_part(from, valid);
-    return Simd::fma(Simd::to_float(Simd::sub(r, residual_zero)), residual_scale, Base::value(o, row, acc));
+    const auto base = Base::value(o, row, acc);
+    if constexpr (kCodes) {
+      const auto r = kWhole ? Simd::load_int(from) : load_int_part(from, valid);
+      return Simd::fma(Simd::to_float(Simd::sub(r, residual_zero)), residual_scale, base);
+    } else {
+      return Simd::add(base, kWhole ? Simd::load(from) : load_part(from, valid));
+    }
   }
 };
 
@@ -119,6 +118,7 @@ struct ResidualVector : Base {
 struct FinishedVector {
   using From = float;
   static QO_INLINE typename Simd::F load(const float* p) { return Simd::load(p); }
+  static QO_INLINE void store(float* p, typename Simd::F v) { Simd::store(p, v); }
 
   FinishedVector() = default;
   QO_INLINE FinishedVector(const TileOutput&, int64_t) {}
@@ -133,65 +133,65 @@ struct FinishedSteps : FinishedVector {
   typename Simd::F reciprocal, bias;
 };
 
-// float32 results -> codes of eight bits, as in arithmetic.h but without a division where it does not matter (CodeOutput). Whether
-// an integer and a half is close is asked once for four vectors: about once in 100 times it is, and all four are divided. Fractions
-// tell where one instruction gives them; else the steps are rounded twice, with the slack and without it, and both make the same
-// codes.
-template <class Y>
+// The codes of kRows rows of kVectors vectors by the formula, from row `row` and column `column` on; values[4][N], of which those
+// beyond are the last one.
+template <class Exact, int kVectors, int kRows>
+__attribute__((noinline)) typename Simd::I divided_codes(const TileOutput& o, int64_t column, int64_t row,
+                                                         const typename Exact::From* values) {
+  const auto scale = Simd::set(o.codes.scale), most = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);
+  const auto zero = Simd::set_int(o.codes.zero_point);
+  typename Simd::I q[4];
+  unroll<4>([&](auto i) QO_LAMBDA {
+    constexpr int kLast = kRows * kVectors - 1, at = i.value < kLast ? i.value : kLast;
+    const Exact exact(o, column + at % kVectors * Simd::N);
+    const auto y = exact.value(o, row + at / kVectors, Exact::load(values + i.value * Simd::N));
+    // the bounds are beyond every code, and NaN becomes 0
+    const auto rounded = Simd::min(most, Simd::max(fewest, Simd::round_even(Simd::div(y, scale))));
+    q[i.value] = Simd::add(Simd::to_int(Simd::nan_to_zero(rounded)), zero);
+  });
+  return Simd::template pack_lanes<Code>(q[0], q[1], q[2], q[3]);
+}
+
+// float32 results -> codes of eight bits, as in arithmetic.h but without a division where it does not matter (CodeOutput): the
+// steps are rounded twice, with the slack and without it, and both make the same codes unless an integer and a half is close. That
+// is asked once for four vectors: about once in 100 times it is, and all four are divided.
 struct Requantize {
-  typename Simd::F width;
-  typename Simd::I tie, least, most;
+  typename Simd::F less;
+  typename Simd::I least, most, flip;
   bool divide;
 
   QO_INLINE explicit Requantize(const TileOutput& o)
-      : width(Simd::set(2.0f * o.codes.slack)),
-        tie(Simd::bits(Simd::set(0.5f - o.codes.slack))),
+      : less(Simd::set(-2.0f * o.codes.slack)),
         least(Simd::set_bytes(o.codes.least)),
         most(Simd::set_bytes(o.codes.most)),
+        flip(Simd::set_bytes(o.codes.flip)),
         divide(o.codes.divide) {}
 
-  // steps(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order. exact(use) calls use(i, the values of vector
-  // i).
-  template <class Steps, class Exact>
-  QO_INLINE typename Simd::I operator()(const TileOutput& o, const Steps& steps, const Exact& exact) const {
-    typename Simd::I q[4], below[4];
-    auto distance = Simd::set(0.0f);
+  // steps(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order; divided() gives those of divided_codes.
+  template <class Steps, class Divided>
+  QO_INLINE typename Simd::I operator()(const Steps& steps, const Divided& divided) const {
+    typename Simd::I q[4], apart = Simd::set_int(0);
     unroll<4>([&](auto i) QO_LAMBDA {
       const auto t = steps(i);
       q[i.value] = Simd::to_int(t);
-      if constexpr (Simd::kFractions)
-        distance = Simd::max_magnitude(distance, Simd::fraction(t));
-      else
-        below[i.value] = Simd::to_int(Simd::sub(t, width));
+      apart = Simd::or_bits(apart, Simd::xor_bits(q[i.value], Simd::to_int(Simd::add(t, less))));
     });
-    auto codes = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
-    bool close;
-    if constexpr (Simd::kFractions)
-      close = Simd::any_above(Simd::bits(distance), tie);
-    else
-      close = Simd::differ(codes, Simd::template pack_lanes<Y>(below[0], below[1], below[2], below[3]));
-    if (__builtin_expect(divide || close, 0)) {
-      const auto scale = Simd::set(o.codes.scale), most_steps = Simd::set(1024.0f), fewest = Simd::set(-1024.0f);
-      const auto zero = Simd::set_int(o.codes.zero_point);
-      exact([&](auto i, auto value) QO_LAMBDA {  // the bounds are beyond every code, and NaN becomes 0
-        const auto rounded = Simd::min(most_steps, Simd::max(fewest, Simd::round_even(Simd::div(value, scale))));
-        q[i.value] = Simd::add(Simd::to_int(Simd::nan_to_zero(rounded)), zero);
-      });
-      codes = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
-    }
-    return Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(codes), least, Y{}), most, Y{});
+    auto codes = Simd::template pack_lanes<Code>(q[0], q[1], q[2], q[3]);
+    if (__builtin_expect(divide || Simd::differ(apart, Simd::set_int(0)), 0)) codes = divided();
+    codes = Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(codes), least, Code{}), most, Code{});
+    return Simd::xor_bits(codes, flip);
   }
 };
 
 // Codes of vector `kQuarter` of four; the first n of them.
-template <int kQuarter, bool kWhole, class Y, class S = Simd>
-QO_INLINE void store_codes(Y* y, typename S::I codes, int64_t n) {
+template <int kQuarter, bool kWhole, class S = Simd>
+QO_INLINE void store_codes(Code* y, typename S::I codes, int64_t n) {
   if (kWhole || n >= S::N) {
     S::template store_quarter<kQuarter>(y, codes);
   } else if constexpr (S::kMasks) {
     S::template store_quarter<kQuarter>(y, codes, n > 0 ? n : 0);
   } else if (n > 0) {
-    Y part[S::N];
+    Code part[S::N];
     S::template store_quarter<kQuarter>(part, codes);
     __builtin_memcpy(y, part, static_cast<size_t>(n));
   }
@@ -203,47 +203,46 @@ struct Nothing {
 template <class Y, bool kShared>
 using ColumnOf = std::conditional_t<sizeof(Y) == 1, StepsVector<kShared>, ColumnVector<kShared>>;
 template <class Y>
-using Rounding = std::conditional_t<sizeof(Y) == 1, Requantize<Y>, Nothing>;
+using Rounding = std::conditional_t<sizeof(Y) == 1, Requantize, Nothing>;
 
-// kRows rows of kVectors vectors, the first element at y. sum(r, v) gives what a vector of Column starts from; both arguments are
-// Int<>. `row` is the place of the first one in row_scale and row_zero, `column` that of the first column in the tile. kWhole: all
-// columns are valid, else the first `valid` of them.
+// kRows rows of kVectors vectors, the first element at y, rows y_stride apart. sum(r, v) gives what a vector of Column starts from;
+// both arguments are Int<>. `row` is the place of the first one in the tile, `column` that of the first column. kWhole: all columns
+// are valid, else the first `valid` of them.
 template <class Y, int kRows, int kVectors, bool kWhole, class Column, class Sum>
 QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const Column (&columns)[kVectors], int64_t column,
-                            Y* y, int64_t row, int64_t valid, const Sum& sum) {
+                            Y* y, int64_t y_stride, int64_t row, int64_t valid, const Sum& sum) {
   constexpr int64_t N = Simd::N;
   const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].value(o, row + r.value, sum(r, v)); };
   if constexpr (sizeof(Y) == 1) {
     constexpr int kLast = kRows * kVectors - 1;
     static_assert(kLast < 4, "codes are made four vectors at a time");
+    const auto sum_of = [&](auto i) QO_LAMBDA {  // of vector i; the last one stands in for those beyond
+      constexpr int at = i.value < kLast ? i.value : kLast;
+      return sum(Int<at / kVectors>{}, Int<at % kVectors>{});
+    };
     const auto codes = rounding(
-        o,
         [&](auto i) QO_LAMBDA {
           constexpr int at = i.value < kLast ? i.value : kLast;
           return value(Int<at / kVectors>{}, Int<at % kVectors>{});
         },
-        [&](const auto& use) QO_LAMBDA {
-          typename Column::Exact exact[kVectors];
-          unroll<kVectors>([&](auto v) QO_LAMBDA { exact[v.value] = typename Column::Exact(o, column + v.value * N); });
-          unroll<4>([&](auto i) QO_LAMBDA {
-            constexpr int at = i.value < kLast ? i.value : kLast;
-            constexpr Int<at / kVectors> r{};
-            constexpr Int<at % kVectors> v{};
-            use(i, exact[v.value].value(o, row + r.value, sum(r, v)));
-          });
+        [&]() QO_LAMBDA {
+          using Exact = typename Column::Exact;
+          alignas(64) typename Exact::From sums[4 * N];
+          unroll<4>([&](auto i) QO_LAMBDA { Exact::store(sums + i.value * N, sum_of(i)); });
+          return divided_codes<Exact, kVectors, kRows>(o, column, row, sums);
         });
     if constexpr (kWhole && kVectors == 4) {
       Simd::store_codes(y, codes);
     } else {
       unroll<kLast + 1>([&](auto i) QO_LAMBDA {
         constexpr int64_t column = i.value % kVectors * N;
-        store_codes<i.value, kWhole>(y + i.value / kVectors * o.y_stride + column, codes, valid - column);
+        store_codes<i.value, kWhole>(y + i.value / kVectors * y_stride + column, codes, valid - column);
       });
     }
   } else {
     unroll<kRows>([&](auto r) QO_LAMBDA {
       unroll<kVectors>([&](auto v) QO_LAMBDA {
-        Y* const to = y + r.value * o.y_stride + v.value * N;
+        Y* const to = y + r.value * y_stride + v.value * N;
         const int64_t n = kWhole ? N : valid - v.value * N;
         if constexpr (std::is_same_v<Y, int32_t>)  // the sum itself
           store_part(to, columns[v.value].corrected(o, row + r.value, sum(r, v)), n);
@@ -263,7 +262,7 @@ QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, 
   const auto block = [&](auto count, int64_t row) QO_LAMBDA {
     const auto* from = sums + row * stride + n;
     finish_block<Y, count.value, kVectors, kWhole>(
-        o, rounding, columns, n, static_cast<Y*>(o.y) + row * o.y_stride + n, row, o.columns - n,
+        o, rounding, columns, n, static_cast<Y*>(o.y) + row * o.y_stride + n, o.y_stride, row, o.columns - n,
         [&](auto r, auto v) QO_LAMBDA { return Column::load(from + r.value * stride + v.value * Simd::N); });
   };
   constexpr int kTogether = 4 / kVectors;
@@ -313,7 +312,7 @@ __attribute__((noinline)) void finish_values(const TileOutput& o, float* values,
   if (o.extras->function != Function::kNone)
     for (int64_t row = 0; row < rows; ++row)
       apply_functions(o.extras->function, values + row * stride, (o.columns + Simd::N - 1) / Simd::N * Simd::N);
-  with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
+  with_result_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
     if constexpr (!std::is_same_v<Y, int32_t>)
       finish_typed<Y, std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>>(o, values, rows, stride);
@@ -333,24 +332,25 @@ QO_INLINE TileOutput plain_output(const TileOutput& o, float* values, int64_t st
 }
 
 template <class Y, class R>
-void add_codes(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
-  o.row_step == 0 ? finish_typed<Y, ResidualVector<StepsVector<true>, R, true>, ResidualVector<StepsVector<true>, R, false>>(
-                        o, sums, rows, stride)
-                  : finish_typed<Y, ResidualVector<StepsVector<false>, R, true>, ResidualVector<StepsVector<false>, R, false>>(
-                        o, sums, rows, stride);
+void add_residual(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  const auto run = [&](auto shared) QO_LAMBDA {
+    using Column = ColumnOf<Y, shared.value != 0>;
+    finish_typed<Y, ResidualVector<Column, R, true>, ResidualVector<Column, R, false>>(o, sums, rows, stride);
+  };
+  return o.shared ? run(Int<1>{}) : run(Int<0>{});
 }
 
 __attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
-  if (o.extras->function == Function::kNone && dtype_bytes(o.dtype) == 1 && dtype_bytes(o.extras->residual_dtype) == 1) {
-    const bool from_signed = o.extras->residual_dtype == DType::kInt8;
-    if (o.dtype == DType::kInt8)
-      return from_signed ? add_codes<int8_t, int8_t>(o, sums, rows, stride) : add_codes<int8_t, uint8_t>(o, sums, rows, stride);
-    return from_signed ? add_codes<uint8_t, int8_t>(o, sums, rows, stride) : add_codes<uint8_t, uint8_t>(o, sums, rows, stride);
+  const DType residual = o.extras->residual_dtype;
+  if (o.extras->function == Function::kNone) {
+    if (dtype_bytes(o.dtype) == 1 && residual == DType::kInt8) return add_residual<Code, int8_t>(o, sums, rows, stride);
+    if (dtype_bytes(o.dtype) == 1 && residual == DType::kUInt8) return add_residual<Code, uint8_t>(o, sums, rows, stride);
+    if (o.dtype == DType::kFloat32 && residual == DType::kFloat32) return add_residual<float, float>(o, sums, rows, stride);
   }
   alignas(64) float values[kMaxGemmRows * kPanel];
   const TileOutput plain = plain_output(o, values, kPanel);
-  o.row_step == 0 ? finish_typed<float, ColumnVector<true>>(plain, sums, rows, stride)
-                  : finish_typed<float, ColumnVector<false>>(plain, sums, rows, stride);
+  o.shared ? finish_typed<float, ColumnVector<true>>(plain, sums, rows, stride)
+           : finish_typed<float, ColumnVector<false>>(plain, sums, rows, stride);
   finish_values(o, values, rows, kPanel);
 }
 
@@ -358,29 +358,48 @@ __attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t*
 // of the tiles stays small.
 __attribute__((noinline)) void finish_sums(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
   if (o.extras != nullptr) return finish_extras(o, sums, rows, stride);
-  with_output_type(o.dtype, [&](auto* type) QO_LAMBDA {
+  with_result_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    o.row_step == 0 ? finish_typed<Y, ColumnOf<Y, true>>(o, sums, rows, stride)
-                    : finish_typed<Y, ColumnOf<Y, false>>(o, sums, rows, stride);
+    o.shared ? finish_typed<Y, ColumnOf<Y, true>>(o, sums, rows, stride)
+             : finish_typed<Y, ColumnOf<Y, false>>(o, sums, rows, stride);
+  });
+}
+
+// Codes of a whole tile in registers whose rows share their scale: several rows at a time, so that there are four vectors.
+template <int kRows, int kVectors, class Sum>
+QO_INLINE void finish_codes(const TileOutput& o, const Sum& sum) {
+  constexpr int64_t N = Simd::N;
+  constexpr int kMost = 4 / kVectors, kTogether = kMost < kRows ? kMost : kRows;
+  const Requantize rounding(o);
+  StepsVector<true> columns[kVectors];
+  unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = StepsVector<true>(o, v.value * N); });
+  unroll<(kRows + kTogether - 1) / kTogether>([&](auto i) QO_LAMBDA {
+    constexpr int kBehind = kRows - kTogether, first = i.value * kTogether < kBehind ? i.value * kTogether : kBehind;
+    finish_block<Code, kTogether, kVectors, true>(o, rounding, columns, 0, static_cast<Code*>(o.y) + first * o.y_stride, o.y_stride,
+                                                  first, kVectors * N,
+                                                  [&](auto r, auto v) QO_LAMBDA { return sum(Int<first + r.value>{}, v); });
   });
 }
 
 // A tile in registers. A whole tile of float32 is finished there, columns in the outer loop and rows in the inner one, which needs
-// few more registers; everything else goes through memory.
+// few more registers, and if there are 32 of them one of codes; everything else goes through memory.
 template <int kRows, int kVectors, class Sum>
 QO_INLINE void finish_tile(const TileOutput& o, const Sum& sum) {
   constexpr int64_t N = Simd::N;
-  if (o.dtype == DType::kFloat32 && o.extras == nullptr && o.columns >= kVectors * N) {
+  const bool whole = o.extras == nullptr && o.columns >= kVectors * N;
+  if (o.dtype == DType::kFloat32 && whole) {
     const auto columns = [&](auto shared) QO_LAMBDA {
       using Column = ColumnVector<shared.value != 0>;
       unroll<kVectors>([&](auto v) QO_LAMBDA {
         const Column column[1] = {Column(o, v.value * N)};
-        finish_block<float, kRows, 1, true>(o, Nothing(o), column, 0, static_cast<float*>(o.y) + v.value * N, 0, N,
+        finish_block<float, kRows, 1, true>(o, Nothing(o), column, 0, static_cast<float*>(o.y) + v.value * N, o.y_stride, 0, N,
                                             [&](auto r, auto) QO_LAMBDA { return sum(r, v); });
       });
     };
-    return o.row_step == 0 ? columns(Int<1>{}) : columns(Int<0>{});
+    return o.shared ? columns(Int<1>{}) : columns(Int<0>{});
   }
+  if constexpr (Simd::kRegisters >= 32 && kVectors <= 4)
+    if (dtype_bytes(o.dtype) == 1 && whole && o.shared) return finish_codes<kRows, kVectors>(o, sum);
   alignas(64) int32_t sums[kRows * kVectors * N];
   unroll<kRows>([&](auto r) QO_LAMBDA {
     unroll<kVectors>([&](auto v) QO_LAMBDA { Simd::store(sums + (r.value * kVectors + v.value) * N, sum(r, v)); });

@@ -52,7 +52,9 @@ QO_INLINE void widened_product(const uint16_t* wide, const int8_t* b, int64_t gr
 template <class Wide, int kRows, int kVectors>
 QO_INLINE void widened_tile(const GemmTile& t, int64_t width) {
   alignas(64) uint16_t wide[kRows * kWideRow];
-  alignas(64) int32_t sum[kRows * kPanel] = {};
+  alignas(64) int32_t sum[kRows * kPanel];
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t n = 0; n < width; n += Simd::N) Simd::store(sum + r * kPanel + n, Simd::load_int(t.out.start + n));
   const int8_t* b = t.b;
   const int64_t* offset = t.a_offset;
   const int64_t b_stride = width * kQuad;

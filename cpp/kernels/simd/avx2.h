@@ -15,7 +15,7 @@ namespace {
 struct Simd {
   static constexpr int N = 8;
   static constexpr bool kMasks = false;
-  static constexpr bool kFractions = false;
+  static constexpr int kRegisters = 16;
   using F = __m256;
   using I = __m256i;
   using Words = __m256i;  // int16
@@ -113,8 +113,6 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static QO_INLINE F fraction(F a) { return sub(a, round_even(a)); }
-  static QO_INLINE F max_magnitude(F a, F b) { return max(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b)); }  // max(a, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return _mm256_and_ps(v, _mm256_and_ps(_mm256_cmp_ps(steps, lo, _CMP_GE_OQ), _mm256_cmp_ps(steps, hi, _CMP_LE_OQ)));
   }

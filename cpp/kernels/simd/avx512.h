@@ -14,8 +14,8 @@ namespace {
 
 struct Simd {
   static constexpr int N = 16;
-  static constexpr bool kMasks = true;      // a store of the first n elements alone
-  static constexpr bool kFractions = true;  // max_magnitude and fraction are one instruction each
+  static constexpr bool kMasks = true;  // a store of the first n elements alone
+  static constexpr int kRegisters = 32;
   using F = __m512;
   using I = __m512i;
   using Words = __m512i;  // int16
@@ -117,8 +117,6 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static QO_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static QO_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static QO_INLINE F fraction(F a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // a - rne(a)
-  static QO_INLINE F max_magnitude(F a, F b) { return _mm512_range_ps(a, b, 0xb); }                                // max(|a|, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     const __mmask16 above = _mm512_cmp_ps_mask(steps, lo, _CMP_GE_OQ);
     return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, steps, hi, _CMP_LE_OQ), v);

@@ -75,7 +75,6 @@ struct PairsOfTaps {
     const __m256i b = Simd::load_int(reinterpret_cast<const int32_t*>(p));
     return {words<-kShift>(b), words<2 - kShift>(b)};
   }
-  static QO_INLINE Simd::I start(const int32_t*) { return _mm256_setzero_si256(); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, const W& w) {
     const auto lanes = [&](int64_t at) QO_LAMBDA { return Simd::load_int(reinterpret_cast<const int32_t*>(codes + at)); };
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(lanes(0), w.rows01));

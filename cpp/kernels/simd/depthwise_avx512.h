@@ -77,7 +77,6 @@ struct PairsOfTaps {
     const __m512i b = _mm512_loadu_si512(p);
     return {words<-kShift>(b), words<2 - kShift>(b)};
   }
-  static QO_INLINE Simd::I start(const int32_t*) { return _mm512_setzero_si512(); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, const W& w) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_loadu_si512(codes), w.rows01));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_loadu_si512(codes + 64), w.rows23));
@@ -89,7 +88,6 @@ struct QuadsOfTaps : Interleave {
   static QO_INLINE __m512i weights(const int8_t* p) {
     return _mm512_slli_epi32(_mm512_loadu_si512(p), 8 * kShift);
   }
-  static QO_INLINE __m512i start(const int32_t*) { return _mm512_setzero_si512(); }
   static QO_INLINE __m512i dot(__m512i acc, const uint8_t* codes, __m512i w) {
     return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(codes), w);
   }

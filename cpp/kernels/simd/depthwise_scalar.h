@@ -26,7 +26,6 @@ struct PlainTaps {
     for (int i = kShift; i < kQuad; ++i) w.w[i] = p[i - kShift];
     return w;
   }
-  static int32_t start(const int32_t*) { return 0; }
   static int32_t dot(int32_t acc, const uint8_t* codes, const W& w) {
     for (int i = 0; i < kQuad; ++i) acc = Simd::add(acc, int32_t{codes[i]} * w.w[i]);
     return acc;

@@ -4,7 +4,7 @@
 //   A                                   sixteen activations in a register
 //   A load16(const uint8_t*)            reads sixteen
 //   A load4(const uint8_t*)             reads four, into lane 0
-//   I start(const int32_t* column_sum)  what the sums of four columns start from
+//   I offset(const int32_t* column_sum)  what is added to the products of four columns
 //   I add<kLane>(I sum, int8x16_t b, A a), and without a lane: all of them, each with its own
 #pragma once
 
@@ -28,7 +28,8 @@ template <class Dot, int kRows, int kVectors>
 QO_INLINE void sweep(const GemmTile& t, int64_t n, int64_t b_stride) {
   Simd::I acc[kRows][kVectors];
   unroll<kVectors>([&](auto v) QO_LAMBDA {
-    const Simd::I start = Dot::start(t.out.column_sum + n + v.value * Simd::N);
+    const int64_t column = n + v.value * Simd::N;
+    const Simd::I start = vaddq_s32(Dot::offset(t.out.column_sum + column), Simd::load_int(t.out.start + column));
     unroll<kRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = start; });
   });
   const int8_t* b = t.b + n * kQuad;
@@ -127,7 +128,7 @@ struct QuadsOfTaps {
   static QO_INLINE int8x16_t weights(const int8_t* p) {
     return vreinterpretq_s8_s32(vshlq_n_s32(vreinterpretq_s32_s8(vld1q_s8(p)), 8 * kShift));
   }
-  static QO_INLINE Simd::I start(const int32_t* column_sum) { return Dot::start(column_sum); }
+  static QO_INLINE Simd::I offset(const int32_t* column_sum) { return Dot::offset(column_sum); }
   static QO_INLINE Simd::I dot(Simd::I acc, const uint8_t* codes, int8x16_t w) { return Dot::add(acc, w, Dot::load16(codes)); }
 };
 

@@ -16,7 +16,7 @@ namespace {
 struct Simd {
   static constexpr int N = 4;
   static constexpr bool kMasks = false;
-  static constexpr bool kFractions = false;
+  static constexpr int kRegisters = 16;  // of 32, what g++ makes use of in a tile
   using F = float32x4_t;
   using I = int32x4_t;
   using Words = int16x8_t;
@@ -124,8 +124,6 @@ struct Simd {
   static QO_INLINE F min(F a, F b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static QO_INLINE F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static QO_INLINE F round_even(F a) { return vrndnq_f32(a); }
-  static QO_INLINE F fraction(F a) { return sub(a, round_even(a)); }
-  static QO_INLINE F max_magnitude(F a, F b) { return vmaxq_f32(a, vabsq_f32(b)); }  // max(a, |b|)
   static QO_INLINE F keep_between(F v, F steps, F lo, F hi) {
     return keep(vandq_u32(vcgeq_f32(steps, lo), vcleq_f32(steps, hi)), v);
   }

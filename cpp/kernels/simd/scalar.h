@@ -15,7 +15,7 @@ namespace {
 struct Simd {
   static constexpr int N = 1;
   static constexpr bool kMasks = false;
-  static constexpr bool kFractions = false;  // whether max_magnitude and fraction are one instruction each
+  static constexpr int kRegisters = 0;
   using F = float;
   using I = int32_t;
   using Words = int32_t;
@@ -98,8 +98,6 @@ struct Simd {
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F round_even(F a) { return quant_ops::round_even(a); }
-  static F fraction(F a) { return a - quant_ops::round_even(a); }
-  static F max_magnitude(F a, F b) { return max(a, b < 0.0f ? -b : b); }
   static F keep_between(F v, F steps, F lo, F hi) { return steps >= lo && steps <= hi ? v : 0.0f; }
   static F keep_outside(F v, F steps, F lo, F hi) { return steps < lo || steps > hi ? v : 0.0f; }
   static F nan_to_zero(F a) { return a == a ? a : 0.0f; }

@@ -18,13 +18,45 @@ from torch.fx import Proxy
 
 from ..nn import QuantizedLayer
 from ..ops._register import call, in_transform, wants_derivative
-from ..ops.program import STEPS, Program
+from ..ops.program import ACTIVATIONS, STEPS, Program, Step
 
 Source = tuple[str, str]  # where a constant is: the name of a layer, or "" for the chain itself, and the name of the buffer
 
 _int8_chain = torch.ops.quant_ops.int8_chain.default
+_int8_chain_times = torch.ops.quant_ops._int8_chain_times.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _WEIGHT = STEPS["conv2d"].constants.index("weight")  # as of "linear"
+
+
+@dataclasses.dataclass(repr=False)
+class ChainTimes:
+    """The seconds that each step of a chain takes. ``print`` shows them as a table.
+
+    With several threads, steps that run on many samples at once count the time of each thread.
+
+    Attributes:
+        steps: name and seconds of every step, in their order.
+    """
+
+    steps: list[tuple[str, float]]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(seconds for _, seconds in self.steps)
+
+    def __str__(self) -> str:
+        whole = self.seconds or 1.0
+        lines = [f"{seconds * 1e6:10.1f} us {100 * seconds / whole:5.1f} %  {name}" for name, seconds in self.steps]
+        return "\n".join([*lines, f"{self.seconds * 1e6:10.1f} us 100.0 %"])
+
+    __repr__ = __str__
+
+
+def _name_of(step: Step, path: str) -> str:
+    activation = ACTIVATIONS[step.named_numbers().get("activation", 0)]
+    has_residual = len(step.inputs) > 1 and bool(path)
+    return " + ".join(filter(None, [path or step.op, "add" if has_residual else None, activation]))
 
 
 class Chain(nn.Module):
@@ -102,6 +134,27 @@ class Chain(nn.Module):
             with _below_autograd():
                 results = call(_int8_chain, inputs, self.constants(), self._code)
         return results[0] if len(results) == 1 else tuple(results)
+
+    @torch.no_grad()
+    def times(self, *inputs: Tensor, calls: int = 20) -> "ChainTimes":
+        """How long each step takes on the CPU, of the fastest of some calls.
+
+        Args:
+            inputs: of :meth:`forward`.
+            calls: how many are timed, after one that is not.
+
+        Raises:
+            ValueError: the chain is not on the CPU, or ``calls`` is less than one.
+        """
+        if self.device.type != "cpu" or calls < 1:
+            raise ValueError(
+                f"quant_ops.Chain.times: expected a chain on the CPU and calls >= 1, got {self.device} and {calls}. "
+                "torch.profiler times the operators that a chain calls on other devices."
+            )
+        one_call = (_int8_chain_times, inputs, self.constants(), self._code)
+        seconds = torch.stack([call(*one_call) for _ in range(calls + 1)][1:])
+        best = seconds[seconds.sum(1).argmin()].tolist()
+        return ChainTimes(list(zip(map(_name_of, self.program.steps, self._paths), best, strict=True)))
 
     def constants(self) -> list[Tensor]:
         """The constants of the program, in their order: buffers of the chain and of its layers."""
