@@ -495,6 +495,26 @@ def test_compile_and_trace(chained):
         assert torch.equal(model(x), y)
 
 
+def test_times_name_every_step(chained):
+    """Adds up the steps of a call by the steps of a program; with samples apart and together, on one thread and on two."""
+    model, x, _ = chained
+    chain = model.chain_0
+    for batch, threads in ((x[:1], 1), (x, 2), (x.repeat(4, 1, 1, 1), 2)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        times = chain.times(batch, calls=3)
+        torch.set_num_threads(before)
+        names = [name for name, _ in times.steps]
+        assert names[:3] == ["quantize", "0 + relu", "2.conv1 + relu"]
+        assert "2.conv3 + add + relu" in names
+        assert len(names) == len(chain.program.steps)
+        assert all(seconds > 0 for _, seconds in times.steps)
+        assert times.seconds == sum(seconds for _, seconds in times.steps)
+        assert str(times).splitlines()[1].endswith("%  0 + relu")
+    with pytest.raises(ValueError, match=r"calls >= 1, got cpu and 0"):
+        chain.times(x, calls=0)
+
+
 def test_no_gradient(chained):
     model, x, _ = chained
     loss = model(x.clone().requires_grad_()).sum()

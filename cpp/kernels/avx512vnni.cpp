@@ -138,20 +138,36 @@ __attribute__((noinline)) int64_t multiply_halves(const GemmTile& t, int64_t row
   const Rounding<Y> rounding(o);
   Column columns[kVectors];
   unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = Column(o, v.value * Simd::N); });
+  // Codes are rounded in one part and stored in the next one: so a part does not have to wait for its own results.
+  std::conditional_t<sizeof(Y) == 1, Requantize::Rounded, Nothing> rounded{};
   const auto finish = [&](auto part, const Half& half, int64_t row) QO_LAMBDA {
-    constexpr int kFirst = part.value * Half::kTogether;
-    finish_block<Y, Half::kTogether, kVectors, kWhole>(
-        o, rounding, columns, 0, static_cast<Y*>(o.y) + (row + kFirst) * y_stride, y_stride, row + kFirst, o.columns,
-        [&](auto r, auto v) QO_LAMBDA { return half.acc[kFirst + r.value][v.value]; });
+    const auto with_part = [&](auto number, const auto& use) QO_LAMBDA {
+      constexpr int kFirst = number.value * Half::kTogether;
+      use(row + kFirst, [&](auto r, auto v) QO_LAMBDA { return half.acc[kFirst + r.value][v.value]; });
+    };
+    if constexpr (sizeof(Y) == 1 && part.value > 0)
+      with_part(Int<part.value - 1>{}, [&](int64_t first, const auto& sum) QO_LAMBDA {
+        store_block<Half::kTogether, kVectors, kWhole, Column>(o, rounding, rounded, 0, static_cast<Y*>(o.y) + first * y_stride,
+                                                               y_stride, first, o.columns, sum);
+      });
+    if constexpr (part.value < Half::kParts)
+      with_part(part, [&](int64_t first, const auto& sum) QO_LAMBDA {
+        if constexpr (sizeof(Y) == 1)
+          rounded = round_block<Half::kTogether, kVectors>(o, rounding, columns, first, sum);
+        else
+          finish_block<Y, Half::kTogether, kVectors, kWhole>(o, rounding, columns, 0, static_cast<Y*>(o.y) + first * y_stride,
+                                                             y_stride, first, o.columns, sum);
+      });
   };
   Half before, now;
   multiply_half<kVectors, kFlip>(t, rows, 0, before, [](auto) QO_LAMBDA {});
   int64_t row = Half::kRows;
   for (; row + Half::kRows <= rows; row += Half::kRows) {
     multiply_half<kVectors, kFlip>(t, rows, row, now, [&](auto part) QO_LAMBDA { finish(part, before, row - Half::kRows); });
+    finish(Int<Half::kParts>{}, before, row - Half::kRows);
     before = now;
   }
-  unroll<Half::kParts>([&](auto part) QO_LAMBDA { finish(part, before, row - Half::kRows); });
+  unroll<Half::kParts + 1>([&](auto part) QO_LAMBDA { finish(part, before, row - Half::kRows); });
   return row;
 }
 

@@ -52,6 +52,12 @@ void interleave_columns(const DepthwiseRun& d, int64_t channel, int64_t groups) 
   }
 }
 
+// Of a vector of channels of as many pixels.
+template <int kCount>
+struct PixelSums {
+  typename Simd::I acc[kCount];
+};
+
 // One output row: channels [column, column + N) of all pixels, from their line, four pixels at a time, so that each weight is
 // loaded once for four; the last four may overlap the ones before. kShift: the place of the output row among those that share the
 // line. kS, kGroups: columns and groups of rows of the kernel if both are known at compile time, which removes the loops, or 0.
@@ -71,12 +77,12 @@ void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& o
   constexpr int kHeld = kS * kGroups;  // weights that are loaded once for all pixels
   decltype(Taps::template weights<kShift>(b)) held[kHeld > 0 ? kHeld : 1];
   unroll<kHeld>([&](auto i) QO_LAMBDA { held[i.value] = Taps::template weights<kShift>(b + i.value * kBlockBytes); });
-  const auto finish = [&](auto count, int64_t pixel) QO_LAMBDA {
-    typename Simd::I acc[count.value];
-    unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
+  const auto sum = [&]<int kCount>(PixelSums<kCount>& sums, int64_t pixel) QO_LAMBDA {  // of the pixels from this one on
+    auto& acc = sums.acc;
+    unroll<kCount>([&](auto p) QO_LAMBDA { acc[p.value] = start; });
     const uint8_t* a = line + pixel * step;
     const auto add = [&](const uint8_t* from, const auto& w) QO_LAMBDA {
-      unroll<count.value>([&](auto p) QO_LAMBDA { acc[p.value] = Taps::dot(acc[p.value], from + p.value * step, w); });
+      unroll<kCount>([&](auto p) QO_LAMBDA { acc[p.value] = Taps::dot(acc[p.value], from + p.value * step, w); });
     };
     if constexpr (kHeld > 0) {
       unroll<kHeld>([&](auto i)
@@ -87,15 +93,33 @@ void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& o
         for (int64_t g = 0; g < groups; ++g, weights += kBlockBytes)
           add(a + g * Taps::kLineBytes, Taps::template weights<kShift>(weights));
     }
-    finish_block<Y, count.value, 1, kWhole>(row, rounding, parameters, column, y + pixel * y_stride, y_stride, 0, valid,
-                                            [&](auto p, auto) QO_LAMBDA { return acc[p.value]; });
+  };
+  const auto finish = [&]<int kCount>(const PixelSums<kCount>& sums, int64_t pixel) QO_LAMBDA {
+    finish_block<Y, kCount, 1, kWhole>(row, rounding, parameters, column, y + pixel * y_stride, y_stride, 0, valid,
+                                       [&](auto p, auto) QO_LAMBDA { return sums.acc[p.value]; });
   };
   constexpr int kPixels = 4;
   const int64_t pixels = d.pixels;
-  if (kWhole && pixels >= kPixels)
-    for (int64_t i = 0; i < pixels; i += kPixels) finish(Int<kPixels>{}, i + kPixels <= pixels ? i : pixels - kPixels);
-  else
-    for (int64_t i = 0; i < pixels; ++i) finish(Int<1>{}, i);
+  if (!kWhole || pixels < kPixels) {
+    for (int64_t i = 0; i < pixels; ++i) {
+      PixelSums<1> one;
+      sum(one, i);
+      finish(one, i);
+    }
+    return;
+  }
+  // the next pixels are summed before these are finished, which would wait for their own sums
+  PixelSums<kPixels> now, next;
+  int64_t pixel = 0;
+  sum(now, 0);
+  for (int64_t i = kPixels; i < pixels; i += kPixels) {
+    const int64_t following = i + kPixels <= pixels ? i : pixels - kPixels;
+    sum(next, following);
+    finish(now, pixel);
+    now = next;
+    pixel = following;
+  }
+  finish(now, pixel);
 }
 
 // One vector of channels of an output row with TileExtras: sum(run, out, line) gives the values of some pixels, which are finished

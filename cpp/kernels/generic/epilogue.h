@@ -167,17 +167,28 @@ struct Requantize {
         flip(Simd::set_bytes(o.codes.flip)),
         divide(o.codes.divide) {}
 
-  // steps(i), i from Int<0> to Int<3>, gives four vectors -> their codes, in order; divided() gives those of divided_codes.
-  template <class Steps, class Divided>
-  QO_INLINE typename Simd::I operator()(const Steps& steps, const Divided& divided) const {
+  struct Rounded {
+    typename Simd::I codes;  // in packed lanes
+    typename Simd::I apart;  // not 0 where both roundings differ
+  };
+
+  // Four vectors of steps, steps(i) with i from Int<0> to Int<3>.
+  template <class Steps>
+  QO_INLINE Rounded round(const Steps& steps) const {
     typename Simd::I q[4], apart = Simd::set_int(0);
     unroll<4>([&](auto i) QO_LAMBDA {
       const auto t = steps(i);
       q[i.value] = Simd::to_int(t);
       apart = Simd::or_bits(apart, Simd::xor_bits(q[i.value], Simd::to_int(Simd::add(t, less))));
     });
-    auto codes = Simd::template pack_lanes<Code>(q[0], q[1], q[2], q[3]);
-    if (__builtin_expect(divide || Simd::differ(apart, Simd::set_int(0)), 0)) codes = divided();
+    return {Simd::template pack_lanes<Code>(q[0], q[1], q[2], q[3]), apart};
+  }
+
+  // Their codes, in order; divided() gives those of divided_codes.
+  template <class Divided>
+  QO_INLINE typename Simd::I codes(const Rounded& rounded, const Divided& divided) const {
+    auto codes = rounded.codes;
+    if (__builtin_expect(divide || Simd::differ(rounded.apart, Simd::set_int(0)), 0)) codes = divided();
     codes = Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(codes), least, Code{}), most, Code{});
     return Simd::xor_bits(codes, flip);
   }
@@ -198,6 +209,7 @@ QO_INLINE void store_codes(Code* y, typename S::I codes, int64_t n) {
 }
 
 struct Nothing {
+  Nothing() = default;
   QO_INLINE explicit Nothing(const TileOutput&) {}
 };
 template <class Y, bool kShared>
@@ -205,40 +217,53 @@ using ColumnOf = std::conditional_t<sizeof(Y) == 1, StepsVector<kShared>, Column
 template <class Y>
 using Rounding = std::conditional_t<sizeof(Y) == 1, Requantize, Nothing>;
 
-// kRows rows of kVectors vectors, the first element at y, rows y_stride apart. sum(r, v) gives what a vector of Column starts from;
-// both arguments are Int<>. `row` is the place of the first one in the tile, `column` that of the first column. kWhole: all columns
-// are valid, else the first `valid` of them.
+// A block is kRows rows of kVectors vectors. sum(r, v) gives what a vector of Column starts from; both arguments are Int<>. `row`
+// is the place of the first row in the tile, `column` that of the first column.
+
+// Vector i of a block; the last one stands in for those beyond, of four.
+template <int kRows, int kVectors, class Sum>
+QO_INLINE auto vector_of(const Sum& sum, auto i) {
+  constexpr int kLast = kRows * kVectors - 1, at = i.value < kLast ? i.value : kLast;
+  static_assert(kLast < 4, "codes are made four vectors at a time");
+  return sum(Int<at / kVectors>{}, Int<at % kVectors>{});
+}
+
+// The first half of the work for codes, whose results the second one needs only later.
+template <int kRows, int kVectors, class Column, class Sum>
+QO_INLINE Requantize::Rounded round_block(const TileOutput& o, const Requantize& rounding, const Column (&columns)[kVectors],
+                                          int64_t row, const Sum& sum) {
+  const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].value(o, row + r.value, sum(r, v)); };
+  return rounding.round([&](auto i) QO_LAMBDA { return vector_of<kRows, kVectors>(value, i); });
+}
+
+// The second half: stores them at y, rows y_stride apart. kWhole: all columns are valid, else the first `valid` of them.
+template <int kRows, int kVectors, bool kWhole, class Column, class Sum>
+QO_INLINE void store_block(const TileOutput& o, const Requantize& rounding, const Requantize::Rounded& rounded, int64_t column,
+                           Code* y, int64_t y_stride, int64_t row, int64_t valid, const Sum& sum) {
+  constexpr int64_t N = Simd::N;
+  const auto codes = rounding.codes(rounded, [&]() QO_LAMBDA {
+    using Exact = typename Column::Exact;
+    alignas(64) typename Exact::From sums[4 * N];
+    unroll<4>([&](auto i) QO_LAMBDA { Exact::store(sums + i.value * N, vector_of<kRows, kVectors>(sum, i)); });
+    return divided_codes<Exact, kVectors, kRows>(o, column, row, sums);
+  });
+  if constexpr (kWhole && kVectors == 4) {
+    Simd::store_codes(y, codes);
+  } else {
+    unroll<kRows * kVectors>([&](auto i) QO_LAMBDA {
+      constexpr int64_t at = i.value % kVectors * N;
+      store_codes<i.value, kWhole>(y + i.value / kVectors * y_stride + at, codes, valid - at);
+    });
+  }
+}
+
 template <class Y, int kRows, int kVectors, bool kWhole, class Column, class Sum>
 QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, const Column (&columns)[kVectors], int64_t column,
                             Y* y, int64_t y_stride, int64_t row, int64_t valid, const Sum& sum) {
   constexpr int64_t N = Simd::N;
-  const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].value(o, row + r.value, sum(r, v)); };
   if constexpr (sizeof(Y) == 1) {
-    constexpr int kLast = kRows * kVectors - 1;
-    static_assert(kLast < 4, "codes are made four vectors at a time");
-    const auto sum_of = [&](auto i) QO_LAMBDA {  // of vector i; the last one stands in for those beyond
-      constexpr int at = i.value < kLast ? i.value : kLast;
-      return sum(Int<at / kVectors>{}, Int<at % kVectors>{});
-    };
-    const auto codes = rounding(
-        [&](auto i) QO_LAMBDA {
-          constexpr int at = i.value < kLast ? i.value : kLast;
-          return value(Int<at / kVectors>{}, Int<at % kVectors>{});
-        },
-        [&]() QO_LAMBDA {
-          using Exact = typename Column::Exact;
-          alignas(64) typename Exact::From sums[4 * N];
-          unroll<4>([&](auto i) QO_LAMBDA { Exact::store(sums + i.value * N, sum_of(i)); });
-          return divided_codes<Exact, kVectors, kRows>(o, column, row, sums);
-        });
-    if constexpr (kWhole && kVectors == 4) {
-      Simd::store_codes(y, codes);
-    } else {
-      unroll<kLast + 1>([&](auto i) QO_LAMBDA {
-        constexpr int64_t column = i.value % kVectors * N;
-        store_codes<i.value, kWhole>(y + i.value / kVectors * y_stride + column, codes, valid - column);
-      });
-    }
+    const auto rounded = round_block<kRows, kVectors>(o, rounding, columns, row, sum);
+    store_block<kRows, kVectors, kWhole, Column>(o, rounding, rounded, column, y, y_stride, row, valid, sum);
   } else {
     unroll<kRows>([&](auto r) QO_LAMBDA {
       unroll<kVectors>([&](auto v) QO_LAMBDA {
@@ -246,8 +271,8 @@ QO_INLINE void finish_block(const TileOutput& o, const Rounding<Y>& rounding, co
         const int64_t n = kWhole ? N : valid - v.value * N;
         if constexpr (std::is_same_v<Y, int32_t>)  // the sum itself
           store_part(to, columns[v.value].corrected(o, row + r.value, sum(r, v)), n);
-        else
-          store_part(to, Simd::max(Simd::set(o.floor), value(r, v)), n);  // a NaN passes
+        else  // a NaN passes
+          store_part(to, Simd::max(Simd::set(o.floor), columns[v.value].value(o, row + r.value, sum(r, v))), n);
       });
     });
   }
