@@ -184,26 +184,29 @@ QO_INLINE int64_t multiply_halves(const GemmTile& t, int64_t rows, int64_t width
 // The rows of the call that are multiplied by halves, if it is of one of the kinds that are worth it.
 int64_t multiply_first_rows(const GemmTile& t, int64_t rows, int64_t width) {
   const TileOutput& o = t.out;
-  const bool near = t.taps > 0 && t.quads >= (width == 48 ? HalfTile<3>::kParts : HalfTile<4>::kParts) &&
-                    t.taps * t.quads * kQuad * width <= kHalvesBytes;
+  const int64_t parts = width == 48 ? HalfTile<3>::kParts : HalfTile<4>::kParts;
+  const bool near = t.taps > 0 && t.quads >= parts && t.taps * t.quads * kQuad * width <= kHalvesBytes;
   if (!near || !o.shared || rows < kSlimRows) return 0;
-  const bool codes = dtype_bytes(o.dtype) == 1, whole = o.columns == width, plain = o.extras == nullptr, flip = t.flip != 0;
+  const bool codes = dtype_bytes(o.dtype) == 1, floats = o.dtype == DType::kFloat32, whole = o.columns == width, flip = t.flip != 0;
   using Steps = StepsVector<true>;
-  if (codes && plain && whole)
-    return flip ? multiply_halves<Code, Steps, true, true>(t, rows, width)
-                : multiply_halves<Code, Steps, true, false>(t, rows, width);
-  if (o.dtype == DType::kFloat32 && plain && whole) {
-    using Values = ColumnVector<true>;
-    return flip ? multiply_halves<float, Values, true, true>(t, rows, width)
-                : multiply_halves<float, Values, true, false>(t, rows, width);
+  using Values = ColumnVector<true>;
+  if (o.extras == nullptr) {
+    if (codes && whole)
+      return flip ? multiply_halves<Code, Steps, true, true>(t, rows, width)
+                  : multiply_halves<Code, Steps, true, false>(t, rows, width);
+    if (codes)
+      return flip ? multiply_halves<Code, Steps, false, true>(t, rows, width)
+                  : multiply_halves<Code, Steps, false, false>(t, rows, width);
+    if (floats && whole)
+      return flip ? multiply_halves<float, Values, true, true>(t, rows, width)
+                  : multiply_halves<float, Values, true, false>(t, rows, width);
+    return 0;
   }
-  if (flip) return 0;
-  const bool adds = !plain && o.extras->function == Function::kNone;
-  if (o.dtype == DType::kFloat32 && adds && whole && o.extras->residual_dtype == DType::kFloat32)
-    return multiply_halves<float, ResidualVector<ColumnVector<true>, float, true>, true, false>(t, rows, width);
-  if (!codes) return 0;
-  if (plain) return multiply_halves<Code, Steps, false, false>(t, rows, width);
-  if (!adds || o.extras->residual_dtype != DType::kUInt8) return 0;
+  // as in chains, whose codes are unsigned
+  if (flip || o.extras->function != Function::kNone) return 0;
+  if (floats && whole && o.extras->residual_dtype == DType::kFloat32)
+    return multiply_halves<float, ResidualVector<Values, float, true>, true, false>(t, rows, width);
+  if (!codes || o.extras->residual_dtype != DType::kUInt8) return 0;
   return whole ? multiply_halves<Code, ResidualVector<Steps, uint8_t, true>, true, false>(t, rows, width)
                : multiply_halves<Code, ResidualVector<Steps, uint8_t, false>, false, false>(t, rows, width);
 }

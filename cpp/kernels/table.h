@@ -15,7 +15,7 @@
 namespace quant_ops {
 
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
-constexpr int kMaxCallRows = 64;  // rows of the longest call of `gemm`, which may have several tiles
+constexpr int kMaxCallRows = 60;  // rows of the longest call of `gemm`, which may have several tiles
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile

@@ -7,7 +7,7 @@
 //   int8_conv2d                             conv2d.h
 //   requantize, int8_add, int8_cat          pointwise.h
 //   int8_*_pool2d, int8_upsample_nearest2d  pool.h
-//   int8_chain                              chain.h, on the CPU only
+//   int8_chain                              chain.h, chain_plan.h, chain_program.h; on the CPU only
 //   int8_attention                          attention.h
 //   pack_weight, unpack_weight, transpose_packed_weight   pack.h
 //   weight_only_linear and its packing      weight_only.h

@@ -1,6 +1,6 @@
 """``int8_chain``: many steps of int8 operators in one call. On CUDA and for fake tensors the steps run one by one in Python.
 
-Programs are made and explained by ``quant_ops/ops/program.py``; the CPU's checks are in ``cpp/torch/chain.h``, its run in
+Programs are made and explained by ``quant_ops/ops/program.py``; the CPU's checks are in ``cpp/torch/chain*.h``, its run in
 ``cpp/cpu/chain.cpp``.
 """
 
