@@ -16,8 +16,7 @@ from .accuracy.gptq import GPTQResult, gptq_  # noqa: E402
 from .accuracy.smoothquant import SmoothQuantResult, smoothquant_  # noqa: E402
 from .autoquant import AUTOQUANT_CACHE, AutoquantResult, LayerChoice, TimingCache, autoquant_  # noqa: E402
 from .chains.activations import ActivationResult, fuse_activations_  # noqa: E402
-from .chains.layer import Chain  # noqa: E402
-from .chains.layer import ChainTimes  # noqa: E402
+from .chains.layer import Chain, ChainTimes  # noqa: E402
 from .chains.result import ChainResult, chain_  # noqa: E402
 from .convert.calibrate import calibrate, synchronize_  # noqa: E402
 from .convert.config import (  # noqa: E402
