@@ -2,6 +2,7 @@
 
 python -m benchmarks.packages.networks --out networks.json             batch 1 and 8, one thread and all: half an hour
 python -m benchmarks.packages.networks --networks mobilenet-v2 --batch 1
+python -m benchmarks.packages.networks --networks u-net --profile      and where the time of the chained network goes, step by step
 python -m benchmarks.packages.networks --smoke                         small ones, to see that it runs
 
 The networks are those of common/networks.py, their BatchNorms folded by fold_batchnorm_. Every contender starts from these folded
@@ -94,8 +95,14 @@ def ours_static(p):
 
 def ours_chained(residual_dtype, p):
     """int8 from layer to layer, by chain_; sums of branches go on in the given dtype."""
-    network, x = qo.chain_(static(p), (p.images[0],), calibration=p.images, residual_dtype=residual_dtype).model, p.x
-    return lambda: network(x)
+    result = qo.chain_(static(p), (p.images[0],), calibration=p.images, residual_dtype=residual_dtype)
+    network, x = result.model, p.x
+
+    def call():
+        return network(x)
+
+    call.chains = result.chains
+    return call
 
 
 def torch_ao(engine, p):
@@ -157,8 +164,16 @@ def folded(make, size):
     return network, images
 
 
+def profile(calls, x):
+    """Prints the steps of chained networks that are one chain; those of several have floats between them."""
+    chained = {name: list(call.chains.values()) for name, call in calls.items() if hasattr(call, "chains")}
+    for name, chains in chained.items():
+        print(name, chains[0].times(x) if len(chains) == 1 else f"{len(chains)} chains", sep="\n")
+
+
 def main():
     parser = run.model_parser(__doc__, seconds=20.0)
+    parser.add_argument("--profile", action="store_true", help="print the time of every step of the chained networks")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # ONNX Runtime recommends a step that fold_batchnorm_ has done
@@ -171,7 +186,7 @@ def main():
             for batch in options.batch:
                 x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
                 shape = f"{batch}x3x{size}x{size}"
-                results.measure(
+                calls, _ = results.measure(
                     CONTENDERS,
                     Problem(network, images, x, threads),
                     reference=network(x),
@@ -182,6 +197,8 @@ def main():
                     batch=batch,
                     threads=threads,
                 )
+                if options.profile:
+                    profile(calls, x)
     results.finish()
 
 

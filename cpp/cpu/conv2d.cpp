@@ -195,47 +195,51 @@ class Conv2d {
     }
   }
 
+  // The panels of a block are tasks of their own: an image of few pixels has as few blocks.
   void multiply() const {
-    const int64_t pixels = p_.OH * p_.OW, blocks = ceil_div(pixels, plan_.block), tasks = samples_ * blocks;
-    const int64_t macs = std::min(plan_.block, pixels) * p_.O * plan_.layout.k * plan_.layout.taps;
-    for_each_share(tasks, plan_.threads, tasks * macs, kMacsPerThread, [&](int64_t worker, int64_t begin, int64_t end) {
+    const int64_t pixels = p_.OH * p_.OW, blocks = ceil_div(pixels, plan_.block);
+    const int64_t panels = plan_.layout.products * plan_.layout.panels(), tasks = samples_ * blocks * panels;
+    const int64_t macs = samples_ * pixels * p_.O * plan_.layout.k * plan_.layout.taps;
+    for_each_share(tasks, plan_.threads, macs, kMacsPerThread, [&](int64_t worker, int64_t begin, int64_t end) {
       SharedColumns shared{};
       int64_t of = -1;  // a sample whose scale and zero point `shared` has
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / blocks, first = task % blocks * plan_.block;
+      for (int64_t task = begin, next; task < end; task = next) {
+        const int64_t block = task / panels, n = block / blocks, first = block % blocks * plan_.block;
+        next = std::min(end, (block + 1) * panels);
         if (of < 0 || scale_[n] != scale_[of] || zero_[n] != zero_[of])
           shared = columns_.share(worker, plan_.layout.column_sum(packed_, 0), scale_[n], zero_[n], codes_of_result_, scratch_);
         of = n;
-        multiply_block(worker, n, shared, first, std::min(plan_.block, pixels - first));
+        multiply_block(worker, n, shared, first, std::min(plan_.block, pixels - first), task % panels, next - block * panels);
       }
     });
   }
 
-  // `rows` output pixels of sample n from `first` on, all channels.
-  void multiply_block(int64_t worker, int64_t n, const SharedColumns& shared, int64_t first, int64_t rows) const {
+  // Panels [begin, end), counted through all products, of `rows` output pixels of sample n from `first` on.
+  void multiply_block(int64_t worker, int64_t n, const SharedColumns& shared, int64_t first, int64_t rows, int64_t begin,
+                      int64_t end) const {
     int64_t* offsets = scratch_.at<int64_t>(plan_.offsets_at + worker * plan_.offset_bytes);
     fill_offsets(plan_, p_, first, rows, offsets);
     const PackedLayout& layout = plan_.layout;
     const int64_t bytes = dtype_bytes(p_.out.dtype), pixels = p_.OH * p_.OW;
-    for (int64_t product = 0; product < layout.products; ++product)
-      for (int64_t panel = 0; panel < layout.panels(); ++panel) {
-        const int64_t column = panel * kPanel, channel = product * layout.n + column;
-        const int64_t columns = std::min(layout.width(panel), layout.n - column), sample = first_sample_ + n;
-        if (p_.y_channels_last) {
-          const int64_t offset = (sample * pixels + first) * p_.O + channel;
-          multiply_panel(n, shared, product, panel, offsets, rows,
-                         {static_cast<char*>(p_.out.y) + offset * bytes, p_.O, p_.out.residual.r, offset});
-        } else {  // through blocks of [rows][columns]
-          const int64_t offset = (sample * p_.O + channel) * pixels + first, r_bytes = residual_bytes(p_.out);
-          char* block = scratch_.at<char>(plan_.outputs_at + worker * plan_.output_bytes);
-          char* r_block = scratch_.at<char>(plan_.residuals_at + worker * plan_.residual_bytes);
-          if (r_bytes > 0)
-            transpose_bytes(r_bytes, static_cast<const char*>(p_.out.residual.r) + offset * r_bytes, pixels, columns, rows, r_block,
-                            columns);
-          multiply_panel(n, shared, product, panel, offsets, rows, {block, columns, r_block, 0});
-          transpose_bytes(bytes, block, columns, rows, columns, static_cast<char*>(p_.out.y) + offset * bytes, pixels);
-        }
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t product = i / layout.panels(), panel = i % layout.panels();
+      const int64_t column = panel * kPanel, channel = product * layout.n + column;
+      const int64_t columns = std::min(layout.width(panel), layout.n - column), sample = first_sample_ + n;
+      if (p_.y_channels_last) {
+        const int64_t offset = (sample * pixels + first) * p_.O + channel;
+        multiply_panel(n, shared, product, panel, offsets, rows,
+                       {static_cast<char*>(p_.out.y) + offset * bytes, p_.O, p_.out.residual.r, offset});
+      } else {  // through blocks of [rows][columns]
+        const int64_t offset = (sample * p_.O + channel) * pixels + first, r_bytes = residual_bytes(p_.out);
+        char* block = scratch_.at<char>(plan_.outputs_at + worker * plan_.output_bytes);
+        char* r_block = scratch_.at<char>(plan_.residuals_at + worker * plan_.residual_bytes);
+        if (r_bytes > 0)
+          transpose_bytes(r_bytes, static_cast<const char*>(p_.out.residual.r) + offset * r_bytes, pixels, columns, rows, r_block,
+                          columns);
+        multiply_panel(n, shared, product, panel, offsets, rows, {block, columns, r_block, 0});
+        transpose_bytes(bytes, block, columns, rows, columns, static_cast<char*>(p_.out.y) + offset * bytes, pixels);
       }
+    }
   }
 
   // Where the results of some pixels go: element 0 is the first channel of the first one.

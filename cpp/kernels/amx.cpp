@@ -44,6 +44,8 @@ using Taps = QuadsOfTaps;
 
 constexpr int64_t kRows = 32;
 constexpr int64_t kFewRows = 6;      // up to here tiles are mostly empty, and one tile of avx512vnni is as fast
+constexpr int64_t kShortTap = 8;     // groups of k: taps of fewer, as of stems, would be copied into mostly empty tiles
+constexpr int64_t kFewGroups = 24;   // up to here the epilogue takes longer than the product, behind which avx512vnni hides it
 constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
 constexpr int64_t kTileGroups = 16;  // groups of four k of a tile
 constexpr int64_t kTileBytes = 64;   // bytes of a row of a tile
@@ -174,7 +176,8 @@ void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
 
 void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
 #if !defined(QUANT_OPS_AMX_EMULATED)
-  if (rows <= kFewRows) return kAvx512VnniProducts.gemm(tile, rows, width);
+  const bool is_short = tile.quads < kShortTap || tile.taps * tile.quads <= kFewGroups;
+  if (rows <= kFewRows || is_short) return kAvx512VnniProducts.gemm(tile, rows, width);
 #endif
   gemm_u8s8_32x32_amx(tile, rows, width);
 }
