@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quant_ops as qo
+from benchmarks.common.networks import settle_
 
 
 def conv(inputs, outputs, kernel=1, stride=1, groups=1):
@@ -131,28 +132,15 @@ NETWORKS = {
 }
 
 
-@torch.no_grad()
 def network_and_images(name, size=64):
     """The folded float network with settled running statistics, and batches to calibrate it with."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     images = [torch.randn(4, 3, size, size, generator=generator) for _ in range(3)]
     network = NETWORKS[name]()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            module.momentum = None  # the mean over all batches
-    for module in network.modules():  # trained branches are small beside their shortcuts
-        if isinstance(module, Bottleneck):
-            module.bn3.weight.mul_(0.25)
-        if isinstance(module, InvertedResidual) and module.residual:
-            module.conv[-1].weight.mul_(0.25)
-    for batch in images:
-        network(batch)
-    network.eval().requires_grad_(False)
+    ends = [m.bn3 for m in network.modules() if isinstance(m, Bottleneck)]
+    ends += [m.conv[-1] for m in network.modules() if isinstance(m, InvertedResidual) and m.residual]
+    settle_(network, images, ends)
     qo.fold_batchnorm_(network)
     return network, images
 

@@ -213,11 +213,11 @@ SMALL = {
 
 
 @torch.no_grad()
-def network_and_images(make, size, batches=3):
-    """(a network in eval mode with its BatchNorms, and batches of four images to calibrate it with), channels_last."""
-    torch.manual_seed(0)
-    images = [torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last) for _ in range(batches)]
-    network = make().to(memory_format=torch.channels_last)
+def settle_(network, images, ends):
+    """Weights as if trained, and the running statistics of these batches; the network is in eval mode afterwards.
+
+    ends: the BatchNorms that end a branch beside a shortcut, which is small after training.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -225,12 +225,21 @@ def network_and_images(make, size, batches=3):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
             module.momentum = None  # the mean over all batches
-    for module in network.modules():
-        if isinstance(module, Residual) and isinstance(module.body[-1][1], nn.BatchNorm2d):
-            module.body[-1][1].weight.mul_(0.25)  # trained branches are small beside their shortcuts
+    for norm in ends:
+        norm.weight.mul_(0.25)
     for batch in images:
         network(batch)
-    return network.eval().requires_grad_(False), images
+    network.eval().requires_grad_(False)
+
+
+def network_and_images(make, size, batches=3):
+    """(a network in eval mode with its BatchNorms, and batches of four images to calibrate it with), channels_last."""
+    torch.manual_seed(0)
+    images = [torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last) for _ in range(batches)]
+    network = make().to(memory_format=torch.channels_last)
+    lasts = [module.body[-1][1] for module in network.modules() if isinstance(module, Residual)]
+    settle_(network, images, [last for last in lasts if isinstance(last, nn.BatchNorm2d)])
+    return network, images
 
 
 def conv_shapes(name, batch=1, size=224):

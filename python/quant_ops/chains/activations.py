@@ -5,26 +5,17 @@ layer knows is tried out, so no class is named.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._models import Result, Table, call, has_hooks, patched, quiet, reasons
 from ..accuracy.watch import Source, Watch
 from ..convert.calibrate import device_of, to_device
 from ..nn import FusedActivation, QuantConv1d, QuantConv2d, QuantLinear
+from ..nn.fused import ACTIVATION_FUNCTIONS
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 _TOLERANCE = 4e-6  # of float32 on the arguments below: tanh's gelu and the exact one differ by 5e-4
 _LAYERS = (QuantLinear, QuantConv1d, QuantConv2d)
 
@@ -116,7 +107,7 @@ def _function_of(module: nn.Module) -> str | None:
         module.training = training
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None
-    return next((name for name, of in _FUNCTIONS.items() if torch.allclose(of(x), y, rtol=0, atol=_TOLERANCE)), None)
+    return next((name for name, of in ACTIVATION_FUNCTIONS.items() if torch.allclose(of(x), y, rtol=0, atol=_TOLERANCE)), None)
 
 
 def _unfit(activation: nn.Module, sources: set[Source | None], watch: Watch) -> str | None:

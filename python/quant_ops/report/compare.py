@@ -8,17 +8,17 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._models import Forward, bytes_of, call, held_bytes, quiet
 from ..formats import Format
 from ..nn import Int8Layer, QuantizedLayer, as_linear, is_original
+from ..nn.fused import ACTIVATION_FUNCTIONS
 from ..simulation.layers import SimulatedLayer
 from ..simulation.operand import amax_of, blocks_of, takes_amax
 from ..simulation.recast import Recast
@@ -314,18 +314,8 @@ def _weight_bytes(layer: SimulatedLayer, weight: Tensor) -> float:
     return weight.numel() * format.bits / 8 + 4 * scales
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-}
-
-
 def _activated(y: Tensor, activation: str | None) -> Tensor:
-    return y if activation is None else _FUNCTIONS[activation](y)
+    return y if activation is None else ACTIVATION_FUNCTIONS[activation](y)
 
 
 def _now(layer: Int8Layer, values: Tensor | None) -> Any:
