@@ -44,7 +44,7 @@ SharedColumns share_columns(int64_t count, const int32_t* column_sum, const floa
   float* scale = static_cast<float*>(memory) + count;
   float* steps_scale = scale + count;
   float* steps_bias = steps_scale + count;
-  const float offset = static_cast<float>(codes.zero_point) + codes.slack;
+  const float offset = codes.offset();
   for (int64_t n = 0; n < count; ++n) {
     start[n] = static_cast<int32_t>(0u - static_cast<uint32_t>(row_zero) * static_cast<uint32_t>(column_sum[n]));
     scale[n] = row_scale * column_scale[n];

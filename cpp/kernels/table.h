@@ -34,6 +34,9 @@ struct CodeOutput {
   int32_t zero_point = 0;
   int32_t least = 0, most = 0;
   uint8_t flip = 0;  // the bytes of the codes, xor this, are those of the result: 0x80 for signed ones
+
+  // What is added to a value in steps of the scale, so that it rounds to its code: the zero point, and the slack.
+  __attribute__((always_inline)) inline float offset() const { return static_cast<float>(zero_point) + slack; }
 };
 
 // What few epilogues do: a residual, and a function that TileOutput's floor and ceiling do not give.

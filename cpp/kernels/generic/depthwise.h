@@ -5,9 +5,7 @@
 //   kOnes                                             a lane of the line whose elements are all 1
 //   interleave<kBlocks>(row, flip, to, block_stride)  of four rows: the codes row[r][16 i + c] ^ flip go to block i of the line
 //   weights<kShift>(const int8_t*)                    N channels of four weights, as dot takes them, from row kShift of four on
-//   offset(const int32_t* sum)                        if it is there: what is added to the products of N channels, given the sums
-//   of
-//                                                     their weights
+//   offset(const int32_t* sum)                        may be missing: what is added to N sums, given those of their weights
 //   dot(I acc, const uint8_t* codes, W weights)       acc + the four products of each channel
 //
 // Channels are lanes, and the four elements of a lane are four rows of the image in one of its columns. Each column is interleaved

@@ -60,9 +60,6 @@ struct ColumnVector {
   }
 };
 
-// What is added to the steps of a value.
-QO_INLINE float steps_offset(const TileOutput& o) { return static_cast<float>(o.codes.zero_point) + o.codes.slack; }
-
 // The same in steps of the output's scale and plus its zero point: what is rounded to the code, but for an error below the slack,
 // and that slack more.
 template <bool kShared>
@@ -78,7 +75,7 @@ struct StepsVector : ColumnVector<kShared> {
       const auto reciprocal = Simd::set(o.codes.reciprocal);
       this->sum = Simd::load_int(o.column_sum + column);
       this->scale = Simd::mul(Simd::load(o.column_scale + column), reciprocal);
-      this->bias = Simd::add(Simd::mul(Simd::load(o.bias + column), reciprocal), Simd::set(steps_offset(o)));
+      this->bias = Simd::add(Simd::mul(Simd::load(o.bias + column), reciprocal), Simd::set(o.codes.offset()));
     }
   }
 };
@@ -128,7 +125,7 @@ struct FinishedSteps : FinishedVector {
   using Exact = FinishedVector;
   FinishedSteps() = default;
   QO_INLINE FinishedSteps(const TileOutput& o, int64_t)
-      : reciprocal(Simd::set(o.codes.reciprocal)), bias(Simd::set(steps_offset(o))) {}
+      : reciprocal(Simd::set(o.codes.reciprocal)), bias(Simd::set(o.codes.offset())) {}
   QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return Simd::fma(v, reciprocal, bias); }
   typename Simd::F reciprocal, bias;
 };

@@ -41,13 +41,9 @@ class Tiles {
   void release() { configured_ = false; }
 
   template <int kTile>
-  void zero() {
+  void load(const void* base, int64_t stride) {
     check(used(kTile));
     std::memset(data_[kTile], 0, sizeof(data_[kTile]));
-  }
-  template <int kTile>
-  void load(const void* base, int64_t stride) {
-    zero<kTile>();
     for (int r = 0; r < config_.rows[kTile]; ++r)
       std::memcpy(data_[kTile][r], static_cast<const uint8_t*>(base) + r * stride, config_.row_bytes[kTile]);
   }
@@ -89,10 +85,6 @@ class Tiles {
 struct Tiles {
   QO_INLINE void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
   QO_INLINE void release() { asm volatile("tilerelease"); }
-  template <int kTile>
-  QO_INLINE void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-  }
   template <int kTile>
   QO_INLINE void load(const void* base, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(kTile) : "memory");
