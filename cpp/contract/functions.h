@@ -1,13 +1,13 @@
 // The functions after the sum of an integer product, for host and device: float32 in, float32 out, IEEE operations in this order
 // and no others, so that every instruction set and every GPU gives the same bits. kernels/generic/functions.h is the same for
-// vectors. NaN stays NaN, and limits are those of torch: the functions whose formula has Inf * 0 give NaN for -Inf.
+// vectors. NaN stays NaN, and limits are those of torch, where all but gelu and the ReLUs give NaN for -Inf, by Inf * 0.
 //
 // Largest error against float64 (tests/test_epilogue.py):
 //   exp_of       1.1 ulp
 //   relu, relu6  none
 //   hardswish    2 ulp; the operations are torch's: x * clamp(x + 3, 0, 6), then divided by 6
 //   silu         2.1 ulp down to -88.37; below, where the value is smaller than 2^-121, it is -0
-//   gelu         3 ulp down to -1; below, 2^-24.5, and -0 in the end
+//   gelu         3 ulp down to -1; below, 2^-24.4, and from -10 on it stays at about -2^-116
 //   gelu_tanh    3 ulp down to -1; below, 2^-24.5, and -0 in the end
 // Read next: arithmetic.h for the rest of the epilogue.
 #pragma once
@@ -29,11 +29,13 @@ constexpr float kLog2ERest = 0x1.4ae0cp-26f;
 constexpr float kExp2[6] = {-0x1.62e43p-1f, 0x1.ebfbdcp-3f, -0x1.c6aee6p-5f, 0x1.3b2d5p-7f, -0x1.5f3f3p-10f, 0x1.41fb2cp-13f};
 
 // ---- gelu -------------------------------------------------------------------------------------------------------------
-// gelu(x) = x * Phi(x), and the normal distribution's tail Phi(-t) = 2^(-1 + t * (g0 + t * (g1 + ...))) for t >= 0. The fit is for
-// t <= 5.75; further on the exponent falls faster than it should, to minus infinity.
+// gelu(x) = x * Phi(x) = max(x, 0) - t * Phi(-t) with t = |x|, and the normal distribution's tail Phi(-t) = 2^(-1 + t * (g0 + t *
+// (g1
+// + ...))). The fit is for t <= 5.75; further on the exponent falls faster than it should, and t ends at 10, where it is -119.
 
-constexpr float kGeluTail[10] = {-0x1.26aed6p+0f,  -0x1.d63bfp-2f,  -0x1.adc1b2p-5f,  0x1.c8a03ep-8f,  -0x1.45f7c8p-17f,
-                                 -0x1.24462ap-12f, 0x1.44494ep-14f, -0x1.7b6af6p-17f, 0x1.e77672p-21f, -0x1.0db2aep-25f};
+constexpr float kGeluTail[8] = {-0x1.26aee4p+0f,  -0x1.d63828p-2f,  -0x1.ae50dcp-5f, 0x1.d24c2ap-8f,
+                                -0x1.79a026p-13f, -0x1.5de876p-13f, 0x1.25a20ep-15f, -0x1.4830a6p-19f};
+constexpr float kGeluFar = 10.0f;
 
 // gelu_tanh(x) = x / (1 + e^-z), z = x * (2 a + 2 a b x^2) with a = sqrt(2 / pi) and b = 0.044715
 constexpr float kGeluTanhLinear = 0x1.988454p+0f;  // 2 a
@@ -102,15 +104,15 @@ QO_HD float logistic(float x, float z) {
 }
 
 QO_HD float gelu_of(float x) {
-  const float t = bits_float(float_bits(x) & 0x7fffffffu);
-  constexpr float c[] = {kGeluTail[0], kGeluTail[1], kGeluTail[2], kGeluTail[3], kGeluTail[4],
-                         kGeluTail[5], kGeluTail[6], kGeluTail[7], kGeluTail[8], kGeluTail[9]};
-  float y = c[9];
-  for (int i = 8; i >= 0; --i) y = fused(y, t, c[i]);
-  y = most_of(-127.0f, fused(y, t, -1.0f));
+  const float magnitude = bits_float(float_bits(x) & 0x7fffffffu), t = magnitude < kGeluFar ? magnitude : kGeluFar;
+  constexpr float c[] = {kGeluTail[0], kGeluTail[1], kGeluTail[2], kGeluTail[3],
+                         kGeluTail[4], kGeluTail[5], kGeluTail[6], kGeluTail[7]};
+  float y = c[7];
+  for (int i = 6; i >= 0; --i) y = fused(y, t, c[i]);
+  y = fused(y, t, -1.0f);
   const float rounded = y + kRoundMagic;
   const float tail = exp2_fraction((rounded - kRoundMagic) - y) * power_of_two(rounded, 0);
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  return fused(-t, tail, x < 0.0f ? 0.0f : x);
 }
 
 QO_HD float apply_function(Function function, float x) {

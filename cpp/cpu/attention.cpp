@@ -53,7 +53,7 @@ struct AttentionPlan {
   int64_t workers_at, worker_bytes;
   // In a worker. To pack: numbers of rows or columns, a panel's rows as floats and codes. To multiply: codes, scores.
   int64_t mean, reciprocal, least, most, magnitude, centered, panel;
-  int64_t q_codes, q_scale, q_reciprocal, q_zero, scores, p_codes, p_scale, p_zero, mask;
+  int64_t q_codes, q_magnitude, q_scale, q_reciprocal, q_zero, scores, p_codes, p_scale, p_zero, mask;
   int64_t scratch_bytes;
 };
 
@@ -89,6 +89,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const KernelTable& table,
   plan.centered = packing.add(kPanel * std::max(p.D, p.DV) * kFloat);
   plan.panel = packing.add(kPanel * std::max(p.D, plan.v.padded_n));
   plan.q_codes = multiplying.add(plan.block_rows * plan.k.quads * kQuad);
+  plan.q_magnitude = multiplying.add(plan.block_rows * int64_t{sizeof(uint32_t)});
   plan.q_scale = multiplying.add(plan.block_rows * kFloat);
   plan.q_reciprocal = multiplying.add(plan.block_rows * kFloat);
   plan.q_zero = multiplying.add(plan.block_rows * kFloat);
@@ -111,44 +112,34 @@ struct Matrix {
   const void* x;
   DType dtype;
   int64_t rows, columns, stride;
-
-  // n columns of a row in float32; `memory` has room for them.
-  const float* floats(const KernelTable& table, int64_t r, int64_t first, int64_t n, float* memory) const {
-    const void* from = element(x, dtype, r * stride + first);
-    if (dtype == DType::kFloat32) return static_cast<const float*>(from);
-    table.widen(from, dtype, n, memory);
-    return memory;
-  }
 };
 
-// Rows [first, first + rows) less the means, without gaps. They are at most kPanel.
-void center(const KernelTable& table, const Matrix& m, int64_t first, int64_t rows, const float* mean, float* centered) {
-  for (int64_t r = 0; r < rows; ++r, centered += m.columns) {
-    const float* x = m.floats(table, first + r, 0, m.columns, centered);
-    for (int64_t d = 0; d < m.columns; ++d) centered[d] = x[d] - mean[d];
-  }
-}
-
-// Sums of neighbouring columns, which stay in registers.
-template <int kColumns>
-void add_columns(const Matrix& m, const KernelTable& table, float* memory, int64_t first, float* sums) {
-  float sum[kColumns] = {};
-  for (int64_t r = 0; r < m.rows; ++r) {
-    const float* x = m.floats(table, r, first, kColumns, memory);
-    for (int d = 0; d < kColumns; ++d) sum[d] += x[d];
-  }
-  for (int d = 0; d < kColumns; ++d) sums[d] = sum[d];
+// Rows [first, first + rows) less the means, without gaps, and their largest magnitudes.
+void center(const KernelTable& table, const Matrix& m, int64_t first, int64_t rows, const float* mean, float* centered,
+            uint32_t* magnitude) {
+  table.center({.x = element(m.x, m.dtype, first * m.stride),
+                .dtype = m.dtype,
+                .rows = rows,
+                .columns = m.columns,
+                .x_row = m.stride,
+                .less = mean,
+                .y = centered,
+                .abs_bits = magnitude});
 }
 
 // Sums of columns in the order of the rows, over their number.
 void column_means(const KernelTable& table, const Matrix& m, float* mean) {
-  constexpr int kColumns = 16;
-  float memory[kColumns];
-  int64_t d = 0;
-  for (; d + kColumns <= m.columns; d += kColumns) add_columns<kColumns>(m, table, memory, d, mean + d);
-  for (; d < m.columns; ++d) add_columns<1>(m, table, memory, d, mean + d);
+  table.column_sums({.x = m.x, .dtype = m.dtype, .rows = m.rows, .columns = m.columns, .x_row = m.stride, .sums = mean});
   const float count = static_cast<float>(m.rows);
-  for (d = 0; d < m.columns; ++d) mean[d] = mean[d] / count;
+  for (int64_t d = 0; d < m.columns; ++d) mean[d] = mean[d] / count;
+}
+
+// The scales of rows' symmetric codes, and their reciprocals.
+void row_scales(const uint32_t* magnitude, int64_t rows, float* scale, float* reciprocal) {
+  for (int64_t r = 0; r < rows; ++r) {
+    scale[r] = dynamic_qparams({.min = 0.0f, .max = 0.0f, .abs_bits = magnitude[r]}, false).scale;
+    reciprocal[r] = reciprocal_of(scale[r]);
+  }
 }
 
 class Attention {
@@ -197,6 +188,7 @@ class Attention {
     const Matrix k = matrix(p_.k, p_.k_stride, unit, p_.S, p_.D);
     float *mean = of_worker<float>(worker, plan_.mean), *centered = of_worker<float>(worker, plan_.centered);
     float* reciprocal = of_worker<float>(worker, plan_.reciprocal);
+    uint32_t* magnitude = of_worker<uint32_t>(worker, plan_.magnitude);
     int8_t *codes = of_worker<int8_t>(worker, plan_.panel), *packed = of_unit<int8_t>(unit, plan_.k_packed);
     float *scale = of_unit<float>(unit, plan_.k_scale), *bias = of_unit<float>(unit, plan_.k_bias);
     std::fill_n(bias, plan_.k.padded_n, -0.0f);  // adding -0 changes nothing
@@ -204,8 +196,8 @@ class Attention {
     column_means(table_, k, mean);
     for (int64_t panel = 0; panel < plan_.k.panels(); ++panel) {
       const int64_t first = panel * kPanel, columns = std::min<int64_t>(kPanel, p_.S - first);
-      center(table_, k, first, columns, mean, centered);
-      row_scales(centered, DType::kFloat32, columns, p_.D, scale + first, reciprocal);
+      center(table_, k, first, columns, mean, centered, magnitude);
+      row_scales(magnitude, columns, scale + first, reciprocal);
       quantize({.x = centered, .dtype = DType::kFloat32, .rows = columns, .columns = p_.D, .stride = p_.D}, kRows, scale + first,
                reciprocal, codes, p_.D);
       table_.pack({.weight = codes,
@@ -234,7 +226,7 @@ class Attention {
     std::memset(codes, 0, static_cast<size_t>(kPanel * padded));
     for (int64_t first = 0; first < p_.S; first += kPanel) {
       const int64_t rows = std::min<int64_t>(kPanel, p_.S - first), quads = ceil_div(rows, kQuad);
-      center(table_, v, first, rows, mean, centered);
+      center(table_, v, first, rows, mean, centered, of_worker<uint32_t>(worker, plan_.magnitude));
       quantize({.x = centered, .dtype = DType::kFloat32, .rows = rows, .columns = p_.DV, .stride = p_.DV}, kColumns, scale,
                reciprocal, codes, padded);
       for (int64_t r = rows; r < quads * kQuad; ++r) std::memset(codes + r * padded, 0, static_cast<size_t>(padded));
@@ -276,16 +268,6 @@ class Attention {
       const float above = most[d] - mean[d], below = mean[d] - least[d], absmax = std::max(above, below);
       const bool finite = magnitude[d] < 0x7f800000u && absmax < INFINITY;  // NaN is not
       scale[d] = choose_qparams_of(-absmax, absmax, finite, -127, 127, false).scale;
-    }
-  }
-
-  // The scale of every row's symmetric codes, and its reciprocal.
-  void row_scales(const void* x, DType dtype, int64_t rows, int64_t stride, float* scale, float* reciprocal) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      Range range = kZeroRange;
-      table_.range(element(x, dtype, r * stride), dtype, p_.D, true, &range);
-      scale[r] = dynamic_qparams(range, false).scale;
-      reciprocal[r] = reciprocal_of(scale[r]);
     }
   }
 
@@ -371,7 +353,16 @@ class Attention {
     const void* x = element(p_.q, p_.dtype, batch * p_.q_stride[0] + head * p_.q_stride[1] + first * stride);
     uint8_t* codes = of_worker<uint8_t>(worker, plan_.q_codes);
     float *scale = of_worker<float>(worker, plan_.q_scale), *reciprocal = of_worker<float>(worker, plan_.q_reciprocal);
-    row_scales(x, p_.dtype, rows, stride, scale, reciprocal);
+    uint32_t* magnitude = of_worker<uint32_t>(worker, plan_.q_magnitude);
+    table_.center({.x = x,
+                   .dtype = p_.dtype,
+                   .rows = rows,
+                   .columns = p_.D,
+                   .x_row = stride,
+                   .less = nullptr,
+                   .y = nullptr,
+                   .abs_bits = magnitude});
+    row_scales(magnitude, rows, scale, reciprocal);
     quantize({.x = x, .dtype = p_.dtype, .rows = rows, .columns = p_.D, .stride = stride}, kRows, scale, reciprocal, codes,
              row_bytes);
     for (int64_t r = 0; r < rows; ++r) {

@@ -54,7 +54,7 @@ SharedColumns share_columns(int64_t count, const int32_t* column_sum, const floa
   return {start, scale, steps_scale, steps_bias};
 }
 
-ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, int64_t shared, ScratchLayout* scratch) {
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, int64_t rows, int64_t shared, ScratchLayout* scratch) {
   const bool depthwise = l.form == WeightForm::kDepthwise;
   ColumnsPlan plan{depthwise ? l.padded_n : l.products * l.padded_n, ColumnsPlan::kNoCopy, ColumnsPlan::kNoCopy};
   const bool unpadded = plan.count == l.out_channels;
@@ -62,11 +62,12 @@ ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& l, int64_t
   if (!unpadded || out.weight_scale_stride != 1) plan.scale_at = scratch->add(bytes);
   if (!unpadded || out.bias == nullptr) plan.bias_at = scratch->add(bytes);
   plan.shared_at = scratch->add(shared * plan.count * kSharedBytes);
+  plan.far = rows * l.out_channels * dtype_bytes(out.dtype) > kFarBytes;
   return plan;
 }
 
 Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedLayout& l, const Scratch& scratch)
-    : count_(plan.count), shared_at_(plan.shared_at), scale_(out.weight_scale), bias_(out.bias) {
+    : count_(plan.count), shared_at_(plan.shared_at), far_(plan.far), scale_(out.weight_scale), bias_(out.bias) {
   const bool depthwise = l.form == WeightForm::kDepthwise;
   const int64_t products = depthwise ? 1 : l.products, n = depthwise ? l.out_channels : l.n;
   const auto padded = [&](int64_t at, const float* from, int64_t stride, float missing) {
@@ -113,6 +114,7 @@ TileOutput Columns::output(const OutputParams& out, const int32_t* column_sum, i
   o.bias = bias_ + column;
   o.floor = clamp_ == Function::kNone ? -INFINITY : 0.0f;
   o.extras = has_extras_ ? &extras_ : nullptr;
+  o.far = far_;
   return o;
 }
 

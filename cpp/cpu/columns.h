@@ -41,11 +41,13 @@ struct ColumnsPlan {
   int64_t count;              // of all products
   int64_t scale_at, bias_at;  // copies in scratch; kNoCopy: the caller's array
   int64_t shared_at = 0;      // what Columns::share makes
+  bool far = false;           // as in TileOutput
 
   static constexpr int64_t kNoCopy = -1;
 };
-// `shared`: how many times Columns::share is called for memory of its own.
-ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& layout, int64_t shared, ScratchLayout* scratch);
+constexpr int64_t kFarBytes = int64_t{1} << 20;  // of a result that does not stay in a cache near the core
+// `rows` of the result; `shared`: how many times Columns::share is called for memory of its own.
+ColumnsPlan plan_columns(const OutputParams& out, const PackedLayout& layout, int64_t rows, int64_t shared, ScratchLayout* scratch);
 
 // The columns of products whose rows share one scale and one zero point, as TileOutput wants them: each array `count` elements.
 struct SharedColumns {
@@ -86,6 +88,7 @@ class Columns {
 
  private:
   int64_t count_, shared_at_;
+  bool far_;
   const float* scale_;
   const float* bias_;
   Function clamp_;  // kNone, kRelu or kRelu6

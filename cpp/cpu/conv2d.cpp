@@ -340,7 +340,7 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, co
   plan.samples = plan.in_place ? p.N : std::clamp<int64_t>(threads * kPassBytesPerThread / plan.sample, 1, p.N);
 
   ScratchLayout scratch;
-  plan.columns = plan_columns(p.out, layout, threads, &scratch);
+  plan.columns = plan_columns(p.out, layout, p.N * p.OH * p.OW, threads, &scratch);
   plan.packs = p.packed == nullptr;
   plan.packed_at = scratch.add(plan.packs ? layout.bytes : 0);
   plan.codes_at = scratch.add(plan.in_place ? 0 : plan.samples * plan.sample);

@@ -231,7 +231,7 @@ DepthwisePlan plan_depthwise(const Int8Conv2dParams& p, const PackedLayout& layo
   plan.output_own = own.add(p.y_channels_last ? 0 : plan.band * output_row);
   plan.residual_own = own.add(p.y_channels_last ? 0 : plan.band * p.OW * p.O * residual_bytes(p.out));
   plan.worker_bytes = own.bytes;
-  plan.columns = plan_columns(p.out, layout, threads, &scratch);
+  plan.columns = plan_columns(p.out, layout, p.N * p.OH * p.OW, threads, &scratch);
   plan.packs = p.packed == nullptr;
   plan.packed_at = scratch.add(plan.packs ? layout.bytes : 0);
   plan.ranges_at = scratch.add(is_dynamic(p.in) ? p.N * plan.strips * int64_t{sizeof(Range)} : 0);

@@ -186,7 +186,7 @@ LinearPlan plan_linear(const Int8LinearParams& p, const KernelTable& table, int6
   plan.block_rows = std::clamp<int64_t>(kBlockBytes / row_bytes / tile * tile, tile, 32 * tile);
 
   ScratchLayout scratch;
-  plan.columns = plan_columns(p.out, plan.layout, plan.shares ? 1 : 0, &scratch);
+  plan.columns = plan_columns(p.out, plan.layout, p.M, plan.shares ? 1 : 0, &scratch);
   plan.panel_bytes =
       plan.weight == WeightSource::kPackedOnUse ? round_up(kPanel * (plan.row_bytes + int64_t{sizeof(int32_t)}), 64) : 0;
   plan.panels_at = scratch.add(threads * plan.panel_bytes);

@@ -5,7 +5,7 @@
 #define QO_SIMD "kernels/simd/avx512.h"
 #include "kernels/target.h"
 
-QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+QO_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prfchw")
 #include "kernels/generic/depthwise.h"
 #include "kernels/generic/nibbles.h"
 #include "kernels/simd/depthwise_avx512.h"
@@ -33,6 +33,7 @@ void gemm_u8s8_avx512vnni(const GemmTile& t, int64_t rows) {
     const __m512i start = Simd::load_int(t.out.start + v.value * 16);
     unroll<kTileRows>([&](auto r) QO_LAMBDA { acc[r.value][v.value] = start; });
   });
+  prefetch_results<kTileRows>(t.out, 0);
   const int8_t* b = t.b;
   const int8_t* ahead = t.ahead;
   const int64_t* offset = t.a_offset;
@@ -87,6 +88,7 @@ struct HalfTile {
 template <int kVectors, bool kFlip, class Between>
 QO_INLINE void multiply_half(const GemmTile& t, int64_t rows, int64_t row, HalfTile<kVectors>& half, const Between& between) {
   using Half = HalfTile<kVectors>;
+  prefetch_results<Half::kRows>(t.out, row);
   const int64_t number = row / Half::kRows;
   const int8_t* ahead = t.ahead + (number < 3 ? number : 3) * (t.taps * t.quads * kVectors * 16);
   unroll<kVectors>([&](auto v) QO_LAMBDA {

@@ -74,6 +74,7 @@ struct TileOutput {
   const TileExtras* extras = nullptr;  // null: neither a residual nor a function
   const void* residual = nullptr;      // first element of the tile, its columns contiguous; null: none
   int64_t residual_stride = 0;         // between rows
+  bool far = false;                    // y is not in a cache: a kernel may fetch its lines while the sums are made
 
   // The same tile from column n on.
   __attribute__((always_inline)) inline TileOutput from_column(int64_t n) const {
@@ -474,6 +475,26 @@ struct RangeColumnsRun {
   uint32_t* abs_bits;
 };
 
+// The sums of columns in float32, in the order of the rows.
+struct ColumnSumRun {
+  const void* x;
+  DType dtype;
+  int64_t rows, columns;
+  int64_t x_row;
+  float* sums;
+};
+
+// Rows less one value a column, without gaps, and the largest magnitude of each row as in Range.
+struct CenterRun {
+  const void* x;
+  DType dtype;
+  int64_t rows, columns;
+  int64_t x_row;
+  const float* less;  // null: nothing is subtracted, and y not written
+  float* y;
+  uint32_t* abs_bits;
+};
+
 // The norm of one row (NormQuantizeRowsParams in ops.h) as floats. `y` has room for a multiple of kSumLanes elements.
 struct NormalizeRun {
   const void* x;
@@ -509,6 +530,8 @@ struct VectorKernels {
   // only_magnitude: min and max are not touched
   void (*range)(const void* x, DType dtype, int64_t n, bool only_magnitude, Range* range);
   void (*range_columns)(const RangeColumnsRun&);
+  void (*column_sums)(const ColumnSumRun&);
+  void (*center)(const CenterRun&);
   // Activations for the GEMM: clamp(rne(x / scale) + zero_point, 0, 255), as QuantizeRun gives it.
   void (*codes)(const void* x, DType dtype, int64_t n, float scale, int32_t zero_point, uint8_t* codes);
   void (*pack)(const PackRun&);

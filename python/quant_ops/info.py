@@ -25,7 +25,7 @@ _ENTRIES = {
     "int8_max_pool2d": ("max_pool",),
     "int8_avg_pool2d": ("sum_pool", "pointwise"),
     "int8_adaptive_avg_pool2d": ("sum_pool", "pointwise"),
-    "int8_attention": ("range", "range_columns", "quantize", "codes", "pack", "gemm", "gemm_few_rows", "softmax"),
+    "int8_attention": ("column_sums", "center", "range_columns", "quantize", "codes", "pack", "gemm", "gemm_few_rows", "softmax"),
     "weight_only_linear": ("nibbles", "gemm", "gemm_few_rows", "fold", "few_rows", "expand", "float_tile"),
     "weight_only_embedding": ("store",),
     "quant_tensor_forward": ("quantize",),

@@ -22,6 +22,17 @@ QO_INLINE void with_output_type(DType dtype, const F& f) {
   }
 }
 
+// Fetches the lines that kRows rows from `row` on will be written to: a store that waits for its line holds up those behind it.
+template <int kRows>
+QO_INLINE void prefetch_results(const TileOutput& o, int64_t row) {
+  if (!o.far) return;
+  const int64_t bytes = dtype_bytes(o.dtype), row_bytes = o.columns * bytes;
+  unroll<kRows>([&](auto r) QO_LAMBDA {
+    const char* to = static_cast<const char*>(o.y) + (row + r.value) * o.y_stride * bytes;
+    for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(to + at, 1);
+  });
+}
+
 // A result of eight bits, of either sign (CodeOutput).
 using Code = uint8_t;
 template <class Y>
@@ -128,6 +139,17 @@ struct FinishedSteps : FinishedVector {
       : reciprocal(Simd::set(o.codes.reciprocal)), bias(Simd::set(o.codes.offset())) {}
   QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return Simd::fma(v, reciprocal, bias); }
   typename Simd::F reciprocal, bias;
+};
+
+// Sums whose values a function is applied to, before they are Finished.
+template <bool kShared, class Finished>
+struct FunctionVector : Finished {
+  using From = int32_t;
+  static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
+  ColumnVector<kShared> before;
+
+  FunctionVector() = default;
+  QO_INLINE FunctionVector(const TileOutput& o, int64_t column) : Finished(o, column), before(o, column) {}
 };
 
 // The codes of kRows rows of kVectors vectors by the formula, from row `row` and column `column` on; values[4][N], of which those
@@ -283,9 +305,20 @@ QO_INLINE void finish_columns(const TileOutput& o, const Rounding<Y>& rounding, 
   unroll<kVectors>([&](auto v) QO_LAMBDA { columns[v.value] = Column(o, n + v.value * Simd::N); });
   const auto block = [&](auto count, int64_t row) QO_LAMBDA {
     const auto* from = sums + row * stride + n;
-    finish_block<Y, count.value, kVectors, kWhole>(
-        o, rounding, columns, n, static_cast<Y*>(o.y) + row * o.y_stride + n, o.y_stride, row, o.columns - n,
-        [&](auto r, auto v) QO_LAMBDA { return Column::load(from + r.value * stride + v.value * Simd::N); });
+    const auto finish = [&](const auto& sum) QO_LAMBDA {
+      finish_block<Y, count.value, kVectors, kWhole>(o, rounding, columns, n, static_cast<Y*>(o.y) + row * o.y_stride + n,
+                                                     o.y_stride, row, o.columns - n, sum);
+    };
+    const auto sum = [&](auto r, auto v) QO_LAMBDA { return Column::load(from + r.value * stride + v.value * Simd::N); };
+    if constexpr (requires { columns[0].before; }) {
+      alignas(64) float values[4 * Simd::N];
+      const auto value = [&](auto r, auto v) QO_LAMBDA { return columns[v.value].before.value(o, row + r.value, sum(r, v)); };
+      unroll<4>([&](auto i) QO_LAMBDA { Simd::store(values + i.value * Simd::N, vector_of<count.value, kVectors>(value, i)); });
+      apply_four(o.extras->function, values);
+      finish([&](auto r, auto v) QO_LAMBDA { return Simd::load(values + (r.value * kVectors + v.value) * Simd::N); });
+    } else {
+      finish(sum);
+    }
   };
   constexpr int kTogether = 4 / kVectors;
   if (rows < kTogether)
@@ -362,7 +395,18 @@ void add_residual(const TileOutput& o, const int32_t* sums, int64_t rows, int64_
   return o.shared ? run(Int<1>{}) : run(Int<0>{});
 }
 
+QO_INLINE void finish_functions(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  with_result_type(o.dtype, [&](auto* type) QO_LAMBDA {
+    using Y = std::remove_pointer_t<decltype(type)>;
+    using Finished = std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>;
+    if constexpr (!std::is_same_v<Y, int32_t>)
+      o.shared ? finish_typed<Y, FunctionVector<true, Finished>>(o, sums, rows, stride)
+               : finish_typed<Y, FunctionVector<false, Finished>>(o, sums, rows, stride);
+  });
+}
+
 __attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
+  if (o.residual == nullptr) return finish_functions(o, sums, rows, stride);
   const DType residual = o.extras->residual_dtype;
   if (o.extras->function == Function::kNone) {
     if (dtype_bytes(o.dtype) == 1 && residual == DType::kInt8) return add_residual<Code, int8_t>(o, sums, rows, stride);

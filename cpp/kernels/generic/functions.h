@@ -81,20 +81,21 @@ QO_INLINE void logistic(Vectors<K>* x, Vectors<K> minus_z) {
 
 template <int K>
 QO_INLINE void gelu_of(Vectors<K>* x) {
-  const auto one = Simd::set(1.0f), magic = Simd::set(kRoundMagic);
-  const auto t = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::as_float(Simd::abs_bits(x->v[v.value])); });
-  auto y = Vectors<K>::of([](auto) QO_LAMBDA { return Simd::set(kGeluTail[9]); });
-  unroll<9>([&](auto i) QO_LAMBDA {
-    const auto coefficient = Simd::set(kGeluTail[8 - i.value]);
+  const auto magic = Simd::set(kRoundMagic);
+  const auto far = Simd::bits(Simd::set(kGeluFar));  // positive floats are in the order of their bits
+  const auto t = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::as_float(Simd::min(far, Simd::abs_bits(x->v[v.value]))); });
+  auto y = Vectors<K>::of([](auto) QO_LAMBDA { return Simd::set(kGeluTail[7]); });
+  unroll<7>([&](auto i) QO_LAMBDA {
+    const auto coefficient = Simd::set(kGeluTail[6 - i.value]);
     y.each([&](auto sum, auto v) QO_LAMBDA { return Simd::fma(sum, t.v[v.value], coefficient); });
   });
-  y.each([&](auto sum, auto v) QO_LAMBDA { return Simd::max(Simd::set(-127.0f), Simd::fma(sum, t.v[v.value], Simd::set(-1.0f))); });
+  y.each([&](auto sum, auto v) QO_LAMBDA { return Simd::fma(sum, t.v[v.value], Simd::set(-1.0f)); });
   const auto rounded = Vectors<K>::of([&](auto v) QO_LAMBDA { return Simd::add(y.v[v.value], magic); });
   y.each([&](auto power, auto v) QO_LAMBDA { return Simd::sub(Simd::sub(rounded.v[v.value], magic), power); });
   const Vectors<K> p = exp2_fraction(y);
   x->each([&](auto a, auto v) QO_LAMBDA {
     const auto tail = Simd::mul(p.v[v.value], power_of_two(rounded.v[v.value], Simd::set_int(127 << 23)));
-    return Simd::mul(a, Simd::if_less(a, Simd::set(0.0f), tail, Simd::sub(one, tail)));
+    return Simd::fnma(t.v[v.value], tail, Simd::max(Simd::set(0.0f), a));
   });
 }
 
@@ -140,6 +141,15 @@ QO_INLINE void with_function(Function function, const F& f) {
     case Function::kGelu: return f(std::integral_constant<Function, Function::kGelu>{});
     case Function::kGeluTanh: return f(std::integral_constant<Function, Function::kGeluTanh>{});
   }
+}
+
+// Four vectors in memory; a function of its own, because it takes all of the registers.
+__attribute__((noinline, unused)) void apply_four(Function function, float* x) {
+  with_function(function, [&](auto constant) QO_LAMBDA {
+    auto four = Vectors<4>::of([&](auto v) QO_LAMBDA { return Simd::load(x + v.value * Simd::N); });
+    apply_function<constant.value>(&four);
+    unroll<4>([&](auto v) QO_LAMBDA { Simd::store(x + v.value * Simd::N, four.v[v.value]); });
+  });
 }
 
 // x[i] = the function of x[i]

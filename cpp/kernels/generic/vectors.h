@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/generic/affine.h"
+#include "kernels/generic/center.h"
 #include "kernels/generic/dequantize.h"
 #include "kernels/generic/normalize.h"
 #include "kernels/generic/pack.h"
@@ -28,6 +29,8 @@ constexpr VectorKernels kVectorKernels = {
     .straight_through_columns = straight_through_columns,
     .range = range,
     .range_columns = range_columns,
+    .column_sums = column_sums,
+    .center = center,
     .codes = codes,
     .pack = pack,
     .quantize_float = quantize_float,
