@@ -200,6 +200,30 @@ def test_depthwise_is_exact(isa, fill):
         y.check()
 
 
+@pytest.mark.parametrize("isa", [*ISAS, *kernels.emulated_isas()])
+def test_convolutions_of_every_table_are_exact(isa):
+    """Drivers cut an image by what a table takes: calls of many rows, and taps that are gathered."""
+    rng = np.random.default_rng(7)
+    for samples, channels, size, outputs, k, stride, pad, dilation, groups in [
+        (1, 64, 15, 72, 3, 1, 1, 1, 1),
+        (2, 36, 9, 40, 3, 2, 1, 1, 1),
+        (1, 128, 14, 16, 1, 2, 0, 1, 1),
+        (1, 40, 12, 100, 1, 1, 0, 1, 1),
+        (1, 72, 11, 34, 3, 1, 2, 2, 2),
+        (1, 3, 17, 20, 5, 2, 2, 1, 1),
+        (3, 33, 7, 130, 3, 1, 0, 1, 1),
+    ]:
+        x = rng.integers(0, 256, (samples, size, size, channels)).astype(np.uint8)
+        w = rng.integers(-128, 128, (outputs, channels // groups, k, k)).astype(np.int8)
+        zero = int(rng.integers(0, 256))
+        exact = torch.nn.functional.conv2d(
+            torch.from_numpy(x).permute(0, 3, 1, 2).double() - zero, torch.from_numpy(w).double(), None, stride, pad, dilation, groups
+        )
+        y = np.empty(exact.permute(0, 2, 3, 1).shape, np.int32)
+        kernels.conv2d(isa, x, w, y, zero, stride, pad, dilation, groups)
+        assert np.array_equal(y, exact.permute(0, 2, 3, 1).numpy()), (channels, size, outputs, k, stride, pad, dilation, groups)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_are_cut_into_tiles(isa):
     """Full tiles first; where an instruction takes one row, the last two tiles are halves."""

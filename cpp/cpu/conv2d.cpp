@@ -1,4 +1,4 @@
-// int8_conv2d on the CPU: the GEMM kernels over an indirection, never an im2col matrix.
+// int8_conv2d on the CPU: the GEMM kernels over an indirection, never a whole im2col matrix.
 //
 //   y[n,o,oh,ow] = epilogue(sum_{c,r,s} a[n, c, oh*stride - pad + r*dilation, ...] b[o,c,r,s])
 //
@@ -6,7 +6,8 @@
 // with their horizontal padding. An output pixel is then R * S rows of codes, named by their offsets; a kernel row above or below
 // the image reads one row filled with the zero point, so that borders need no special case and the plain column-sum correction is
 // right everywhere. Where a whole kernel row is one tap (few channels), its S columns must be neighbours: columns that differ by
-// the dilation are kept side by side (Conv2dPlan::phases). Depthwise convolutions: conv2d_depthwise.cpp.
+// the dilation are kept side by side (Conv2dPlan::phases). Kernels that read rows as tiles get those of a block of pixels gathered,
+// a row for each (ProductKernels::gathers). Depthwise convolutions: conv2d_depthwise.cpp.
 #include "cpu/conv2d.h"
 #include "kernels/log.h"
 
@@ -19,6 +20,7 @@ namespace {
 constexpr int64_t kPassBytesPerThread = int64_t{1} << 20;  // codes of the samples of a pass; at least one sample
 constexpr int64_t kOffsetBytes = int64_t{48} << 10;        // indirection table of one block of pixels: stays in the L1/L2 cache
 constexpr int64_t kBlockTiles = 8;                         // tiles of a block
+constexpr int64_t kPatchBytes = int64_t{512} << 10;        // gathered rows of a block: in the L2 cache
 constexpr int64_t kStripPixels = 256;  // their codes stay in the L1 cache between quantization and transposition
 // What an element costs, in multiply-accumulates.
 constexpr int64_t kRangeCost = 16, kQuantizeCost = 32;
@@ -67,6 +69,13 @@ void fill_offsets(const Conv2dPlan& plan, const Int8Conv2dParams& p, int64_t fir
             *offsets++ = by_phase ? row + plan.column_offset(runs[i].column + j * p.stride[1]) : start + j * step;
         }
   }
+}
+
+// Bytes in whole lines.
+inline void copy_lines(const uint8_t* __restrict from, int64_t bytes, uint8_t* __restrict to) {
+  constexpr int64_t kLine = 64;
+  for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) std::memcpy(to, from, kLine);
+  std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 class Conv2d {
@@ -221,13 +230,22 @@ class Conv2d {
     fill_offsets(plan_, p_, first, rows, offsets);
     const PackedLayout& layout = plan_.layout;
     const int64_t bytes = dtype_bytes(p_.out.dtype), pixels = p_.OH * p_.OW;
-    for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* codes = plan_.in_place ? static_cast<const uint8_t*>(p_.in.x) + first_sample_ * plan_.sample : codes_;
+    uint8_t* patches = scratch_.at<uint8_t>(plan_.patches_at + worker * plan_.patch_bytes);
+    int64_t* patch_offsets = offsets + plan_.block * layout.taps;
+    for (int64_t i = begin, gathered = -1; i < end; ++i) {
       const int64_t product = i / layout.panels(), panel = i % layout.panels();
+      Source from{codes + n * plan_.sample + product * plan_.product_channels, layout.taps, layout.quads, offsets};
+      if (plan_.patch > 0) {
+        if (gathered != product) gather(from, rows, patches, patch_offsets);
+        gathered = product;
+        from = {patches, 1, layout.taps * layout.quads, patch_offsets};
+      }
       const int64_t column = panel * kPanel, channel = product * layout.n + column;
       const int64_t columns = std::min(layout.width(panel), layout.n - column), sample = first_sample_ + n;
       if (p_.y_channels_last) {
         const int64_t offset = (sample * pixels + first) * p_.O + channel;
-        multiply_panel(n, shared, product, panel, offsets, rows,
+        multiply_panel(from, shared, product, panel, rows,
                        {static_cast<char*>(p_.out.y) + offset * bytes, p_.O, p_.out.residual.r, offset});
       } else {  // through blocks of [rows][columns]
         const int64_t offset = (sample * p_.O + channel) * pixels + first, r_bytes = residual_bytes(p_.out);
@@ -236,10 +254,29 @@ class Conv2d {
         if (r_bytes > 0)
           transpose_bytes(r_bytes, static_cast<const char*>(p_.out.residual.r) + offset * r_bytes, pixels, columns, rows, r_block,
                           columns);
-        multiply_panel(n, shared, product, panel, offsets, rows, {block, columns, r_block, 0});
+        multiply_panel(from, shared, product, panel, rows, {block, columns, r_block, 0});
         transpose_bytes(bytes, block, columns, rows, columns, static_cast<char*>(p_.out.y) + offset * bytes, pixels);
       }
     }
+  }
+
+  // What the pixels of a block read, as GemmTile has it; `offsets` are those of fill_offsets.
+  struct Source {
+    const uint8_t* a;
+    int64_t taps, quads;
+    const int64_t* offsets;
+  };
+
+  // The codes that each pixel reads beside each other, and the offsets of the pixels.
+  void gather(const Source& from, int64_t rows, uint8_t* patches, int64_t* patch_offsets) const {
+    const int64_t bytes = from.quads * kQuad;
+    const int64_t* offset = from.offsets;
+    for (int64_t m = 0, count; m < rows; m += count) {
+      count = call_rows(table_, rows - m, plan_.slim);
+      for (int64_t tap = 0; tap < from.taps; ++tap)
+        for (int64_t r = 0; r < count; ++r) copy_lines(from.a + *offset++, bytes, patches + (m + r) * plan_.patch + tap * bytes);
+    }
+    for (int64_t r = 0; r < rows; ++r) patch_offsets[r] = r * plan_.patch;
   }
 
   // Where the results of some pixels go: element 0 is the first channel of the first one.
@@ -250,15 +287,14 @@ class Conv2d {
     int64_t residual_offset;
   };
 
-  void multiply_panel(int64_t n, const SharedColumns& shared, int64_t product, int64_t panel, const int64_t* offsets, int64_t rows,
+  void multiply_panel(const Source& from, const SharedColumns& shared, int64_t product, int64_t panel, int64_t rows,
                       const Destination& to) const {
     const PackedLayout& layout = plan_.layout;
     const int64_t column = panel * kPanel, width = layout.width(panel);
-    const uint8_t* a = plan_.in_place ? static_cast<const uint8_t*>(p_.in.x) + first_sample_ * plan_.sample : codes_;
     GemmTile tile;
-    tile.taps = layout.taps;
-    tile.quads = layout.quads;
-    tile.a = a + n * plan_.sample + product * plan_.product_channels;
+    tile.taps = from.taps;
+    tile.quads = from.quads;
+    tile.a = from.a;
     tile.flip = plan_.in_place ? flip_of(p_.in) : 0;
     tile.b = layout.panel(packed_, product, panel);
     tile.out = columns_.output(p_.out, layout.column_sum(packed_, product) + column, product * layout.padded_n + column);
@@ -271,7 +307,7 @@ class Conv2d {
     const bool slim = plan_.pointwise ? width <= kSlimColumns : plan_.slim;
     for (int64_t m = 0, count; m < rows; m += count) {
       count = call_rows(table_, rows - m, slim);
-      tile.a_offset = offsets + m * layout.taps;
+      tile.a_offset = from.offsets + m * from.taps;
       if (m > 0) tile.ahead = tile.b;  // it is fetched
       tile.out.y = to.y + m * to.stride * dtype_bytes(p_.out.dtype);
       if (p_.out.residual.r != nullptr) set_residual(p_.out, to.residual, to.residual_offset + m * to.stride, to.stride, &tile.out);
@@ -334,7 +370,13 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, co
   plan_codes(p, &plan);
   plan.slim = layout.panels() == 1 && layout.width(0) <= kSlimColumns;
   const int64_t tile = plan.slim ? table.slim_rows : table.gemm_rows;
-  const int64_t most = std::clamp<int64_t>(kOffsetBytes / (layout.taps * int64_t{sizeof(int64_t)}) / tile, 1, kBlockTiles) * tile;
+  const int64_t patch = round_up(layout.taps * layout.quads * kQuad, 64);
+  plan.patch = 0;
+  // an odd number of lines, so that neighbouring rows do not meet in the same sets of a cache
+  if (table.gathers > 0 && layout.quads >= table.gathers && !plan.pointwise) plan.patch = patch + (patch % 128 == 0 ? 64 : 0);
+  int64_t rows = kOffsetBytes / (layout.taps * int64_t{sizeof(int64_t)});
+  if (plan.patch > 0) rows = std::min(rows, kPatchBytes / plan.patch);
+  const int64_t most = std::clamp<int64_t>(rows / tile, 1, kBlockTiles) * tile;
   const int64_t pixels = p.OH * p.OW, blocks = std::max<int64_t>(1, (pixels + most / 2) / most);  // even ones, about as large
   plan.block = round_up(ceil_div(pixels, blocks), tile);
   plan.samples = plan.in_place ? p.N : std::clamp<int64_t>(threads * kPassBytesPerThread / plan.sample, 1, p.N);
@@ -352,7 +394,8 @@ Conv2dPlan plan_conv2d(const Int8Conv2dParams& p, const PackedLayout& layout, co
     return scratch.add(threads * *own);
   };
   plan.buffers_at = workers(plan.strips > 0 ? plan.strip * p.C : 0, &plan.buffer_bytes);
-  plan.offsets_at = workers(plan.block * layout.taps * int64_t{sizeof(int64_t)}, &plan.offset_bytes);
+  plan.offsets_at = workers(plan.block * (layout.taps + 1) * int64_t{sizeof(int64_t)}, &plan.offset_bytes);
+  plan.patches_at = workers(plan.block * plan.patch, &plan.patch_bytes);
   const int64_t block = p.y_channels_last ? 0 : plan.block * std::min<int64_t>(kPanel, layout.n);
   plan.outputs_at = workers(block * dtype_bytes(p.out.dtype), &plan.output_bytes);
   plan.residuals_at = workers(block * residual_bytes(p.out), &plan.residual_bytes);

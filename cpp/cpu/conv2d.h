@@ -35,12 +35,14 @@ struct Conv2dPlan {
   bool slim;        // the only panel has at most kSlimColumns columns, so tiles are those of slim panels
   bool pointwise;   // every output pixel reads the input pixel of its own place
   int64_t block;    // output pixels whose indirection table is made at a time
+  int64_t patch;    // bytes from the codes that an output pixel reads to those of the next one, if they are gathered, else 0
   int64_t samples;  // of a pass
   // scratch: a part that is not needed has no bytes; each worker has bytes of its own
   ColumnsPlan columns;
   bool packs;  // the weight is packed into scratch
   int64_t packed_at, codes_at, ranges_at, scale_at, zero_at;
-  int64_t buffers_at, buffer_bytes, offsets_at, offset_bytes, outputs_at, output_bytes, residuals_at, residual_bytes;
+  int64_t buffers_at, buffer_bytes, offsets_at, offset_bytes, patches_at, patch_bytes, outputs_at, output_bytes, residuals_at,
+      residual_bytes;
   int64_t scratch_bytes;
 
   int64_t column_offset(int64_t column) const {

@@ -10,6 +10,10 @@
 #define QO_ISA amx
 #define QO_SIMD "kernels/simd/avx512.h"
 #endif
+#if defined(QUANT_OPS_AMX_EMULATED)
+#include <vector>
+#endif
+
 #include "kernels/target.h"
 
 #if defined(QUANT_OPS_AMX_EMULATED)
@@ -42,11 +46,12 @@ using Taps = PairsOfTaps;
 using Taps = QuadsOfTaps;
 #endif
 
-constexpr int64_t kRows = 32;
-constexpr int64_t kFewRows = 6;      // up to here tiles are mostly empty, and one tile of avx512vnni is as fast
-constexpr int64_t kShortTap = 8;     // groups of k: taps of fewer, as of stems, would be copied into mostly empty tiles
-constexpr int64_t kFewGroups = 24;   // up to here the epilogue takes longer than the product, behind which avx512vnni hides it
-constexpr int64_t kTileRows = 16;    // rows of a tile of activations and of sums
+constexpr int64_t kRows = 32, kColumns = 32;  // of a block of sums
+constexpr int64_t kCallRows = 96;   // of a call: a multiple of kRows; half a panel stays in the L1 cache while their blocks pass by
+constexpr int64_t kFewRows = 6;     // up to here tiles are mostly empty, and one tile of avx512vnni is as fast
+constexpr int64_t kTapGroups = 8;   // groups of k: taps of fewer, as of stems, are not worth being gathered
+constexpr int64_t kFewGroups = 24;  // up to here the epilogue takes longer than the product, behind which avx512vnni hides it
+constexpr int64_t kTileRows = 16;   // rows of a tile of activations and of sums
 constexpr int64_t kTileGroups = 16;  // groups of four k of a tile
 constexpr int64_t kTileBytes = 64;   // bytes of a row of a tile
 constexpr int64_t kTileColumns = 16;
@@ -55,85 +60,45 @@ constexpr int64_t kTileColumns = 16;
 // twice: four loads (8 cycles each) hide behind four products (16 each).
 constexpr int kActivations = 4, kWeights = 6;
 
-// n groups of four k, n <= 16. Nothing outside is touched.
-QO_INLINE void copy_groups(uint8_t* to, const uint8_t* from, int64_t n) {
-#if defined(QUANT_OPS_AMX_EMULATED)
-  std::memcpy(to, from, static_cast<size_t>(n * kQuad));
-#else
-  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
-  _mm512_mask_storeu_epi32(to, mask, _mm512_maskz_loadu_epi32(mask, from));
-#endif
-}
-
-// Walks along k, one block of `depth` groups of all rows at a time.
-class Activations {
- public:
-  const uint8_t* a;  // the block: row r at a + r * stride
-  int64_t stride;
-
-  Activations(const GemmTile& t, int64_t rows, int64_t depth) : t_(t), offset_(t.a_offset), rows_(rows), depth_(depth) {
-    measure();
-  }
-
-  // The next `fresh` groups; fewer than `depth` of them are the last ones, with zeros before.
-  QO_INLINE void next(int64_t fresh) {
-    if (fresh == depth_ && k_ + depth_ <= t_.quads && even_) {  // where they are
-      a = t_.a + offset_[0] + k_ * kQuad;
-      stride = spacing_;
-      advance(depth_);
-      return;
-    }
-    if (fresh < depth_) std::memset(block_, 0, sizeof(block_));
-    for (int64_t at = depth_ - fresh; at < depth_;) {
-      const int64_t run = t_.quads - k_ < depth_ - at ? t_.quads - k_ : depth_ - at;
-      for (int64_t r = 0; r < rows_; ++r) copy_groups(block_ + r * kTileBytes + at * kQuad, t_.a + offset_[r] + k_ * kQuad, run);
-      at += run;
-      advance(run);
-    }
-    a = block_;
-    stride = kTileBytes;
-  }
-
- private:
-  void measure() {  // are the rows of this tap equally spaced?
-    spacing_ = rows_ > 1 ? offset_[1] - offset_[0] : kTileBytes;
-    even_ = true;
-    for (int64_t r = 2; r < rows_; ++r) even_ = even_ && offset_[r] - offset_[r - 1] == spacing_;
-  }
-  QO_INLINE void advance(int64_t groups) {
-    k_ += groups;
-    if (k_ < t_.quads) return;
-    k_ = 0;
-    offset_ += rows_;
-    if (++tap_ < t_.taps && t_.quads >= depth_) measure();  // shorter taps are copied in any case
-  }
-
-  const GemmTile& t_;
-  const int64_t* offset_;  // of the tap
-  int64_t rows_, depth_, tap_ = 0, k_ = 0, spacing_;
-  bool even_;
-  alignas(64) uint8_t block_[kRows * kTileBytes];
+// Rows of activations, `stride` apart, of which `groups` groups of four k are multiplied, `depth` at a time.
+struct Activations {
+  const uint8_t* a;
+  int64_t stride, rows, groups, depth;
 };
 
-// Columns [n, n + 16 * kColumnTiles) of the panel. Not inlined: tests/test_isa.py looks at its loop.
+// The last groups of a row, with zeros before them, so that there are `depth`.
+QO_INLINE void copy_last(const Activations& x, int64_t left, uint8_t* block) {
+  std::memset(block, 0, static_cast<size_t>(kRows * kTileBytes));
+  for (int64_t r = 0; r < x.rows; ++r)
+    std::memcpy(block + r * kTileBytes + (x.depth - left) * kQuad, x.a + r * x.stride + (x.groups - left) * kQuad,
+                static_cast<size_t>(left * kQuad));
+}
+
+// Columns [n, n + 16 * kColumnTiles) of the panel; the sums to sums[rows][kColumns]. Not inlined: tests/test_isa.py looks at its
+// loop.
 template <int kRowTiles, int kColumnTiles>
-__attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_t rows, int64_t depth, int64_t n, int64_t width,
-                                         int32_t* sum) {
+__attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, const Activations& x, int64_t n, int64_t width,
+                                         int32_t* sums) {
   unroll<kRowTiles>([&](auto r) QO_LAMBDA {  // every row of a tile from the same place
     unroll<kColumnTiles>(
         [&](auto c) QO_LAMBDA { tiles.template load<2 * r.value + c.value>(t.out.start + n + c.value * kTileColumns, 0); });
   });
-  const int64_t groups = t.taps * t.quads, b_stride = width * kQuad;
-  Activations rows_of(t, rows, depth);
-  for (int64_t done = 0; done < groups;) {
-    const int64_t fresh = groups - done < depth ? groups - done : depth;
-    rows_of.next(fresh);
-    done += fresh;
+  const int64_t b_stride = width * kQuad;
+  alignas(64) uint8_t block[kRows * kTileBytes];
+  for (int64_t k = 0; k < x.groups; k += x.depth) {
+    const int64_t left = x.groups - k;
+    const uint8_t* a = x.a + k * kQuad;
+    int64_t stride = x.stride;
+    if (left < x.depth) {
+      copy_last(x, left, block);
+      a = block;
+      stride = kTileBytes;
+    }
     // The last block ends with the panel: weights that were multiplied before meet zeros, and nothing behind the panel is read.
-    const int8_t* b = t.b + (done - depth) * b_stride + n * kQuad;
+    const int8_t* b = t.b + (left < x.depth ? x.groups - x.depth : k) * b_stride + n * kQuad;
     unroll<kColumnTiles>([&](auto c) QO_LAMBDA { tiles.template load<kWeights + c.value>(b + c.value * kTileBytes, b_stride); });
     unroll<kRowTiles>([&](auto r) QO_LAMBDA {
-      tiles.template load<kActivations + r.value>(rows_of.a + r.value * kTileRows * rows_of.stride, rows_of.stride);
+      tiles.template load<kActivations + r.value>(a + r.value * kTileRows * stride, stride);
       unroll<kColumnTiles>([&](auto c) QO_LAMBDA {
         tiles.template multiply_add<2 * r.value + c.value, kActivations + r.value, kWeights + c.value>();
       });
@@ -141,52 +106,97 @@ __attribute__((noinline)) void sweep_amx(Tiles& tiles, const GemmTile& t, int64_
   }
   unroll<kRowTiles>([&](auto r) QO_LAMBDA {
     unroll<kColumnTiles>([&](auto c) QO_LAMBDA {
-      tiles.template store<2 * r.value + c.value>(sum + r.value * kTileRows * kPanel + n + c.value * kTileColumns, kPanel * 4);
+      tiles.template store<2 * r.value + c.value>(sums + r.value * kTileRows * kColumns + c.value * kTileColumns, kColumns * 4);
     });
   });
 }
 
+// One tap, and rows that are equally far apart. A block is finished before the next one is multiplied: finishing it in parts,
+// between the products of the next one, took longer.
 void gemm_u8s8_32x32_amx(const GemmTile& t, int64_t rows, int64_t width) {
-  alignas(64) int32_t sum[kRows * kPanel];
-  const int64_t groups = t.taps * t.quads;
-  if (groups == 0) {
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(sum + r * kPanel, t.out.start, static_cast<size_t>(width) * sizeof(int32_t));
-  } else {
-    const int64_t depth = groups < kTileGroups ? groups : kTileGroups;
-    const int64_t tile_rows[2] = {rows < kTileRows ? rows : kTileRows, rows < kTileRows ? 0 : rows - kTileRows};
-    TileConfig config;
-    for (int r = 0; r < 2 && tile_rows[r] > 0; ++r) {
-      for (int c = 0; c < 2; ++c) config.set(2 * r + c, tile_rows[r], kTileBytes);
-      config.set(kActivations + r, tile_rows[r], depth * kQuad);
-    }
-    for (int c = 0; c < 2; ++c) config.set(kWeights + c, depth, kTileBytes);
-    Tiles tiles;
-    tiles.configure(config);
-    for (int64_t n = 0; n < t.out.columns; n += 2 * kTileColumns) {
-      const bool two = n + kTileColumns < width;
-      if (tile_rows[1] > 0)
-        two ? sweep_amx<2, 2>(tiles, t, rows, depth, n, width, sum) : sweep_amx<2, 1>(tiles, t, rows, depth, n, width, sum);
+  alignas(64) int32_t sums[kRows * kColumns];
+  Activations x;
+  x.stride = rows > 1 ? t.a_offset[1] - t.a_offset[0] : kTileBytes;
+  x.groups = t.quads;
+  x.depth = x.groups < kTileGroups ? x.groups : kTileGroups;
+  Tiles tiles;
+  int64_t configured = 0;
+  for (int64_t n = 0; n < t.out.columns; n += kColumns) {
+    const bool two = n + kTileColumns < width;
+    for (int64_t m = 0; m < rows; m += kRows) {
+      x.a = t.a + t.a_offset[m];
+      x.rows = rows - m < kRows ? rows - m : kRows;
+      if (x.rows != configured) {
+        TileConfig config;
+        for (int r = 0; r < 2 && x.rows > r * kTileRows; ++r) {
+          const int64_t left = x.rows - r * kTileRows, tile_rows = left < kTileRows ? left : kTileRows;
+          for (int c = 0; c < 2; ++c) config.set(2 * r + c, tile_rows, kTileBytes);
+          config.set(kActivations + r, tile_rows, x.depth * kQuad);
+        }
+        for (int c = 0; c < 2; ++c) config.set(kWeights + c, x.depth, kTileBytes);
+        tiles.configure(config);
+        configured = x.rows;
+      }
+      if (x.rows > kTileRows)
+        two ? sweep_amx<2, 2>(tiles, t, x, n, width, sums) : sweep_amx<2, 1>(tiles, t, x, n, width, sums);
       else
-        two ? sweep_amx<1, 2>(tiles, t, rows, depth, n, width, sum) : sweep_amx<1, 1>(tiles, t, rows, depth, n, width, sum);
+        two ? sweep_amx<1, 2>(tiles, t, x, n, width, sums) : sweep_amx<1, 1>(tiles, t, x, n, width, sums);
+      TileOutput out = t.out.from_column(n).from_tile_row(m);
+      if (out.columns > kColumns) out.columns = kColumns;
+      finish_sums(out, sums, x.rows, kColumns);
     }
-    tiles.release();  // per call: the table has no hook for the end of a thread's work, and live tiles make switches of tasks slow
   }
-  finish_sums(t.out, sum, rows, kPanel);
+  tiles.release();  // per call: the table has no hook for the end of a thread's work, and live tiles make switches of tasks slow
 }
 
-void gemm(const GemmTile& tile, int64_t rows, int64_t width) {
-#if !defined(QUANT_OPS_AMX_EMULATED)
-  const bool is_short = tile.quads < kShortTap || tile.taps * tile.quads <= kFewGroups;
-  if (rows <= kFewRows || is_short) return kAvx512VnniProducts.gemm(tile, rows, width);
+// What tiles are not worth, or not made for.
+void gemm_without_tiles(const GemmTile& t, int64_t rows, int64_t width) {
+#if defined(QUANT_OPS_AMX_EMULATED)
+  std::vector<int64_t> offset(static_cast<size_t>(t.taps * kAvx2Products.gemm_rows));
+  GemmTile part = t;
+  part.a_offset = offset.data();
+  for (int64_t done = 0, count; done < rows; done += count) {
+    count = rows - done < kAvx2Products.gemm_rows ? rows - done : kAvx2Products.gemm_rows;
+    for (int64_t tap = 0; tap < t.taps; ++tap)
+      for (int64_t r = 0; r < count; ++r) offset[static_cast<size_t>(tap * count + r)] = t.a_offset[tap * rows + done + r];
+    part.out = t.out.from_tile_row(done);
+    kAvx2Products.gemm(part, count, width);
+  }
+#else
+  kAvx512VnniProducts.gemm(t, rows, width);
 #endif
-  gemm_u8s8_32x32_amx(tile, rows, width);
+}
+
+bool takes_tiles(const GemmTile& t, int64_t rows) {
+  if (t.taps != 1 || t.quads == 0) return false;
+#if !defined(QUANT_OPS_AMX_EMULATED)  // there the tiles are what is tested
+  if (rows <= kFewRows || t.quads <= kFewGroups) return false;
+#endif
+  for (int64_t r = 2; r < rows; ++r)
+    if (t.a_offset[r] - t.a_offset[r - 1] != t.a_offset[1] - t.a_offset[0]) return false;
+  return true;
+}
+
+void gemm(const GemmTile& t, int64_t rows, int64_t width) {
+  if (!takes_tiles(t, rows)) return gemm_without_tiles(t, rows, width);
+#if defined(QUANT_OPS_AMX_EMULATED)
+  gemm_u8s8_32x32_amx(t, rows, width);
+#else
+  const int64_t rest = rows % kRows;
+  if (rest == 0 || rest > kFewRows) return gemm_u8s8_32x32_amx(t, rows, width);
+  gemm_u8s8_32x32_amx(t, rows - rest, width);
+  GemmTile last = t;
+  last.a_offset += rows - rest;
+  last.out = t.out.from_tile_row(rows - rest);
+  gemm_without_tiles(last, rest, width);
+#endif
 }
 
 GemmShape gemm_shape(int64_t rows, int64_t width) {
 #if !defined(QUANT_OPS_AMX_EMULATED)
   if (rows <= kFewRows) return kAvx512VnniProducts.gemm_shape(rows, width);
 #endif
-  return {"amx", rows, width < 2 * kTileColumns ? width : 2 * kTileColumns};
+  return {"amx", rows < kRows ? rows : kRows, width < kColumns ? width : kColumns};
 }
 
 // The nibbles of a weight are unpacked by vectors: see avx512vnni.cpp.
@@ -213,6 +223,8 @@ constinit const ProductKernels QO_PRODUCTS = {
     .gemm_rows = QO_ISA::kRows,
     .slim_rows = QO_ISA::kRows,
     .row_step = QO_ISA::kTileRows,
+    .call_rows = QO_ISA::kCallRows,
+    .gathers = QO_ISA::kTapGroups,
     .gemm = QO_ISA::gemm,
     .gemm_shape = QO_ISA::gemm_shape,
     .depthwise = QO_ISA::depthwise<QO_ISA::Taps>,

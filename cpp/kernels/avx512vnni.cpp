@@ -74,6 +74,7 @@ void multiply_tile(const GemmTile& t, int64_t tile_rows, int64_t rows, int64_t w
 // activation are 29 of 32 zmm; the epilogue reads what it needs of the columns from memory. A half tile reads a weight for half as
 // many products as a full one, so the panel has to be near.
 constexpr int kHalfSums = 12;
+constexpr int64_t kCallRows = 60;
 constexpr int64_t kHalvesBytes = int64_t{128} << 10;  // most bytes of such a panel
 
 template <int kVectors>
@@ -327,7 +328,7 @@ constinit const ProductKernels kAvx512VnniProducts = {
     .gemm_rows = avx512vnni::kRows,
     .slim_rows = avx512vnni::kSlimRows,
     .flips = true,
-    .call_rows = kMaxCallRows,
+    .call_rows = avx512vnni::kCallRows,
     .gemm = avx512vnni::gemm,
     .gemm_shape = avx512vnni::gemm_shape,
     .depthwise = avx512vnni::depthwise<avx512vnni::QuadsOfTaps>,

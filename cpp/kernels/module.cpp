@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/columns.h"
+#include "cpu/conv2d.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
 
@@ -122,6 +123,35 @@ void gemm(const std::string& isa, const Vector<uint8_t>& a, const Vector<int8_t>
       table.gemm(tile, count, width);
     }
   }
+}
+
+// The sums y[N, OH, OW, O] of a whole convolution of codes x[N, H, W, C] less their zero point, and weights w[O, C / groups, R, S].
+void conv2d(const std::string& isa, const Vector<uint8_t>& x, const Vector<int8_t>& w, Vector<int32_t> y, int32_t zero_point,
+            int64_t stride, int64_t pad, int64_t dilation, int64_t groups) {
+  const KernelTable& table = table_of(isa);
+  const int64_t channels = x.shape(3), outputs = w.shape(0);
+  if (y.ndim() != 4 || y.shape(3) != outputs || w.shape(1) * groups != channels) throw py::value_error("inconsistent shapes");
+  const std::vector<float> ones(static_cast<size_t>(outputs), 1.0f);
+  Int8Conv2dParams p{.N = x.shape(0),
+                     .C = channels,
+                     .H = x.shape(1),
+                     .W = x.shape(2),
+                     .O = outputs,
+                     .R = w.shape(2),
+                     .S = w.shape(3),
+                     .OH = y.shape(1),
+                     .OW = y.shape(2),
+                     .groups = groups,
+                     .stride = {stride, stride},
+                     .pad = {pad, pad},
+                     .dilation = {dilation, dilation},
+                     .in = {.x = x.data(), .dtype = DType::kUInt8, .mode = InputMode::kQuantized, .zero_point = &zero_point},
+                     .x_stride = {x.shape(1) * x.shape(2) * channels, 1, x.shape(2) * channels, channels},
+                     .weight = w.data(),
+                     .packed = nullptr,
+                     .out = {.y = y.mutable_data(), .dtype = DType::kInt32, .weight_scale = ones.data(), .weight_scale_stride = 1},
+                     .y_channels_last = true};
+  run_conv2d(plan_conv2d(p, weight_layout(p), table, 1), p);
 }
 
 // A row y[pixels, C] from input rows a[R, W, channels rounded up to 16], whose bytes, xor `flip`, are the codes, and weights w[C,
@@ -425,6 +455,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("pack_weight", &q::pack_weight, "weight"_a, "groups"_a = 1);
   m.def("gemm", &q::gemm, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a, "bias"_a,
         "relu"_a = false, "out_scale"_a = 1.0f, "out_zero_point"_a = 0, "rows"_a = 1, "flip"_a = 0);
+  m.def("conv2d", &q::conv2d, "isa"_a, "x"_a, "weight"_a, "y"_a.noconvert(), "zero_point"_a, "stride"_a, "pad"_a, "dilation"_a,
+        "groups"_a, "A whole convolution by these kernels, without an epilogue.");
   m.def("depthwise", &q::depthwise, "isa"_a, "a"_a, "weight"_a, "y"_a, "dtype"_a, "row_zero"_a, "row_scale"_a, "column_scale"_a,
         "bias"_a, "first"_a = 0, "stride"_a = 1, "dilation"_a = 1, "padding"_a = 0, "flip"_a = 0, "out_rows"_a = 1);
   m.def("quantize", &q::quantize, "isa"_a, "x"_a, "x_dtype"_a, "y"_a, "y_dtype"_a, "scale"_a, "zero_point"_a, "qmin"_a, "qmax"_a,

@@ -15,7 +15,7 @@
 namespace quant_ops {
 
 constexpr int kMaxGemmRows = 32;  // rows of the largest tile of any table
-constexpr int kMaxCallRows = 60;  // rows of the longest call of `gemm`, which may have several tiles
+constexpr int kMaxCallRows = 96;  // rows of the longest call of `gemm`, which may have several tiles
 constexpr int kPanel = 64;        // columns of a packed weight panel; the last one is rounded up to kPanelStep only
 constexpr int kPanelStep = 16;
 constexpr int kSlimColumns = 32;     // panels of at most so many columns use the taller tile
@@ -578,6 +578,7 @@ struct ProductKernels {
   int64_t row_step = 1;   // rows that an instruction takes at once: a tile of fewer takes as long
   bool flips = false;     // gemm reads signed codes where they lie
   int64_t call_rows = 0;  // most rows of a call that has several tiles; 0: a call is one tile
+  int64_t gathers = 0;    // groups of k of a tap from which on rows of several taps are copied beside each other; 0: never
   // width 16, 32, 48 or 64; 1 <= rows <= gemm_rows, or slim_rows for a slim panel, or rows <= call_rows
   void (*gemm)(const GemmTile& tile, int64_t rows, int64_t width);
   GemmShape (*gemm_shape)(int64_t rows, int64_t width);  // of the kernel that gemm runs for them
