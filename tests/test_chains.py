@@ -390,6 +390,67 @@ def test_linear_chain():
     assert sqnr(unchained(data[0]), result.model(data[0])) > 40
 
 
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, and linear layers on what it gives with the channels as the last of four dimensions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = conv(channels, channels, 7, groups=channels)
+        self.norm, self.expand, self.reduce = nn.LayerNorm(channels), nn.Linear(channels, 16), nn.Linear(16, channels)
+
+    def forward(self, x):
+        y = self.reduce(F.gelu(self.expand(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        return x + y.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_linear_layers_on_four_dimensions(layout):
+    torch.manual_seed(0)
+    data = [x.contiguous(memory_format=layout) for x in images(channels=8)]
+    unchained, result = pair(nn.Sequential(conv(8, 8), nn.ReLU(), ConvNeXtBlock(8), ConvNeXtBlock(8)), data)
+    assert {"2.expand + gelu", "2.reduce", "3.expand + gelu", "3.reduce"} <= set(steps(result))
+    for x in data:
+        for other in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=other)
+            assert sqnr(unchained(x), result.model(x)) > 40
+    linear = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    unchained, result = pair(linear, data)
+    assert steps(result) == ["0 + relu", "2"]
+    for x in data:
+        assert torch.equal(result.model(x), unchained(x))
+        assert torch.equal(result.model(x.permute(0, 2, 3, 1)[..., :8].contiguous()), unchained(x.permute(0, 2, 3, 1)[..., :8]))
+
+
+def test_tensors_that_a_forward_makes():
+    """torch.fx keeps them as constants of the module that it traces."""
+
+    def shifted(m, x):
+        return m.b(F.relu(m.a(x)) + torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1))
+
+    unchained, result = pair(Of(lambda m, x: m.c(m.inner(x)), inner=Of(shifted, a=conv(3, 4), b=conv(4, 4)), c=conv(4, 2)))
+    assert steps(result) == ["inner.a + relu", "inner.b", "c"]
+    for model in (result.model, copy.deepcopy(result.model)):
+        assert torch.equal(model(images()[1]), unchained(images()[1]))
+
+
+def test_a_layout_that_float_operators_need_stays():
+    """A shuffle of channels, as ShuffleNet's, whose view needs the contiguous tensor before it."""
+
+    def shuffled(m, x):
+        y = m.b(F.relu(m.a(x)))
+        n, c, h, w = y.shape
+        return m.c(y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)).contiguous()
+
+    unchained, result = pair(Of(shuffled, a=conv(3, 4), b=conv(4, 8), c=conv(8, 3)))
+    assert steps(result) == ["a + relu", "b"]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = images()[0].contiguous(memory_format=layout)
+        assert torch.equal(result.model(x), unchained(x))
+        assert result.model(x).is_contiguous()
+    again = pair(Of(lambda m, x: m.b(m.a(x).contiguous()), a=conv(3, 4), b=conv(4, 8)))[1]
+    assert steps(again) == ["a", "b"]
+
+
 # ---- what becomes of a chained model ---------------------------------------------------------------------------------------
 
 

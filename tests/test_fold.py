@@ -380,6 +380,44 @@ def test_layers_that_forbid_it(make, reason, how):
     assert (result.folded, result.skipped) == ([], [(f"{prefix}1", reason.format(prefix))])
 
 
+@pytest.mark.parametrize("example", [False, True])
+def test_a_batchnorm_with_an_activation(example):
+    """Subclasses whose forward is that of the BatchNorm and then of its children, as timm's."""
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels, act):
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), act
+
+        def forward(self, x):
+            return self.act(
+                self.drop(nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps))
+            )
+
+    class Doubled(NormAct):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def network(norm):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, nn.ReLU(inplace=True)), nn.Conv2d(4, 4, 3), norm(4, nn.PReLU()))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        return model.eval()
+
+    x = torch.randn(2, 3, 9, 9)
+    model = network(NormAct)
+    expected = model(x)
+    result = qo.fold_batchnorm_(model, x if example else None)
+    assert result.folded == [("0", "1"), ("2", "3")]
+    assert [type(module) for module in model] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.PReLU]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    result = qo.fold_batchnorm_(network(Doubled), x if example else None)
+    assert [reason for _, reason in result.skipped] == ["Doubled is a subclass whose forward may differ"] * 2
+
+
 @pytest.mark.parametrize("how", ["graph", "run", "neighbours"])
 def test_shared_modules_and_tensors(how):
     shared, tied, batchnorm = conv(), conv(), nn.BatchNorm2d(4)

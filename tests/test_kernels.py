@@ -217,7 +217,13 @@ def test_convolutions_of_every_table_are_exact(isa):
         w = rng.integers(-128, 128, (outputs, channels // groups, k, k)).astype(np.int8)
         zero = int(rng.integers(0, 256))
         exact = torch.nn.functional.conv2d(
-            torch.from_numpy(x).permute(0, 3, 1, 2).double() - zero, torch.from_numpy(w).double(), None, stride, pad, dilation, groups
+            torch.from_numpy(x).permute(0, 3, 1, 2).double() - zero,
+            torch.from_numpy(w).double(),
+            None,
+            stride,
+            pad,
+            dilation,
+            groups,
         )
         y = np.empty(exact.permute(0, 2, 3, 1).shape, np.int32)
         kernels.conv2d(isa, x, w, y, zero, stride, pad, dilation, groups)

@@ -285,7 +285,9 @@ inline std::vector<Tensor> call_chain(const Chain& chain, const std::vector<Tens
   std::vector<void*> destinations;
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Tensor& x = inputs[i];
-    dense.push_back(chain.converts[i] ? in_channels_last(x) : is_channels_last(x) ? x : as_contiguous(x));
+    const Arrival arrival = chain.arrivals[i];
+    const bool stays = arrival == Arrival::kAsItIs && is_channels_last(x);
+    dense.push_back(arrival == Arrival::kChannelsLast ? in_channels_last(x) : stays ? x : as_contiguous(x));
     sources.push_back(dense.back().const_data_ptr());
   }
   bool is_empty = false;

@@ -17,12 +17,15 @@
 namespace quant_ops {
 
 // A plan and what each call needs beside it.
+// How an input comes to lie as the steps read it: as it is, or copied.
+enum class Arrival { kAsItIs, kChannelsLast, kContiguous };
+
 struct Chain {
   ChainPlan plan;
   std::vector<ChainSource> sources;   // of each step
   std::vector<PackedLayout> layouts;  // of the weight of each step, where it has one
   std::vector<ScalarType> types;      // of each value, for the caller
-  std::vector<bool> converts;         // of each input, whether it is brought into channels_last
+  std::vector<Arrival> arrivals;      // of each input
   int64_t zero_points = 0;            // that the steps read, at most
 };
 
@@ -40,15 +43,21 @@ class ChainBuilder {
     chain_.sources = program.steps;
     chain_.plan.results = program.results;
     program_inputs_ = program.inputs;
+    find_rows();
   }
 
-  // Of four dimensions, values lie in channels_last. What only convolutions read may lie as the caller has it.
+  // Of four dimensions, values lie in channels_last, but for the rows of linear layers. What only convolutions read may lie as the
+  // caller has it.
   void add_input(const Ints& sizes, ScalarType type, bool channels_last) {
-    const bool converts = sizes.size() == 4 && !channels_last && !any_order(inputs_, true);
-    ChainValue& value = add_value(sizes, type, channels_last || converts);
+    Arrival arrival = Arrival::kAsItIs;
+    if (sizes.size() == 4 && is_rows_[static_cast<size_t>(inputs_)])
+      arrival = Arrival::kContiguous;
+    else if (sizes.size() == 4 && !channels_last && !any_order(inputs_, true))
+      arrival = Arrival::kChannelsLast;
+    ChainValue& value = add_value(sizes, type, arrival == Arrival::kAsItIs ? channels_last : arrival == Arrival::kChannelsLast);
     value.place = ChainValue::Place::kInput;
     value.at = inputs_++;
-    chain_.converts.push_back(converts);
+    chain_.arrivals.push_back(arrival);
   }
 
   std::shared_ptr<const Chain> build() {
@@ -62,6 +71,30 @@ class ChainBuilder {
   }
 
  private:
+  // Which values are rows of linear layers, or elementwise made of them or to them.
+  void find_rows() {
+    const size_t inputs = static_cast<size_t>(program_inputs_);
+    is_rows_.assign(inputs + chain_.sources.size(), false);
+    for (bool changed = true; changed;) {
+      changed = false;
+      for (size_t i = 0; i < chain_.sources.size(); ++i) {
+        const ChainSource& source = chain_.sources[i];
+        const bool elementwise = source.op == ChainOp::kQuantize || source.op == ChainOp::kDequantize ||
+                                 source.op == ChainOp::kAdd || source.op == ChainOp::kRequantize;
+        bool rows = is_rows_[inputs + i] || source.op == ChainOp::kLinear;
+        if (elementwise)
+          for (int64_t from : source.inputs) rows = rows || is_rows_[static_cast<size_t>(from)];
+        if (!rows || (!elementwise && source.op != ChainOp::kLinear)) continue;
+        const auto mark = [&](size_t number) {
+          changed = changed || !is_rows_[number];
+          is_rows_[number] = true;
+        };
+        mark(inputs + i);
+        for (int64_t from : source.inputs) mark(static_cast<size_t>(from));
+      }
+    }
+  }
+
   // Whether convolutions alone read a value, or (`quantized`) codes that are made from it.
   bool any_order(int64_t value, bool quantized) const {
     for (int64_t result : chain_.plan.results)
@@ -505,6 +538,7 @@ class ChainBuilder {
   const KernelTable& table_;
   const int64_t threads_;
   int64_t program_inputs_ = 0, inputs_ = 0, samples_ = 1;
+  std::vector<bool> is_rows_;  // of each value
   Chain chain_;
 };
 

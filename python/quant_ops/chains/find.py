@@ -67,7 +67,18 @@ class _Tracer(GraphTracer):
 Call = tuple[int, tuple[str, ...]]  # the number of positional arguments of a call, and the names of the others
 
 
-def _trace(module: nn.Module, call: Call) -> tuple[fx.Graph, list[str], dict[str, str]]:
+def _module_of(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphModule:
+    """The graph with the modules of ``module``, and with the tensors that tracing the copy has made constants."""
+    made = {name: value for name, value in vars(traced).items() if isinstance(value, Tensor) and name not in vars(module)}
+    try:
+        vars(module).update(made)
+        return fx.GraphModule(module, graph)
+    finally:
+        for name in made:
+            del vars(module)[name]
+
+
+def _trace(module: nn.Module, call: Call) -> tuple[fx.GraphModule, list[str], dict[str, str]]:
     """The graph of such calls, the parameters of its placeholders, and the modules in it that could not be traced, with reasons.
 
     Raises:
@@ -93,7 +104,7 @@ def _trace(module: nn.Module, call: Call) -> tuple[fx.Graph, list[str], dict[str
             continue
         if any(isinstance(leaf, fx.Proxy) for part in scratch.modules() for leaf in tree_leaves(vars(part))):
             raise TypeError("its forward keeps tensors in attributes")
-        return graph, list(parameters), reasons
+        return _module_of(module, graph, scratch), list(parameters), reasons
 
 
 def _untraceable(error: Exception) -> str:
@@ -127,7 +138,7 @@ def trace_all(model: nn.Module, calls: Mapping[nn.Module, set[Call]], stopped: S
                 except Exception as error:
                     stopped.append((names[module], _untraceable(error)))
                 else:
-                    targets[module] = Target(names[module], module, fx.GraphModule(module, graph), parameters)
+                    targets[module] = Target(names[module], module, graph, parameters)
                     inside = [module.get_submodule(name) for name in reasons]
                     stopped.extend((names[module.get_submodule(name)], reason) for name, reason in reasons.items())
         for child in inside:
@@ -219,6 +230,8 @@ def find_units(target: Target) -> Found:
             op = _unfoldable(op, found.units, target.graph) or op
         if isinstance(op, str):
             found.reasons[node] = op
+        elif op.kind == "same" and node.target == "contiguous" and not _is_layout_unread(node, modules):
+            found.reasons[node] = "it lays out a tensor for what has no int8 operator"
         elif op.kind == "same":
             node.replace_all_uses_with(op.inputs[0])
             graph.erase_node(node)
@@ -226,6 +239,15 @@ def find_units(target: Target) -> Found:
             _join(node, op, found.units)
     graph.eliminate_dead_code()
     return found
+
+
+def _is_layout_unread(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether all readers of a node are int8 operators, which read any layout."""
+    for user in node.users:
+        op = recognize(user, modules)
+        if isinstance(op, str) or (op.kind == "same" and not _is_layout_unread(user, modules)):
+            return False
+    return True
 
 
 def _writes_elsewhere(node: fx.Node, op: Op, modules: Mapping[str, nn.Module]) -> str | None:

@@ -41,6 +41,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # A BatchNorm1d accepts outputs of another rank from these layers too, but then it does not normalize their channels.
 _RANK: dict[type[nn.Module], int] = {nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3}
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 _WATCHED = (*_PAIRS, _BatchNorm, QuantizedLayer)  # leaves of the graph, and what a run watches
 
 _Found = nn.Module | str  # the layer that a BatchNorm may be folded into, or the reason why there is none
@@ -93,7 +95,7 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
     names = modules.names[module]
     if len(names) > 1:
         return f"{type(module).__name__} is shared by {names}"
-    if type(module) not in (*_PAIRS, *_PAIRS.values()):
+    if type(module) not in _PAIRS and not (isinstance(module, _NORMS) and _after(module) is not None):
         return f"{type(module).__name__} is a subclass whose forward may differ"
     if parametrize.is_parametrized(module):
         return f"the weight of {modules.describe(module)} is parametrized. Remove the parametrization first"
@@ -113,6 +115,27 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
     return None
 
 
+def _after(batchnorm: Any) -> list[nn.Module] | None:
+    """What a BatchNorm in eval mode applies to the normalized tensor: its children one after the other, as timm's BatchNormAct2d
+    does. None for a subclass that computes anything else, which is tried out, so that no class is named."""
+    children = list(batchnorm.children())
+    if type(batchnorm) in _NORMS or batchnorm.running_mean is None or batchnorm.running_mean.is_meta:
+        return children
+    mean = batchnorm.running_mean
+    rank = next(rank for norm, rank in zip(_NORMS, (3, 4, 5), strict=True) if isinstance(batchnorm, norm))
+    shape = (2, batchnorm.num_features, *(3,) * (rank - 2))
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4).to(mean.device, mean.dtype)
+    try:
+        with torch.no_grad():
+            got = batchnorm(x.clone())
+            y = nn.functional.batch_norm(x, mean, batchnorm.running_var, batchnorm.weight, batchnorm.bias, eps=batchnorm.eps)
+            for child in children:
+                y = child(y)
+            return children if torch.equal(got, y) else None
+    except Exception:  # a forward of any class may raise anything
+        return None
+
+
 def _misfit(layer: Any, batchnorm: nn.Module, modules: _Modules) -> str | None:
     """Why this BatchNorm cannot be folded into this layer, although it directly follows it."""
     if isinstance(layer, QuantizedLayer):
@@ -121,7 +144,7 @@ def _misfit(layer: Any, batchnorm: nn.Module, modules: _Modules) -> str | None:
         return f"it follows {modules.describe(layer)}, no Linear or convolution"
     if reason := _unfit(layer, modules):
         return reason
-    if type(batchnorm) is not _PAIRS[type(layer)]:
+    if not isinstance(batchnorm, _PAIRS[type(layer)]):
         return f"after {modules.describe(layer)} a {type(batchnorm).__name__} does not normalize the layer's outputs"
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if outputs != batchnorm.num_features:
@@ -347,8 +370,8 @@ def _fold_reason(batchnorm: nn.Module, found: list[_Found], modules: _Modules) -
 def fold_batchnorm_(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None) -> FoldResult:
     """Folds the BatchNorms of a model in eval mode into the Linear or convolution before them, in place, before :func:`quantize_`.
 
-    The layer gets a new weight and bias, computed in float64, and the BatchNorm becomes an nn.Identity; the results of the model
-    stay the same up to rounding. A BatchNorm is folded only if nothing else uses the layer or its output, by the graph that
+    The layer gets a new weight and bias, computed in float64, and the BatchNorm becomes an nn.Identity, or what it applies to the
+    normalized tensor, such as the activation of timm's BatchNormAct2d; the results of the model stay the same up to rounding. A BatchNorm is folded only if nothing else uses the layer or its output, by the graph that
     ``torch.fx`` traces and, with ``example_inputs``, by a run; if both are available, they have to agree. In a model that cannot be
     traced, and without an example, direct neighbours in an nn.Sequential are folded; this assumes that nothing else reads from
     inside of the Sequential.
@@ -396,11 +419,12 @@ def fold_batchnorm_(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] |
         trains = next(t.requires_grad for t in (layer.bias, batchnorm.bias, layer.weight) if isinstance(t, Tensor))
         layer.bias = nn.Parameter(bias, trains)
         layer.weight = nn.Parameter(weight, bool(layer.weight.requires_grad))
-        identity = nn.Identity().eval()
+        after = [module for module in _after(batchnorm) or () if type(module) is not nn.Identity]
+        rest = after[0] if len(after) == 1 else nn.Sequential(*after) if after else nn.Identity().eval()
         if type(layer) in _RANK:
-            identity.register_forward_pre_hook(functools.partial(_expect_rank, _RANK[type(layer)]))
+            rest.register_forward_pre_hook(functools.partial(_expect_rank, _RANK[type(layer)]))
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, identity)
+        setattr(model.get_submodule(parent), attribute, rest)
         result.folded.append((modules.name(layer), name))
     _log.info("%s", result)
     return result
