@@ -1,7 +1,8 @@
 // The epilogue of OutputParams (contract/ops.h), which every integer kernel ends with: y = (acc - row_zero * column_sum) * scale +
 // bias, a residual, a function, and the conversion to the output's type. finish_tile takes sums from registers, finish_sums from
-// memory. ReLU, and ReLU6 of codes, are a floor and a ceiling; a residual of codes that becomes codes is added on the way; what
-// else TileExtras asks for is done to float32 values in memory, a pass for each step (finish_values).
+// memory. ReLU, and ReLU6 of codes, are a floor and a ceiling; a residual of codes that becomes codes is added on the way; four
+// vectors at a time pass through any other function (FunctionVector). A residual and a function, or a residual of another type, are
+// done to float32 values in memory, a pass for each step (finish_values).
 #pragma once
 
 #include "kernels/generic/functions.h"
@@ -141,7 +142,8 @@ struct FinishedSteps : FinishedVector {
   typename Simd::F reciprocal, bias;
 };
 
-// Sums whose values a function is applied to, before they are Finished.
+// Sums whose values (`before`) a function is applied to, four vectors in memory at a time (finish_columns), before they are
+// Finished.
 template <bool kShared, class Finished>
 struct FunctionVector : Finished {
   using From = int32_t;

@@ -371,10 +371,10 @@ def fold_batchnorm_(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] |
     """Folds the BatchNorms of a model in eval mode into the Linear or convolution before them, in place, before :func:`quantize_`.
 
     The layer gets a new weight and bias, computed in float64, and the BatchNorm becomes an nn.Identity, or what it applies to the
-    normalized tensor, such as the activation of timm's BatchNormAct2d; the results of the model stay the same up to rounding. A BatchNorm is folded only if nothing else uses the layer or its output, by the graph that
-    ``torch.fx`` traces and, with ``example_inputs``, by a run; if both are available, they have to agree. In a model that cannot be
-    traced, and without an example, direct neighbours in an nn.Sequential are folded; this assumes that nothing else reads from
-    inside of the Sequential.
+    normalized tensor, such as the activation of timm's BatchNormAct2d; the results of the model stay the same up to rounding. A
+    BatchNorm is folded only if nothing else uses the layer or its output, by the graph that ``torch.fx`` traces and, with
+    ``example_inputs``, by a run; if both are available, they have to agree. In a model that cannot be traced, and without an
+    example, direct neighbours in an nn.Sequential are folded; this assumes that nothing else reads from inside of the Sequential.
 
     Folds BatchNorm1d, 2d and 3d into convolutions and transposed convolutions of as many dimensions, and BatchNorm1d into Linear.
     Since a BatchNorm1d after a Linear would normalize tokens, not features, in an input of three dimensions, the nn.Identity in its
