@@ -184,6 +184,25 @@ QO_INLINE int64_t multiply_halves(const GemmTile& t, int64_t rows, int64_t width
   }
 }
 
+// The same with a function and without a residual.
+int64_t multiply_function(const GemmTile& t, int64_t rows, int64_t width) {
+  const TileOutput& o = t.out;
+  const bool codes = dtype_bytes(o.dtype) == 1, floats = o.dtype == DType::kFloat32, whole = o.columns == width;
+  int64_t done = 0;
+  with_function(o.extras->function, [&](auto function) QO_LAMBDA {
+    if constexpr (function.value >= Function::kHardswish) {
+      using Values = FunctionOfVector<function.value>;
+      if (codes && whole)
+        done = multiply_halves<Code, FunctionSteps<function.value>, true, false>(t, rows, width);
+      else if (codes)
+        done = multiply_halves<Code, FunctionSteps<function.value>, false, false>(t, rows, width);
+      else if (floats && whole)
+        done = multiply_halves<float, Values, true, false>(t, rows, width);
+    }
+  });
+  return done;
+}
+
 // The rows of the call that are multiplied by halves, if it is of one of the kinds that are worth it.
 int64_t multiply_first_rows(const GemmTile& t, int64_t rows, int64_t width) {
   const TileOutput& o = t.out;
@@ -206,7 +225,8 @@ int64_t multiply_first_rows(const GemmTile& t, int64_t rows, int64_t width) {
     return 0;
   }
   // as in chains, whose codes are unsigned
-  if (flip || o.extras->function != Function::kNone) return 0;
+  if (flip) return 0;
+  if (o.extras->function != Function::kNone) return o.residual == nullptr ? multiply_function(t, rows, width) : 0;
   if (floats && whole && o.extras->residual_dtype == DType::kFloat32)
     return multiply_halves<float, ResidualVector<Values, float, true>, true, false>(t, rows, width);
   if (!codes || o.extras->residual_dtype != DType::kUInt8) return 0;

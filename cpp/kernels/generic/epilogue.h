@@ -123,6 +123,28 @@ struct ResidualVector : Base {
   }
 };
 
+// A function of values; and the same in steps.
+template <Function kFunction>
+struct FunctionOfVector : ColumnVector<true> {
+  using Exact = FunctionOfVector;
+
+  FunctionOfVector() = default;
+  QO_INLINE FunctionOfVector(const TileOutput& o, int64_t column) : ColumnVector<true>(o, column) {}
+  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
+    return apply_function<kFunction>(ColumnVector<true>::value(o, row, acc));
+  }
+};
+template <Function kFunction>
+struct FunctionSteps : FunctionOfVector<kFunction> {
+  FunctionSteps() = default;
+  QO_INLINE FunctionSteps(const TileOutput& o, int64_t column)
+      : FunctionOfVector<kFunction>(o, column), reciprocal(Simd::set(o.codes.reciprocal)), offset(Simd::set(o.codes.offset())) {}
+  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
+    return Simd::fma(FunctionOfVector<kFunction>::value(o, row, acc), reciprocal, offset);
+  }
+  typename Simd::F reciprocal, offset;
+};
+
 // Values that only need to be converted.
 struct FinishedVector {
   using From = float;
