@@ -59,14 +59,13 @@ struct PixelSums {
 // One output row: channels [column, column + N) of all pixels, from their line, four pixels at a time, so that each weight is
 // loaded once for four; the last four may overlap the ones before. kShift: the place of the output row among those that share the
 // line. kS, kGroups: columns and groups of rows of the kernel if both are known at compile time, which removes the loops, or 0.
-template <class Taps, class Y, bool kWhole, int kShift, int kS, int kGroups>
+template <class Taps, class Y, class Column, bool kWhole, int kShift, int kS, int kGroups>
 void sum_taps(const DepthwiseRun& d, const TileOutput& row, const Rounding<Y>& of_row, int64_t column, const uint8_t* line,
               const int8_t* b) {
   // copies that no store can change
   Y* const y = static_cast<Y*>(row.y) + column;
   const int64_t y_stride = row.y_stride, valid = row.columns - column;
   const Rounding<Y> rounding = of_row;
-  using Column = ColumnOf<Y, true>;
   const Column parameters[1] = {Column(row, column)};
   const int64_t groups = kGroups > 0 ? kGroups : d.groups(), columns = d.s;
   const int64_t step = d.stride * groups * Taps::kLineBytes, tap_step = d.dilation * groups * Taps::kLineBytes;
@@ -142,7 +141,7 @@ void finish_pixels(const DepthwiseRun& d, const TileOutput& row, int64_t column,
   }
 }
 
-template <class Taps, class Y>
+template <class Taps, class Y, class Column = ColumnOf<Y, true>>
 void depthwise_typed(const DepthwiseRun& d) {
   constexpr int64_t kBlocks = Taps::kBlocks;
   const int64_t groups = d.groups(), block_stride = d.columns() * groups * Taps::kLineBytes;
@@ -160,13 +159,13 @@ void depthwise_typed(const DepthwiseRun& d) {
       const auto sum = [&](auto shift, const DepthwiseRun& run, const TileOutput& row, int64_t from, const uint8_t* codes)
                            QO_LAMBDA {
                              if (!whole)
-                               sum_taps<Taps, Y, false, shift.value, 0, 0>(run, row, rounding, from, codes, b);
+                               sum_taps<Taps, Y, Column, false, shift.value, 0, 0>(run, row, rounding, from, codes, b);
                              else if (three_by_three)
-                               sum_taps<Taps, Y, true, shift.value, 3, 1>(run, row, rounding, from, codes, b);
+                               sum_taps<Taps, Y, Column, true, shift.value, 3, 1>(run, row, rounding, from, codes, b);
                              else if (shift.value == 0 && groups == 2)
-                               sum_taps<Taps, Y, true, 0, 0, 2>(run, row, rounding, from, codes, b);
+                               sum_taps<Taps, Y, Column, true, 0, 0, 2>(run, row, rounding, from, codes, b);
                              else
-                               sum_taps<Taps, Y, true, shift.value, 0, 0>(run, row, rounding, from, codes, b);
+                               sum_taps<Taps, Y, Column, true, shift.value, 0, 0>(run, row, rounding, from, codes, b);
                            };
       const auto finish_row = [&](auto shift, const TileOutput& row) QO_LAMBDA {
         if constexpr (std::is_same_v<Y, float>)
@@ -184,6 +183,13 @@ void depthwise_typed(const DepthwiseRun& d) {
 
 template <class Taps>
 void depthwise(const DepthwiseRun& d) {
+  // codes with a function are finished in registers, where there are enough of them
+  if constexpr (Simd::kRegisters >= 32)
+    if (d.out.extras != nullptr && d.out.residual == nullptr && dtype_bytes(d.out.dtype) == 1 &&
+        d.out.extras->function >= Function::kHardswish)
+      return with_function(d.out.extras->function, [&](auto function) QO_LAMBDA {
+        if constexpr (function.value >= Function::kHardswish) depthwise_typed<Taps, Code, FunctionSteps<function.value>>(d);
+      });
   if (d.out.extras != nullptr) return depthwise_typed<Taps, float>(d);
   with_result_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });
 }
