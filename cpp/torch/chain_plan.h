@@ -16,10 +16,10 @@
 
 namespace quant_ops {
 
-// A plan and what each call needs beside it.
 // How an input comes to lie as the steps read it: as it is, or copied.
 enum class Arrival { kAsItIs, kChannelsLast, kContiguous };
 
+// A plan and what each call needs beside it.
 struct Chain {
   ChainPlan plan;
   std::vector<ChainSource> sources;   // of each step
