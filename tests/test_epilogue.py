@@ -73,7 +73,8 @@ def test_functions_are_as_exact_as_documented_and_the_same_everywhere(activation
     exact = function(x[finite].double())
     near = x[finite] >= least
     assert ulps(y[finite], exact)[near].max() <= most
-    assert (y[finite].double() - exact)[~near].abs().max() <= 2**-24.4 if (~near).any() else True
+    far = 2**-24.4 if activation == "gelu" else 2**-24.5
+    assert (y[finite].double() - exact)[~near].abs().max() <= far if (~near).any() else True
     same = {"hardswish": F.hardswish, "relu6": F.relu6}.get(activation)
     if same is not None:
         assert reference.same(y, same(x))

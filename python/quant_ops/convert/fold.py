@@ -95,7 +95,7 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
     names = modules.names[module]
     if len(names) > 1:
         return f"{type(module).__name__} is shared by {names}"
-    if type(module) not in _PAIRS and not (isinstance(module, _NORMS) and _after(module) is not None):
+    if type(module) not in _PAIRS and not isinstance(module, _NORMS):
         return f"{type(module).__name__} is a subclass whose forward may differ"
     if parametrize.is_parametrized(module):
         return f"the weight of {modules.describe(module)} is parametrized. Remove the parametrization first"
@@ -112,6 +112,8 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
             return f"{attribute} of {modules.describe(module)} is no plain floating-point tensor"
         if others := [modules.name(other) for other in modules.owners[id(tensor)] if other is not module]:
             return f"{modules.describe(module)} shares its {attribute} with {others}"
+    if isinstance(module, _NORMS) and _after(module) is None:  # last: it runs the module, whose hooks would see that
+        return f"{type(module).__name__} is a subclass whose forward may differ"
     return None
 
 
@@ -119,7 +121,7 @@ def _after(batchnorm: Any) -> list[nn.Module] | None:
     """What a BatchNorm in eval mode applies to the normalized tensor: its children one after the other, as timm's BatchNormAct2d
     does. None for a subclass that computes anything else, which is tried out, so that no class is named."""
     children = list(batchnorm.children())
-    if type(batchnorm) in _NORMS or batchnorm.running_mean is None or batchnorm.running_mean.is_meta:
+    if type(batchnorm) in _NORMS or batchnorm.running_mean is None:
         return children
     mean = batchnorm.running_mean
     rank = next(rank for norm, rank in zip(_NORMS, (3, 4, 5), strict=True) if isinstance(batchnorm, norm))
