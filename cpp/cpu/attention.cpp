@@ -107,14 +107,14 @@ AttentionPlan plan_attention(const AttentionParams& p, const KernelTable& table,
   return plan;
 }
 
-// Rows of k or v of a unit.
+// Rows of q, or of k or v of a unit.
 struct Matrix {
   const void* x;
   DType dtype;
   int64_t rows, columns, stride;
 };
 
-// Rows [first, first + rows) less the means, without gaps, and their largest magnitudes.
+// Rows [first, first + rows) less the means, without gaps, and their largest magnitudes; without means the magnitudes alone.
 void center(const KernelTable& table, const Matrix& m, int64_t first, int64_t rows, const float* mean, float* centered,
             uint32_t* magnitude) {
   table.center({.x = element(m.x, m.dtype, first * m.stride),
@@ -354,17 +354,10 @@ class Attention {
     uint8_t* codes = of_worker<uint8_t>(worker, plan_.q_codes);
     float *scale = of_worker<float>(worker, plan_.q_scale), *reciprocal = of_worker<float>(worker, plan_.q_reciprocal);
     uint32_t* magnitude = of_worker<uint32_t>(worker, plan_.q_magnitude);
-    table_.center({.x = x,
-                   .dtype = p_.dtype,
-                   .rows = rows,
-                   .columns = p_.D,
-                   .x_row = stride,
-                   .less = nullptr,
-                   .y = nullptr,
-                   .abs_bits = magnitude});
+    const Matrix q{.x = x, .dtype = p_.dtype, .rows = rows, .columns = p_.D, .stride = stride};
+    center(table_, q, 0, rows, nullptr, nullptr, magnitude);
     row_scales(magnitude, rows, scale, reciprocal);
-    quantize({.x = x, .dtype = p_.dtype, .rows = rows, .columns = p_.D, .stride = stride}, kRows, scale, reciprocal, codes,
-             row_bytes);
+    quantize(q, kRows, scale, reciprocal, codes, row_bytes);
     for (int64_t r = 0; r < rows; ++r) {
       std::memset(codes + r * row_bytes + p_.D, 0, static_cast<size_t>(row_bytes - p_.D));  // meets zeros of k
       scale[r] = scale[r] * p_.scale;
