@@ -1,4 +1,4 @@
-// What follows a product, on its own (PointwiseParams in ops.h): int8_add, requantize and int8_cat, and what int8_conv2d and
+// What follows a product, on its own (PointwiseParams in ops.h): int8_add, int8_mul, requantize and int8_cat, and what int8_conv2d and
 // int8_linear do to float32 sums where their own epilogue cannot. A thread has four elements of a row, whose dtypes it looks at:
 // the pass is bounded by memory. The bits are those of cpp/kernels/generic/pointwise.h.
 #include "contract/functions.h"
@@ -14,7 +14,8 @@ constexpr int kThreads = 256;
 struct PointwiseArgs {
   static constexpr bool kBarriers = false;
   PointwiseParams p;
-  FastDiv fours;  // of a row
+  FastDiv fours;        // of a row
+  FastDiv shared_rows;  // of the factor
   int64_t work;
   bool whole;  // every four elements are there, and aligned
 };
@@ -75,12 +76,22 @@ __global__ void __launch_bounds__(kThreads) pointwise_kernel(const QO_GRID_CONST
     const int count = static_cast<int>(p.columns - column < kFour ? p.columns - column : kFour);
     const FourValues x = four_values(p.x, p.x_dtype, first, count, a.whole, x_zero);
     FourValues r{};
-    if (p.residual.r != nullptr) r = four_values(p.residual.r, p.residual.dtype, first, count, a.whole, r_zero);
+    if (p.factor_is_column) {
+      r = four_values(p.residual.r, p.residual.dtype, a.shared_rows.quotient(row), 1, false, r_zero);
+#pragma unroll
+      for (int j = 1; j < kFour; ++j) r.value[j] = r.value[0];
+    } else if (p.residual.r != nullptr) {
+      const int64_t from = p.shared_rows > 1 ? a.shared_rows.quotient(row) * p.columns + column : first;
+      r = four_values(p.residual.r, p.residual.dtype, from, count, a.whole, r_zero);
+    }
     Y results[kFour];
 #pragma unroll
     for (int j = 0; j < kFour; ++j) {
-      float y = x.codes ? x.value[j] * x_scale : x.value[j];
-      if (p.residual.r != nullptr) y = r.codes ? fused(r.value[j], r_scale, y) : y + r.value[j];
+      float y = x.codes && !p.multiplies ? x.value[j] * x_scale : x.value[j];
+      if (p.multiplies)
+        y = (y * r.value[j]) * (x_scale * r_scale);
+      else if (p.residual.r != nullptr)
+        y = r.codes ? fused(r.value[j], r_scale, y) : y + r.value[j];
       y = apply_function(p.function, y);
       if constexpr (sizeof(Y) == 1) {
         constexpr int32_t qmin = Y(-1) < Y(0) ? -128 : 0;
@@ -104,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) pointwise_kernel(const QO_GRID_CONST
 
 void pointwise_cuda(const PointwiseParams& params, const Launch& at) {
   PointwiseParams p = params;
-  if (p.y_stride == p.columns) {  // one row
+  if (p.y_stride == p.columns && !p.shares_factor()) {  // one row
     p.columns *= p.rows;
     p.y_stride = p.columns;
     p.rows = 1;
@@ -116,6 +127,7 @@ void pointwise_cuda(const PointwiseParams& params, const Launch& at) {
   };
   const PointwiseArgs a{.p = p,
                         .fours = FastDiv(fours),
+                        .shared_rows = FastDiv(p.shared_rows),
                         .work = work,
                         .whole = p.columns % kFour == 0 && (p.rows == 1 || p.y_stride % kFour == 0) && is_aligned(p.x, p.x_dtype) &&
                                  is_aligned(p.residual.r, p.residual.dtype) && is_aligned(p.out.y, p.out.dtype)};

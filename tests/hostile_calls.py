@@ -110,6 +110,8 @@ def good(op: str) -> dict[str, object]:
         "int8_conv2d depthwise": {**image_call, **depthwise, "asymmetric": False},
         "requantize": {"x": codes, "x_scale": scale, "x_zero_point": None, "out_scale": scale, "out_zero_point": None},
         "int8_add": {"a": codes, "b": codes, "a_scale": scale, "b_scale": scale, "out_scale": None, "out_dtype": None},
+        "int8_mul": {"a": code_image, "b": code_image[:, :, :1, :1], "a_scale": scale, "b_scale": scale, "out_scale": scale,
+                     "out_dtype": None},
         "int8_max_pool2d": {"x": code_image, **window, "dilation": [1, 1]},
         "int8_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, **window, "out_scale": None},
         "int8_adaptive_avg_pool2d": {"x": code_image, "x_scale": scale, "x_zero_point": None, "output_size": [2, 2]},
@@ -136,8 +138,8 @@ OPERATORS = [
     "quant_tensor_forward", "quant_tensor_backward", "dequant_tensor", "choose_qparams", "quantize_rows", "norm_quantize_rows",
     "quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine",
     "quantize_affine", "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention",
-    "pack_weight", "unpack_weight", "requantize", "int8_add", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d",
-    "int8_upsample_nearest2d", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
+    "pack_weight", "unpack_weight", "requantize", "int8_add", "int8_mul", "int8_max_pool2d", "int8_avg_pool2d",
+    "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
 ]  # fmt: skip
 
 

@@ -529,7 +529,7 @@ void check_conv2d(Random* random, InputMode mode, int i, Log* log) {
   out.log(named("int8_conv2d: mode, N, C, O, groups, R, S", {int64_t(mode), p.N, p.C, p.O, p.groups, p.R, p.S}), log);
 }
 
-// Rows of codes or floats, with and without a residual, whose result has gaps between its rows.
+// Rows of codes or floats, with and without a residual or a factor; without a factor the result may have gaps between its rows.
 void check_pointwise(Random* random, int i, Log* log) {
   const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt8, DType::kUInt8};
   PointwiseParams p{.rows = random->between(1, 5), .columns = random->between(1, random->one_in(4) ? 1500 : 300)};
@@ -557,13 +557,19 @@ void check_pointwise(Random* random, int i, Log* log) {
   p.residual.zero_point = &zeros[1];
   p.out.scale = &scales[2];
   p.out.zero_point = &zeros[2];
+  if (p.residual.r != nullptr && dtype_bytes(p.x_dtype) == 1 && dtype_bytes(p.residual.dtype) == 1 && random->one_in(2)) {
+    p.multiplies = true;
+    p.shared_rows = random->between(1, p.rows);
+    p.factor_is_column = random->one_in(3);
+    p.y_stride = p.columns;
+  }
   const int64_t y_bytes = ((p.rows - 1) * p.y_stride + p.columns) * dtype_bytes(p.out.dtype);
   const Bytes y(y_bytes, [](int64_t) { return uint8_t{0xa5}; });
   p.out.y = y.data();
   pointwise_cpu(p);
   log->add(named("pointwise: x, residual, function, result, rows, columns",
-                 {int64_t(p.x_dtype), p.residual.r ? int64_t(p.residual.dtype) : -1, int64_t(p.function), int64_t(p.out.dtype),
-                  p.rows, p.columns}),
+                 {int64_t(p.x_dtype), p.residual.r ? int64_t(p.residual.dtype) + 100 * p.multiplies : -1, int64_t(p.function),
+                  int64_t(p.out.dtype), p.rows, p.columns}),
            y.data(), y_bytes, p.out.dtype);
 }
 

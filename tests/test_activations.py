@@ -44,6 +44,8 @@ ACTIVATIONS = {
     "silu": nn.SiLU(),
     "gelu": OwnGelu(),
     "gelu_tanh": nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid(),
+    "hardsigmoid": nn.Hardsigmoid(),
 }
 
 

@@ -136,6 +136,8 @@ ACTIVATIONS = {
     "silu": [nn.SiLU(), F.silu],
     "gelu": [nn.GELU(), F.gelu],
     "gelu_tanh": [nn.GELU("tanh"), lambda x: F.gelu(x, approximate="tanh")],
+    "sigmoid": [nn.Sigmoid(), torch.sigmoid, F.sigmoid, lambda x: x.sigmoid()],
+    "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
 }
 
 
@@ -200,6 +202,61 @@ def test_concatenations_keep_their_bits():
     equal_bits(network, ["a", "max_pool2d (max_pool2d)", "b", "interpolate (upsample_nearest2d)", "cat (cat)", "c"])
 
 
+class SqueezeExcitation(nn.Module):
+    """Hu et al. 2018, with either of the two gates that networks have."""
+
+    def __init__(self, channels, gate, image_first):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+        self.gate, self.image_first = gate, image_first
+
+    def forward(self, x):
+        y = self.gate(self.up(self.down(x.mean((2, 3), keepdim=True)).relu()))
+        return x * y if self.image_first else y * x
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Hardsigmoid()])
+@pytest.mark.parametrize("image_first", [True, False])
+def test_squeeze_and_excitation(gate, image_first):
+    network = Of(
+        lambda self, x: self.b(self.se(F.silu(self.a(x))).relu()), a=conv(3, 8), se=SqueezeExcitation(8, gate, image_first), b=conv(8, 4)
+    )
+    unchained, result = pair(network)
+    assert steps(result) == [
+        "a + silu",
+        "mean (adaptive_avg_pool2d)",
+        "se.down + relu",
+        f"se.up + {type(gate).__name__.lower()}",
+        "mul (mul) + relu",
+        "b",
+    ]
+    for x in images():
+        assert sqnr(unchained(x), result.model(x)) > 28
+
+
+GATES = {
+    "silu": [lambda x: x * torch.sigmoid(x), lambda x: x.sigmoid() * x, lambda x: x.mul(F.sigmoid(x))],
+    "hardswish": [lambda x: x * F.hardsigmoid(x)],
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_that_are_activations(name):
+    for gate in GATES[name]:
+        unchained, result = pair(Of(lambda self, x, gate=gate: self.b(gate(self.a(x))), a=conv(3, 8), b=conv(8, 4)))
+        assert steps(result) == [f"a + {name}", "b"]
+        for x in images():
+            assert sqnr(unchained(x), result.model(x)) > 45
+
+
+def test_products_of_two_images():
+    function = lambda self, x: self.c(self.a(x).relu() * self.b(x))  # noqa: E731
+    unchained, result = pair(Of(function, a=conv(3, 8), b=conv(3, 8), c=conv(8, 4)))
+    assert steps(result) == ["a + relu", "b", "mul (mul)", "c"]
+    for x in images():
+        assert sqnr(unchained(x), result.model(x)) > 28
+
+
 def test_scales_of_several_readers():
     """The widest range of those that the readers were calibrated with; all read the codes of that scale."""
 
@@ -234,11 +291,11 @@ def test_batchnorm_is_folded_into_codes():
 def test_what_stops_a_chain():
     def function(self, x):
         y = self.b(self.a(x).relu())
-        return self.d(self.c(torch.sigmoid(y) * y).relu()), y
+        return self.d(self.c(torch.tanh(y) * y).relu()), y
 
     unchained, result = pair(Of(function, a=conv(3, 4), b=conv(4, 4), c=conv(4, 4), d=conv(4, 2)))
     assert result.fused == [("chain_0", "a + relu"), ("chain_0", "b"), ("chain_1", "c + relu"), ("chain_1", "d")]
-    assert result.stopped == [("sigmoid", "sigmoid has no int8 operator"), ("mul", "mul has no int8 operator")]
+    assert result.stopped == [("tanh", "tanh has no int8 operator"), ("mul", "of its factors tanh is computed in float")]
     assert str(result).startswith("4 steps in 2 chains\n  fused    chain_0: a + relu\n")
     for x in images():
         for got, expected in zip(result.model(x), unchained(x), strict=True):

@@ -74,6 +74,7 @@ def test_compile_of_the_wrappers():
         return (
             qo.requantize(c, s, activation="hardswish"),
             qo.int8_add(c, c, s, s, out_scale=s, activation="relu6"),
+            qo.int8_mul(c, qo.int8_adaptive_avg_pool2d(c, s, None, 1, out_scale=s), s, s, out_scale=s, activation="sigmoid"),
             qo.int8_cat([c, c], [s, s], [], out_scale=s * 2),
             pooled,
             qo.int8_avg_pool2d(pooled, s, None, 2, 1),

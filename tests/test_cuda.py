@@ -537,8 +537,8 @@ class KernelCases:
                 assert_same(got, torch.ops.quant_ops.weight_only_embedding(*arguments, out_dtype=result))
 
     def test_codes_between_products(self, subject):
-        """Every dtype and function of requantize and int8_add; sizes that are and are not whole vectors."""
-        for n, x_dtype, activation in itertools.product([1, 4, 37, 1024, 5003], CODES[:2], range(7)):
+        """Every dtype and function of requantize, int8_add and int8_mul; sizes that are and are not whole vectors."""
+        for n, x_dtype, activation in itertools.product([1, 4, 37, 1024, 5003], CODES[:2], range(9)):
             info = torch.iinfo(x_dtype)
             a, b = (torch.randint(info.min, info.max + 1, (n + 1,), dtype=x_dtype) for _ in range(2))
             scale, out = torch.rand(()) * 0.05 + 0.01, torch.rand(()) * 0.1 + 0.01
@@ -548,7 +548,19 @@ class KernelCases:
                 for start in (0, 1):  # aligned or not
                     given = {**codes, "out_dtype": dtype, "activation": activation}
                     subject.check_moved("requantize", a[start:][:n], scale, zero, **given)
-                    subject.check_moved("int8_add", a[start:][:n], b[start:][:n], scale, out, zero, **given)
+                    for name in ("int8_add", "int8_mul"):
+                        subject.check_moved(name, a[start:][:n], b[start:][:n], scale, out, zero, **given)
+
+    def test_products_with_a_factor_of_each_channel(self, subject):
+        for shape, memory_format, dtype in itertools.product(
+            [(2, 8, 5, 7), (1, 40, 4, 4), (3, 3, 9, 2), (2, 1, 3, 3), (1, 6, 1, 1)],
+            (torch.contiguous_format, torch.channels_last),
+            (*CODES[:2], torch.float16),
+        ):
+            a = torch.randint(-128, 128, shape, dtype=torch.int8).contiguous(memory_format=memory_format)
+            b = torch.randint(0, 256, (*shape[:2], 1, 1), dtype=torch.uint8)
+            zero, out = torch.tensor(5), {"out_scale": torch.tensor(0.03)} if dtype in CODES else {}
+            subject.check_moved("int8_mul", a, b, torch.tensor(0.02), torch.tensor(0.004), zero, zero, out_dtype=dtype, **out)
 
     def test_cat_of_codes(self, subject):
         for memory_format, dim in itertools.product((torch.contiguous_format, torch.channels_last), (0, 1, -1)):

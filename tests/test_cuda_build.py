@@ -42,6 +42,7 @@ OPERATORS = [
     "int8_conv2d",
     "requantize",
     "int8_add",
+    "int8_mul",
     "int8_cat",
     "int8_max_pool2d",
     "int8_avg_pool2d",

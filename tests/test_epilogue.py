@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import quant_ops as qo
 from quant_ops import _library
 
-ACTIVATIONS = [None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = [None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "hardsigmoid"]
 INTEGERS = [torch.int8, torch.uint8]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -61,6 +61,8 @@ EXACT = {
     "silu": (lambda x: x / (1 + (-x).exp()), 2.1, -88.37),
     "gelu": (lambda x: x * 0.5 * torch.erfc(-x * 0.5**0.5), 3, -1),
     "gelu_tanh": (lambda x: x / (1 + (-2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).exp()), 3, -1),
+    "sigmoid": (lambda x: 1 / (1 + (-x).exp()), 2.1, -88.37),
+    "hardsigmoid": (lambda x: (x + 3).clamp(0, 6) / 6, 2, -1),
 }
 
 
@@ -75,14 +77,18 @@ def test_functions_are_as_exact_as_documented_and_the_same_everywhere(activation
     assert ulps(y[finite], exact)[near].max() <= most
     far = 2**-24.4 if activation == "gelu" else 2**-24.5
     assert (y[finite].double() - exact)[~near].abs().max() <= far if (~near).any() else True
-    same = {"hardswish": F.hardswish, "relu6": F.relu6}.get(activation)
+    same = {"hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "relu6": F.relu6}.get(activation)
     if same is not None:
         assert reference.same(y, same(x))
     assert y[x.isnan()].isnan().all()
-    assert (y[x == float("inf")] == (6.0 if activation == "relu6" else float("inf"))).all()
+    assert (y[x == float("inf")] == {"relu6": 6.0, "sigmoid": 1.0, "hardsigmoid": 1.0}.get(activation, float("inf"))).all()
     if activation == "gelu":
         assert ((y[x < -10] > -(2.0**-115)) & (y[x < -10] < 0)).all()
-    assert torch.signbit(y[(x == 0) & torch.signbit(x)]).all()
+    if activation in ("sigmoid", "hardsigmoid"):
+        assert (y[x == 0] == 0.5).all()
+        assert (y[x == float("-inf")] == 0).all()
+    else:
+        assert torch.signbit(y[(x == 0) & torch.signbit(x)]).all()
     try:
         for isa in _library.isas():
             _library.set_isa(isa)
@@ -208,13 +214,13 @@ def test_refusals_of_activations():
     wrapped = {
         "neither residual nor activation with out_dtype int32": {"activation": "silu", "out_dtype": torch.int32},
         "relu=True or an activation, got both. Leave relu out.": {"activation": "gelu", "relu": True},
-        r"activation to be None or one of \('relu', .*'gelu_tanh'\), got 'swish'\.": {"activation": "swish"},
+        r"activation to be None or one of \('relu', .*'hardsigmoid'\), got 'swish'\.": {"activation": "swish"},
     }
     for sentence, options in wrapped.items():
         with pytest.raises(ValueError, match=f"quant_ops.int8_linear: expected {sentence}"):
             qo.int8_linear(x, weight, scale, **options)
-    for number in (-1, 7):
-        with pytest.raises(RuntimeError, match=rf"expected activation in \[0, 6\]: 0 none, .*, got {number}"):
+    for number in (-1, 9):
+        with pytest.raises(RuntimeError, match=rf"expected activation in \[0, 8\]: 0 none, .*, got {number}"):
             torch.ops.quant_ops.int8_linear(x, weight, scale, activation=number)
     linear = torch.nn.Linear(4, 4)
     for options in ({"activation": "swish"}, {"activation": "relu", "relu": True}, {"activation": "gelu", "backward": True}):

@@ -55,6 +55,7 @@ def good(op):
         "int8_conv2d": {"x": f32(2, 4, 5, 5), "weight": i8(6, 4, 3, 3), "weight_scale": f32(6)},
         "requantize": {"x": i8(2, 4), "x_scale": f32()},
         "int8_add": {"a": i8(2, 4), "b": i8(2, 4), "a_scale": f32(), "b_scale": f32()},
+        "int8_mul": {"a": i8(2, 4, 3, 3), "b": i8(2, 4, 1, 1), "a_scale": f32(), "b_scale": f32()},
         "int8_cat": {"tensors": [i8(2, 4), i8(2, 3)], "scales": [f32(), f32()], "zero_points": []},
         "int8_max_pool2d": {"x": i8(2, 4, 5, 5), "kernel_size": [2, 2]},
         "int8_avg_pool2d": {"x": i8(2, 4, 5, 5), "x_scale": f32(), "x_zero_point": None, "kernel_size": [2, 2]},
@@ -477,18 +478,24 @@ _AVERAGES = "int8_avg_pool2d int8_adaptive_avg_pool2d"
 _POOLS = f"int8_max_pool2d {_AVERAGES}"
 _IMAGES = f"{_POOLS} int8_upsample_nearest2d"
 _SCALED = f"requantize {_AVERAGES}"
-_FINISHED = f"{_SCALED} int8_add int8_cat"
+_TWO = "int8_add int8_mul"
+_FINISHED = f"{_SCALED} {_TWO} int8_cat"
 add(f"requantize {_IMAGES}", f"x.dtype in (int8, uint8), got float32. {FIRST}", TypeError, x=f32(2, 4, 5, 5))
-add("int8_add", "a.dtype in (int8, uint8), got int32", TypeError, a=torch.ones(2, 4, dtype=torch.int32))
-add("int8_add", f"b.dtype in (int8, uint8), got float32. {FIRST}", TypeError, b=f32(2, 4))
+add(_TWO, "a.dtype in (int8, uint8), got int32", TypeError, a=torch.ones(2, 4, dtype=torch.int32))
+add(_TWO, f"b.dtype in (int8, uint8), got float32. {FIRST}", TypeError, b=f32(2, 4))
 add("int8_add", "a.shape == b.shape, got (2, 4) and (4,). Expand the smaller one.", b=i8(4))
+add(
+    "int8_mul",
+    "b.shape == a.shape, or (N, C, 1, 1) with a of (N, C, H, W), got a of (2, 4, 3, 3) and b of (2, 1, 3, 3). Expand the smaller one.",
+    b=i8(2, 1, 3, 3),
+)
 add(_SCALED, f"x_scale.dtype in {FLOATING}, got int64", TypeError, x_scale=torch.tensor(1))
 add(_SCALED, "x_scale to have one element, got shape (4,)", x_scale=f32(4))
-add("int8_add", "b_scale to have one element, got shape (0,)", b_scale=f32(0))
+add(_TWO, "b_scale to have one element, got shape (0,)", b_scale=f32(0))
 add(_SCALED, "x_zero_point to have one element, got shape (4,)", x_zero_point=i8(4))
 add(_SCALED, "x_zero_point in [-128, 127], got 200", fake=False, x_zero_point=Z_BIG)
-add("int8_add", "a_zero_point in [-128, 127], got 200", fake=False, a_zero_point=Z_BIG)
-add("int8_add", "b_zero_point.dtype integer or floating, got bool", TypeError, b_zero_point=torch.tensor(True))
+add(_TWO, "a_zero_point in [-128, 127], got 200", fake=False, a_zero_point=Z_BIG)
+add(_TWO, "b_zero_point.dtype integer or floating, got bool", TypeError, b_zero_point=torch.tensor(True))
 add(_FINISHED, "out_zero_point only together with out_scale, got out_zero_point alone", out_zero_point=torch.tensor(1))
 add(_FINISHED, "out_scale to have one element, got shape (2,)", out_scale=f32(2))
 add(_FINISHED, "out_dtype int8 or uint8 with out_scale, got float32", TypeError, out_scale=f32(), out_dtype=torch.float32)

@@ -88,7 +88,7 @@ def network(dtype=INT8, channels=20, bias=True):
     return b.program(logits, floats, middle, flat), b.constants
 
 
-def blocks(dtype=INT8, activations=range(7)):
+def blocks(dtype=INT8, activations=range(9)):
     """Residual blocks, joins, pools and a decoder, with the steps of every kind."""
     b = Builder()
     shift = 0 if dtype == INT8 else 128
@@ -111,6 +111,9 @@ def blocks(dtype=INT8, activations=range(7)):
     most = b.step("max_pool2d", (joined,), (), (2, 2, 1, 1, 0, 0, 2, 1, 0))
     mean = b.step("adaptive_avg_pool2d", (most,), (*of[5], *of[6]), (1, 1, dtype))
     wide = b.step("adaptive_avg_pool2d", (most,), (*of[5], None, None), (3, 2, FLOAT16))
+    gate = b.conv(mean, (48, 48, 1, 1), of[6], of[7], dtype, 7)
+    most = b.step("mul", (most, gate), (of[5][0], of[7][0], of[5][1], of[7][1], *of[4]), (dtype, RELU))
+    most = b.step("mul", (most, most), (of[4][0], of[4][0], of[4][1], of[4][1], *of[3]), (dtype, 0))
     flat = b.step("flatten", (mean,), (), (1,))
     v = b.linear(flat, (48, 48), of[6], of[6], dtype, 5, residual=(flat, of[6]))
     return b.program(b.linear(v, (10, 48), of[6]), low, most, wide, floats), b.constants
@@ -151,11 +154,12 @@ def test_memory_formats():
     of = (b.scale(), b.zero_point(-7))
     a, c = (b.step("quantize", (i,), of, (-128, 127)) for i in (0, 1))
     total = b.step("add", (a, c), (of[0], of[0], of[1], None, None, None), (FLOAT32, 6))
+    both = b.step("mul", (a, c), (of[0], of[0], None, of[1], None, None), (FLOAT16, 4))
     joined = b.step("cat", (a, c), (of[0], of[0], of[1], of[1], of[0], b.zero_point(9)), (-1, UINT8))
     pooled = b.step("max_pool2d", (a,), (), (2, 3, 2, 3, 0, 0, 1, 1, 1))
     mean = b.step("avg_pool2d", (c,), (*of, None, None), (2, 2, 2, 2, 0, 0, 0, 1, 3, FLOAT32))
     up = b.step("upsample_nearest2d", (pooled,), (), (1, 3))
-    program = b.program(total, joined, mean, up, b.step("flatten", (up,), (), (2,)))
+    program = b.program(total, both, joined, mean, up, b.step("flatten", (up,), (), (2,)))
     x, y = torch.randn(2, 3, 5, 8, 6).unbind()
     check(program, [x, y], b.constants)
     check(program, [x[0], y[0]], b.constants)
@@ -344,7 +348,7 @@ def test_refused_steps():
             r"step 1 \(requantize\): expected out_scale with int8 .*, got int8 without",
             [quantize, Step("requantize", (1,), (0, 1, None, None), (0, 0))],
         ),
-        (r"step 1 \(requantize\): expected activation in \[0, 6\]", [quantize, Step("requantize", (1,), (0, 1, 0, 1), (0, 7))]),
+        (r"step 1 \(requantize\): expected activation in \[0, 8\]", [quantize, Step("requantize", (1,), (0, 1, 0, 1), (0, 9))]),
         (
             r"step 1 \(requantize\): expected a dtype numbered 0 to 4, got 5",
             [quantize, Step("requantize", (1,), (0, 1, 0, 1), (5, 0))],

@@ -155,7 +155,7 @@ class Ends(nn.Module):
 
     def __init__(self):
         super().__init__()
-        names = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+        names = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "hardsigmoid")
         self.layers = Each(*(qo.QuantLinear.from_float(nn.Linear(24, 24, bias=False), activation=name) for name in names))
         self.register_buffer("weight", torch.randint(-127, 128, (24, 24), dtype=torch.int8))
         self.register_buffer("kernel", torch.randint(-127, 128, (3, 3, 1, 1), dtype=torch.int8))
@@ -178,7 +178,7 @@ def test_residuals_and_activations():
     model, x = Ends().eval(), (randn(3, 5, 24), torch.randint(-128, 128, (3, 5, 24), dtype=torch.int8))
     for form in ("integer", "qdq"):
         program = qo.onnx.export(model, x, form=form)
-        assert_same(run(program, *x), model(*x), [False] * 9, tolerance=2**-18)
+        assert_same(run(program, *x), model(*x), [False] * 11, tolerance=2**-18)
 
 
 def test_one_row_or_image_is_quantized_by_the_operator_of_the_standard():

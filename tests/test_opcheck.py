@@ -229,6 +229,11 @@ _ADD = {
     "transposed": call(codes(5, 9).T, codes(9, 5), _S, _S, **_OUT),
     "empty": call(codes(0, 4), codes(0, 4), _S, _S),
 }
+_MUL = {
+    **_ADD,
+    "channels": call(_CODES, _CODES[:, :, :1, :1], _S, _S, **_OUT),
+    "channels, last": call(_CODES_LAST, _U8[:, :, :1, :1], _S, _S, None, _Z, activation=1),
+}
 _CAT = {
     "channels": call([_CODES, _CODES[:, :2]], [_S, _S], [], **_OUT),
     "channels_last": call([_CODES_LAST, _CODES], [_S, scales(1)], [_Z, _Z], 1, **_OUT),
@@ -443,6 +448,7 @@ SAMPLES = {
     "int8_conv2d": _CONV,
     "requantize": _REQUANTIZE,
     "int8_add": _ADD,
+    "int8_mul": _MUL,
     "int8_cat": _CAT,
     "int8_max_pool2d": _MAX_POOL,
     "int8_avg_pool2d": _AVG_POOL,

@@ -1,4 +1,4 @@
-"""requantize, int8_add and int8_cat: the bits of the formula for every dtype, size, layout and instruction set."""
+"""requantize, int8_add, int8_mul and int8_cat: the bits of the formula for every dtype, size, layout and instruction set."""
 
 import itertools
 
@@ -85,6 +85,46 @@ def test_every_code_at_ties_and_limits(isa):
     for nan in (torch.nan, torch.inf):
         y = qo.requantize(x, torch.tensor(nan), out_scale=torch.tensor(1.0), out_zero_point=torch.tensor(3))
         assert torch.equal(y, result(value(x, torch.tensor(nan), None), torch.int8, torch.tensor(1.0), 3))
+
+
+def product(a, b, sa, sb, za, zb):
+    """The product of the differences is exact, that of the scales is rounded, and so is theirs."""
+    return ((a.int() - (0 if za is None else za)).float() * (b.int() - (0 if zb is None else zb)).float()) * (sa * sb)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_mul(isa, dtype):
+    for other, out, activation, n in itertools.product(CODES, RESULTS, EXACT, [0, 1, 31, 33, 64, 515, 1029]):
+        a, b, sa, sb, options = codes(n, dtype=dtype), codes(n, dtype=other), scales(), scales(), out_options(out)
+        za, zb = zero_point(dtype), zero_point(other)
+        y = qo.int8_mul(a, b, sa, sb, za, zb, **options, activation=activation)
+        assert reference.same_bits(y, expected_of(EXACT[activation](product(a, b, sa, sb, za, zb)), options)), (other, out, n)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_mul_by_a_factor_of_each_channel(isa, dtype):
+    """Rows that are laid out several at a time, one by one, and longer than what is laid out; images of one pixel or channel."""
+    shapes = [(2, 5, 3, 7), (3, 40, 9, 11), (1, 96, 1, 1), (2, 1, 4, 5), (1, 5000, 2, 2), (2, 3, 41, 50), (2, 8, 0, 3), (0, 4, 2, 2)]
+    for shape, other, out in itertools.product(shapes, CODES, [*CODES, torch.float32]):
+        a, b, sa, sb, options = codes(*shape, dtype=dtype), codes(*shape[:2], 1, 1, dtype=other), scales(), scales(), out_options(out)
+        za, zb = zero_point(dtype), zero_point(other)
+        expected = expected_of(product(a, b, sa, sb, za, zb), options)
+        for image, factor in itertools.product(views_of(a), [b, b.contiguous(memory_format=torch.channels_last), b.flip(1).flip(1)]):
+            y = qo.int8_mul(image, factor, sa, sb, za, zb, **options)
+            assert reference.same_bits(y, expected), (shape, other, out)
+            assert y.numel() == 0 or y.stride() == torch.empty_like(image).stride()
+
+
+def test_every_product_at_ties_and_limits(isa):
+    """All pairs of codes; scales that put results on ties, overflow, or are no numbers."""
+    a = torch.arange(-128, 128, dtype=torch.int8).repeat_interleave(256)
+    b = torch.arange(-128, 128, dtype=torch.int8).repeat(256)
+    limits = [(0.5, 0.5, 1.0), (0.25, 2.0, 64.0), (3e38, 3e38, 1.0), (1e-30, 1e-30, 1e-38), (-0.1, 0.2, 1.0), (0.1, 0.1, -0.2)]
+    for sa, sb, out in [*limits, (0.0, 1.0, 0.0), (torch.nan, 1.0, 1.0), (1.0, 1.0, 300.0), (1 / 255, 0.02, 0.02)]:
+        sa, sb, out = torch.tensor(sa), torch.tensor(sb), torch.tensor(out)
+        for za, zb in [(None, None), (torch.tensor(-128), torch.tensor(127))]:
+            y = qo.int8_mul(a, b, sa, sb, za, zb, out_scale=out, out_zero_point=za)
+            assert torch.equal(y, result(product(a, b, sa, sb, za, zb), torch.int8, out, za)), (sa, sb, out, za)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])

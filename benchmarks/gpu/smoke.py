@@ -119,6 +119,7 @@ def between(device: str, few: bool) -> None:
             for activation in (None, "relu6", "gelu"):
                 qo.requantize(view, s, z, out_scale=s * 2, activation=activation)
                 qo.int8_add(view, view, s, s, z, out_dtype=torch.bfloat16, activation=activation)
+                qo.int8_mul(view, view[:, :, :1, :1], s, s, z, out_scale=s, activation=activation)
             for dim in range(4):
                 qo.int8_cat([view, view], [s, s * 2], [z, z], dim, out_scale=s)
             qo.int8_max_pool2d(view, 3, 2, 1, ceil_mode=True)
@@ -146,8 +147,8 @@ GROUPS = {
     convolutions: ("int8_conv2d",),
     embeddings: ("weight_only_embedding",),
     between: (
-        *("requantize", "int8_add", "int8_cat", "int8_max_pool2d", "int8_avg_pool2d", "int8_adaptive_avg_pool2d"),
-        "int8_upsample_nearest2d",
+        *("requantize", "int8_add", "int8_mul", "int8_cat", "int8_max_pool2d", "int8_avg_pool2d"),
+        *("int8_adaptive_avg_pool2d", "int8_upsample_nearest2d"),
     ),
 }
 

@@ -1,12 +1,14 @@
 // The functions after the sum of an integer product, for host and device: float32 in, float32 out, IEEE operations in this order
 // and no others, so that every instruction set and every GPU gives the same bits. kernels/generic/functions.h is the same for
-// vectors. NaN stays NaN, and limits are those of torch, where all but gelu and the ReLUs give NaN for -Inf, by Inf * 0.
+// vectors. NaN stays NaN, and limits are those of torch, where hardswish, silu and gelu_tanh give NaN for -Inf, by Inf * 0.
 //
 // Largest error against float64 (tests/test_epilogue.py):
 //   exp_of       1.1 ulp
 //   relu, relu6  none
 //   hardswish    2 ulp; the operations are torch's: x * clamp(x + 3, 0, 6), then divided by 6
 //   silu         2.1 ulp down to -88.37; below, where the value is smaller than 2^-121, it is -0
+//   sigmoid      2.1 ulp down to -88.37; below, where the value is smaller than 2^-127, it is 0
+//   hardsigmoid  2 ulp; the operations are torch's: clamp(x + 3, 0, 6), then divided by 6
 //   gelu         3 ulp down to -1; below, 2^-24.4, and from -10 on it stays at about -2^-116
 //   gelu_tanh    3 ulp down to -1; below, 2^-24.5, and -0 in the end
 // Read next: arithmetic.h for the rest of the epilogue.
@@ -17,8 +19,8 @@
 namespace quant_ops {
 
 // The numbers are those of the operators' `activation`.
-enum class Function : int32_t { kNone, kRelu, kRelu6, kHardswish, kSilu, kGelu, kGeluTanh };
-constexpr int kFunctions = 7;
+enum class Function : int32_t { kNone, kRelu, kRelu6, kHardswish, kSilu, kGelu, kGeluTanh, kSigmoid, kHardsigmoid };
+constexpr int kFunctions = 9;
 
 // ---- 2^y --------------------------------------------------------------------------------------------------------------
 // A float y is n - f with an integer n and |f| <= 1/2; 2^-f = 1 + f * (c0 + f * (c1 + ...)), relative error 2^-28.9.
@@ -29,9 +31,9 @@ constexpr float kLog2ERest = 0x1.4ae0cp-26f;
 constexpr float kExp2[6] = {-0x1.62e43p-1f, 0x1.ebfbdcp-3f, -0x1.c6aee6p-5f, 0x1.3b2d5p-7f, -0x1.5f3f3p-10f, 0x1.41fb2cp-13f};
 
 // ---- gelu -------------------------------------------------------------------------------------------------------------
-// gelu(x) = x * Phi(x) = max(x, 0) - t * Phi(-t) with t = |x|, and the normal distribution's tail Phi(-t) = 2^(-1 + t * (g0 + t *
-// (g1
-// + ...))). The fit is for t <= 5.75; further on the exponent falls faster than it should, and t ends at 10, where it is -119.
+// gelu(x) = x * Phi(x) = max(x, 0) - t * Phi(-t) with t = |x|, and the normal distribution's tail Phi(-t) is
+// 2^(-1 + t * (g0 + t * (g1 + ...))). The fit is for t <= 5.75; further on the exponent falls faster than it should, and t ends at
+// 10, where it is -119.
 
 constexpr float kGeluTail[8] = {-0x1.26aee4p+0f,  -0x1.d63828p-2f,  -0x1.ae50dcp-5f, 0x1.d24c2ap-8f,
                                 -0x1.79a026p-13f, -0x1.5de876p-13f, 0x1.25a20ep-15f, -0x1.4830a6p-19f};
@@ -123,6 +125,8 @@ QO_HD float apply_function(Function function, float x) {
     case Function::kSilu: return logistic(x, x);
     case Function::kGelu: return gelu_of(x);
     case Function::kGeluTanh: return logistic(x, x * fused(x * x, kGeluTanhCubic, kGeluTanhLinear));
+    case Function::kSigmoid: return logistic(1.0f, x);
+    case Function::kHardsigmoid: return quotient(least_of(6.0f, most_of(0.0f, x + 3.0f)), 6.0f);
     default: return x;
   }
 }

@@ -367,8 +367,12 @@ struct ResultParams {
   const int32_t* zero_point;  // likewise; null: 0
 };
 
-// int8_add, requantize and int8_cat: y = float(x - x_zero_point) * x_scale for codes x, float(x) for a floating x; then the
+// int8_add, int8_mul, requantize and int8_cat: y = float(x - x_zero_point) * x_scale for codes x, float(x) for a floating x; then the
 // residual, the function and the conversion. x and the residual are [rows][columns] without gaps.
+//
+// Of int8_mul the residual is a factor, and both are codes: y = (float(x - x_zero_point) * float(r - zero_point)) * (x_scale * scale).
+// `shared_rows` rows of x in succession are multiplied by the same row of the factor, which with `factor_is_column` has one element
+// for all columns.
 struct PointwiseParams {
   int64_t rows, columns;
   const void* x;
@@ -379,6 +383,11 @@ struct PointwiseParams {
   Function function;
   ResultParams out;
   int64_t y_stride;  // between rows; columns are contiguous
+  bool multiplies = false;
+  int64_t shared_rows = 1;
+  bool factor_is_column = false;
+
+  bool shares_factor() const { return shared_rows > 1 || factor_is_column; }
 };
 
 // The windows of a pool along one dimension of the image.

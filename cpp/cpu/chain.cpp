@@ -253,7 +253,7 @@ class ChainRun {
   }
 
   static void run_pointwise(PointwiseParams p, int64_t samples, const Memory& memory) {
-    p.columns *= samples;
+    (p.shares_factor() ? p.rows : p.columns) *= samples;
     p.y_stride = p.columns;
     p.x = memory.x;
     p.residual.r = memory.second;

@@ -1,4 +1,4 @@
-// int8_add, requantize and int8_cat on the CPU: one pass over rows (PointwiseParams in ops.h), by kernels/generic/pointwise.h.
+// int8_add, int8_mul, requantize and int8_cat on the CPU: one pass over rows (PointwiseParams in ops.h), by kernels/generic/pointwise.h.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kElementsPerThread = int64_t{1} << 15;
 constexpr int64_t kShortRow = 256;  // bytes of a row of the result; shorter ones are computed several at a time
+constexpr int64_t kFactors = 4096;  // codes of a factor that are laid out for several rows
 
 bool is_code(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kUInt8; }
 
@@ -24,6 +25,7 @@ PointwiseRun run_of(const PointwiseParams& p) {
   run.residual_dtype = p.residual.dtype;
   run.residual_scale = p.residual.scale ? *p.residual.scale : 1.0f;
   run.residual_zero_point = p.residual.zero_point ? *p.residual.zero_point : 0;
+  run.multiplies = p.multiplies;
   run.function = p.function;
   run.y_dtype = p.out.dtype;
   run.out_scale = p.out.scale ? *p.out.scale : 1.0f;
@@ -61,7 +63,42 @@ class PointwiseRows {
     }
   }
 
+  // Rows of which several share a row of the factor, or whose columns share an element of it: as many elements of the factor as x
+  // has are laid out for a call.
+  void with_factor(int64_t begin, int64_t end) const {
+    const char* const factor = static_cast<const char*>(p_.residual.r);
+    const int64_t columns = p_.columns;
+    char laid_out[kFactors];
+    if (p_.factor_is_column) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::memset(laid_out, factor[row / p_.shared_rows], static_cast<size_t>(std::min(columns, kFactors)));
+        for (int64_t at = 0; at < columns; at += kFactors)
+          multiply(row * columns + at, std::min(kFactors, columns - at), laid_out);
+      }
+      return;
+    }
+    const int64_t most = std::max<int64_t>(1, kFactors / columns);
+    for (int64_t row = begin, stop; row < end; row = stop) {
+      const char* const from = factor + row / p_.shared_rows * columns;
+      stop = std::min(end, (row / p_.shared_rows + 1) * p_.shared_rows);
+      const int64_t together = std::min(most, stop - row);
+      if (together > 1)
+        for (int64_t i = 0; i < together; ++i) copy_bytes(laid_out + i * columns, from, columns);
+      for (int64_t at = row; at < stop; at += together)
+        multiply(at * columns, std::min(together, stop - at) * columns, together > 1 ? laid_out : from);
+    }
+  }
+
  private:
+  void multiply(int64_t first, int64_t n, const void* factors) const {
+    PointwiseRun run = run_;
+    run.n = n;
+    run.x = element(p_.x, p_.x_dtype, first);
+    run.residual = factors;
+    run.y = element(p_.out.y, p_.out.dtype, first);
+    table_.pointwise(run);
+  }
+
   void* y_row(int64_t row) const { return element(p_.out.y, p_.out.dtype, row * p_.y_stride); }
 
   void elements(int64_t first, int64_t n, void* y) const {
@@ -86,7 +123,11 @@ class PointwiseRows {
 void pointwise_cpu(const PointwiseParams& p) {
   log_entries({"pointwise"});
   const PointwiseRows pass(p);
-  if (p.rows <= 1 || p.y_stride == p.columns) {
+  if (p.shares_factor()) {
+    if (p.columns > 0)
+      parallel_for(p.rows, ceil_div(kElementsPerThread, p.columns),
+                   [&](int64_t begin, int64_t end) { pass.with_factor(begin, end); });
+  } else if (p.rows <= 1 || p.y_stride == p.columns) {
     parallel_for(p.rows * p.columns, kElementsPerThread, [&](int64_t begin, int64_t end) { pass.contiguous(begin, end - begin); });
   } else if (p.columns > 0) {
     parallel_for(p.rows, ceil_div(kElementsPerThread, p.columns), [&](int64_t begin, int64_t end) { pass.rows(begin, end); });

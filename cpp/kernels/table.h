@@ -293,6 +293,7 @@ struct PointwiseRun {
   DType residual_dtype = DType::kInt8;
   float residual_scale = 0.0f;
   int32_t residual_zero_point = 0;
+  bool multiplies = false;  // x by the residual; both are codes
   Function function;
   void* y;
   DType y_dtype;

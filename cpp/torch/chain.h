@@ -121,11 +121,11 @@ class ChainConstants {
   }
 
   void take(PointwiseParams* p) {
-    const bool adds = source_->op == ChainOp::kAdd;
-    const size_t zero = adds ? 2 : 1, out = adds ? 4 : 2;
+    const bool two = step_->inputs.size() == 2;
+    const size_t zero = two ? 2 : 1, out = two ? 4 : 2;
     p->x_scale = needed_scale("x_scale", 0);
     p->x_zero_point = kept_zero_point("x_zero_point", p->x_scale, zero, step_->inputs[0]);
-    if (adds) {
+    if (two) {
       p->residual.scale = needed_scale("b_scale", 1);
       p->residual.zero_point = kept_zero_point("b_zero_point", p->residual.scale, zero + 1, step_->inputs[1]);
     }

@@ -80,7 +80,7 @@ class ChainBuilder {
       for (size_t i = 0; i < chain_.sources.size(); ++i) {
         const ChainSource& source = chain_.sources[i];
         const bool elementwise = source.op == ChainOp::kQuantize || source.op == ChainOp::kDequantize ||
-                                 source.op == ChainOp::kAdd || source.op == ChainOp::kRequantize;
+                                 source.op == ChainOp::kAdd || source.op == ChainOp::kMul || source.op == ChainOp::kRequantize;
         bool rows = is_rows_[inputs + i] || source.op == ChainOp::kLinear;
         if (elementwise)
           for (int64_t from : source.inputs) rows = rows || is_rows_[static_cast<size_t>(from)];
@@ -140,6 +140,7 @@ class ChainBuilder {
       case ChainOp::kConv2d: return add_conv2d(source);
       case ChainOp::kLinear: return add_linear(source);
       case ChainOp::kAdd:
+      case ChainOp::kMul:
       case ChainOp::kRequantize: return add_pointwise(source);
       case ChainOp::kMaxPool2d: return add_max_pool(source);
       case ChainOp::kAvgPool2d:
@@ -320,14 +321,24 @@ class ChainBuilder {
   void add_pointwise(const ChainSource& source) {
     const char* op = source.name.c_str();
     const ChainValue x = value(source.inputs[0]);
-    const bool adds = source.op == ChainOp::kAdd;
+    const bool two = source.inputs.size() == 2, multiplies = source.op == ChainOp::kMul;
     expect_codes_of(op, source.inputs);
     const ScalarType to = chain_type(op, source.numbers[0]);
-    expect_scale_of(op, to, source.constants[adds ? 4 : 2]);
+    expect_scale_of(op, to, source.constants[two ? 4 : 2]);
     PointwiseParams p{.rows = 1, .columns = elements(x), .function = function_of(op, false, source.numbers[1])};
-    if (adds) {
+    if (two) {
       const ChainValue& b = value(source.inputs[1]);
-      QO_EXPECT(b.sizes == x.sizes, op, "values of one shape, got ", shape_text(x.sizes), " and ", shape_text(b.sizes));
+      const bool per_channel = multiplies && is_per_channel(x.sizes, b.sizes);
+      QO_EXPECT(per_channel || b.sizes == x.sizes, op, "values of one shape", multiplies ? " or a second of (N, C, 1, 1)" : "",
+                ", got ", shape_text(x.sizes), " and ", shape_text(b.sizes));
+      QO_EXPECT(per_channel || b.channels_last == x.channels_last, op,
+                "values that both lie in channels_last or neither, got rows of a linear layer and an image");
+      const FactorRows rows = factor_rows(x.sizes, per_channel, x.channels_last);
+      p.rows = rows.rows;
+      p.columns = p.y_stride = rows.columns;
+      p.multiplies = multiplies;
+      p.shared_rows = rows.shared_rows;
+      p.factor_is_column = rows.is_column;
     }
     add(source, p, 0, x.sizes, to, x.channels_last);
   }
@@ -527,7 +538,7 @@ class ChainBuilder {
     if (auto* linear = std::get_if<Int8LinearParams>(params)) linear->M /= samples_;
     if (auto* elements = std::get_if<ChainElements>(params)) elements->n /= samples_;
     if (auto* flatten = std::get_if<ChainFlatten>(params)) flatten->images /= samples_;
-    if (auto* pointwise = std::get_if<PointwiseParams>(params)) pointwise->columns /= samples_;
+    if (auto* p = std::get_if<PointwiseParams>(params)) (p->shares_factor() ? p->rows : p->columns) /= samples_;
     if (auto* pool = std::get_if<MaxPoolParams>(params)) pool->shape.N /= samples_;
     if (auto* pool = std::get_if<AvgPoolParams>(params)) pool->shape.N /= samples_;
     if (auto* upsample = std::get_if<UpsampleParams>(params)) upsample->N /= samples_;

@@ -24,11 +24,12 @@ enum class ChainOp : int64_t {
   kUpsampleNearest2d,
   kFlatten,
   kDequantize,
+  kMul,
 };
 constexpr const char* kChainOps[] = {
     "quantize",           "conv2d",  "linear",    "add", "requantize", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
-    "upsample_nearest2d", "flatten", "dequantize"};
-constexpr int64_t kChainOpCount = 12, kChainVersion = 1;
+    "upsample_nearest2d", "flatten", "dequantize", "mul"};
+constexpr int64_t kChainOpCount = 13, kChainVersion = 1;
 constexpr int64_t kChainElement = int64_t{1} << 24;  // constants below it are whole tensors (`element` in program.py)
 constexpr const char* kChain = "int8_chain";
 
@@ -93,7 +94,8 @@ inline ChainCounts chain_counts(ChainOp op, int64_t inputs) {
     case ChainOp::kQuantize: return {1, 1, 2, 2};
     case ChainOp::kConv2d: return {1, 2, 10, 15};
     case ChainOp::kLinear: return {1, 2, 10, 4};
-    case ChainOp::kAdd: return {2, 2, 6, 2};
+    case ChainOp::kAdd:
+    case ChainOp::kMul: return {2, 2, 6, 2};
     case ChainOp::kRequantize: return {1, 1, 4, 2};
     case ChainOp::kMaxPool2d: return {1, 1, 0, 9};
     case ChainOp::kAvgPool2d: return {1, 1, 4, 10};

@@ -5,7 +5,7 @@
 //   *_affine                                affine.h
 //   int8_gemm, int8_linear                  linear.h
 //   int8_conv2d                             conv2d.h
-//   requantize, int8_add, int8_cat          pointwise.h
+//   requantize, int8_add, int8_mul, int8_cat   pointwise.h
 //   int8_*_pool2d, int8_upsample_nearest2d  pool.h
 //   int8_chain                              chain.h, chain_plan.h, chain_program.h; on the CPU only
 //   int8_attention                          attention.h
@@ -89,6 +89,9 @@ void define_operators(Library& m) {
       "int8_add(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero_point=None, Tensor? b_zero_point=None, *, "
       "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, int activation=0) -> Tensor");
   m.def(
+      "int8_mul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero_point=None, Tensor? b_zero_point=None, *, "
+      "Tensor? out_scale=None, Tensor? out_zero_point=None, ScalarType? out_dtype=None, int activation=0) -> Tensor");
+  m.def(
       "int8_cat(Tensor[] tensors, Tensor[] scales, Tensor[] zero_points, int dim=1, *, Tensor? out_scale=None, "
       "Tensor? out_zero_point=None, ScalarType? out_dtype=None) -> Tensor");
   m.def(
@@ -149,6 +152,7 @@ void implement_operators(Library& m) {
   QO_IMPLEMENT(m, int8_conv2d, Backend);
   QO_IMPLEMENT(m, requantize, Backend);
   QO_IMPLEMENT(m, int8_add, Backend);
+  QO_IMPLEMENT(m, int8_mul, Backend);
   QO_IMPLEMENT(m, int8_cat, Backend);
   QO_IMPLEMENT(m, int8_max_pool2d, Backend);
   QO_IMPLEMENT(m, int8_avg_pool2d, Backend);

@@ -1,4 +1,4 @@
-// requantize, int8_add and int8_cat for any device: checks, allocation, PointwiseParams. `Backend` supplies pointwise(op, params,
+// requantize, int8_add, int8_mul and int8_cat for any device: checks, allocation, PointwiseParams. `Backend` supplies pointwise(op, params,
 // x). The formula is in contract/ops.h. Read next: cpu/pointwise.cpp.
 #pragma once
 
@@ -162,6 +162,71 @@ Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
   p.out.y = y.mutable_data_ptr();
   Backend::pointwise(op, p, a);
   return y;
+}
+
+// How the elements of a, as they lie in memory, meet those of a factor of the same sizes, or (N, C, 1, 1) for an image.
+struct FactorRows {
+  int64_t rows, columns, shared_rows;
+  bool is_column;
+};
+inline FactorRows factor_rows(const Ints& a, bool per_channel, bool channels_last) {
+  int64_t elements = 1;
+  for (int64_t size : a) elements *= size;
+  if (!per_channel) return {1, elements, 1, false};
+  const int64_t pixels = a[2] * a[3];
+  if (channels_last) return {a[0] * pixels, a[1], std::max<int64_t>(pixels, 1), false};
+  return {a[0] * a[1], pixels, 1, true};
+}
+
+// Whether b has one element for each channel of the image a, and not more.
+inline bool is_per_channel(const Ints& a, const Ints& b) {
+  return a != b && a.size() == 4 && b == Ints{a[0], a[1], 1, 1};
+}
+
+template <class Backend>
+Tensor int8_mul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
+                const std::optional<Tensor>& a_zero_point, const std::optional<Tensor>& b_zero_point,
+                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point,
+                std::optional<ScalarType> out_dtype, int64_t activation) {
+  const char* op = "int8_mul";
+  expect_codes_dtype(op, "a", a);
+  expect_codes_dtype(op, "b", b);
+  expect_device(op, "b", b, a);
+  const Ints sizes = sizes_of(a);
+  const bool per_channel = is_per_channel(sizes, sizes_of(b));
+  QO_EXPECT(per_channel || sizes_of(b) == sizes, op, "b.shape == a.shape, or (N, C, 1, 1) with a of (N, C, H, W), got a of ",
+            shape_text(a), " and b of ", shape_text(b), ". Expand the smaller one.");
+  expect_elements(op, "a", a.sizes());
+  Holder holder;
+  ScalarType type;
+  PointwiseParams p{
+      .x_dtype = to_dtype(a.scalar_type()),
+      .x_scale = scale_of_codes(op, "a_scale", a_scale, a, &holder),
+      .x_zero_point = zero_point_of_codes<Backend>(op, "a_zero_point", a_zero_point, a.scalar_type(), a, &holder),
+      .residual = {.dtype = to_dtype(b.scalar_type()),
+                   .scale = scale_of_codes(op, "b_scale", b_scale, a, &holder),
+                   .zero_point = zero_point_of_codes<Backend>(op, "b_zero_point", b_zero_point, b.scalar_type(), a, &holder)},
+      .function = function_of(op, false, activation),
+      .out = result_params<Backend>(op, a, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
+      .multiplies = true};
+  const Tensor y = dense_like(a, type);
+  const bool channels_last = !y.is_contiguous() && sizes.size() == 4 && is_dense(y, true);
+  const bool rows_of_pixels = !per_channel || channels_last || y.is_contiguous();
+  Tensor in_rows = rows_of_pixels ? y : empty(sizes, type, a);
+  const Tensor a_source = in_order_of(in_rows, a), b_source = per_channel ? as_contiguous(b) : in_order_of(in_rows, b);
+  const FactorRows rows = factor_rows(sizes, per_channel, channels_last);
+  p.rows = rows.rows;
+  p.columns = p.y_stride = rows.columns;
+  p.shared_rows = rows.shared_rows;
+  p.factor_is_column = rows.is_column;
+  p.x = a_source.const_data_ptr();
+  p.residual.r = b_source.const_data_ptr();
+  p.out.y = in_rows.mutable_data_ptr();
+  Backend::pointwise(op, p, a);
+  if (rows_of_pixels) return y;
+  Tensor result = y;
+  torch::stable::copy_(result, in_rows);
+  return result;
 }
 
 // The memory of a dense tensor of these sizes as rows, of which those of several tensors stand side by side in their concatenation

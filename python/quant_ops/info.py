@@ -21,6 +21,7 @@ _ENTRIES = {
     "int8_chain": ("gemm", "gemm_few_rows", "depthwise", "quantize", "dequantize", "pointwise", "max_pool", "sum_pool"),
     "requantize": ("pointwise",),
     "int8_add": ("pointwise",),
+    "int8_mul": ("pointwise",),
     "int8_cat": ("pointwise",),
     "int8_max_pool2d": ("max_pool",),
     "int8_avg_pool2d": ("sum_pool", "pointwise"),

@@ -109,15 +109,19 @@ QO_INLINE void apply_function(Vectors<K>* x) {
   } else if constexpr (kFunction == Function::kHardswish) {
     x->each([&](auto a, auto)
                 QO_LAMBDA { return Simd::div(Simd::mul(a, Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f))))), six); });
+  } else if constexpr (kFunction == Function::kHardsigmoid) {
+    x->each([&](auto a, auto)
+                QO_LAMBDA { return Simd::div(Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f)))), six); });
   } else if constexpr (kFunction == Function::kGelu) {
     gelu_of(x);
-  } else if constexpr (kFunction == Function::kSilu || kFunction == Function::kGeluTanh) {
+  } else if constexpr (kFunction == Function::kSilu || kFunction == Function::kGeluTanh || kFunction == Function::kSigmoid) {
     Vectors<K> minus_z = *x;
     if constexpr (kFunction == Function::kGeluTanh)
       minus_z.each([](auto a, auto) QO_LAMBDA {
         return Simd::mul(a, Simd::fma(Simd::mul(a, a), Simd::set(kGeluTanhCubic), Simd::set(kGeluTanhLinear)));
       });
     minus_z.each([](auto z, auto) QO_LAMBDA { return negative(z); });
+    if constexpr (kFunction == Function::kSigmoid) x->each([](auto, auto) QO_LAMBDA { return Simd::set(1.0f); });
     logistic(x, minus_z);
   }
 }
@@ -140,6 +144,8 @@ QO_INLINE void with_function(Function function, const F& f) {
     case Function::kSilu: return f(std::integral_constant<Function, Function::kSilu>{});
     case Function::kGelu: return f(std::integral_constant<Function, Function::kGelu>{});
     case Function::kGeluTanh: return f(std::integral_constant<Function, Function::kGeluTanh>{});
+    case Function::kSigmoid: return f(std::integral_constant<Function, Function::kSigmoid>{});
+    case Function::kHardsigmoid: return f(std::integral_constant<Function, Function::kHardsigmoid>{});
   }
 }
 

@@ -1,4 +1,4 @@
-// What follows a product, on its own: x to float32, plus the residual, the function, and the conversion to the result's dtype
+// What follows a product, on its own: x to float32, plus or times the residual, the function, and the conversion to the result's dtype
 // (PointwiseParams in ops.h). Codes to codes without a function, or with a ReLU, stay in registers; everything else goes through a
 // buffer in the first cache, one step after the other.
 #pragma once
@@ -45,28 +45,40 @@ struct ResultCodes {
 // `slack` away from what the formula rounds: with A = |x_step| + |r_step| the formula and this sum each round terms of at most 256
 // A and 256 A + 255 a few times, by 2^-24 of them. The offset contains the slack, so that t and t - 2 slack enclose the exact
 // value. If both round to the same code it is the formula's; else, about once in 60 times for 32 codes, the formula is computed.
+//
+// With a factor it is (x - x_zero_point) * (r - zero_point) * x_step + offset: the product of the two differences is exact and at
+// most 65025, and what the formula and this sum round is at most that many steps and 256.
 struct CodeSteps {
   float x_step, r_step, offset, slack;
   bool usable;  // the slack is small, and nothing overflows or is NaN
 
-  QO_INLINE CodeSteps(const PointwiseRun& p, float reciprocal)
-      : x_step(p.x_scale * reciprocal), r_step(p.residual != nullptr ? p.residual_scale * reciprocal : 0.0f) {
-    slack = 0x1p-24f * (3072.0f * (__builtin_fabsf(x_step) + __builtin_fabsf(r_step)) + 1280.0f);
+  QO_INLINE CodeSteps(const PointwiseRun& p, float reciprocal) {
+    if (p.multiplies) {
+      x_step = p.x_scale * p.residual_scale * reciprocal;
+      r_step = 0.0f;
+      slack = 0x1p-24f * (12.0f * 65025.0f * __builtin_fabsf(x_step) + 1280.0f);
+      offset = static_cast<float>(p.out_zero_point + double{slack});
+    } else {
+      x_step = p.x_scale * reciprocal;
+      r_step = p.residual != nullptr ? p.residual_scale * reciprocal : 0.0f;
+      slack = 0x1p-24f * (3072.0f * (__builtin_fabsf(x_step) + __builtin_fabsf(r_step)) + 1280.0f);
+      offset = static_cast<float>(p.out_zero_point + double{slack} - double{x_step} * p.x_zero_point -
+                                  double{r_step} * p.residual_zero_point);
+    }
     usable = slack < 0.125f;
-    offset = static_cast<float>(p.out_zero_point + double{slack} - double{x_step} * p.x_zero_point -
-                                double{r_step} * p.residual_zero_point);
   }
 };
 
-// R is void where there is no residual. The last elements, fewer than four vectors, pass through the stack.
-template <class X, class R, class Y>
+// R is void where there is no residual, which is added or (kMultiplies) multiplied. The last elements, fewer than four vectors, pass
+// through the stack.
+template <class X, class R, class Y, bool kMultiplies>
 class CodesToCodes {
  public:
   using F = typename Simd::F;
   using I = typename Simd::I;
   static constexpr int64_t N = Simd::N, kBlock = 4 * N;
-  static constexpr bool kAdds = !std::is_void_v<R>;
-  using Residual = std::conditional_t<kAdds, R, int8_t>;
+  static constexpr bool kHasResidual = !std::is_void_v<R>;
+  using Residual = std::conditional_t<kHasResidual, R, int8_t>;
 
   QO_INLINE CodesToCodes(const PointwiseRun& p, const ResultCodes& codes) : p_(p), codes_(codes), of_(p, codes.reciprocal) {}
 
@@ -76,31 +88,38 @@ class CodesToCodes {
     Y* const y = static_cast<Y*>(p_.y);
     const F x_step = Simd::set(of_.x_step), r_step = Simd::set(of_.r_step), offset = Simd::set(of_.offset);
     const F width = Simd::set(2.0f * of_.slack);
+    const I x_zero = Simd::set_int(p_.x_zero_point), r_zero = Simd::set_int(p_.residual_zero_point);
     const I least = Simd::set_bytes(codes_.run.qmin), most = Simd::set_bytes(codes_.run.qmax);
-    const auto block = [&](const X* from, const Residual* added, Y* to) QO_LAMBDA {
+    const auto block = [&](const X* from, const Residual* second, Y* to) QO_LAMBDA {
       I q[4], below[4];
       unroll<4>([&](auto v) QO_LAMBDA {
+        const I code = Simd::load_int(from + v.value * N);
         F t = offset;
-        if constexpr (kAdds) t = Simd::fma(Simd::to_float(Simd::load_int(added + v.value * N)), r_step, t);
-        t = Simd::fma(Simd::to_float(Simd::load_int(from + v.value * N)), x_step, t);
+        if constexpr (kMultiplies) {
+          const F factor = Simd::to_float(Simd::sub(Simd::load_int(second + v.value * N), r_zero));
+          t = Simd::fma(Simd::mul(Simd::to_float(Simd::sub(code, x_zero)), factor), x_step, t);
+        } else {
+          if constexpr (kHasResidual) t = Simd::fma(Simd::to_float(Simd::load_int(second + v.value * N)), r_step, t);
+          t = Simd::fma(Simd::to_float(code), x_step, t);
+        }
         q[v.value] = Simd::to_int(t);
         below[v.value] = Simd::to_int(Simd::sub(t, width));
       });
       const I found = Simd::template pack_lanes<Y>(q[0], q[1], q[2], q[3]);
       if (__builtin_expect(!of_.usable || Simd::differ(found, Simd::template pack_lanes<Y>(below[0], below[1], below[2], below[3])),
                            0))
-        return by_formula(from, added, to);
+        return by_formula(from, second, to);
       Simd::store_codes(to, Simd::min_bytes(Simd::max_bytes(Simd::order_lanes(found), least, Y{}), most, Y{}));
     };
     int64_t i = 0;
-    for (; i + kBlock <= p_.n; i += kBlock) block(x + i, kAdds ? r + i : nullptr, y + i);
+    for (; i + kBlock <= p_.n; i += kBlock) block(x + i, kHasResidual ? r + i : nullptr, y + i);
     if (i == p_.n) return;
     X x_part[kBlock] = {};
     Residual r_part[kBlock] = {};
     Y y_part[kBlock];
     const size_t rest = static_cast<size_t>(p_.n - i);
     __builtin_memcpy(x_part, x + i, rest);
-    if constexpr (kAdds) __builtin_memcpy(r_part, r + i, rest);
+    if constexpr (kHasResidual) __builtin_memcpy(r_part, r + i, rest);
     block(x_part, r_part, y_part);
     __builtin_memcpy(y + i, y_part, rest);
   }
@@ -112,9 +131,15 @@ class CodesToCodes {
     const I x_zero = Simd::set_int(p_.x_zero_point), r_zero = Simd::set_int(p_.residual_zero_point);
     I q[4];
     unroll<4>([&](auto v) QO_LAMBDA {
-      F value = Simd::mul(Simd::to_float(Simd::sub(Simd::load_int(x + v.value * N), x_zero)), Simd::set(p_.x_scale));
-      if constexpr (kAdds)
-        value = Simd::fma(Simd::to_float(Simd::sub(Simd::load_int(r + v.value * N), r_zero)), Simd::set(p_.residual_scale), value);
+      F value = Simd::to_float(Simd::sub(Simd::load_int(x + v.value * N), x_zero));
+      F second = value;
+      if constexpr (kHasResidual) second = Simd::to_float(Simd::sub(Simd::load_int(r + v.value * N), r_zero));
+      if constexpr (kMultiplies) {
+        value = Simd::mul(Simd::mul(value, second), Simd::set(p_.x_scale * p_.residual_scale));
+      } else {
+        value = Simd::mul(value, Simd::set(p_.x_scale));
+        if constexpr (kHasResidual) value = Simd::fma(second, Simd::set(p_.residual_scale), value);
+      }
       const F steps = Simd::nan_to_zero(Simd::round_even(Simd::div(value, policy.scale_of_row)));
       q[v.value] = Simd::add(Simd::to_int(policy.clamp(row, 0, steps)), policy.zero_of_row);
     });
@@ -141,8 +166,11 @@ QO_INLINE void with_value_type(DType dtype, const F& f) {
   }
 }
 
-// to[i] = x[i], or the value of a code, plus (kAdd) what is there. `to` has room for whole vectors.
-template <bool kAdd>
+enum class Taking { kFirst, kAdd, kMultiply };
+
+// to[i] = x[i], or the value of a code; plus what is there, or for codes (q - zero_point) times what is there, times the scale. `to`
+// has room for whole vectors.
+template <Taking kTaking>
 QO_INLINE void take_values(const void* from, DType dtype, int64_t first, int64_t n, float scale, int32_t zero_point, float* to) {
   constexpr int64_t N = Simd::N;
   const auto scales = Simd::set(scale);
@@ -153,10 +181,15 @@ QO_INLINE void take_values(const void* from, DType dtype, int64_t first, int64_t
     for (int64_t i = 0; i < n; i += N) {
       if constexpr (std::is_integral_v<X>) {
         const auto steps = Simd::to_float(Simd::sub(load_int_part(x + i, n - i), zero));
-        Simd::store(to + i, kAdd ? Simd::fma(steps, scales, Simd::load(to + i)) : Simd::mul(steps, scales));
+        if constexpr (kTaking == Taking::kAdd)
+          Simd::store(to + i, Simd::fma(steps, scales, Simd::load(to + i)));
+        else if constexpr (kTaking == Taking::kMultiply)
+          Simd::store(to + i, Simd::mul(Simd::mul(Simd::load(to + i), steps), scales));
+        else
+          Simd::store(to + i, Simd::mul(steps, scales));
       } else {
         const auto value = load_part(x + i, n - i);
-        Simd::store(to + i, kAdd ? Simd::add(Simd::load(to + i), value) : value);
+        Simd::store(to + i, kTaking == Taking::kAdd ? Simd::add(Simd::load(to + i), value) : value);
       }
     }
   });
@@ -186,9 +219,12 @@ __attribute__((noinline)) void step_by_step(const PointwiseRun& p, const ResultC
   float values[kChunk + Simd::N];
   for (int64_t first = 0; first < p.n; first += kChunk) {
     const int64_t n = p.n - first < kChunk ? p.n - first : kChunk;
-    take_values<false>(p.x, p.x_dtype, first, n, p.x_scale, p.x_zero_point, values);
-    if (p.residual != nullptr)
-      take_values<true>(p.residual, p.residual_dtype, first, n, p.residual_scale, p.residual_zero_point, values);
+    take_values<Taking::kFirst>(p.x, p.x_dtype, first, n, p.multiplies ? 1.0f : p.x_scale, p.x_zero_point, values);
+    if (p.multiplies)
+      take_values<Taking::kMultiply>(p.residual, p.residual_dtype, first, n, p.x_scale * p.residual_scale, p.residual_zero_point,
+                                     values);
+    else if (p.residual != nullptr)
+      take_values<Taking::kAdd>(p.residual, p.residual_dtype, first, n, p.residual_scale, p.residual_zero_point, values);
     apply_functions(p.function, values, n);
     put_values(p, first, n, values, codes);
   }
@@ -196,15 +232,22 @@ __attribute__((noinline)) void step_by_step(const PointwiseRun& p, const ResultC
 
 // ---- the entry ------------------------------------------------------------------------------------------------------
 
-template <class X, class R>
+template <class X, class R, bool kMultiplies>
 QO_INLINE void codes_to(const PointwiseRun& p, const ResultCodes& codes) {
-  p.y_dtype == DType::kInt8 ? CodesToCodes<X, R, int8_t>(p, codes).run() : CodesToCodes<X, R, uint8_t>(p, codes).run();
+  if (p.y_dtype == DType::kInt8) return CodesToCodes<X, R, int8_t, kMultiplies>(p, codes).run();
+  CodesToCodes<X, R, uint8_t, kMultiplies>(p, codes).run();
+}
+
+template <class X, bool kMultiplies>
+QO_INLINE void codes_with(const PointwiseRun& p, const ResultCodes& codes) {
+  if (p.residual_dtype == DType::kInt8) return codes_to<X, int8_t, kMultiplies>(p, codes);
+  codes_to<X, uint8_t, kMultiplies>(p, codes);
 }
 
 template <class X>
 QO_INLINE void codes_from(const PointwiseRun& p, const ResultCodes& codes) {
-  if (p.residual == nullptr) return codes_to<X, void>(p, codes);
-  p.residual_dtype == DType::kInt8 ? codes_to<X, int8_t>(p, codes) : codes_to<X, uint8_t>(p, codes);
+  if (p.residual == nullptr) return codes_to<X, void, false>(p, codes);
+  p.multiplies ? codes_with<X, true>(p, codes) : codes_with<X, false>(p, codes);
 }
 
 void pointwise(const PointwiseRun& p) {

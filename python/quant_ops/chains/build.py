@@ -252,10 +252,13 @@ class _Builder:
     def _linear(self, unit: Unit, out: Scale | None, dtype: int) -> int:
         return self._product(unit, out, unit.layer._weight_shape, dtype)
 
-    def _add(self, unit: Unit, out: Scale | None, dtype: int) -> int:
+    def _two(self, unit: Unit, out: Scale | None, dtype: int) -> int:
         (a, a_scale), (b, b_scale) = (self.read(node) for node in (unit.inputs[0], unit.inputs[-1]))
         (a_s, a_z), (b_s, b_z) = self.constants_of(a_scale), self.constants_of(b_scale)
-        return self.add("add", (a, b), (a_s, b_s, a_z, b_z, *self.constants_of(out)), (dtype, ACTIVATIONS.index(unit.activation)))
+        constants = (a_s, b_s, a_z, b_z, *self.constants_of(out))
+        return self.add(unit.kind, (a, b), constants, (dtype, ACTIVATIONS.index(unit.activation)))
+
+    _add = _mul = _two
 
     def _rescaled(self, op: str, unit: Unit, out: Scale | None, numbers: Sequence[int]) -> int:
         x, scale = self.read(unit.inputs[0])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -219,6 +220,7 @@ class Found:
 def find_units(target: Target) -> Found:
     """The steps of a graph. Operators without effect are taken out of it."""
     graph, modules = target.graph.graph, dict(target.graph.named_modules())
+    _name_gates(graph, modules)
     found = Found()
     for node in list(graph.nodes):
         if node.op not in ("call_module", "call_function", "call_method"):
@@ -228,6 +230,8 @@ def find_units(target: Target) -> Found:
             op = _writes_elsewhere(node, op, modules) or op
         if isinstance(op, Op) and op.kind == "batchnorm":
             op = _unfoldable(op, found.units, target.graph) or op
+        if isinstance(op, Op) and op.kind == "mul":
+            op = _float_factor(op, found.units) or op
         if isinstance(op, str):
             found.reasons[node] = op
         elif op.kind == "same" and node.target == "contiguous" and not _is_layout_unread(node, modules):
@@ -239,6 +243,30 @@ def find_units(target: Target) -> Found:
             _join(node, op, found.units)
     graph.eliminate_dead_code()
     return found
+
+
+_GATED = {"sigmoid": F.silu, "hardsigmoid": F.hardswish}
+
+
+def _name_gates(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Makes ``x * sigmoid(x)`` the SiLU that it is, and ``x * hardsigmoid(x)`` Hardswish."""
+    for node in list(graph.nodes):
+        product = recognize(node, modules) if node.op in ("call_function", "call_method") else ""
+        if not isinstance(product, Op) or product.kind != "mul" or product.in_place:
+            continue
+        for x, gate in (product.inputs, product.inputs[::-1]):
+            activation = recognize(gate, modules)
+            if not isinstance(activation, Op) or activation.kind != "activation" or activation.inputs != (x,):
+                continue
+            if activation.in_place or activation.numbers[0] not in _GATED or len(gate.users) > 1:
+                continue
+            with graph.inserting_before(node):
+                whole = graph.call_function(_GATED[activation.numbers[0]], (x,))
+            whole.meta.update(node.meta)
+            node.replace_all_uses_with(whole)
+            graph.erase_node(node)
+            graph.erase_node(gate)
+            break
 
 
 def _is_layout_unread(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -270,6 +298,9 @@ def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return bool(node.kwargs.get("inplace")) or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
+_TAKE_ACTIVATIONS = ("conv2d", "linear", "add", "mul")
+
+
 def _join(node: fx.Node, op: Op, units: dict[fx.Node, Unit]) -> None:
     """Makes a step of an operator, or makes it a part of the step before it."""
     before = units.get(op.inputs[0])
@@ -277,7 +308,7 @@ def _join(node: fx.Node, op: Op, units: dict[fx.Node, Unit]) -> None:
         assert before is not None
         before.batchnorm = op.layer
         _extend(before, node, units)
-    elif op.kind == "activation" and before is not None and before.kind in ("conv2d", "linear", "add") and _is_open(before):
+    elif op.kind == "activation" and before is not None and before.kind in _TAKE_ACTIVATIONS and _is_open(before):
         before.activation = op.numbers[0]
         _extend(before, node, units)
     elif op.kind == "activation":
@@ -330,6 +361,12 @@ def _unfoldable(op: Op, units: Mapping[fx.Node, Unit], graph: fx.GraphModule) ->
     if sum(node.op == "call_module" and graph.get_submodule(str(node.target)) is before.layer for node in graph.graph.nodes) > 1:
         return f"the layer before it, {before.path}, is called more than once"
     return None
+
+
+def _float_factor(op: Op, units: Mapping[fx.Node, Unit]) -> str | None:
+    """Why a product is left to float: an addition loses little by rounding one of its terms, a product as much as its other factor."""
+    outside = [node.name for node in op.inputs if node not in units]
+    return f"of its factors {', '.join(outside)} is computed in float" if outside else None
 
 
 # ---- regions -------------------------------------------------------------------------------------------------------------

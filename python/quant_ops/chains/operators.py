@@ -27,7 +27,7 @@ class Op:
     """What a node computes.
 
     Attributes:
-        kind: "conv2d", "linear", "activation", "add", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
+        kind: "conv2d", "linear", "activation", "add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
             "upsample_nearest2d", "flatten", "batchnorm", or "same" for what changes no value.
         inputs: the nodes of its tensors.
         numbers: its other arguments, as the steps of a program have them; of an activation its name.
@@ -219,6 +219,8 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
     nn.ReLU6: _activation("relu6"),
     nn.Hardswish: _activation("hardswish"),
     nn.SiLU: _activation("silu"),
+    nn.Sigmoid: _activation("sigmoid"),
+    nn.Hardsigmoid: _activation("hardsigmoid"),
     nn.GELU: lambda x, m: _gelu(x, m.approximate),
     nn.Hardtanh: lambda x, m: _hardtanh(x, m.min_val, m.max_val, m.inplace),
     nn.MaxPool2d: lambda x, m: _max_pool2d(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
@@ -238,7 +240,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
 
 
 def _of_function(node: fx.Node) -> Op:
-    name = node.target if isinstance(node.target, str) else _FUNCTIONS.get(node.target, "")
+    name = node.target if isinstance(node.target, str) else _FUNCTIONS.get(node.target) or _of_torchvision(node.target)
     if name not in _BY_NAME:
         shown = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
         raise _Unknown(f"{shown} has no int8 operator")
@@ -248,6 +250,12 @@ def _of_function(node: fx.Node) -> Op:
     if len(node.args) > len(parameters):
         raise _Unknown(f"{name} with these arguments has no int8 operator")
     return make(node, **dict(zip(parameters, node.args, strict=False)), **node.kwargs)
+
+
+def _of_torchvision(function: Any) -> str:
+    """Its functions are known by their names, so that the package need not be there."""
+    name = getattr(function, "__name__", "")
+    return name if name == "stochastic_depth" and function.__module__.startswith("torchvision.") else ""
 
 
 def _tensors(*values: Any) -> tuple[Any, ...]:
@@ -272,6 +280,21 @@ def _add(in_place: bool) -> Callable[..., Op]:
         if a.meta[EXAMPLE].shape != b.meta[EXAMPLE].shape:
             raise _Unknown("an addition that broadcasts has no int8 operator")
         return Op("add", (a, b), in_place=in_place)
+
+    return make
+
+
+def _mul(in_place: bool) -> Callable[..., Op]:
+    def make(node: fx.Node, input: Any, other: Any) -> Op:
+        a, b = _tensors(input, other)
+        shapes = tuple(tuple(factor.meta[EXAMPLE].shape) for factor in (a, b))
+        if len(shapes[0]) == 4 and shapes[0] == (*shapes[1][:2], 1, 1):  # the image comes first
+            if in_place and shapes[0] != shapes[1]:
+                raise _Unknown("a product in place that broadcasts its first factor has no int8 operator")
+            a, b = b, a
+        elif shapes[0] != shapes[1] and shapes[1] != (*shapes[0][:2], 1, 1):
+            raise _Unknown(f"of products only those of one shape, or of an image and its channels, have an int8 operator, got {shapes}")
+        return Op("mul", (a, b), in_place=in_place)
 
     return make
 
@@ -328,14 +351,20 @@ def _dropout(node: fx.Node, input: Any, p: float = 0.5, training: bool = True, i
     return Op("same", _tensors(input))
 
 
+def _stochastic_depth(node: fx.Node, input: Any, p: float, mode: str, training: bool = True) -> Op:
+    return _dropout(node, input, p, training)
+
+
 def _pool(make: Callable[..., Op]) -> Callable[..., Op]:
     return lambda _, input, **arguments: make(_tensors(input), **arguments)
 
 
 _X = ("input",)
+_FUNCTIONS_IN_PLACE = ("relu", "relu6", "hardswish", "silu", "hardsigmoid")  # that take an argument ``inplace``
 _POOL = ("input", "kernel_size", "stride", "padding")
 _BY_NAME: dict[str, tuple[Sequence[str], Callable[..., Op]]] = {
-    **{name: ((*_X, "inplace"), _function_activation(name)) for name in ("relu", "relu6", "hardswish", "silu")},
+    **{name: ((*_X, "inplace"), _function_activation(name)) for name in _FUNCTIONS_IN_PLACE},
+    "sigmoid": (_X, _function_activation("sigmoid")),
     "relu_": (_X, _function_activation("relu", in_place=True)),
     "gelu": ((*_X, "approximate"), lambda node, input, approximate="none": _gelu(_tensors(input), approximate)),
     "hardtanh": (
@@ -345,6 +374,8 @@ _BY_NAME: dict[str, tuple[Sequence[str], Callable[..., Op]]] = {
     "clamp": ((*_X, "min", "max"), _clamp),
     "add": ((*_X, "other"), _add(in_place=False)),
     "add_": ((*_X, "other"), _add(in_place=True)),
+    "mul": ((*_X, "other"), _mul(in_place=False)),
+    "mul_": ((*_X, "other"), _mul(in_place=True)),
     "max_pool2d": ((*_POOL, "dilation", "ceil_mode", "return_indices"), _pool(_max_pool2d)),
     "avg_pool2d": ((*_POOL, "ceil_mode", "count_include_pad", "divisor_override"), _pool(_avg_pool2d)),
     "adaptive_avg_pool2d": ((*_X, "output_size"), _pool(_adaptive_avg_pool2d)),
@@ -354,6 +385,7 @@ _BY_NAME: dict[str, tuple[Sequence[str], Callable[..., Op]]] = {
     "cat": (("tensors", "dim"), _cat),
     **dict.fromkeys(("reshape", "view"), ((), _reshape)),
     "dropout": ((*_X, "p", "training", "inplace"), _dropout),
+    "stochastic_depth": ((*_X, "p", "mode", "training"), _stochastic_depth),
     "contiguous": (_X, lambda node, input, memory_format=None: Op("same", _tensors(input))),
 }
 _FUNCTIONS: dict[Any, str] = {
@@ -362,11 +394,15 @@ _FUNCTIONS: dict[Any, str] = {
     F.relu6: "relu6",
     F.hardswish: "hardswish",
     F.silu: "silu",
+    **dict.fromkeys((torch.sigmoid, F.sigmoid), "sigmoid"),
+    F.hardsigmoid: "hardsigmoid",
     F.gelu: "gelu",
     F.hardtanh: "hardtanh",
     torch.clamp: "clamp",
     **dict.fromkeys((operator.add, torch.add), "add"),
     operator.iadd: "add_",
+    **dict.fromkeys((operator.mul, torch.mul, torch.multiply), "mul"),
+    operator.imul: "mul_",
     **dict.fromkeys((torch.max_pool2d, F.max_pool2d), "max_pool2d"),
     F.avg_pool2d: "avg_pool2d",
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",

@@ -217,7 +217,7 @@ class Int8Layer(QuantizedLayer):
             asymmetric: dynamic quantization with a zero point.
             output_scale, output_zero_point: int8 output for the next layer.
             relu: the same as ``activation="relu"``.
-            activation: fuse "relu", "relu6", "hardswish", "silu", "gelu" or "gelu_tanh".
+            activation: fuse "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid" or "hardsigmoid".
             input_multiplier: of a linear layer, ``(in_features,)``: the input is multiplied by it, in float32, before it is
                 quantized (SmoothQuant). The weight is taken as it is: whoever wants the same function has divided its columns by
                 the multiplier. That of a ScaledLinear is taken over.

@@ -214,7 +214,9 @@ def _activated(b: Builder, y: ir.Value, activation: str | None) -> ir.Value:
         return b.op("Mul", y, b.op("Sigmoid", y))
     if activation in ("gelu", "gelu_tanh"):
         return b.op("Gelu", y, approximate="none" if activation == "gelu" else "tanh")
-    return y if activation is None else b.op({"relu": "Relu", "hardswish": "HardSwish"}[activation], y)
+    if activation == "hardsigmoid":
+        return b.op("HardSigmoid", y, alpha=1 / 6, beta=0.5)
+    return y if activation is None else b.op({"relu": "Relu", "hardswish": "HardSwish", "sigmoid": "Sigmoid"}[activation], y)
 
 
 def _residual(b: Builder, options: dict[str, Any]) -> ir.Value | None:

@@ -15,6 +15,7 @@ from quant_ops.ops.codes import (
     int8_avg_pool2d,
     int8_cat,
     int8_max_pool2d,
+    int8_mul,
     int8_upsample_nearest2d,
     requantize,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_backward",
     "int8_max_pool2d",
+    "int8_mul",
     "int8_upsample_nearest2d",
     "norm_quantize_rows",
     "pack_weight",

@@ -206,6 +206,17 @@ def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     return _ops.int8_add(**named), 0
 
 
+@_register("int8_mul")
+def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
+    if _batched_besides(dims, named, "a", "b"):
+        return None
+    a, b = (_first(named[name], dims[name], size) for name in ("a", "b"))
+    if a.dim() != 5 or b.dim() != 5:
+        return _ops.int8_mul(**{**named, "a": a, "b": b}), 0
+    y = _ops.int8_mul(**{**named, "a": a.flatten(0, 1), "b": b.flatten(0, 1)})
+    return y.unflatten(0, a.shape[:2]), 0
+
+
 @_register("int8_cat")
 def _(size: int, dims: Dims, named: Arguments) -> tuple[Any, Any] | None:
     tensors, dim = named["tensors"], named["dim"]

@@ -38,7 +38,8 @@ def requantize(
         x_scale, x_zero_point: one element; the zero point is an integer, or floating (rounded).
         out_scale, out_zero_point: one element; the result is int8 (or ``out_dtype=torch.uint8``).
         out_dtype: float32 (the default without ``out_scale``), float16 or bfloat16.
-        activation: None, "relu", "relu6", "hardswish", "silu", "gelu" or "gelu_tanh", as in :func:`int8_linear`.
+        activation: None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid" or "hardsigmoid", as in
+            :func:`int8_linear`.
 
     Returns:
         x's shape and strides.
@@ -119,6 +120,62 @@ def _(checked: Tensor, a: Tensor, **_: Any) -> Tensor:
 
 
 inference_only("int8_add")
+
+
+# ---- int8_mul --------------------------------------------------------------------------------------------------------
+
+
+def int8_mul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero_point: Tensor | None = None,
+    b_zero_point: Tensor | None = None,
+    *,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The product of two tensors of codes, each with its own scale; b may have one element for each channel of an image.
+
+    ``y = (float(a - a_zero_point) * float(b - b_zero_point)) * (a_scale * b_scale)`` in float32, where the first product is exact;
+    then as :func:`requantize`. With one element a channel it is what a squeeze-and-excitation block (Hu et al. 2018, equation 4)
+    does to an image.
+
+    Args:
+        a: int8 or uint8, any shape.
+        b: int8 or uint8, of a's shape, or ``(N, C, 1, 1)`` if a is ``(N, C, H, W)``.
+        a_scale, b_scale, a_zero_point, b_zero_point: one element, as in :func:`requantize`, and so are the other arguments.
+
+    Returns:
+        a's shape and strides.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`requantize`; also shapes that are not as above.
+    """
+    return call(
+        _ops.int8_mul.default,
+        a,
+        b,
+        a_scale,
+        b_scale,
+        a_zero_point,
+        b_zero_point,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+        out_dtype=out_dtype,
+        activation=activation_number("int8_mul", activation),
+    )
+
+
+@fake_kernel("int8_mul")
+def _(checked: Tensor, a: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(a, dtype=checked.dtype)
+
+
+inference_only("int8_mul")
 
 
 # ---- int8_cat --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from quant_ops.ops._register import call, fake_kernel, inference_only
 _ops = torch.ops.quant_ops
 
 # In the order of their numbers, from 1 on (``Function`` of cpp/contract/functions.h).
-ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "hardsigmoid")
 
 
 def activation_number(op: str, activation: str | None) -> int:
@@ -107,8 +107,8 @@ def int8_linear(
             residual_scale, y)``; float32, float16 or bfloat16: ``y = y + residual``. One that does not lie in memory as the result
             does is copied.
         residual_scale, residual_zero_point: one element.
-        activation: "relu", "relu6", "hardswish", "silu", "gelu" or "gelu_tanh", a float32 function of y with the same bits on every
-            instruction set; ``cpp/contract/functions.h`` has their definitions and errors.
+        activation: "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid" or "hardsigmoid", a float32 function of y
+            with the same bits on every instruction set; ``cpp/contract/functions.h`` has their definitions and errors.
 
     Returns:
         ``(..., N)``. Row i of a batch equals row i alone, bit for bit, for any number of threads and instruction set.

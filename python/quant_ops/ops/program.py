@@ -22,7 +22,7 @@ from torch import Tensor
 DTYPES = (torch.int8, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 """An ``out_dtype`` is an index of it. int8 and uint8 go with an ``out_scale``, the others without."""
 
-ACTIVATIONS = (None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+ACTIVATIONS = (None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "hardsigmoid")
 """An ``activation`` is an index of it."""
 
 _VERSION = 1  # of the encoding
@@ -53,6 +53,11 @@ _PRODUCT = (
 _PRODUCT_OPTIONAL = ("residual", "packed_weight", "bias", *_PRODUCT[3:])
 _X = ("x_scale", "x_zero_point", *_OUT)
 _MAY_LACK = ("x_zero_point", *_OUT)
+_TWO = (
+    ("a_scale", "b_scale", "a_zero_point", "b_zero_point", *_OUT),
+    ("out_dtype", "activation"),
+    ("a_zero_point", "b_zero_point", *_OUT),
+)
 _WINDOW = ("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w")
 
 STEPS = {
@@ -70,13 +75,7 @@ STEPS = {
         _PRODUCT_OPTIONAL,
     ),
     "linear": Signature(2, ("x", "residual"), _PRODUCT, ("N", "K", "out_dtype", "activation"), _PRODUCT_OPTIONAL),
-    "add": Signature(
-        3,
-        ("a", "b"),
-        ("a_scale", "b_scale", "a_zero_point", "b_zero_point", *_OUT),
-        ("out_dtype", "activation"),
-        ("a_zero_point", "b_zero_point", *_OUT),
-    ),
+    "add": Signature(3, ("a", "b"), *_TWO),
     "requantize": Signature(4, ("x",), _X, ("out_dtype", "activation"), _MAY_LACK),
     "max_pool2d": Signature(5, ("x",), (), (*_WINDOW, "dilation_h", "dilation_w", "ceil_mode")),
     "avg_pool2d": Signature(
@@ -89,6 +88,7 @@ STEPS = {
     # from start_dim on to the last dimension, in the order of torch.flatten, in whichever memory format the value lies
     "flatten": Signature(10, ("x",), (), ("start_dim",)),
     "dequantize": Signature(11, ("x",), ("scale", "zero_point"), ("dtype",), ("zero_point",)),
+    "mul": Signature(12, ("a", "b"), *_TWO),  # b has a's shape, or (N, C, 1, 1) with an image a
 }
 _NAMES = {signature.code: name for name, signature in STEPS.items()}
 
@@ -316,10 +316,10 @@ def _linear(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
     return _operator("int8_linear")(*first, **keywords)
 
 
-def _add(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
+def _two(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
     a_scale, b_scale, a_zero_point, b_zero_point, out_scale, out_zero_point = constants
     out = _out({"out_scale": out_scale, "out_zero_point": out_zero_point}, step.numbers[0])
-    return _operator("int8_add")(*values, a_scale, b_scale, a_zero_point, b_zero_point, **out, activation=step.numbers[1])
+    return _operator(f"int8_{step.op}")(*values, a_scale, b_scale, a_zero_point, b_zero_point, **out, activation=step.numbers[1])
 
 
 def _rescaled(name: str, step: Step, values: list[Any], constants: list[Any], *arguments: Any, **keywords: Any) -> Tensor:
@@ -372,7 +372,8 @@ _RUN = {
     "quantize": _quantize,
     "conv2d": _conv2d,
     "linear": _linear,
-    "add": _add,
+    "add": _two,
+    "mul": _two,
     "requantize": _requantize,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,

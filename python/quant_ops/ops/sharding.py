@@ -314,6 +314,7 @@ _WAITING: dict[str, Callable[[dict[str, Any]], _Plan]] = {
     "weight_only_linear": _product("x", "weight", lambda x: range(x.dim() - 1), -1, lambda **_: False, _linear_shape),
     "requantize": _follow(lambda x, **_: range(x.dim()), lambda x, **_: [(x.shape, "x")]),
     "int8_add": _follow(lambda a, **_: range(a.dim()), lambda a, **_: [(a.shape, "a")]),
+    "int8_mul": _follow(lambda a, **_: range(a.dim()), lambda a, **_: [(a.shape, "a")]),
     "int8_cat": _gather(),
     "int8_max_pool2d": _follow(_planes, _pool_shape),
     "int8_avg_pool2d": _follow(_planes, _pool_shape),
