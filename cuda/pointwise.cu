@@ -1,6 +1,6 @@
-// What follows a product, on its own (PointwiseParams in ops.h): int8_add, int8_mul, requantize and int8_cat, and what int8_conv2d and
-// int8_linear do to float32 sums where their own epilogue cannot. A thread has four elements of a row, whose dtypes it looks at:
-// the pass is bounded by memory. The bits are those of cpp/kernels/generic/pointwise.h.
+// What follows a product, on its own (PointwiseParams in ops.h): int8_add, int8_mul, requantize and int8_cat, and what int8_conv2d
+// and int8_linear do to float32 sums where their own epilogue cannot. A thread has four elements of a row, whose dtypes it looks
+// at: the pass is bounded by memory. The bits are those of cpp/kernels/generic/pointwise.h.
 #include "contract/functions.h"
 
 #include "device/epilogue.cuh"

@@ -139,7 +139,8 @@ OPERATORS = [
     "quant_float_forward", "quant_float_backward", "quant_block_forward", "quant_block_backward", "choose_qparams_affine",
     "quantize_affine", "dequantize_affine", "int8_gemm", "int8_linear", "int8_conv2d", "int8_conv2d depthwise", "int8_attention",
     "pack_weight", "unpack_weight", "requantize", "int8_add", "int8_mul", "int8_max_pool2d", "int8_avg_pool2d",
-    "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d", "weight_only_linear", "weight_only_embedding", "pack_weight_only", "unpack_weight_only",
+    "int8_adaptive_avg_pool2d", "int8_upsample_nearest2d", "weight_only_linear", "weight_only_embedding", "pack_weight_only",
+    "unpack_weight_only",
 ]  # fmt: skip
 
 

@@ -219,7 +219,10 @@ class SqueezeExcitation(nn.Module):
 @pytest.mark.parametrize("image_first", [True, False])
 def test_squeeze_and_excitation(gate, image_first):
     network = Of(
-        lambda self, x: self.b(self.se(F.silu(self.a(x))).relu()), a=conv(3, 8), se=SqueezeExcitation(8, gate, image_first), b=conv(8, 4)
+        lambda self, x: self.b(self.se(F.silu(self.a(x))).relu()),
+        a=conv(3, 8),
+        se=SqueezeExcitation(8, gate, image_first),
+        b=conv(8, 4),
     )
     unchained, result = pair(network)
     assert steps(result) == [
@@ -283,6 +286,92 @@ def test_batchnorm_is_folded_into_codes():
     unchained, result = pair(network)
     assert steps(result) == ["a + batchnorm + relu", "b"]
     assert sqnr(unchained(images()[0]), result.model(images()[0])) > 40
+
+
+def test_batchnorm_before_an_activation():
+    """One that no convolution can take in, as DenseNet's, is a depthwise convolution of one pixel."""
+    network = Of(
+        lambda self, x: self.b(self.norm(torch.cat([self.a(x), F.max_pool2d(self.a(x), 3, 1, 1)], 1)).relu()),
+        a=conv(3, 4),
+        norm=nn.BatchNorm2d(8),
+        b=conv(8, 2),
+    )
+    network.norm.weight.data = torch.tensor([1.5, -0.5, 0.0, 1.0, 2.0, 0.1, -3.0, 1e-4])
+    network.norm.bias.data.uniform_(-0.3, 0.3)
+    network.norm.running_mean.add_(0.2)
+    network.norm.running_var.uniform_(0.2, 2)
+    unchained, result = pair(network)
+    assert steps(result) == ["a", "a", "max_pool2d (max_pool2d)", "cat (cat)", "norm + relu", "b"]
+    for x in images():
+        assert sqnr(unchained(x), result.model(x)) > 30
+    alone = pair(Of(lambda self, x: self.b(self.norm(x)), norm=nn.BatchNorm2d(3), b=conv(3, 2)))[1]
+    assert not alone.fused  # it reads no codes
+
+
+PARTS = {
+    "index": lambda y: (y[:, :6], y[:, -6:]),
+    "index of all": lambda y: (y[:, :6, :, :], y[:, 6:12, ...]),
+    "chunk": lambda y: y.chunk(2, 1),
+    "chunk, dim": lambda y: torch.chunk(y, 2, dim=1),
+    "split": lambda y: torch.split(y, 6, -3),
+    "split, sizes": lambda y: y.split([6, 6], dim=1),
+    "tensor_split": lambda y: torch.tensor_split(y, (6,), 1),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_the_channels(name):
+    """As in CSPNet and the C2f blocks of YOLO: one half goes through layers, and both are joined."""
+
+    def function(self, x):
+        left, right = PARTS[name](self.a(x).relu())
+        return self.c(torch.cat([left, self.b(right).relu()], 1))
+
+    unchained, result = pair(Of(function, a=conv(3, 12), b=conv(6, 6), c=conv(12, 4)))
+    kinds = sorted(step.rsplit(" ", 1)[-1] if "(" in step else step for step in steps(result))
+    assert kinds == ["(cat)", "(slice)", "(slice)", "a + relu", "b + relu", "c"]
+    for x in images():
+        assert sqnr(unchained(x), result.model(x)) > 30
+
+
+def shuffled(self, y):
+    n, c, h, w = y.shape
+    return y.view(n, 3, c // 3, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+SHUFFLES = {
+    "views": shuffled,
+    "reshapes": lambda self, y: y.reshape(y.size(0), 3, -1, y.shape[2], y.shape[3]).transpose(2, 1).reshape(y.shape),
+    "function": lambda self, y: torch.channel_shuffle(y, 3),
+    "module": lambda self, y: self.shuffle(y),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffle(name):
+    function = lambda self, x: self.b(SHUFFLES[name](self, self.a(x).relu()))  # noqa: E731
+    unchained, result = pair(Of(function, a=conv(3, 12), b=conv(12, 4), shuffle=nn.ChannelShuffle(3)))
+    assert [step.rsplit(" ", 1)[-1] for step in steps(result)] == ["relu", "(channel_shuffle)", "b"]
+    for x in images():
+        assert torch.equal(unchained(x), result.model(x))
+
+
+def test_what_is_changed_in_place_keeps_its_bits():
+    """A slice shares memory with its tensor, and what is only changed in place is read by nobody."""
+
+    def function(self, x):
+        y = self.a(x).relu()
+        part = y[:, :4]
+        part.add_(1.0)
+        extra = y.amax()
+        extra.mul_(2.0)
+        return self.c(self.b(y).relu()), extra
+
+    unchained, result = pair(Of(function, a=conv(3, 8), b=conv(8, 8), c=conv(8, 3)))
+    assert steps(result) == ["a + relu"]
+    for x in images():
+        for got, expected in zip(result.model(x), unchained(x), strict=True):
+            assert torch.equal(got, expected)
 
 
 # ---- where chains end ----------------------------------------------------------------------------------------------------
@@ -491,14 +580,14 @@ def test_tensors_that_a_forward_makes():
 
 
 def test_a_layout_that_float_operators_need_stays():
-    """A shuffle of channels, as ShuffleNet's, whose view needs the contiguous tensor before it."""
+    """A view needs the contiguous tensor before it."""
 
-    def shuffled(m, x):
+    def swapped(m, x):
         y = m.b(F.relu(m.a(x)))
         n, c, h, w = y.shape
-        return m.c(y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)).contiguous()
+        return m.c(y.contiguous().view(n, 2, c // 2, h, w).flip(1).view(n, c, h, w)).contiguous()
 
-    unchained, result = pair(Of(shuffled, a=conv(3, 4), b=conv(4, 8), c=conv(8, 3)))
+    unchained, result = pair(Of(swapped, a=conv(3, 4), b=conv(4, 8), c=conv(8, 3)))
     assert steps(result) == ["a + relu", "b"]
     for layout in (torch.contiguous_format, torch.channels_last):
         x = images()[0].contiguous(memory_format=layout)

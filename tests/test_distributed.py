@@ -336,7 +336,7 @@ def test_dtensors_of_codes(tmp_path):
             "elements": (4, lambda x, s, z: qo.requantize(x, s, z, out_scale=s, activation="relu")),
             "sum": (4, lambda x, s, z: qo.int8_add(x, x, s, s, z, out_scale=s)),
             "product": (4, lambda x, s, z: qo.int8_mul(x, x, s, s, z, out_scale=s)),
-            "channels": (4, lambda x, s, z: qo.int8_mul(x, qo.int8_adaptive_avg_pool2d(x, s, z, 1, out_scale=s), s, s, out_scale=s)),
+            "channels": (4, lambda x, s, z: qo.int8_mul(x, qo.int8_adaptive_avg_pool2d(x, s, z, 1, out_scale=s), s, s)),
             "max": (2, lambda x, s, z: qo.int8_max_pool2d(x, 3, 2, 1, ceil_mode=True)),
             "average": (2, lambda x, s, z: qo.int8_avg_pool2d(x, s, z, 2, 1)),
             "adaptive": (2, lambda x, s, z: qo.int8_adaptive_avg_pool2d(x, s, z, (2, 3), out_scale=s)),

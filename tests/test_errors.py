@@ -486,7 +486,8 @@ add(_TWO, f"b.dtype in (int8, uint8), got float32. {FIRST}", TypeError, b=f32(2,
 add("int8_add", "a.shape == b.shape, got (2, 4) and (4,). Expand the smaller one.", b=i8(4))
 add(
     "int8_mul",
-    "b.shape == a.shape, or (N, C, 1, 1) with a of (N, C, H, W), got a of (2, 4, 3, 3) and b of (2, 1, 3, 3). Expand the smaller one.",
+    "b.shape == a.shape, or (N, C, 1, 1) with a of (N, C, H, W), got a of (2, 4, 3, 3) and b of (2, 1, 3, 3). "
+    "Expand the smaller one.",
     b=i8(2, 1, 3, 3),
 )
 add(_SCALED, f"x_scale.dtype in {FLOATING}, got int64", TypeError, x_scale=torch.tensor(1))

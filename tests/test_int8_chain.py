@@ -114,9 +114,12 @@ def blocks(dtype=INT8, activations=range(9)):
     gate = b.conv(mean, (48, 48, 1, 1), of[6], of[7], dtype, 7)
     most = b.step("mul", (most, gate), (of[5][0], of[7][0], of[5][1], of[7][1], *of[4]), (dtype, RELU))
     most = b.step("mul", (most, most), (of[4][0], of[4][0], of[4][1], of[4][1], *of[3]), (dtype, 0))
+    part = b.step("slice", (most,), (), (1, 5, 42))
+    turned = [b.step("channel_shuffle", (part,), (), (groups,)) for groups in (2, 3, 42)]
+    turned = b.step("slice", (b.step("slice", (turned[0],), (), (2, 1, 3)),), (), (3, 0, 3)), *turned[1:]
     flat = b.step("flatten", (mean,), (), (1,))
     v = b.linear(flat, (48, 48), of[6], of[6], dtype, 5, residual=(flat, of[6]))
-    return b.program(b.linear(v, (10, 48), of[6]), low, most, wide, floats), b.constants
+    return b.program(b.linear(v, (10, 48), of[6]), low, most, wide, floats, *turned), b.constants
 
 
 def check(program, inputs, constants):
@@ -159,7 +162,8 @@ def test_memory_formats():
     pooled = b.step("max_pool2d", (a,), (), (2, 3, 2, 3, 0, 0, 1, 1, 1))
     mean = b.step("avg_pool2d", (c,), (*of, None, None), (2, 2, 2, 2, 0, 0, 0, 1, 3, FLOAT32))
     up = b.step("upsample_nearest2d", (pooled,), (), (1, 3))
-    program = b.program(total, both, joined, mean, up, b.step("flatten", (up,), (), (2,)))
+    part = b.step("slice", (joined,), (), (0, 1, 2))
+    program = b.program(total, both, joined, mean, up, part, b.step("flatten", (up,), (), (2,)))
     x, y = torch.randn(2, 3, 5, 8, 6).unbind()
     check(program, [x, y], b.constants)
     check(program, [x[0], y[0]], b.constants)
@@ -355,6 +359,17 @@ def test_refused_steps():
         ),
         (r"step 1 \(flatten\): expected start_dim in \[0, 3\], got 4", [quantize, Step("flatten", (1,), (), (4,))]),
         (r"step 1 \(cat\): expected dim in \[-4, 3\], got 4", [quantize, Step("cat", (1, 1), (0, 0, 1, 1, 0, 1), (4, 0))]),
+        (r"step 1 \(slice\): expected dim in \[0, 3\], got 4", [quantize, Step("slice", (1,), (), (4, 0, 1))]),
+        (r"step 1 \(slice\): expected start and length in .* of 3, got 2 and 2", [quantize, Step("slice", (1,), (), (1, 2, 2))]),
+        (r"step 0 \(slice\): expected int8 or uint8 codes, got float32", [Step("slice", (0,), (), (1, 0, 1))]),
+        (
+            r"step 1 \(channel_shuffle\): expected groups that divide 3 .*, got 2",
+            [quantize, Step("channel_shuffle", (1,), (), (2,))],
+        ),
+        (
+            r"step 2 \(mul\): expected values of one shape or a second of \(N, C, 1, 1\), got \(1, 3, 4, 4\) and \(1, 1, 4, 4\)",
+            [quantize, Step("slice", (1,), (), (1, 0, 1)), Step("mul", (1, 2), (0, 0, 1, 1, 0, 1), (0, 0))],
+        ),
         (
             r"step 1 \(max_pool2d\): expected padding of at most half",
             [quantize, Step("max_pool2d", (1,), (), (2, 2, 2, 2, 2, 0, 1, 1, 0))],

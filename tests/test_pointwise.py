@@ -104,12 +104,29 @@ def test_mul(isa, dtype):
 @pytest.mark.parametrize("dtype", CODES)
 def test_mul_by_a_factor_of_each_channel(isa, dtype):
     """Rows that are laid out several at a time, one by one, and longer than what is laid out; images of one pixel or channel."""
-    shapes = [(2, 5, 3, 7), (3, 40, 9, 11), (1, 96, 1, 1), (2, 1, 4, 5), (1, 5000, 2, 2), (2, 3, 41, 50), (2, 8, 0, 3), (0, 4, 2, 2)]
+    shapes = [
+        (2, 5, 3, 7),
+        (3, 40, 9, 11),
+        (1, 96, 1, 1),
+        (2, 1, 4, 5),
+        (1, 5000, 2, 2),
+        (2, 3, 41, 50),
+        (2, 8, 0, 3),
+        (0, 4, 2, 2),
+    ]
     for shape, other, out in itertools.product(shapes, CODES, [*CODES, torch.float32]):
-        a, b, sa, sb, options = codes(*shape, dtype=dtype), codes(*shape[:2], 1, 1, dtype=other), scales(), scales(), out_options(out)
+        a, b, sa, sb, options = (
+            codes(*shape, dtype=dtype),
+            codes(*shape[:2], 1, 1, dtype=other),
+            scales(),
+            scales(),
+            out_options(out),
+        )
         za, zb = zero_point(dtype), zero_point(other)
         expected = expected_of(product(a, b, sa, sb, za, zb), options)
-        for image, factor in itertools.product(views_of(a), [b, b.contiguous(memory_format=torch.channels_last), b.flip(1).flip(1)]):
+        for image, factor in itertools.product(
+            views_of(a), [b, b.contiguous(memory_format=torch.channels_last), b.flip(1).flip(1)]
+        ):
             y = qo.int8_mul(image, factor, sa, sb, za, zb, **options)
             assert reference.same_bits(y, expected), (shape, other, out)
             assert y.numel() == 0 or y.stride() == torch.empty_like(image).stride()

@@ -14,19 +14,21 @@ from benchmarks.common import shapes
 from benchmarks.operators.cases import cases
 
 ONE = torch.tensor(1.0)
+
+
+def _scaled(x):
+    return (x * x[:, :, :1, :1] / 128).round().clamp(-128, 127)
+
+
 OPERATORS = {  # ours on codes, torch's on floats, images read
     "requantize": (lambda q: qo.requantize(q, ONE, out_scale=ONE * 2), lambda x: (x / 2).round(), 1),
     "add": (lambda q: qo.int8_add(q, q, ONE, ONE, out_scale=ONE * 4), lambda x: ((x + x) / 4).round(), 2),
-    "channels": (lambda q: qo.int8_mul(q, q[:, :, :1, :1], ONE, ONE / 128, out_scale=ONE), lambda x: _scaled(x), 1),
+    "channels": (lambda q: qo.int8_mul(q, q[:, :, :1, :1], ONE, ONE / 128, out_scale=ONE), _scaled, 1),
     "cat": (lambda q: qo.int8_cat([q, q], [ONE, ONE], [], out_scale=ONE), lambda x: torch.cat([x, x], 1), 2),
     "max_pool": (lambda q: qo.int8_max_pool2d(q, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), 1),
     "adaptive": (lambda q: qo.int8_adaptive_avg_pool2d(q, ONE, None, 1), lambda x: F.adaptive_avg_pool2d(x, 1), 1),
     "upsample": (lambda q: qo.int8_upsample_nearest2d(q, 2), lambda x: F.interpolate(x, scale_factor=2.0), 1),
 }
-
-
-def _scaled(x):
-    return (x * x[:, :, :1, :1] / 128).round().clamp(-128, 127)
 
 
 @functools.lru_cache(maxsize=1)

@@ -367,12 +367,12 @@ struct ResultParams {
   const int32_t* zero_point;  // likewise; null: 0
 };
 
-// int8_add, int8_mul, requantize and int8_cat: y = float(x - x_zero_point) * x_scale for codes x, float(x) for a floating x; then the
-// residual, the function and the conversion. x and the residual are [rows][columns] without gaps.
+// int8_add, int8_mul, requantize and int8_cat: y = float(x - x_zero_point) * x_scale for codes x, float(x) for a floating x; then
+// the residual, the function and the conversion. x and the residual are [rows][columns] without gaps.
 //
-// Of int8_mul the residual is a factor, and both are codes: y = (float(x - x_zero_point) * float(r - zero_point)) * (x_scale * scale).
-// `shared_rows` rows of x in succession are multiplied by the same row of the factor, which with `factor_is_column` has one element
-// for all columns.
+// Of int8_mul the residual is a factor, and both are codes: y = (float(x - x_zero_point) * float(r - zero_point)) * (x_scale *
+// scale). `shared_rows` rows of x in succession are multiplied by the same row of the factor, which with `factor_is_column` has one
+// element for all columns.
 struct PointwiseParams {
   int64_t rows, columns;
   const void* x;

@@ -8,6 +8,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/staging.h"
 #include "kernels/log.h"
 
 namespace quant_ops {
@@ -24,6 +25,7 @@ Overloaded(F...) -> Overloaded<F...>;
 
 constexpr int64_t kOwnBytes =
     int64_t{256} << 10;  // of the values of the samples that a worker has at one time: half of an L2 cache
+constexpr int64_t kBytesPerThread = int64_t{1} << 16;  // of codes that are copied
 
 // ---- parameters of several samples ----------------------------------------------------------------------------------
 
@@ -221,6 +223,8 @@ class ChainRun {
                    [&](const MaxPoolParams& p) { run_max_pool(p, samples, memory); },
                    [&](const AvgPoolParams& p) { run_avg_pool(p, samples, memory); },
                    [&](const UpsampleParams& p) { run_upsample(p, samples, memory); },
+                   [&](const ChainSlice& p) { run_slice(p, samples, memory); },
+                   [&](const ChainShuffle& p) { run_shuffle(p, samples, memory); },
                    [&](const ChainCat& p) {
                      char* y = static_cast<char*>(memory.y);
                      for (size_t part = 0; part < p.parts.size(); ++part)
@@ -326,6 +330,35 @@ class ChainRun {
     for (int64_t n = 0; n < p.images * samples; ++n)
       transpose_bytes(p.element_bytes, static_cast<const char*>(memory.x) + n * image, p.channels, p.pixels, p.channels,
                       static_cast<char*>(memory.y) + n * image, p.pixels);
+  }
+
+  static void run_slice(const ChainSlice& p, int64_t samples, const Memory& memory) {
+    const char* const x = static_cast<const char*>(memory.x) + p.first;
+    char* const y = static_cast<char*>(memory.y);
+    parallel_for(p.rows * samples, ceil_div(kBytesPerThread, p.bytes), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) copy_bytes(y + row * p.bytes, x + row * p.row_bytes, p.bytes);
+    });
+  }
+
+  static void run_shuffle(const ChainShuffle& p, int64_t samples, const Memory& memory) {
+    const int64_t bytes = p.groups * p.per_group * p.inner;
+    parallel_for(p.outer * samples, ceil_div(kBytesPerThread, bytes), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin * bytes; at < end * bytes; at += bytes)
+        shuffle(p, static_cast<const char*>(memory.x) + at, static_cast<char*>(memory.y) + at);
+    });
+  }
+
+  static void shuffle(const ChainShuffle& p, const char* x, char* y) {
+    const int64_t half = p.per_group;
+    if (p.inner == 1 && p.groups == 2) {  // which the compiler makes vectors of
+      for (int64_t j = 0; j < half; ++j) {
+        y[2 * j] = x[j];
+        y[2 * j + 1] = x[half + j];
+      }
+      return;
+    }
+    for (int64_t j = 0; j < p.per_group; ++j)
+      for (int64_t i = 0; i < p.groups; ++i, y += p.inner) copy_bytes(y, x + (i * p.per_group + j) * p.inner, p.inner);
   }
 
   // Of the samples from this one on; what a worker has of its own starts with it.

@@ -44,6 +44,16 @@ struct ChainFlatten {
   int64_t images, pixels, channels, element_bytes;
 };
 
+// Of [rows][row_bytes] the bytes [first, first + bytes) of every row.
+struct ChainSlice {
+  int64_t rows, row_bytes, first, bytes;
+};
+
+// [outer][groups][per_group][inner] to [outer][per_group][groups][inner], of bytes.
+struct ChainShuffle {
+  int64_t outer, groups, per_group, inner;
+};
+
 struct ChainStep {
   std::vector<int64_t> inputs;  // values
   int64_t output;
@@ -57,7 +67,7 @@ struct ChainCat {
 
 // Of one sample. Pointers to constants are those of a call; where a plan depends on whether one is there, it is not null.
 using ChainParams = std::variant<ChainElements, Int8Conv2dParams, Int8LinearParams, ChainFlatten, PointwiseParams, MaxPoolParams,
-                                 AvgPoolParams, ChainCat, UpsampleParams>;
+                                 AvgPoolParams, ChainCat, UpsampleParams, ChainSlice, ChainShuffle>;
 
 // What is chosen for a product with a number of samples and threads.
 using ProductPlan = std::variant<std::monostate, Conv2dPlan, DepthwisePlan, LinearPlan>;

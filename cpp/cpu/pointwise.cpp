@@ -1,4 +1,5 @@
-// int8_add, int8_mul, requantize and int8_cat on the CPU: one pass over rows (PointwiseParams in ops.h), by kernels/generic/pointwise.h.
+// int8_add, int8_mul, requantize and int8_cat on the CPU: one pass over rows (PointwiseParams in ops.h), by
+// kernels/generic/pointwise.h.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -72,8 +73,7 @@ class PointwiseRows {
     if (p_.factor_is_column) {
       for (int64_t row = begin; row < end; ++row) {
         std::memset(laid_out, factor[row / p_.shared_rows], static_cast<size_t>(std::min(columns, kFactors)));
-        for (int64_t at = 0; at < columns; at += kFactors)
-          multiply(row * columns + at, std::min(kFactors, columns - at), laid_out);
+        for (int64_t at = 0; at < columns; at += kFactors) multiply(row * columns + at, std::min(kFactors, columns - at), laid_out);
       }
       return;
     }

@@ -2,12 +2,14 @@
 // result at a time.
 //
 // Where channels are neighbours, a kernel takes all channels of a window at once, and of windows that lie inside the image a whole
-// row. Where columns are, the rows of a window become one first, by the same kernels, and then the columns.
+// row. Where columns are, the rows of a window become one first, by the same kernels, and then the columns; so do the largest of
+// few channels, which would not fill a vector.
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/staging.h"
 #include "kernels/log.h"
 #include "kernels/table.h"
 
@@ -15,6 +17,7 @@ namespace quant_ops {
 namespace {
 
 constexpr int64_t kTapsPerThread = int64_t{1} << 19;
+constexpr int64_t kFewChannels = 63;     // less than the longest vector of codes
 constexpr int64_t kSumsTogether = 4096;  // of neighbouring pixels, which are converted at one time
 
 struct Inside {
@@ -44,14 +47,20 @@ int64_t work_of(const PoolShape& s) {
 class MaxPool {
  public:
   explicit MaxPool(const MaxPoolParams& p)
-      : p_(p), s_(p.shape), channels_(p.shape.y_channels_last), inside_(inside_of(p.shape.w)), table_(kernels()) {}
+      : p_(p),
+        s_(p.shape),
+        channels_(p.shape.y_channels_last),
+        few_channels_(channels_ && s_.C <= kFewChannels && s_.x_stride[1] == 1 && s_.x_stride[3] == s_.C),
+        inside_(inside_of(p.shape.w)),
+        table_(kernels()) {}
 
-  // Of the scratch of one thread: the largest codes of columns.
-  int64_t line_bytes() const { return channels_ ? 0 : s_.w.size; }
+  // Of the scratch of one thread: the largest codes of columns, and of a few channels those of neighbouring columns too.
+  int64_t line_bytes() const { return few_channels_ ? 2 * s_.w.size * s_.C : channels_ ? 0 : s_.w.size; }
 
   // Row `row` of the result, counted over all samples, or over all channels of all samples.
   void row(int64_t row, uint8_t* line) const {
     const PoolWindow h = pool_window(s_.h, row % s_.h.out);
+    if (few_channels_ && h.taps > 0 && inside_.begin < inside_.end) return of_few_channels(row, h, line);
     channels_ ? of_channels(row, h) : of_columns(row, h, line);
   }
 
@@ -78,6 +87,39 @@ class MaxPool {
       run.y = y + ow * s_.C;
       if (h.taps * w.taps == 0)
         std::memset(run.y, least(), static_cast<size_t>(s_.C));
+      else
+        table_.max_pool(run);
+    }
+  }
+
+  void of_few_channels(int64_t row, const PoolWindow& h, uint8_t* line) const {
+    const int64_t C = s_.C, width = s_.w.size * C, tap = s_.w.dilation * C, sample = row / s_.h.out;
+    uint8_t* const y = static_cast<uint8_t*>(p_.y) + row * s_.w.out * C;
+    uint8_t* const windows = line + width;  // that of the window which begins at each column
+    MaxRun run = rows_of(h);
+    run.x = static_cast<const uint8_t*>(p_.x) + sample * s_.x_stride[0] + h.first * s_.x_stride[2];
+    run.n = width;
+    run.y = line;
+    table_.max_pool(run);
+    run.rows = 1;
+    run.tap = tap;
+    run.taps = s_.w.kernel;
+    run.x = line;
+    run.n = width - (s_.w.kernel - 1) * tap;
+    run.y = windows;
+    table_.max_pool(run);
+    run.n = C;
+    for (int64_t ow = 0; ow < s_.w.out; ++ow) {
+      if (ow >= inside_.begin && ow < inside_.end) {
+        copy_bytes(y + ow * C, windows + (ow * s_.w.stride - s_.w.pad) * C, C);
+        continue;
+      }
+      const PoolWindow w = pool_window(s_.w, ow);
+      run.taps = w.taps;
+      run.x = line + w.first * C;
+      run.y = y + ow * C;
+      if (w.taps == 0)
+        std::memset(run.y, least(), static_cast<size_t>(C));
       else
         table_.max_pool(run);
     }
@@ -120,7 +162,7 @@ class MaxPool {
 
   const MaxPoolParams& p_;
   const PoolShape& s_;
-  const bool channels_;
+  const bool channels_, few_channels_;
   const Inside inside_;
   const KernelTable& table_;
 };

@@ -191,11 +191,11 @@ int64_t multiply_function(const GemmTile& t, int64_t rows, int64_t width) {
   int64_t done = 0;
   with_function(o.extras->function, [&](auto function) QO_LAMBDA {
     if constexpr (function.value >= Function::kHardswish) {
-      using Values = FunctionOfVector<function.value>;
+      using Values = OneFunctionVector<function.value>;
       if (codes && whole)
-        done = multiply_halves<Code, FunctionSteps<function.value>, true, false>(t, rows, width);
+        done = multiply_halves<Code, OneFunctionSteps<function.value>, true, false>(t, rows, width);
       else if (codes)
-        done = multiply_halves<Code, FunctionSteps<function.value>, false, false>(t, rows, width);
+        done = multiply_halves<Code, OneFunctionSteps<function.value>, false, false>(t, rows, width);
       else if (floats && whole)
         done = multiply_halves<float, Values, true, false>(t, rows, width);
     }

@@ -89,6 +89,8 @@ class ChainConstants {
   }
 
   void take(ChainFlatten*) {}
+  void take(ChainSlice*) {}
+  void take(ChainShuffle*) {}
 
   void take(Int8Conv2dParams* p) { take_product(p->O, p); }
   void take(Int8LinearParams* p) { take_product(p->N, p); }

@@ -149,6 +149,8 @@ class ChainBuilder {
       case ChainOp::kUpsampleNearest2d: return add_upsample(source);
       case ChainOp::kFlatten: return add_flatten(source);
       case ChainOp::kDequantize: return add_dequantize(source);
+      case ChainOp::kSlice: return add_slice(source);
+      case ChainOp::kChannelShuffle: return add_channel_shuffle(source);
     }
   }
 
@@ -467,9 +469,44 @@ class ChainBuilder {
     add(source, cat, 0, sizes, to, first.channels_last);
   }
 
+  void add_slice(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const int64_t dims = static_cast<int64_t>(x.sizes.size()), dim = source.numbers[0], start = source.numbers[1],
+                  length = source.numbers[2];
+    expect_codes_of(op, source.inputs);
+    QO_EXPECT(dim >= 0 && dim < dims, op, "dim in [0, ", dims - 1, "], got ", dim);
+    Ints sizes = x.sizes;
+    int64_t& size = sizes[static_cast<size_t>(dim)];
+    QO_EXPECT(start >= 0 && length >= 1 && start <= size - length, op, "start and length in a dimension of ", size, ", got ", start,
+              " and ", length);
+    const CatRows rows = cat_rows(x.sizes, dim, x.channels_last);
+    const int64_t inner = rows.columns / size;
+    if (dim == 0) samples_ = 1;
+    size = length;
+    const ChainSlice p{.rows = rows.rows, .row_bytes = rows.columns, .first = start * inner, .bytes = length * inner};
+    add(source, p, 0, sizes, type(source.inputs[0]), x.channels_last);
+  }
+
+  void add_channel_shuffle(const ChainSource& source) {
+    const char* op = source.name.c_str();
+    const ChainValue x = value(source.inputs[0]);
+    const int64_t groups = source.numbers[0];
+    expect_codes_of(op, source.inputs);
+    QO_EXPECT(x.sizes.size() == 4, op, "a value (N, C, H, W), got ", shape_text(x.sizes));
+    QO_EXPECT(groups >= 1 && x.sizes[1] % groups == 0, op, "groups that divide ", x.sizes[1], " channels, got ", groups);
+    const int64_t pixels = x.sizes[2] * x.sizes[3], per_group = x.sizes[1] / groups;
+    const ChainShuffle p{.outer = x.sizes[0] * (x.channels_last ? pixels : 1),
+                         .groups = groups,
+                         .per_group = per_group,
+                         .inner = x.channels_last ? 1 : pixels};
+    add(source, p, 0, x.sizes, type(source.inputs[0]), x.channels_last);
+  }
+
   // Steps whose result has codes of the same scale and zero point as their input.
   static bool keeps_codes(ChainOp op) {
-    return op == ChainOp::kFlatten || op == ChainOp::kMaxPool2d || op == ChainOp::kUpsampleNearest2d;
+    return op == ChainOp::kFlatten || op == ChainOp::kMaxPool2d || op == ChainOp::kUpsampleNearest2d || op == ChainOp::kSlice ||
+           op == ChainOp::kChannelShuffle;
   }
 
   // Keeps int8 codes between steps as q + 128 where neither the caller nor a step that keeps codes of the caller's sees them.
@@ -542,6 +579,8 @@ class ChainBuilder {
     if (auto* pool = std::get_if<MaxPoolParams>(params)) pool->shape.N /= samples_;
     if (auto* pool = std::get_if<AvgPoolParams>(params)) pool->shape.N /= samples_;
     if (auto* upsample = std::get_if<UpsampleParams>(params)) upsample->N /= samples_;
+    if (auto* slice = std::get_if<ChainSlice>(params)) slice->rows /= samples_;
+    if (auto* shuffle = std::get_if<ChainShuffle>(params)) shuffle->outer /= samples_;
     if (auto* cat = std::get_if<ChainCat>(params))
       for (PointwiseParams& part : cat->parts) part.rows /= samples_;
   }

@@ -25,11 +25,25 @@ enum class ChainOp : int64_t {
   kFlatten,
   kDequantize,
   kMul,
+  kSlice,
+  kChannelShuffle,
 };
-constexpr const char* kChainOps[] = {
-    "quantize",           "conv2d",  "linear",    "add", "requantize", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
-    "upsample_nearest2d", "flatten", "dequantize", "mul"};
-constexpr int64_t kChainOpCount = 13, kChainVersion = 1;
+constexpr const char* kChainOps[] = {"quantize",
+                                     "conv2d",
+                                     "linear",
+                                     "add",
+                                     "requantize",
+                                     "max_pool2d",
+                                     "avg_pool2d",
+                                     "adaptive_avg_pool2d",
+                                     "cat",
+                                     "upsample_nearest2d",
+                                     "flatten",
+                                     "dequantize",
+                                     "mul",
+                                     "slice",
+                                     "channel_shuffle"};
+constexpr int64_t kChainOpCount = 15, kChainVersion = 1;
 constexpr int64_t kChainElement = int64_t{1} << 24;  // constants below it are whole tensors (`element` in program.py)
 constexpr const char* kChain = "int8_chain";
 
@@ -102,7 +116,9 @@ inline ChainCounts chain_counts(ChainOp op, int64_t inputs) {
     case ChainOp::kAdaptiveAvgPool2d: return {1, 1, 4, 3};
     case ChainOp::kCat: return {1, inputs, 2 * inputs + 2, 2};
     case ChainOp::kUpsampleNearest2d: return {1, 1, 0, 2};
-    case ChainOp::kFlatten: return {1, 1, 0, 1};
+    case ChainOp::kFlatten:
+    case ChainOp::kChannelShuffle: return {1, 1, 0, 1};
+    case ChainOp::kSlice: return {1, 1, 0, 3};
     default: return {1, 1, 2, 1};
   }
 }

@@ -115,8 +115,7 @@ struct ResultArgs {
 // The function that relu or activation asks for.
 inline Function function_of(const char* op, bool relu, int64_t activation) {
   QO_EXPECT(activation >= 0 && activation < kFunctions, op, "activation in [0, ", kFunctions - 1,
-            "]: 0 none, 1 relu, 2 relu6, 3 hardswish, 4 silu, 5 gelu, 6 gelu_tanh, 7 sigmoid, 8 hardsigmoid, got ",
-            activation);
+            "]: 0 none, 1 relu, 2 relu6, 3 hardswish, 4 silu, 5 gelu, 6 gelu_tanh, 7 sigmoid, 8 hardsigmoid, got ", activation);
   QO_EXPECT(!relu || activation == 0, op, "relu=True or an activation, got both. Leave relu out.");
   return relu ? Function::kRelu : static_cast<Function>(activation);
 }

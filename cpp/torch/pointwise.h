@@ -1,5 +1,5 @@
-// requantize, int8_add, int8_mul and int8_cat for any device: checks, allocation, PointwiseParams. `Backend` supplies pointwise(op, params,
-// x). The formula is in contract/ops.h. Read next: cpu/pointwise.cpp.
+// requantize, int8_add, int8_mul and int8_cat for any device: checks, allocation, PointwiseParams. `Backend` supplies pointwise(op,
+// params, x). The formula is in contract/ops.h. Read next: cpu/pointwise.cpp.
 #pragma once
 
 #include "torch/int8.h"
@@ -179,9 +179,7 @@ inline FactorRows factor_rows(const Ints& a, bool per_channel, bool channels_las
 }
 
 // Whether b has one element for each channel of the image a, and not more.
-inline bool is_per_channel(const Ints& a, const Ints& b) {
-  return a != b && a.size() == 4 && b == Ints{a[0], a[1], 1, 1};
-}
+inline bool is_per_channel(const Ints& a, const Ints& b) { return a != b && a.size() == 4 && b == Ints{a[0], a[1], 1, 1}; }
 
 template <class Backend>
 Tensor int8_mul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,

@@ -188,7 +188,7 @@ void depthwise(const DepthwiseRun& d) {
     if (d.out.extras != nullptr && d.out.residual == nullptr && dtype_bytes(d.out.dtype) == 1 &&
         d.out.extras->function >= Function::kHardswish)
       return with_function(d.out.extras->function, [&](auto function) QO_LAMBDA {
-        if constexpr (function.value >= Function::kHardswish) depthwise_typed<Taps, Code, FunctionSteps<function.value>>(d);
+        if constexpr (function.value >= Function::kHardswish) depthwise_typed<Taps, Code, OneFunctionSteps<function.value>>(d);
       });
   if (d.out.extras != nullptr) return depthwise_typed<Taps, float>(d);
   with_result_type(d.out.dtype, [&](auto* type) QO_LAMBDA { depthwise_typed<Taps, std::remove_pointer_t<decltype(type)>>(d); });

@@ -1,8 +1,8 @@
 // The epilogue of OutputParams (contract/ops.h), which every integer kernel ends with: y = (acc - row_zero * column_sum) * scale +
 // bias, a residual, a function, and the conversion to the output's type. finish_tile takes sums from registers, finish_sums from
 // memory. ReLU, and ReLU6 of codes, are a floor and a ceiling; a residual of codes that becomes codes is added on the way; four
-// vectors at a time pass through any other function (FunctionVector). A residual and a function, or a residual of another type, are
-// done to float32 values in memory, a pass for each step (finish_values).
+// vectors at a time pass through any other function (AnyFunctionVector). A residual and a function, or a residual of another type,
+// are done to float32 values in memory, a pass for each step (finish_values).
 #pragma once
 
 #include "kernels/generic/functions.h"
@@ -123,24 +123,24 @@ struct ResidualVector : Base {
   }
 };
 
-// A function of values; and the same in steps.
+// One function, known to the compiler, of values in a register; and the same in steps. AnyFunctionVector is for the others.
 template <Function kFunction>
-struct FunctionOfVector : ColumnVector<true> {
-  using Exact = FunctionOfVector;
+struct OneFunctionVector : ColumnVector<true> {
+  using Exact = OneFunctionVector;
 
-  FunctionOfVector() = default;
-  QO_INLINE FunctionOfVector(const TileOutput& o, int64_t column) : ColumnVector<true>(o, column) {}
+  OneFunctionVector() = default;
+  QO_INLINE OneFunctionVector(const TileOutput& o, int64_t column) : ColumnVector<true>(o, column) {}
   QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
     return apply_function<kFunction>(ColumnVector<true>::value(o, row, acc));
   }
 };
 template <Function kFunction>
-struct FunctionSteps : FunctionOfVector<kFunction> {
-  FunctionSteps() = default;
-  QO_INLINE FunctionSteps(const TileOutput& o, int64_t column)
-      : FunctionOfVector<kFunction>(o, column), reciprocal(Simd::set(o.codes.reciprocal)), offset(Simd::set(o.codes.offset())) {}
+struct OneFunctionSteps : OneFunctionVector<kFunction> {
+  OneFunctionSteps() = default;
+  QO_INLINE OneFunctionSteps(const TileOutput& o, int64_t column)
+      : OneFunctionVector<kFunction>(o, column), reciprocal(Simd::set(o.codes.reciprocal)), offset(Simd::set(o.codes.offset())) {}
   QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
-    return Simd::fma(FunctionOfVector<kFunction>::value(o, row, acc), reciprocal, offset);
+    return Simd::fma(OneFunctionVector<kFunction>::value(o, row, acc), reciprocal, offset);
   }
   typename Simd::F reciprocal, offset;
 };
@@ -164,16 +164,16 @@ struct FinishedSteps : FinishedVector {
   typename Simd::F reciprocal, bias;
 };
 
-// Sums whose values (`before`) a function is applied to, four vectors in memory at a time (finish_columns), before they are
-// Finished.
+// Sums whose values (`before`) a function that the run names is applied to, four vectors in memory at a time (finish_columns),
+// before they are Finished.
 template <bool kShared, class Finished>
-struct FunctionVector : Finished {
+struct AnyFunctionVector : Finished {
   using From = int32_t;
   static QO_INLINE typename Simd::I load(const int32_t* p) { return Simd::load_int(p); }
   ColumnVector<kShared> before;
 
-  FunctionVector() = default;
-  QO_INLINE FunctionVector(const TileOutput& o, int64_t column) : Finished(o, column), before(o, column) {}
+  AnyFunctionVector() = default;
+  QO_INLINE AnyFunctionVector(const TileOutput& o, int64_t column) : Finished(o, column), before(o, column) {}
 };
 
 // The codes of kRows rows of kVectors vectors by the formula, from row `row` and column `column` on; values[4][N], of which those
@@ -424,8 +424,8 @@ QO_INLINE void finish_functions(const TileOutput& o, const int32_t* sums, int64_
     using Y = std::remove_pointer_t<decltype(type)>;
     using Finished = std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>;
     if constexpr (!std::is_same_v<Y, int32_t>)
-      o.shared ? finish_typed<Y, FunctionVector<true, Finished>>(o, sums, rows, stride)
-               : finish_typed<Y, FunctionVector<false, Finished>>(o, sums, rows, stride);
+      o.shared ? finish_typed<Y, AnyFunctionVector<true, Finished>>(o, sums, rows, stride)
+               : finish_typed<Y, AnyFunctionVector<false, Finished>>(o, sums, rows, stride);
   });
 }
 

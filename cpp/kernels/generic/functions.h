@@ -110,8 +110,7 @@ QO_INLINE void apply_function(Vectors<K>* x) {
     x->each([&](auto a, auto)
                 QO_LAMBDA { return Simd::div(Simd::mul(a, Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f))))), six); });
   } else if constexpr (kFunction == Function::kHardsigmoid) {
-    x->each([&](auto a, auto)
-                QO_LAMBDA { return Simd::div(Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f)))), six); });
+    x->each([&](auto a, auto) QO_LAMBDA { return Simd::div(Simd::min(six, Simd::max(zero, Simd::add(a, Simd::set(3.0f)))), six); });
   } else if constexpr (kFunction == Function::kGelu) {
     gelu_of(x);
   } else if constexpr (kFunction == Function::kSilu || kFunction == Function::kGeluTanh || kFunction == Function::kSigmoid) {

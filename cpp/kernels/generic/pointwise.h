@@ -1,6 +1,6 @@
-// What follows a product, on its own: x to float32, plus or times the residual, the function, and the conversion to the result's dtype
-// (PointwiseParams in ops.h). Codes to codes without a function, or with a ReLU, stay in registers; everything else goes through a
-// buffer in the first cache, one step after the other.
+// What follows a product, on its own: x to float32, plus or times the residual, the function, and the conversion to the result's
+// dtype (PointwiseParams in ops.h). Codes to codes without a function, or with a ReLU, stay in registers; everything else goes
+// through a buffer in the first cache, one step after the other.
 #pragma once
 
 #include "kernels/generic/functions.h"
@@ -69,8 +69,8 @@ struct CodeSteps {
   }
 };
 
-// R is void where there is no residual, which is added or (kMultiplies) multiplied. The last elements, fewer than four vectors, pass
-// through the stack.
+// R is void where there is no residual, which is added or (kMultiplies) multiplied. The last elements, fewer than four vectors,
+// pass through the stack.
 template <class X, class R, class Y, bool kMultiplies>
 class CodesToCodes {
  public:
@@ -168,8 +168,8 @@ QO_INLINE void with_value_type(DType dtype, const F& f) {
 
 enum class Taking { kFirst, kAdd, kMultiply };
 
-// to[i] = x[i], or the value of a code; plus what is there, or for codes (q - zero_point) times what is there, times the scale. `to`
-// has room for whole vectors.
+// to[i] = x[i], or the value of a code; plus what is there, or for codes (q - zero_point) times what is there, times the scale.
+// `to` has room for whole vectors.
 template <Taking kTaking>
 QO_INLINE void take_values(const void* from, DType dtype, int64_t first, int64_t n, float scale, int32_t zero_point, float* to) {
   constexpr int64_t N = Simd::N;

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..convert.config import Int8Static
+from ..convert.fold import gain_and_offset
 from ..nn import Int8Layer, QuantConv2d
 from ..observers import Observer
 from ..ops.program import ACTIVATIONS, DTYPES, Program, Step, element
@@ -21,7 +22,7 @@ from .find import Unit
 from .layer import Chain, Source
 from .operators import example_of
 
-_KEEP_SCALE = ("max_pool2d", "upsample_nearest2d", "flatten")  # steps that move codes and compute none
+_KEEP_SCALE = ("max_pool2d", "upsample_nearest2d", "flatten", "slice", "channel_shuffle")  # steps that move codes and compute none
 _SAME_RANGE = 1.25  # a value that is concatenated takes the scale of the result up to this many times its own
 
 # ---- scales --------------------------------------------------------------------------------------------------------------
@@ -40,10 +41,10 @@ class Scale:
         return self.scale is not None and (self.scale, self.zero_point or 0) == (other.scale, other.zero_point or 0)
 
 
-def _scale_of(layer: Int8Layer) -> Scale:
+def _scale_of(layer: Int8Layer) -> Scale | None:
+    """None of a layer that :func:`chain_` has made, which was never calibrated."""
     scale, zero_point = layer.input_scale, layer.input_zero_point
-    assert scale is not None
-    return Scale(scale.item(), None if zero_point is None else int(zero_point.item()))
+    return None if scale is None else Scale(scale.item(), None if zero_point is None else int(zero_point.item()))
 
 
 class Scales:
@@ -94,7 +95,8 @@ class Scales:
         joined: list[Scale] = []
         for unit in self.readers.get(node, ()):
             if unit.layer is not None and unit.inputs[0] is node:
-                expected.append(_scale_of(unit.layer))
+                if (scale := _scale_of(unit.layer)) is not None:
+                    expected.append(scale)
             elif unit.kind in _KEEP_SCALE and (scale := self.wanted(unit.result)) is not None:
                 expected.append(scale)
             elif unit.kind == "cat":
@@ -317,15 +319,8 @@ def chain_of(region: Region, observers: Mapping[fx.Node, Observer]) -> Chain:
 
 def _fold(layer: Int8Layer, batchnorm: nn.BatchNorm2d) -> None:
     """Folds a BatchNorm into the scales and the bias of the layer before it. Codes change their sign where the gain is negative."""
-    assert batchnorm.running_mean is not None
-    assert batchnorm.running_var is not None
-
-    def double(tensor: Tensor | None, default: float) -> Tensor:
-        like = layer.weight_scale.double()
-        return torch.full_like(like, default) if tensor is None else tensor.detach().to(like)
-
-    gain = double(batchnorm.weight, 1) / (double(batchnorm.running_var, 1) + batchnorm.eps).sqrt()
-    bias = (double(layer.bias, 0) - double(batchnorm.running_mean, 0)) * gain + double(batchnorm.bias, 0)
+    gain, offset = (tensor.to(layer.weight_scale.device) for tensor in gain_and_offset(batchnorm))
+    bias = offset if layer.bias is None else layer.bias.double() * gain + offset
     codes = layer.qweight * gain.sign().to(torch.int8).reshape(-1, 1, 1, 1)
     layer.weight_scale = torch.where(gain == 0, 1.0, layer.weight_scale.double() * gain.abs()).float()
     layer.bias = bias.float()

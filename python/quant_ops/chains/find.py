@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ..convert.fold import GraphTracer
-from ..nn import QuantizedLayer
+from ..convert.fold import GraphTracer, gain_and_offset
+from ..nn import QuantConv2d, QuantizedLayer
 from .operators import EXAMPLE, Op, recognize
+from .rewrite import changes_of, name_operators, remove_unread, viewed_by
 
 Stopped = list[tuple[str, str]]  # names of modules or nodes, and why a chain ends there
 
@@ -220,7 +220,7 @@ class Found:
 def find_units(target: Target) -> Found:
     """The steps of a graph. Operators without effect are taken out of it."""
     graph, modules = target.graph.graph, dict(target.graph.named_modules())
-    _name_gates(graph, modules)
+    name_operators(graph, modules)
     found = Found()
     for node in list(graph.nodes):
         if node.op not in ("call_module", "call_function", "call_method"):
@@ -229,7 +229,9 @@ def find_units(target: Target) -> Found:
         if isinstance(op, Op):
             op = _writes_elsewhere(node, op, modules) or op
         if isinstance(op, Op) and op.kind == "batchnorm":
-            op = _unfoldable(op, found.units, target.graph) or op
+            reason = _unfoldable(op, found.units, target.graph)
+            if reason is not None:
+                op = Op("conv2d", op.inputs, layer=_as_convolution(op.layer)) if op.inputs[0] in found.units else reason
         if isinstance(op, Op) and op.kind == "mul":
             op = _float_factor(op, found.units) or op
         if isinstance(op, str):
@@ -241,32 +243,8 @@ def find_units(target: Target) -> Found:
             graph.erase_node(node)
         else:
             _join(node, op, found.units)
-    graph.eliminate_dead_code()
+    remove_unread(graph, modules)
     return found
-
-
-_GATED = {"sigmoid": F.silu, "hardsigmoid": F.hardswish}
-
-
-def _name_gates(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Makes ``x * sigmoid(x)`` the SiLU that it is, and ``x * hardsigmoid(x)`` Hardswish."""
-    for node in list(graph.nodes):
-        product = recognize(node, modules) if node.op in ("call_function", "call_method") else ""
-        if not isinstance(product, Op) or product.kind != "mul" or product.in_place:
-            continue
-        for x, gate in (product.inputs, product.inputs[::-1]):
-            activation = recognize(gate, modules)
-            if not isinstance(activation, Op) or activation.kind != "activation" or activation.inputs != (x,):
-                continue
-            if activation.in_place or activation.numbers[0] not in _GATED or len(gate.users) > 1:
-                continue
-            with graph.inserting_before(node):
-                whole = graph.call_function(_GATED[activation.numbers[0]], (x,))
-            whole.meta.update(node.meta)
-            node.replace_all_uses_with(whole)
-            graph.erase_node(node)
-            graph.erase_node(gate)
-            break
 
 
 def _is_layout_unread(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -280,22 +258,17 @@ def _is_layout_unread(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _writes_elsewhere(node: fx.Node, op: Op, modules: Mapping[str, nn.Module]) -> str | None:
     """Why the order of operators in place forbids this one: steps run when their region does, on values of their own."""
-    written = op.inputs[0]
-    if op.in_place and (written.op == "placeholder" or len(written.users) > 1):
-        return f"it changes {written.name} in place, which others may read"
+    written = op.inputs[0] if op.in_place else None
+    while written is not None:
+        if written.op == "placeholder" or len(written.users) > 1:
+            return f"it changes {written.name} in place, which others may read"
+        written = viewed_by(written)
     for source in op.inputs:
-        for user in source.users:
-            if user is not node and user.args[:1] == (source,) and _is_in_place(user, modules):
-                return f"{user.name} changes {source.name} in place, which it reads"
+        if len(source.users) > 1:
+            for changing in changes_of(source, modules):
+                if changing is not node:
+                    return f"{changing.name} changes {source.name} in place, which it reads"
     return None
-
-
-def _is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node writes into its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
 _TAKE_ACTIVATIONS = ("conv2d", "linear", "add", "mul")
@@ -347,6 +320,14 @@ def _product_of(op: Op, units: Mapping[fx.Node, Unit]) -> Unit | None:
     return max(products, key=lambda unit: order[unit.result], default=None)
 
 
+def _as_convolution(batchnorm: nn.BatchNorm2d) -> QuantConv2d:
+    """A depthwise convolution of one pixel, whose scales are the gains: a BatchNorm that no convolution can take in."""
+    gain, offset = gain_and_offset(batchnorm)
+    conv = nn.utils.skip_init(nn.Conv2d, len(gain), len(gain), 1, groups=len(gain), device=gain.device)
+    conv.weight, conv.bias = nn.Parameter(gain.float().reshape(-1, 1, 1, 1)), nn.Parameter(offset.float())
+    return QuantConv2d.from_float(conv).train(batchnorm.training)
+
+
 def _unfoldable(op: Op, units: Mapping[fx.Node, Unit], graph: fx.GraphModule) -> str | None:
     """Why the layer before a BatchNorm cannot take it in."""
     before = units.get(op.inputs[0])
@@ -364,7 +345,7 @@ def _unfoldable(op: Op, units: Mapping[fx.Node, Unit], graph: fx.GraphModule) ->
 
 
 def _float_factor(op: Op, units: Mapping[fx.Node, Unit]) -> str | None:
-    """Why a product is left to float: an addition loses little by rounding one of its terms, a product as much as its other factor."""
+    """Why a product is left to float: the error of a rounded term stays as it is in a sum, that of a factor is multiplied."""
     outside = [node.name for node in op.inputs if node not in units]
     return f"of its factors {', '.join(outside)} is computed in float" if outside else None
 
@@ -390,8 +371,13 @@ def find_regions(graph: fx.Graph, units: Mapping[fx.Node, Unit]) -> list[list[Un
     return [trimmed for members in regions.values() if _pays(trimmed := _trim(members))]
 
 
-_USELESS_FIRST = ("add", "requantize", "avg_pool2d", "adaptive_avg_pool2d", "mean")
-_USELESS_LAST = ("max_pool2d", "upsample_nearest2d", "flatten", "cat", "requantize")
+_USELESS_FIRST = ("add", "mul", "requantize", "avg_pool2d", "adaptive_avg_pool2d", "mean", "slice", "channel_shuffle")
+_USELESS_LAST = ("max_pool2d", "upsample_nearest2d", "flatten", "cat", "requantize", "slice", "channel_shuffle")
+
+
+def _is_useless_first(unit: Unit) -> bool:
+    """A layer without a scale is a BatchNorm that has been made a convolution."""
+    return unit.kind in _USELESS_FIRST or (unit.layer is not None and unit.layer.input_scale is None)
 
 
 def _trim(units: list[Unit]) -> list[Unit]:
@@ -402,7 +388,7 @@ def _trim(units: list[Unit]) -> list[Unit]:
         kept = [
             unit
             for unit in units
-            if not (unit.kind in _USELESS_FIRST and results.isdisjoint(unit.inputs))
+            if not (_is_useless_first(unit) and results.isdisjoint(unit.inputs))
             and not (unit.kind in _USELESS_LAST and unit.result not in read)
         ]
         if len(kept) == len(units):

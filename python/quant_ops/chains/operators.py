@@ -28,7 +28,7 @@ class Op:
 
     Attributes:
         kind: "conv2d", "linear", "activation", "add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
-            "upsample_nearest2d", "flatten", "batchnorm", or "same" for what changes no value.
+            "upsample_nearest2d", "flatten", "slice", "channel_shuffle", "batchnorm", or "same" for what changes no value.
         inputs: the nodes of its tensors.
         numbers: its other arguments, as the steps of a program have them; of an activation its name.
         layer: of "conv2d", "linear" and "batchnorm".
@@ -194,6 +194,11 @@ def _flatten(x: tuple[fx.Node], start_dim: int = 0, end_dim: int = -1) -> Op:
     return Op("flatten", x, (1,))
 
 
+def _channel_shuffle(x: tuple[fx.Node], groups: int) -> Op:
+    _expect_images(*x)
+    return Op("channel_shuffle", x, (groups,))
+
+
 def _activation(name: str) -> Callable[[tuple[fx.Node], Any], Op]:
     return lambda x, module: Op("activation", x, (name,), in_place=getattr(module, "inplace", False))
 
@@ -230,6 +235,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {
     nn.AdaptiveAvgPool2d: lambda x, m: _adaptive_avg_pool2d(x, m.output_size),
     nn.Upsample: lambda x, m: _upsample(x, m.size, m.scale_factor, m.mode),
     nn.UpsamplingNearest2d: lambda x, m: _upsample(x, m.size, m.scale_factor, m.mode),
+    nn.ChannelShuffle: lambda x, m: _channel_shuffle(x, m.groups),
     nn.Flatten: lambda x, m: _flatten(x, m.start_dim, m.end_dim),
     nn.BatchNorm2d: _batchnorm,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), lambda x, m: Op("same", x)),
@@ -293,10 +299,30 @@ def _mul(in_place: bool) -> Callable[..., Op]:
                 raise _Unknown("a product in place that broadcasts its first factor has no int8 operator")
             a, b = b, a
         elif shapes[0] != shapes[1] and shapes[1] != (*shapes[0][:2], 1, 1):
-            raise _Unknown(f"of products only those of one shape, or of an image and its channels, have an int8 operator, got {shapes}")
+            raise _Unknown(
+                f"of products only those of one shape, or of an image and its channels, have an int8 operator, got {shapes}"
+            )
         return Op("mul", (a, b), in_place=in_place)
 
     return make
+
+
+def _getitem(node: fx.Node, input: Any, index: Any) -> Op:
+    """``x[:, a:b]``"""
+    x = _tensors(input)
+    _expect_images(*x)
+    index = index if isinstance(index, tuple) else (index,)
+    channels = index[1] if len(index) > 1 else None
+    others = [part for i, part in enumerate(index) if i != 1]
+    whole = all(part is Ellipsis or part == slice(None) for part in others)
+    if not whole or not isinstance(channels, slice) or Ellipsis in index[:1]:
+        raise _Unknown("of indices only x[:, a:b] has an int8 operator")
+    if any(type(bound) is not int and bound is not None for bound in (channels.start, channels.stop, channels.step)):
+        raise _Unknown("of indices only x[:, a:b] with numbers has an int8 operator")
+    start, stop, step = channels.indices(x[0].meta[EXAMPLE].shape[1])
+    if step != 1 or stop <= start:
+        raise _Unknown("a slice with steps, or without a channel, has no int8 operator")
+    return Op("slice", x, (1, start, stop - start))
 
 
 def _cat(node: fx.Node, tensors: Any, dim: int = 0) -> Op:
@@ -383,6 +409,8 @@ _BY_NAME: dict[str, tuple[Sequence[str], Callable[..., Op]]] = {
     "flatten": ((*_X, "start_dim", "end_dim"), _pool(_flatten)),
     "mean": ((*_X, "dim", "keepdim"), _mean),
     "cat": (("tensors", "dim"), _cat),
+    "getitem": (("input", "index"), _getitem),
+    "channel_shuffle": ((*_X, "groups"), lambda node, input, groups: _channel_shuffle(_tensors(input), groups)),
     **dict.fromkeys(("reshape", "view"), ((), _reshape)),
     "dropout": ((*_X, "p", "training", "inplace"), _dropout),
     "stochastic_depth": ((*_X, "p", "mode", "training"), _stochastic_depth),
@@ -408,6 +436,8 @@ _FUNCTIONS: dict[Any, str] = {
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
     F.interpolate: "interpolate",
     torch.flatten: "flatten",
+    operator.getitem: "getitem",
+    **dict.fromkeys((torch.channel_shuffle, F.channel_shuffle), "channel_shuffle"),
     torch.mean: "mean",
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
     torch.reshape: "reshape",

@@ -322,6 +322,18 @@ def _by_neighbours(modules: _Modules) -> dict[nn.Module, _Found]:
 # ---- folding -------------------------------------------------------------------------------------------------------------
 
 
+def gain_and_offset(batchnorm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A BatchNorm with running statistics as ``y = gain * x + offset``, float64."""
+    mean, variance = batchnorm.running_mean, batchnorm.running_var
+    assert mean is not None
+    assert variance is not None
+    gain = (variance.detach().double() + batchnorm.eps).rsqrt()
+    if batchnorm.weight is not None:
+        gain = gain * batchnorm.weight.detach().double()
+    offset = -mean.detach().double() * gain
+    return gain, offset if batchnorm.bias is None else offset + batchnorm.bias.detach().double()
+
+
 def _folded(layer: Any, batchnorm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of both in one, computed in float64, in the dtype and layout of the layer's weight."""
 
@@ -329,13 +341,9 @@ def _folded(layer: Any, batchnorm: Any) -> tuple[Tensor, Tensor]:
         return tensor.detach().to("cpu", torch.float64)
 
     weight = double(layer.weight)
-    gain = (double(batchnorm.running_var) + batchnorm.eps).rsqrt()
-    if batchnorm.weight is not None:
-        gain = gain * double(batchnorm.weight)
-    bias = -double(batchnorm.running_mean) if layer.bias is None else double(layer.bias) - double(batchnorm.running_mean)
-    bias = bias * gain
-    if batchnorm.bias is not None:
-        bias = bias + double(batchnorm.bias)
+    gain, bias = (tensor.cpu() for tensor in gain_and_offset(batchnorm))
+    if layer.bias is not None:
+        bias = double(layer.bias) * gain + bias
     if isinstance(layer, _TRANSPOSED):  # [C, O / groups, ...], where row c belongs to the group c / (C / groups)
         channels = weight.unflatten(0, (layer.groups, -1))
         shape = (layer.groups, 1, -1) + (1,) * (weight.dim() - 2)

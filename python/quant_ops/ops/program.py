@@ -89,6 +89,10 @@ STEPS = {
     "flatten": Signature(10, ("x",), (), ("start_dim",)),
     "dequantize": Signature(11, ("x",), ("scale", "zero_point"), ("dtype",), ("zero_point",)),
     "mul": Signature(12, ("a", "b"), *_TWO),  # b has a's shape, or (N, C, 1, 1) with an image a
+    # of a dimension the part [start, start + length)
+    "slice": Signature(13, ("x",), (), ("dim", "start", "length")),
+    # channel c of `groups` groups of n goes to (c % n) * groups + c / n, as torch.nn.ChannelShuffle moves it
+    "channel_shuffle": Signature(14, ("x",), (), ("groups",)),
 }
 _NAMES = {signature.code: name for name, signature in STEPS.items()}
 
@@ -368,6 +372,14 @@ def _flatten(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
     return _dense(values[0].flatten(step.numbers[0]))
 
 
+def _slice(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
+    return _dense(values[0].narrow(*step.numbers))
+
+
+def _channel_shuffle(step: Step, values: list[Any], constants: list[Any]) -> Tensor:
+    return _dense(values[0].unflatten(1, (step.numbers[0], -1)).transpose(1, 2).flatten(1, 2))
+
+
 _RUN = {
     "quantize": _quantize,
     "conv2d": _conv2d,
@@ -382,4 +394,6 @@ _RUN = {
     "upsample_nearest2d": _upsample_nearest2d,
     "flatten": _flatten,
     "dequantize": _dequantize,
+    "slice": _slice,
+    "channel_shuffle": _channel_shuffle,
 }
