@@ -189,7 +189,9 @@ def test_what_cannot_be_a_candidate_says_why():
         "nan": "its input held NaN or Inf",
         "wide": "its input is float64, not float32, float16 or bfloat16",
         "hooked": "it has hooks, which a replacement would lose",
-        "attention.out_proj": "nn.MultiheadAttention reads the weight itself and never calls the layer",
+        "attention.out_proj": (
+            "nn.MultiheadAttention reads the weight itself and never calls the layer. split_attention_ makes it four layers"
+        ),
         "left": "excluded by 'left'",
     }
     assert result.converted == ["head"]

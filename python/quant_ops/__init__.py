@@ -30,6 +30,7 @@ from .convert.config import from_json as config_from_json  # noqa: E402
 from .convert.files import load_, save  # noqa: E402
 from .convert.fold import FoldResult, fold_batchnorm_  # noqa: E402
 from .convert.select import ConversionResult  # noqa: E402
+from .convert.split import SplitResult, split_attention_  # noqa: E402
 from .convert.steps import count_timesteps, timestep  # noqa: E402
 from .convert.workflow import convert_, prepare_, prepare_qat_, quantize_  # noqa: E402
 from .formats import (  # noqa: E402
@@ -64,7 +65,15 @@ from .formats import (  # noqa: E402
 )
 from .formats import from_json as format_from_json  # noqa: E402
 from .info import collect_env, kernel_for  # noqa: E402
-from .nn import QuantConv1d, QuantConv2d, QuantLinear, ScaledLinear, WeightOnlyEmbedding, WeightOnlyLinear  # noqa: E402
+from .nn import (  # noqa: E402
+    MultiheadAttention,
+    QuantConv1d,
+    QuantConv2d,
+    QuantLinear,
+    ScaledLinear,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+)
 from .ops import (  # noqa: E402
     MappingType,
     ZeroPointDomain,
@@ -169,6 +178,7 @@ __all__ = [
     "LayerChoice",
     "LayerReport",
     "MappingType",
+    "MultiheadAttention",
     "NVFP4Format",
     "QuantConv1d",
     "QuantConv2d",
@@ -177,6 +187,7 @@ __all__ = [
     "ScaledLinear",
     "Simulated",
     "SmoothQuantResult",
+    "SplitResult",
     "TimingCache",
     "WeightOnlyEmbedding",
     "WeightOnlyLinear",
@@ -239,6 +250,7 @@ __all__ = [
     "simulate_products_",
     "simulated_products",
     "smoothquant_",
+    "split_attention_",
     "synchronize_",
     "timestep",
     "transpose_packed_weight",

@@ -19,6 +19,7 @@ from .._models import Result, Table, has_hooks, held_bytes, patched, reasons, sh
 from ..nn import (
     INT8_LAYERS,
     WEIGHT_ONLY_LAYERS,
+    MultiheadAttention,
     QuantizedLayer,
     ScaledLinear,
     TransposedLinear,
@@ -308,7 +309,7 @@ def _skip_reason(module: nn.Module, parent: nn.Module, accepted: tuple[type[nn.M
     if isinstance(module, QuantizedLayer):
         return f"{module.form} already"
     if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads the weight itself and never calls the layer"
+        return "nn.MultiheadAttention reads the weight itself and never calls the layer. split_attention_ makes it four layers"
     if "parametrizations" in module._modules:
         return "its weight is parametrized. Remove the parametrization first"
     if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
@@ -517,7 +518,7 @@ def leave_fused_paths(model: nn.Module) -> None:
     """Turns off the fused inference paths of torch's encoders, which read float weights and call no layer."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            isinstance(part, QuantizedLayer | Recast | ScaledLinear) for part in module.modules()
+            isinstance(part, QuantizedLayer | Recast | ScaledLinear | MultiheadAttention) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # nested tensors are for the fused path

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .attention import MultiheadAttention
 from .base import QuantizedLayer
 from .conv import QuantConv1d, QuantConv2d
 from .fused import FusedActivation
@@ -61,6 +62,7 @@ __all__ = [
     "ZERO_POINTS",
     "FusedActivation",
     "Int8Layer",
+    "MultiheadAttention",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
