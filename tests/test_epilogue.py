@@ -104,7 +104,11 @@ def random_residual(rng: random.Random, shape, channels_last=False):
     """A residual and its scale and zero point."""
     kind = rng.choice([*INTEGERS, *FLOATS])
     if kind in FLOATS:
-        residual, scale, zero = (torch.randn(shape) * 3).to(kind), None, None
+        residual, scale, zero = torch.randn(shape) * 3, None, None
+        if rng.random() < 0.5:  # as no calibration foresees
+            odd = torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38, 1e6, -1e6])
+            residual = torch.where(torch.rand(shape) < 0.05, odd[torch.randint(len(odd), shape)], residual)
+        residual = residual.to(kind)
     else:
         info = torch.iinfo(kind)
         residual = torch.randint(info.min, info.max + 1, shape).to(kind)

@@ -170,7 +170,7 @@ def test_calibrated_weight_only_and_simulated():
 
 
 def test_export_and_compile():
-    module, split = pair(batch_first=True)
+    split = pair(batch_first=True)[1]
     qo.quantize_(split)
     x = torch.randn(2, 5, 24)
     expected = split(x, x, x, need_weights=False)[0]

@@ -95,7 +95,8 @@ Columns::Columns(const ColumnsPlan& plan, const OutputParams& out, const PackedL
 CodeOutput Columns::codes(const OutputParams& out, const float* row_scale, int64_t rows) const {
   if (dtype_bytes(out.dtype) != 1) return {};
   const ResidualParams& r = out.residual;
-  const double residual = r.r == nullptr ? 0.0 : r.scale == nullptr ? INFINITY : 255.0 * std::fabs(double{*r.scale});
+  // sums with a floating residual, however large, are made steps only when they are complete
+  const double residual = r.r == nullptr || r.scale == nullptr ? 0.0 : 255.0 * std::fabs(double{*r.scale});
   return code_output(out.dtype, *out.out_scale, out.out_zero_point ? *out.out_zero_point : 0, clamp_, row_scale, rows, scale_,
                      bias_, count_, residual);
 }

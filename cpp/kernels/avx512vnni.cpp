@@ -227,8 +227,11 @@ int64_t multiply_first_rows(const GemmTile& t, int64_t rows, int64_t width) {
   // as in chains, whose codes are unsigned
   if (flip) return 0;
   if (o.extras->function != Function::kNone) return o.residual == nullptr ? multiply_function(t, rows, width) : 0;
-  if (floats && whole && o.extras->residual_dtype == DType::kFloat32)
-    return multiply_halves<float, ResidualVector<Values, float, true>, true, false>(t, rows, width);
+  if (whole && o.extras->residual_dtype == DType::kFloat32) {
+    using Residual = ResidualVector<Values, float, true>;
+    if (floats) return multiply_halves<float, Residual, true, false>(t, rows, width);
+    if (codes) return multiply_halves<Code, InSteps<Residual, false>, true, false>(t, rows, width);
+  }
   if (!codes || o.extras->residual_dtype != DType::kUInt8) return 0;
   return whole ? multiply_halves<Code, ResidualVector<Steps, uint8_t, true>, true, false>(t, rows, width)
                : multiply_halves<Code, ResidualVector<Steps, uint8_t, false>, false, false>(t, rows, width);

@@ -123,6 +123,26 @@ struct ResidualVector : Base {
   }
 };
 
+// Values in steps, by one more fused multiply-add. Values that are not kBounded may be infinite, NaN or beyond what an int32 holds:
+// they are brought between bounds beyond every code.
+template <class Values, bool kBounded = true>
+struct InSteps : Values {
+  using Exact = Values;
+  InSteps() = default;
+  QO_INLINE InSteps(const TileOutput& o, int64_t column)
+      : Values(o, column), reciprocal(Simd::set(o.codes.reciprocal)), offset(Simd::set(o.codes.offset())) {}
+  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, auto from) const {
+    const auto y = Values::value(o, row, from);
+    if constexpr (kBounded) {
+      return Simd::fma(y, reciprocal, offset);
+    } else {
+      const auto steps = Simd::fma(Simd::nan_to_zero(y), reciprocal, offset);
+      return Simd::min(Simd::set(1024.0f), Simd::max(Simd::set(-1024.0f), steps));
+    }
+  }
+  typename Simd::F reciprocal, offset;
+};
+
 // One function, known to the compiler, of values in a register; and the same in steps. AnyFunctionVector is for the others.
 template <Function kFunction>
 struct OneFunctionVector : ColumnVector<true> {
@@ -135,15 +155,7 @@ struct OneFunctionVector : ColumnVector<true> {
   }
 };
 template <Function kFunction>
-struct OneFunctionSteps : OneFunctionVector<kFunction> {
-  OneFunctionSteps() = default;
-  QO_INLINE OneFunctionSteps(const TileOutput& o, int64_t column)
-      : OneFunctionVector<kFunction>(o, column), reciprocal(Simd::set(o.codes.reciprocal)), offset(Simd::set(o.codes.offset())) {}
-  QO_INLINE typename Simd::F value(const TileOutput& o, int64_t row, typename Simd::I acc) const {
-    return Simd::fma(OneFunctionVector<kFunction>::value(o, row, acc), reciprocal, offset);
-  }
-  typename Simd::F reciprocal, offset;
-};
+using OneFunctionSteps = InSteps<OneFunctionVector<kFunction>>;
 
 // Values that only need to be converted.
 struct FinishedVector {
@@ -154,14 +166,6 @@ struct FinishedVector {
   FinishedVector() = default;
   QO_INLINE FinishedVector(const TileOutput&, int64_t) {}
   QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return v; }
-};
-struct FinishedSteps : FinishedVector {
-  using Exact = FinishedVector;
-  FinishedSteps() = default;
-  QO_INLINE FinishedSteps(const TileOutput& o, int64_t)
-      : reciprocal(Simd::set(o.codes.reciprocal)), bias(Simd::set(o.codes.offset())) {}
-  QO_INLINE typename Simd::F value(const TileOutput&, int64_t, typename Simd::F v) const { return Simd::fma(v, reciprocal, bias); }
-  typename Simd::F reciprocal, bias;
 };
 
 // Sums whose values (`before`) a function that the run names is applied to, four vectors in memory at a time (finish_columns),
@@ -394,7 +398,7 @@ __attribute__((noinline)) void finish_values(const TileOutput& o, float* values,
   with_result_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
     if constexpr (!std::is_same_v<Y, int32_t>)
-      finish_typed<Y, std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>>(o, values, rows, stride);
+      finish_typed<Y, std::conditional_t<sizeof(Y) == 1, InSteps<FinishedVector, false>, FinishedVector>>(o, values, rows, stride);
   });
 }
 
@@ -413,8 +417,14 @@ QO_INLINE TileOutput plain_output(const TileOutput& o, float* values, int64_t st
 template <class Y, class R>
 void add_residual(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
   const auto run = [&](auto shared) QO_LAMBDA {
-    using Column = ColumnOf<Y, shared.value != 0>;
-    finish_typed<Y, ResidualVector<Column, R, true>, ResidualVector<Column, R, false>>(o, sums, rows, stride);
+    if constexpr (sizeof(Y) == 1 && sizeof(R) > 1) {
+      using Column = ColumnVector<shared.value != 0>;
+      using Whole = InSteps<ResidualVector<Column, R, true>, false>;
+      finish_typed<Y, Whole, InSteps<ResidualVector<Column, R, false>, false>>(o, sums, rows, stride);
+    } else {
+      using Column = ColumnOf<Y, shared.value != 0>;
+      finish_typed<Y, ResidualVector<Column, R, true>, ResidualVector<Column, R, false>>(o, sums, rows, stride);
+    }
   };
   return o.shared ? run(Int<1>{}) : run(Int<0>{});
 }
@@ -422,7 +432,7 @@ void add_residual(const TileOutput& o, const int32_t* sums, int64_t rows, int64_
 QO_INLINE void finish_functions(const TileOutput& o, const int32_t* sums, int64_t rows, int64_t stride) {
   with_result_type(o.dtype, [&](auto* type) QO_LAMBDA {
     using Y = std::remove_pointer_t<decltype(type)>;
-    using Finished = std::conditional_t<sizeof(Y) == 1, FinishedSteps, FinishedVector>;
+    using Finished = std::conditional_t<sizeof(Y) == 1, InSteps<FinishedVector>, FinishedVector>;
     if constexpr (!std::is_same_v<Y, int32_t>)
       o.shared ? finish_typed<Y, AnyFunctionVector<true, Finished>>(o, sums, rows, stride)
                : finish_typed<Y, AnyFunctionVector<false, Finished>>(o, sums, rows, stride);
@@ -435,6 +445,7 @@ __attribute__((noinline)) void finish_extras(const TileOutput& o, const int32_t*
   if (o.extras->function == Function::kNone) {
     if (dtype_bytes(o.dtype) == 1 && residual == DType::kInt8) return add_residual<Code, int8_t>(o, sums, rows, stride);
     if (dtype_bytes(o.dtype) == 1 && residual == DType::kUInt8) return add_residual<Code, uint8_t>(o, sums, rows, stride);
+    if (dtype_bytes(o.dtype) == 1 && residual == DType::kFloat32) return add_residual<Code, float>(o, sums, rows, stride);
     if (o.dtype == DType::kFloat32 && residual == DType::kFloat32) return add_residual<float, float>(o, sums, rows, stride);
   }
   alignas(64) float values[kMaxGemmRows * kPanel];
