@@ -288,6 +288,19 @@ def test_batchnorm_is_folded_into_codes():
     assert sqnr(unchained(images()[0]), result.model(images()[0])) > 40
 
 
+class NormAct2d(nn.BatchNorm2d):
+    """Written as timm's BatchNormAct2d."""
+
+    def __init__(self, norm, act):
+        super().__init__(norm.num_features)
+        self.load_state_dict(norm.state_dict())
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(self.drop(y))
+
+
 def test_batchnorm_before_an_activation():
     """One that no convolution can take in, as DenseNet's, is a depthwise convolution of one pixel."""
     network = Of(
@@ -304,6 +317,14 @@ def test_batchnorm_before_an_activation():
     assert steps(result) == ["a", "a", "max_pool2d (max_pool2d)", "cat (cat)", "norm + relu", "b"]
     for x in images():
         assert sqnr(unchained(x), result.model(x)) > 30
+    for function, expected in (
+        (lambda self, x: self.b(self.norm(torch.cat([self.a(x), self.a(x)], 1))), ["a", "a", "cat (cat)", "norm + silu", "b"]),
+        (lambda self, x: self.b(self.norm(self.d(x))), ["d + batchnorm + silu", "b"]),
+    ):
+        silu = Of(function, a=conv(3, 4), b=conv(8, 2), d=conv(3, 8), norm=NormAct2d(network.norm, nn.SiLU()))
+        unchained, result = pair(silu)
+        assert steps(result) == expected
+        assert sqnr(unchained(images()[0]), result.model(images()[0])) > 30
     alone = pair(Of(lambda self, x: self.b(self.norm(x)), norm=nn.BatchNorm2d(3), b=conv(3, 2)))[1]
     assert not alone.fused  # it reads no codes
 

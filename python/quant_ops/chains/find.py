@@ -231,7 +231,7 @@ def find_units(target: Target) -> Found:
         if isinstance(op, Op) and op.kind == "batchnorm":
             reason = _unfoldable(op, found.units, target.graph)
             if reason is not None:
-                op = Op("conv2d", op.inputs, layer=_as_convolution(op.layer)) if op.inputs[0] in found.units else reason
+                op = Op("conv2d", op.inputs, layer=_as_convolution(op)) if op.inputs[0] in found.units else reason
         if isinstance(op, Op) and op.kind == "mul":
             op = _float_factor(op, found.units) or op
         if isinstance(op, str):
@@ -280,6 +280,7 @@ def _join(node: fx.Node, op: Op, units: dict[fx.Node, Unit]) -> None:
     if op.kind == "batchnorm":
         assert before is not None
         before.batchnorm = op.layer
+        before.activation = op.numbers[0] if op.numbers else None
         _extend(before, node, units)
     elif op.kind == "activation" and before is not None and before.kind in _TAKE_ACTIVATIONS and _is_open(before):
         before.activation = op.numbers[0]
@@ -320,12 +321,12 @@ def _product_of(op: Op, units: Mapping[fx.Node, Unit]) -> Unit | None:
     return max(products, key=lambda unit: order[unit.result], default=None)
 
 
-def _as_convolution(batchnorm: nn.BatchNorm2d) -> QuantConv2d:
+def _as_convolution(op: Op) -> QuantConv2d:
     """A depthwise convolution of one pixel, whose scales are the gains: a BatchNorm that no convolution can take in."""
-    gain, offset = gain_and_offset(batchnorm)
+    gain, offset = gain_and_offset(op.layer)
     conv = nn.utils.skip_init(nn.Conv2d, len(gain), len(gain), 1, groups=len(gain), device=gain.device)
     conv.weight, conv.bias = nn.Parameter(gain.float().reshape(-1, 1, 1, 1)), nn.Parameter(offset.float())
-    return QuantConv2d.from_float(conv).train(batchnorm.training)
+    return QuantConv2d.from_float(conv, activation=op.numbers[0] if op.numbers else None).train(op.layer.training)
 
 
 def _unfoldable(op: Op, units: Mapping[fx.Node, Unit], graph: fx.GraphModule) -> str | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._models import has_hooks, patched
+from ..convert.fold import applied_after
 from ..nn import Int8Layer, QuantConv2d, QuantizedLayer, QuantLinear
 from ..nn.int8 import MOST_SHIFTED
 
@@ -30,7 +31,8 @@ class Op:
         kind: "conv2d", "linear", "activation", "add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat",
             "upsample_nearest2d", "flatten", "slice", "channel_shuffle", "batchnorm", or "same" for what changes no value.
         inputs: the nodes of its tensors.
-        numbers: its other arguments, as the steps of a program have them; of an activation its name.
+        numbers: its other arguments, as the steps of a program have them; of an activation its name, of a BatchNorm that of the
+            activation that is a part of it, if one is.
         layer: of "conv2d", "linear" and "batchnorm".
         in_place: the operator writes into its first input.
     """
@@ -93,6 +95,8 @@ def _of_module(node: fx.Node, module: Any) -> Op:
         return _of_layer(node, module, x)
     if kind in _MODULES:
         return _MODULES[kind](x, module)
+    if isinstance(module, nn.BatchNorm2d) and not any(has_hooks(child) for child in module.children()):
+        return _batchnorm_and_activation(x, module)
     raise _Unknown(f"{kind.__name__} has no int8 operator")
 
 
@@ -217,6 +221,17 @@ def _batchnorm(x: tuple[fx.Node], module: nn.BatchNorm2d) -> Op:
     if module.running_mean is None:
         raise _Unknown("it has no running statistics: it normalizes with those of each batch")
     return Op("batchnorm", x, layer=module)
+
+
+def _batchnorm_and_activation(x: tuple[fx.Node], module: nn.BatchNorm2d) -> Op:
+    """A subclass that applies its children to the normalized image, as timm's BatchNormAct2d does: at most one activation."""
+    op = _batchnorm(x, module)
+    children = applied_after(module)
+    ops = [_MODULES[type(child)](x, child) if type(child) in _MODULES else None for child in children or ()]
+    activations = [found for found in ops if found is None or found.kind != "same"]
+    if children is None or len(activations) > 1 or any(found is None or found.kind != "activation" for found in activations):
+        raise _Unknown(f"{type(module).__name__} has no int8 operator")
+    return dataclasses.replace(op, numbers=tuple(found.numbers[0] for found in activations if found is not None))
 
 
 _MODULES: dict[type[nn.Module], Callable[[Any, Any], Op]] = {

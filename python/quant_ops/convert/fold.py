@@ -112,12 +112,12 @@ def _unfit(module: nn.Module, modules: _Modules) -> str | None:
             return f"{attribute} of {modules.describe(module)} is no plain floating-point tensor"
         if others := [modules.name(other) for other in modules.owners[id(tensor)] if other is not module]:
             return f"{modules.describe(module)} shares its {attribute} with {others}"
-    if isinstance(module, _NORMS) and _after(module) is None:  # last: it runs the module, whose hooks would see that
+    if isinstance(module, _NORMS) and applied_after(module) is None:  # last: it runs the module, whose hooks would see that
         return f"{type(module).__name__} is a subclass whose forward may differ"
     return None
 
 
-def _after(batchnorm: Any) -> list[nn.Module] | None:
+def applied_after(batchnorm: Any) -> list[nn.Module] | None:
     """What a BatchNorm in eval mode applies to the normalized tensor: its children one after the other, as timm's BatchNormAct2d
     does. None for a subclass that computes anything else, which is tried out, so that no class is named."""
     children = list(batchnorm.children())
@@ -429,7 +429,7 @@ def fold_batchnorm_(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] |
         trains = next(t.requires_grad for t in (layer.bias, batchnorm.bias, layer.weight) if isinstance(t, Tensor))
         layer.bias = nn.Parameter(bias, trains)
         layer.weight = nn.Parameter(weight, bool(layer.weight.requires_grad))
-        after = [module for module in _after(batchnorm) or () if type(module) is not nn.Identity]
+        after = [module for module in applied_after(batchnorm) or () if type(module) is not nn.Identity]
         rest = after[0] if len(after) == 1 else nn.Sequential(*after) if after else nn.Identity().eval()
         if type(layer) in _RANK:
             rest.register_forward_pre_hook(functools.partial(_expect_rank, _RANK[type(layer)]))
