@@ -395,6 +395,26 @@ def test_what_is_changed_in_place_keeps_its_bits():
             assert torch.equal(got, expected)
 
 
+MIXED = {
+    "sum": lambda self, x: self.c(self.a(x) + self.lin(x)),
+    "product": lambda self, x: self.c(self.a(x) * self.lin(x)),
+    "input": lambda self, x: self.c(self.a(x) + x) + self.lin(x),
+    "linear layer after a convolution": lambda self, x: self.lin(self.a(x).relu()) + self.a(x),
+    "activations between": lambda self, x: self.lin((x + self.c(x)).relu()) + F.max_pool2d(self.c(x).relu() + x, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_images_and_rows_are_not_mixed(name):
+    """A linear layer on four dimensions reads rows, which lie otherwise in memory than images."""
+    unchained, result = pair(Of(MIXED[name], a=conv(3, 3), c=conv(3, 3), lin=nn.Linear(8, 8)))
+    assert not result.fused or any("lie differently in memory" in reason for _, reason in result.stopped)
+    for x in images():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=layout)
+            assert sqnr(unchained(x), result.model(x)) > 28
+
+
 # ---- where chains end ----------------------------------------------------------------------------------------------------
 
 

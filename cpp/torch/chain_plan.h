@@ -252,6 +252,8 @@ class ChainBuilder {
     const ChainValue& r = value(source.inputs[1]);
     const bool codes = is_codes(type(source.inputs[1]));
     QO_EXPECT(r.sizes == sizes, op, "residual to have the shape of the result, ", shape_text(sizes), ", got ", shape_text(r.sizes));
+    QO_EXPECT(r.channels_last == (source.op == ChainOp::kConv2d && sizes.size() == 4), op,
+              "a residual that lies as the result does, got rows of a linear layer and an image");
     QO_EXPECT(codes == (source.constants[7] >= 0), op, "residual_scale with a residual of int8 or uint8 and no other, got ",
               dtype_name(type(source.inputs[1])), codes ? " without one" : " with one");
     static const int8_t kPresent = 0;  // as kPresent of a bias

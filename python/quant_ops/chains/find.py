@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..convert.fold import GraphTracer, gain_and_offset
 from ..nn import QuantConv2d, QuantizedLayer
-from .operators import EXAMPLE, Op, recognize
+from .operators import EXAMPLE, Op, rank_of, recognize
 from .rewrite import changes_of, name_operators, remove_unread, viewed_by
 
 Stopped = list[tuple[str, str]]  # names of modules or nodes, and why a chain ends there
@@ -221,7 +221,7 @@ def find_units(target: Target) -> Found:
     """The steps of a graph. Operators without effect are taken out of it."""
     graph, modules = target.graph.graph, dict(target.graph.named_modules())
     name_operators(graph, modules)
-    found = Found()
+    found, layouts = Found(), _Layouts()
     for node in list(graph.nodes):
         if node.op not in ("call_module", "call_function", "call_method"):
             continue
@@ -234,6 +234,8 @@ def find_units(target: Target) -> Found:
                 op = Op("conv2d", op.inputs, layer=_as_convolution(op)) if op.inputs[0] in found.units else reason
         if isinstance(op, Op) and op.kind == "mul":
             op = _float_factor(op, found.units) or op
+        if isinstance(op, Op):
+            op = layouts.misfit(node, op) or op
         if isinstance(op, str):
             found.reasons[node] = op
         elif op.kind == "same" and node.target == "contiguous" and not _is_layout_unread(node, modules):
@@ -245,6 +247,43 @@ def find_units(target: Target) -> Found:
             _join(node, op, found.units)
     remove_unread(graph, modules)
     return found
+
+
+@dataclasses.dataclass(eq=False)
+class _Alike:
+    """Values of four dimensions that lie alike: as rows, as images, or (None) as whoever comes next wants it."""
+
+    nodes: list[fx.Node]
+    rows: bool | None = None
+
+
+class _Layouts:
+    """How the values of four dimensions lie: rows of linear layers in torch's order, images in channels_last.
+
+    A convolution and a flattening read both. Elementwise operators need operands that lie alike.
+    """
+
+    _ELEMENTWISE = ("add", "mul", "activation", "batchnorm", "same")
+
+    def __init__(self) -> None:
+        self._of: dict[fx.Node, _Alike] = {}
+
+    def misfit(self, node: fx.Node, op: Op) -> str | None:
+        """Why an operator cannot read its inputs as they lie; else it is noted how they and its result do."""
+        inputs = [] if op.kind in ("conv2d", "flatten") else list(op.inputs)
+        if op.kind == "mul" and inputs[0].meta[EXAMPLE].shape != inputs[1].meta[EXAMPLE].shape:
+            inputs.pop()  # one factor for each channel, which lies alike either way
+        nodes = [n for n in (*inputs, node) if rank_of(n) == 4]
+        groups = list(dict.fromkeys(self._of.setdefault(n, _Alike([n])) for n in nodes))
+        known = {group.rows for group in groups if group.rows is not None}
+        if op.kind not in self._ELEMENTWISE:
+            known.add(op.kind == "linear")
+        if len(known) > 1:
+            return "it would read rows of a linear layer together with an image, which lie differently in memory"
+        if groups:
+            whole = _Alike([n for group in groups for n in group.nodes], next(iter(known), None))
+            self._of.update(dict.fromkeys(whole.nodes, whole))
+        return None
 
 
 def _is_layout_unread(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
