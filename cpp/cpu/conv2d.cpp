@@ -46,12 +46,9 @@ int64_t cut_at_rows(const Int8Conv2dParams& p, int64_t count, int64_t* oh, int64
   return n;
 }
 
-// The offsets in the codes of `rows` output pixels from `first` on, for calls of `gemm`: [call][taps][rows of the call].
+// The offsets in the codes of `rows` output pixels from `first` on, for calls of `gemm`: [call][taps][rows of the call]. Those of a
+// pointwise convolution are from pixel to pixel and the same for all blocks: multiply_block has them once.
 void fill_offsets(const Conv2dPlan& plan, const Int8Conv2dParams& p, int64_t first, int64_t rows, int64_t* offsets) {
-  if (plan.pointwise) {
-    for (int64_t i = 0; i < rows; ++i) offsets[i] = (first + i) * plan.pixel;
-    return;
-  }
   const int64_t tap_columns = plan.layout.form == WeightForm::kRowTaps ? 1 : p.S;
   const int64_t pixel = plan.pixel, tap_step = p.dilation[1] * pixel, step = p.stride[1] * pixel;
   const bool by_phase = plan.phases > 1;
@@ -212,22 +209,29 @@ class Conv2d {
     for_each_share(tasks, plan_.threads, macs, kMacsPerThread, [&](int64_t worker, int64_t begin, int64_t end) {
       SharedColumns shared{};
       int64_t of = -1;  // a sample whose scale and zero point `shared` has
+      int64_t filled = 0;
       for (int64_t task = begin, next; task < end; task = next) {
         const int64_t block = task / panels, n = block / blocks, first = block % blocks * plan_.block;
         next = std::min(end, (block + 1) * panels);
         if (of < 0 || scale_[n] != scale_[of] || zero_[n] != zero_[of])
           shared = columns_.share(worker, plan_.layout.column_sum(packed_, 0), scale_[n], zero_[n], codes_of_result_, scratch_);
         of = n;
-        multiply_block(worker, n, shared, first, std::min(plan_.block, pixels - first), task % panels, next - block * panels);
+        multiply_block(worker, n, shared, first, std::min(plan_.block, pixels - first), task % panels, next - block * panels,
+                       &filled);
       }
     });
   }
 
-  // Panels [begin, end), counted through all products, of `rows` output pixels of sample n from `first` on.
+  // Panels [begin, end), counted through all products, of `rows` output pixels of sample n from `first` on. `filled`: how many
+  // offsets of a pointwise convolution this worker has.
   void multiply_block(int64_t worker, int64_t n, const SharedColumns& shared, int64_t first, int64_t rows, int64_t begin,
-                      int64_t end) const {
+                      int64_t end, int64_t* filled) const {
     int64_t* offsets = scratch_.at<int64_t>(plan_.offsets_at + worker * plan_.offset_bytes);
-    fill_offsets(plan_, p_, first, rows, offsets);
+    if (!plan_.pointwise)
+      fill_offsets(plan_, p_, first, rows, offsets);
+    else
+      for (; *filled < rows; ++*filled) offsets[*filled] = *filled * plan_.pixel;
+    const int64_t start = plan_.pointwise ? first * plan_.pixel : 0;
     const PackedLayout& layout = plan_.layout;
     const int64_t bytes = dtype_bytes(p_.out.dtype), pixels = p_.OH * p_.OW;
     const uint8_t* codes = plan_.in_place ? static_cast<const uint8_t*>(p_.in.x) + first_sample_ * plan_.sample : codes_;
@@ -235,7 +239,7 @@ class Conv2d {
     int64_t* patch_offsets = offsets + plan_.block * layout.taps;
     for (int64_t i = begin, gathered = -1; i < end; ++i) {
       const int64_t product = i / layout.panels(), panel = i % layout.panels();
-      Source from{codes + n * plan_.sample + product * plan_.product_channels, layout.taps, layout.quads, offsets};
+      Source from{codes + n * plan_.sample + start + product * plan_.product_channels, layout.taps, layout.quads, offsets};
       if (plan_.patch > 0) {
         if (gathered != product) gather(from, rows, patches, patch_offsets);
         gathered = product;
