@@ -129,6 +129,30 @@ Tensor requantize(const Tensor& x, const Tensor& x_scale, const std::optional<Te
   return y;
 }
 
+// One of two tensors of codes that are added or multiplied.
+struct CodesArgs {
+  const Tensor &codes, &scale;
+  const std::optional<Tensor>& zero_point;
+};
+
+// Of a and b as one row, whose memory the caller sets.
+template <class Backend>
+PointwiseParams params_of_two(const char* op, const CodesArgs& a, const CodesArgs& b, const CodesResultArgs& out,
+                              int64_t activation, ScalarType* type, Holder* holder) {
+  const ScalarType a_type = a.codes.scalar_type(), b_type = b.codes.scalar_type();
+  return {.rows = 1,
+          .columns = a.codes.numel(),
+          .x_dtype = to_dtype(a_type),
+          .x_scale = scale_of_codes(op, "a_scale", a.scale, a.codes, holder),
+          .x_zero_point = zero_point_of_codes<Backend>(op, "a_zero_point", a.zero_point, a_type, a.codes, holder),
+          .residual = {.dtype = to_dtype(b_type),
+                       .scale = scale_of_codes(op, "b_scale", b.scale, a.codes, holder),
+                       .zero_point = zero_point_of_codes<Backend>(op, "b_zero_point", b.zero_point, b_type, a.codes, holder)},
+          .function = function_of(op, false, activation),
+          .out = result_params<Backend>(op, a.codes, out, type, holder),
+          .y_stride = a.codes.numel()};
+}
+
 template <class Backend>
 Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const std::optional<Tensor>& a_zero_point, const std::optional<Tensor>& b_zero_point,
@@ -143,18 +167,9 @@ Tensor int8_add(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
   expect_elements(op, "a", a.sizes());
   Holder holder;
   ScalarType type;
-  PointwiseParams p{
-      .rows = 1,
-      .columns = a.numel(),
-      .x_dtype = to_dtype(a.scalar_type()),
-      .x_scale = scale_of_codes(op, "a_scale", a_scale, a, &holder),
-      .x_zero_point = zero_point_of_codes<Backend>(op, "a_zero_point", a_zero_point, a.scalar_type(), a, &holder),
-      .residual = {.dtype = to_dtype(b.scalar_type()),
-                   .scale = scale_of_codes(op, "b_scale", b_scale, a, &holder),
-                   .zero_point = zero_point_of_codes<Backend>(op, "b_zero_point", b_zero_point, b.scalar_type(), a, &holder)},
-      .function = function_of(op, false, activation),
-      .out = result_params<Backend>(op, a, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
-      .y_stride = a.numel()};
+  PointwiseParams p =
+      params_of_two<Backend>(op, {a, a_scale, a_zero_point}, {b, b_scale, b_zero_point},
+                             {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, activation, &type, &holder);
   Tensor y = dense_like(a, type);
   const Tensor a_source = in_order_of(y, a), b_source = in_order_of(y, b);
   p.x = a_source.const_data_ptr();
@@ -197,16 +212,10 @@ Tensor int8_mul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const T
   expect_elements(op, "a", a.sizes());
   Holder holder;
   ScalarType type;
-  PointwiseParams p{
-      .x_dtype = to_dtype(a.scalar_type()),
-      .x_scale = scale_of_codes(op, "a_scale", a_scale, a, &holder),
-      .x_zero_point = zero_point_of_codes<Backend>(op, "a_zero_point", a_zero_point, a.scalar_type(), a, &holder),
-      .residual = {.dtype = to_dtype(b.scalar_type()),
-                   .scale = scale_of_codes(op, "b_scale", b_scale, a, &holder),
-                   .zero_point = zero_point_of_codes<Backend>(op, "b_zero_point", b_zero_point, b.scalar_type(), a, &holder)},
-      .function = function_of(op, false, activation),
-      .out = result_params<Backend>(op, a, {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, &type, &holder),
-      .multiplies = true};
+  PointwiseParams p =
+      params_of_two<Backend>(op, {a, a_scale, a_zero_point}, {b, b_scale, b_zero_point},
+                             {.scale = out_scale, .zero_point = out_zero_point, .dtype = out_dtype}, activation, &type, &holder);
+  p.multiplies = true;
   const Tensor y = dense_like(a, type);
   const bool channels_last = !y.is_contiguous() && sizes.size() == 4 && is_dense(y, true);
   const bool rows_of_pixels = !per_channel || channels_last || y.is_contiguous();
