@@ -202,6 +202,15 @@ def test_forms_of_inputs():
     assert [tuple(r.shape) for r in results] == [(0, 10), (0, 60, 6, 6), (0, 60, 6, 6), (0, 28 * 36)]
 
 
+def test_an_empty_input_whose_values_nothing_reads():
+    b = Builder(inputs=2)
+    of = (b.scale(), b.zero_point(-7))
+    v, empty = (b.step("quantize", (i,), of, (-128, 127)) for i in (0, 1))
+    b.step("channel_shuffle", (b.step("slice", (empty,), (), (1, 1, 2)),), (), (2,))
+    program = b.program(b.step("dequantize", (v,), of, (FLOAT32,)))
+    check(program, [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 0, 4)], b.constants)
+
+
 def test_one_image_and_rows():
     """Values without samples: (C, H, W), and rows of several dimensions."""
     b = Builder(inputs=2)

@@ -335,14 +335,14 @@ class ChainRun {
   static void run_slice(const ChainSlice& p, int64_t samples, const Memory& memory) {
     const char* const x = static_cast<const char*>(memory.x) + p.first;
     char* const y = static_cast<char*>(memory.y);
-    parallel_for(p.rows * samples, ceil_div(kBytesPerThread, p.bytes), [&](int64_t begin, int64_t end) {
+    parallel_for(p.rows * samples, ceil_div(kBytesPerThread, std::max<int64_t>(p.bytes, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) copy_bytes(y + row * p.bytes, x + row * p.row_bytes, p.bytes);
     });
   }
 
   static void run_shuffle(const ChainShuffle& p, int64_t samples, const Memory& memory) {
     const int64_t bytes = p.groups * p.per_group * p.inner;
-    parallel_for(p.outer * samples, ceil_div(kBytesPerThread, bytes), [&](int64_t begin, int64_t end) {
+    parallel_for(p.outer * samples, ceil_div(kBytesPerThread, std::max<int64_t>(bytes, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin * bytes; at < end * bytes; at += bytes)
         shuffle(p, static_cast<const char*>(memory.x) + at, static_cast<char*>(memory.y) + at);
     });
