@@ -35,11 +35,16 @@ def name_operators(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     remove_unread(graph, modules)
 
 
+def _name_of(node: fx.Node) -> str:
+    """Of its method or function."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def is_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name_of(node)
     return bool(node.kwargs.get("inplace")) or name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
@@ -53,8 +58,7 @@ _SHARING = {
 
 def viewed_by(node: fx.Node) -> fx.Node | None:
     """What a node may be a view of."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    shares = node.op in ("call_function", "call_method") and name in _SHARING and node.args
+    shares = node.op in ("call_function", "call_method") and _name_of(node) in _SHARING and node.args
     return node.args[0] if shares and isinstance(node.args[0], fx.Node) else None
 
 
@@ -98,8 +102,7 @@ def _part(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     sizes, dim = whole.args[1:2], whole.kwargs.get("dim", whole.args[2] if len(whole.args) > 2 else 0)
     if len(sizes) != 1 or not set(whole.kwargs) <= {"dim"} or dim not in (1, -3):
         return None
-    name = whole.target if isinstance(whole.target, str) else whole.target.__name__
-    parts = getattr(example_of(x), name)(sizes[0], 1)
+    parts = getattr(example_of(x), _name_of(whole))(sizes[0], 1)
     if not -len(parts) <= index < len(parts):
         return None
     index %= len(parts)

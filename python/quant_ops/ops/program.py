@@ -19,10 +19,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from quant_ops.ops import int8
+
 DTYPES = (torch.int8, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 """An ``out_dtype`` is an index of it. int8 and uint8 go with an ``out_scale``, the others without."""
 
-ACTIVATIONS = (None, "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "hardsigmoid")
+ACTIVATIONS = (None, *int8.ACTIVATIONS)
 """An ``activation`` is an index of it."""
 
 _VERSION = 1  # of the encoding
