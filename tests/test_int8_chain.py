@@ -202,13 +202,20 @@ def test_forms_of_inputs():
     assert [tuple(r.shape) for r in results] == [(0, 10), (0, 60, 6, 6), (0, 60, 6, 6), (0, 28 * 36)]
 
 
-def test_an_empty_input_whose_values_nothing_reads():
-    b = Builder(inputs=2)
+def test_empty_inputs_whose_values_nothing_reads():
+    b = Builder(inputs=3)
     of = (b.scale(), b.zero_point(-7))
-    v, empty = (b.step("quantize", (i,), of, (-128, 127)) for i in (0, 1))
-    b.step("channel_shuffle", (b.step("slice", (empty,), (), (1, 1, 2)),), (), (2,))
+    v, planes, image = (b.step("quantize", (i,), of, (-128, 127)) for i in range(3))
+    b.step("slice", (planes,), (), (0, 1, 2))
+    b.step("channel_shuffle", (image,), (), (2,))
     program = b.program(b.step("dequantize", (v,), of, (FLOAT32,)))
-    check(program, [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 0, 4)], b.constants)
+    x = torch.randn(2, 3, 4, 4)
+    results = qo.int8_chain([x, torch.randn(3, 0, 4), torch.randn(2, 0, 4, 4)], b.constants, program.encode())
+    alone = Builder()
+    of = (alone.scale(), alone.zero_point(-7))
+    v = alone.step("quantize", (0,), of, (-128, 127))
+    alone = alone.program(alone.step("dequantize", (v,), of, (FLOAT32,))), alone.constants
+    assert torch.equal(results[0], check(alone[0], [x], alone[1])[0])
 
 
 def test_one_image_and_rows():
